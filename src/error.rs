@@ -1,0 +1,153 @@
+//! The one error type of the crate: every variant names the operand, what was expected and what came.
+//!
+//! Knows nothing of routing or tensors beyond the words in its messages.
+
+use std::path::PathBuf;
+
+/// `std::result::Result` with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, with the operands.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operand has the wrong number of values, rank or dimensions.
+    #[error("{operand}: expected {expected}, got {got}")]
+    Shape {
+        /// The operand, as the caller knows it.
+        operand: String,
+        /// The shape or length that would have been right.
+        expected: String,
+        /// The shape or length that came.
+        got: String,
+    },
+    /// A gate logit is NaN or +∞ (−∞ is a mask and allowed).
+    #[error("logit of token {token}, expert {expert} is {value}: expected a finite number or -inf (masked)")]
+    NonFiniteLogit {
+        /// Row of the logit.
+        token: usize,
+        /// Column of the logit.
+        expert: usize,
+        /// The offending value.
+        value: f32,
+    },
+    /// `top_k` was 0.
+    #[error("top_k is 0: expected at least 1")]
+    TopKZero,
+    /// More experts asked for per token than there are.
+    #[error("top_k {top_k} exceeds experts {experts}")]
+    TopKExceedsExperts {
+        /// Experts asked for per token.
+        top_k: usize,
+        /// Experts there are.
+        experts: usize,
+    },
+    /// No experts, or more than an [`ExpertId`](crate::expert::ExpertId) can name.
+    #[error("experts is {experts}: expected 1 to {max}", max = crate::expert::ExpertId::MAX_EXPERTS)]
+    ExpertCount {
+        /// The count that came.
+        experts: usize,
+    },
+    /// An expert id outside the layer's experts.
+    #[error("{operand}: expert {id} is out of range, expected {expected}")]
+    ExpertOutOfRange {
+        /// Where the id came from.
+        operand: String,
+        /// The id as it came.
+        id: i64,
+        /// The ids that would have been right.
+        expected: String,
+    },
+    /// A parameter outside its domain (NaN, negative, zero, contradictory).
+    #[error("{name} is {got}: expected {expected}")]
+    Parameter {
+        /// Name of the parameter.
+        name: &'static str,
+        /// The value as it came.
+        got: String,
+        /// The values that would have been right.
+        expected: String,
+    },
+    /// A name that is not in a fixed list (a router, a profile, a dtype, a model family).
+    #[error("unknown {kind} `{got}`: expected one of {expected}")]
+    UnknownName {
+        /// What the name should have been a name of.
+        kind: &'static str,
+        /// The name as it came.
+        got: String,
+        /// The names there are.
+        expected: String,
+    },
+    /// A model configuration that is missing a key, or contradicts itself.
+    #[error("{file}: {detail}")]
+    Config {
+        /// The configuration file.
+        file: String,
+        /// Key, what was expected, what came.
+        detail: String,
+    },
+    /// A checkpoint file that is not what its header or index says.
+    #[error("{file}: {detail}")]
+    Checkpoint {
+        /// The checkpoint file.
+        file: String,
+        /// Tensor or offset, what was expected, what came.
+        detail: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The tokenizer file is unusable or the text cannot be encoded.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// Candle refused a tensor operation.
+    #[cfg(feature = "candle")]
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// A [`Error::Shape`] from anything that prints.
+    pub fn shape(operand: impl Into<String>, expected: impl ToString, got: impl ToString) -> Self {
+        Self::Shape { operand: operand.into(), expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// A [`Error::Parameter`] from anything that prints.
+    pub fn parameter(name: &'static str, got: impl ToString, expected: impl ToString) -> Self {
+        Self::Parameter { name, got: got.to_string(), expected: expected.to_string() }
+    }
+
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    /// True when the input is at fault and not the machine: what a command line answers with exit code 2.
+    pub fn is_user_error(&self) -> bool {
+        match self {
+            #[cfg(feature = "candle")]
+            Self::Candle(_) => false,
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::IsADirectory
+            ),
+            _ => true,
+        }
+    }
+}
+
+/// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends).
+#[cfg(feature = "candle")]
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            error => candle_core::Error::wrap(error),
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The result of routing: [`Assignment`], which experts each token got and with which combine weights.
+//!
+//! Shape `[tokens, top_k]`. A slot without an expert was dropped: its weight is 0 and it is not given to its neighbours,
+//! because weights are made from the whole selection before drops:
+//! `weight = gate score · scale` or, where the model normalises, `gate score / Σ gate scores of the selection · scale`.
+//!
+//! Knows nothing of how the choice was made.
+
+use crate::error::{Error, Result};
+use crate::expert::{ExpertId, check_expert_count};
+use crate::routing::scores::Scores;
+
+/// Marks a slot without an expert in compact tables of ids.
+pub(crate) const EMPTY: u16 = u16::MAX;
+
+/// Experts and combine weights of every token, `[tokens, top_k]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Assignment {
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+    chosen: Vec<u16>,
+    weights: Vec<f32>,
+    gate_mass_bound: Option<f64>,
+}
+
+impl Assignment {
+    /// From a selection (`[tokens, top_k]` ids, [`EMPTY`] allowed) and which of its slots were kept (all, if `None`).
+    pub(crate) fn from_selection(scores: &Scores, top_k: usize, mut chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
+        let mut weights = vec![0f32; chosen.len()];
+        for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
+            let gate = scores.gate(token);
+            let filled = || chosen.iter().filter(|&&expert| expert != EMPTY);
+            let sum: f32 = filled().map(|&expert| gate[usize::from(expert)]).sum();
+            let factor = match scores.normalize() {
+                true if sum > 0.0 => scores.scale() / sum,
+                _ => scores.scale(),
+            };
+            for (weight, &expert) in weights.iter_mut().zip(chosen) {
+                *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
+            }
+        }
+        for (slot, _) in kept.unwrap_or_default().iter().enumerate().filter(|(_, kept)| !**kept) {
+            chosen[slot] = EMPTY;
+            weights[slot] = 0.0;
+        }
+        Self { tokens: scores.tokens(), experts: scores.experts(), top_k, chosen, weights, gate_mass_bound: None }
+    }
+
+    /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
+    ///
+    /// # Errors
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::ExpertCount`]; [`Error::Shape`] when lengths differ or do
+    /// not divide by `top_k`; [`Error::ExpertOutOfRange`] for an id below −1, not below `experts`, or twice in a token;
+    /// [`Error::Parameter`] for a weight that is not finite or not 0 in an empty slot.
+    pub fn from_parts(experts: usize, top_k: usize, ids: &[i32], weights: &[f32]) -> Result<Self> {
+        check_expert_count(experts)?;
+        check_top_k(top_k, experts)?;
+        if ids.len() % top_k != 0 {
+            return Err(Error::shape(
+                "expert ids",
+                format!("a multiple of top_k {top_k} values"),
+                format!("{} values", ids.len()),
+            ));
+        }
+        if weights.len() != ids.len() {
+            return Err(Error::shape(
+                "combine weights",
+                format!("{} values", ids.len()),
+                format!("{} values", weights.len()),
+            ));
+        }
+        let out_of_range = |id: i32, expected: String| Error::ExpertOutOfRange {
+            operand: "expert ids".into(),
+            id: id.into(),
+            expected,
+        };
+        let mut chosen = Vec::with_capacity(ids.len());
+        for (row, ids) in ids.chunks_exact(top_k).enumerate() {
+            for (at, &id) in ids.iter().enumerate() {
+                if id < -1 || id >= experts as i32 {
+                    return Err(out_of_range(id, format!("0 to {} or -1 (token {row})", experts - 1)));
+                }
+                if id >= 0 && ids[..at].contains(&id) {
+                    return Err(out_of_range(id, format!("distinct experts in token {row}")));
+                }
+                let weight = weights[row * top_k + at];
+                if !weight.is_finite() || (id < 0 && weight != 0.0) {
+                    return Err(Error::parameter("combine weight", weight, "a finite number, 0 in an empty slot"));
+                }
+                chosen.push(if id < 0 { EMPTY } else { id as u16 });
+            }
+        }
+        let tokens = ids.len() / top_k;
+        Ok(Self { tokens, experts, top_k, chosen, weights: weights.to_vec(), gate_mass_bound: None })
+    }
+
+    pub(crate) fn with_gate_mass_bound(self, bound: f64) -> Self {
+        Self { gate_mass_bound: Some(bound), ..self }
+    }
+
+    /// Rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Experts of the layer.
+    pub fn experts(&self) -> usize {
+        self.experts
+    }
+
+    /// Slots per token.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// Expert of a slot; `None` where it was dropped.
+    ///
+    /// # Panics
+    /// When `token` or `slot` is out of range.
+    pub fn expert(&self, token: usize, slot: usize) -> Option<ExpertId> {
+        assert!(slot < self.top_k, "slot {slot} of top_k {}", self.top_k);
+        let expert = self.chosen[token * self.top_k + slot];
+        (expert != EMPTY).then(|| ExpertId::from_raw(expert))
+    }
+
+    /// The kept slots of a token: expert and combine weight.
+    ///
+    /// # Panics
+    /// When `token` is out of range.
+    pub fn slots(&self, token: usize) -> impl Iterator<Item = (ExpertId, f32)> + '_ {
+        let range = token * self.top_k..(token + 1) * self.top_k;
+        self.chosen[range.clone()]
+            .iter()
+            .zip(&self.weights[range])
+            .filter(|(expert, _)| **expert != EMPTY)
+            .map(|(&expert, &weight)| (ExpertId::from_raw(expert), weight))
+    }
+
+    /// Combine weights, `[tokens, top_k]` row-major; 0 where dropped.
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// Expert ids, `[tokens, top_k]` row-major; −1 where dropped.
+    pub fn ids(&self) -> impl Iterator<Item = i32> + '_ {
+        self.chosen.iter().map(|&expert| if expert == EMPTY { -1 } else { i32::from(expert) })
+    }
+
+    /// Raw ids, [`EMPTY`] where dropped.
+    pub(crate) fn raw(&self) -> &[u16] {
+        &self.chosen
+    }
+
+    /// Slots with an expert.
+    pub fn kept(&self) -> usize {
+        self.chosen.iter().filter(|&&expert| expert != EMPTY).count()
+    }
+
+    /// Kept slots per expert, `[experts]`.
+    pub fn load(&self) -> Vec<u32> {
+        let mut load = vec![0; self.experts];
+        for &expert in self.chosen.iter().filter(|&&expert| expert != EMPTY) {
+            load[usize::from(expert)] += 1;
+        }
+        load
+    }
+
+    /// Certified upper bound on the gate mass of *any* assignment under the capacity this one was made for, where the
+    /// router computes one.
+    pub fn gate_mass_bound(&self) -> Option<f64> {
+        self.gate_mass_bound
+    }
+}
+
+/// Checks `1 ≤ top_k ≤ experts`.
+pub(crate) fn check_top_k(top_k: usize, experts: usize) -> Result<()> {
+    match top_k {
+        0 => Err(Error::TopKZero),
+        _ if top_k > experts => Err(Error::TopKExceedsExperts { top_k, experts }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_come_back_from_a_caller_are_checked() {
+        let parts = |ids: &[i32], weights: &[f32]| {
+            Assignment::from_parts(4, 2, ids, weights).map_err(|error| error.to_string())
+        };
+        let assignment = parts(&[0, 3, 2, -1], &[0.5, 0.5, 1.0, 0.0]).unwrap();
+        assert_eq!((assignment.kept(), assignment.load()), (3, vec![1, 0, 1, 1]));
+        assert_eq!(assignment.expert(1, 1), None);
+        assert_eq!(
+            parts(&[0, 4], &[0.5; 2]).unwrap_err(),
+            "expert ids: expert 4 is out of range, expected 0 to 3 or -1 (token 0)"
+        );
+        assert_eq!(
+            parts(&[0, -2], &[0.5; 2]).unwrap_err(),
+            "expert ids: expert -2 is out of range, expected 0 to 3 or -1 (token 0)"
+        );
+        assert_eq!(
+            parts(&[1, 1], &[0.5; 2]).unwrap_err(),
+            "expert ids: expert 1 is out of range, expected distinct experts in token 0"
+        );
+        assert_eq!(parts(&[1], &[0.5]).unwrap_err(), "expert ids: expected a multiple of top_k 2 values, got 1 values");
+        assert_eq!(parts(&[1, 2], &[0.5]).unwrap_err(), "combine weights: expected 2 values, got 1 values");
+        assert_eq!(
+            parts(&[1, 2], &[0.5, f32::NAN]).unwrap_err(),
+            "combine weight is NaN: expected a finite number, 0 in an empty slot"
+        );
+        assert_eq!(
+            parts(&[1, -1], &[0.5, 0.5]).unwrap_err(),
+            "combine weight is 0.5: expected a finite number, 0 in an empty slot"
+        );
+    }
+
+    #[test]
+    fn top_k_is_checked() {
+        assert_eq!(Assignment::from_parts(8, 9, &[], &[]).unwrap_err().to_string(), "top_k 9 exceeds experts 8");
+        assert_eq!(Assignment::from_parts(8, 0, &[], &[]).unwrap_err().to_string(), "top_k is 0: expected at least 1");
+    }
+}

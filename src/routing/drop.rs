@@ -1,0 +1,50 @@
+//! Dropping: which slots of a selection stay when an expert or a device is full.
+//!
+//! The published rules, used by `top-k-arrival`, `top-k-score` and by the routers that are blind to capacity. Knows
+//! nothing of how the selection was made.
+
+use crate::routing::assignment::EMPTY;
+use crate::routing::router::RouteRequest;
+
+/// Who goes when an expert or a device is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DropRule {
+    /// Who came last: first choices are admitted token by token, then second choices, and so on (GShard's algorithm 1;
+    /// with one choice a token, Switch).
+    Arrival,
+    /// Who wants it least: slots with the lowest gate score go first (ties: the later token).
+    Score,
+}
+
+/// For each slot of `chosen` (`[tokens, top_k]`, [`EMPTY`] allowed) whether it stays within the request's capacity.
+pub(crate) fn keep_within(rule: DropRule, chosen: &[u16], request: &RouteRequest<'_>) -> Vec<bool> {
+    let capacity = request.capacity();
+    let Some(limits) = capacity.limits() else {
+        return chosen.iter().map(|&expert| expert != EMPTY).collect();
+    };
+    let mut room = limits.to_vec();
+    let mut kept = vec![false; chosen.len()];
+    let mut admit = |slot: usize| {
+        let room = &mut room[capacity.pool_of(chosen[slot])];
+        if *room > 0 {
+            *room -= 1;
+            kept[slot] = true;
+        }
+    };
+    let (tokens, top_k) = (request.scores().tokens(), request.top_k());
+    let filled = |&slot: &usize| chosen[slot] != EMPTY;
+    match rule {
+        DropRule::Arrival => (0..top_k)
+            .flat_map(|rank| (0..tokens).map(move |token| token * top_k + rank))
+            .filter(filled)
+            .for_each(&mut admit),
+        DropRule::Score => {
+            let score = |slot: usize| request.scores().gate(slot / top_k)[usize::from(chosen[slot])];
+            let mut ranked: Vec<(f32, usize)> =
+                (0..chosen.len()).filter(filled).map(|slot| (score(slot), slot)).collect();
+            ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            ranked.into_iter().for_each(|(_, slot)| admit(slot));
+        }
+    }
+    kept
+}

@@ -1,0 +1,171 @@
+//! What a routing did: survival, gate mass, balance, as plain numbers.
+//!
+//! Knows nothing of files, tables or pages; the words are those of the architecture page.
+
+use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::capacity::Capacity;
+use crate::routing::router::RouteRequest;
+use crate::routing::topk::gate_choice;
+
+/// Spread of loads over experts or devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Balance {
+    /// Largest load over the load that would be fair, minus 1 (MaxVio, arXiv 2408.15664); 0 is perfect.
+    pub max_violation: f64,
+    /// Standard deviation of the loads over their mean.
+    pub cv: f64,
+    /// Gini coefficient: 0 is equal, towards 1 one expert has all.
+    pub gini: f64,
+    /// Jain's fairness index: 1 is equal, 1/n one expert has all.
+    pub jain: f64,
+}
+
+impl Balance {
+    /// The spread of `loads` against `fair` shares of the same total (any scale); all 0 loads are balanced.
+    pub fn new(loads: &[u32], fair: &[f64]) -> Self {
+        let total: f64 = loads.iter().map(|&load| f64::from(load)).sum();
+        if total == 0.0 {
+            return Self { jain: 1.0, ..Self::default() };
+        }
+        let fair_total: f64 = fair.iter().sum();
+        let max_violation = loads
+            .iter()
+            .zip(fair)
+            .map(|(&load, &fair)| match fair > 0.0 {
+                true => f64::from(load) / (fair / fair_total * total) - 1.0,
+                false if load > 0 => f64::INFINITY,
+                false => -1.0,
+            })
+            .fold(f64::NEG_INFINITY, f64::max);
+        let count = loads.len() as f64;
+        let mean = total / count;
+        let squares: f64 = loads.iter().map(|&load| f64::from(load).powi(2)).sum();
+        let mut sorted = loads.to_vec();
+        sorted.sort_unstable();
+        let ranked: f64 = sorted.iter().zip(1..).map(|(&load, rank)| f64::from(load) * f64::from(rank)).sum();
+        Self {
+            max_violation,
+            cv: (squares / count - mean * mean).max(0.0).sqrt() / mean,
+            gini: (2.0 * ranked / (count * total) - (count + 1.0) / count).max(0.0),
+            jain: total * total / (count * squares),
+        }
+    }
+}
+
+/// Figures of one routed batch of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouteMetrics {
+    /// Slots asked for: tokens that are not padding, times top_k.
+    pub demand: u64,
+    /// Slots with an expert.
+    pub kept: u64,
+    /// Tokens that are not padding and got no expert at all.
+    pub tokens_without_expert: u64,
+    /// Sum of the gate scores of kept slots.
+    pub gate_mass: f64,
+    /// The same for the gate's own top-k without any capacity.
+    pub top_k_gate_mass: f64,
+    /// Balance of the kept slots over experts, against each expert's share of the capacity.
+    pub experts: Balance,
+    /// Balance of the kept slots over devices, where the capacity is per device.
+    pub devices: Option<Balance>,
+    /// Largest load of the gate's own top-k, before any capacity, against the same shares.
+    pub demand_max_violation: f64,
+}
+
+impl RouteMetrics {
+    /// Measures `assignment` against the request it answers.
+    pub fn new(request: &RouteRequest<'_>, assignment: &Assignment) -> Self {
+        let (scores, capacity, top_k) = (request.scores(), request.capacity(), request.top_k());
+        let choice = gate_choice(request);
+        let mut demand_load = vec![0u32; scores.experts()];
+        choice.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| demand_load[usize::from(expert)] += 1);
+        let load = assignment.load();
+
+        let expert_shares = expert_shares(capacity);
+        let (devices, demand_max_violation) = match (capacity.placement(), capacity.limits()) {
+            (Some(placement), Some(limits)) => {
+                let fair: Vec<f64> = limits.iter().map(|&limit| f64::from(limit)).collect();
+                let sum = |load: &[u32]| {
+                    let mut devices = vec![0; placement.devices()];
+                    load.iter()
+                        .zip(placement.device_of())
+                        .for_each(|(load, &device)| devices[usize::from(device)] += load);
+                    devices
+                };
+                let demand = Balance::new(&sum(&demand_load), &fair).max_violation;
+                (Some(Balance::new(&sum(&load), &fair)), demand)
+            }
+            _ => (None, Balance::new(&demand_load, &expert_shares).max_violation),
+        };
+        let without = |token: &usize| !request.is_padding(*token) && assignment.slots(*token).next().is_none();
+        Self {
+            demand: request.live_tokens() as u64 * top_k as u64,
+            kept: assignment.kept() as u64,
+            tokens_without_expert: (0..scores.tokens()).filter(without).count() as u64,
+            gate_mass: gate_mass(request, assignment.raw()),
+            top_k_gate_mass: gate_mass(request, &choice),
+            experts: Balance::new(&load, &expert_shares),
+            devices,
+            demand_max_violation,
+        }
+    }
+
+    /// Kept slots over demand; 1 when nothing was asked for.
+    pub fn survival(&self) -> f64 {
+        if self.demand == 0 { 1.0 } else { self.kept as f64 / self.demand as f64 }
+    }
+
+    /// Kept gate mass over that of unconstrained top-k; 1 when there is none.
+    pub fn gate_mass_share(&self) -> f64 {
+        if self.top_k_gate_mass == 0.0 { 1.0 } else { self.gate_mass / self.top_k_gate_mass }
+    }
+}
+
+/// Sum of the gate scores of the slots in `chosen`, `[tokens, top_k]`.
+pub(crate) fn gate_mass(request: &RouteRequest<'_>, chosen: &[u16]) -> f64 {
+    let rows = chosen.chunks_exact(request.top_k()).enumerate();
+    rows.map(|(token, chosen)| {
+        let gate = request.scores().gate(token);
+        chosen
+            .iter()
+            .filter(|&&expert| expert != EMPTY)
+            .map(|&expert| f64::from(gate[usize::from(expert)]))
+            .sum::<f64>()
+    })
+    .sum()
+}
+
+/// Each expert's share of the room: its limit, its part of its device's limit, or equal shares without limits.
+fn expert_shares(capacity: &Capacity) -> Vec<f64> {
+    let Some(limits) = capacity.limits() else { return vec![1.0; capacity.experts()] };
+    let sizes = capacity.pool_sizes();
+    (0..capacity.experts())
+        .map(|expert| {
+            let pool = capacity.pool_of(expert as u16);
+            f64::from(limits[pool]) / sizes[pool] as f64
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_loads_are_balanced_and_one_sided_ones_are_not() {
+        let equal = Balance::new(&[5; 4], &[1.0; 4]);
+        assert_eq!(equal, Balance { max_violation: 0.0, cv: 0.0, gini: 0.0, jain: 1.0 });
+        let one = Balance::new(&[20, 0, 0, 0], &[1.0; 4]);
+        assert_eq!((one.max_violation, one.gini, one.jain), (3.0, 0.75, 0.25));
+        assert!((one.cv - 3f64.sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn fair_shares_need_not_be_equal() {
+        assert_eq!(Balance::new(&[30, 10], &[3.0, 1.0]).max_violation, 0.0);
+        assert_eq!(Balance::new(&[20, 20], &[3.0, 1.0]).max_violation, 1.0);
+        assert_eq!(Balance::new(&[1, 1], &[1.0, 0.0]).max_violation, f64::INFINITY);
+        assert_eq!(Balance::new(&[0, 0], &[1.0, 0.0]).max_violation, 0.0);
+    }
+}

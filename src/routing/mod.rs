@@ -1,0 +1,14 @@
+//! Routing: from gate logits to an assignment and a dispatch plan, without any tensor framework.
+//!
+//! `Logits → Scores → (Mass) → Router + Capacity → Assignment → DispatchPlan`, one file per noun.
+
+pub mod assignment;
+pub mod capacity;
+pub mod drop;
+pub mod logits;
+pub mod mass;
+pub mod metrics;
+pub mod plan;
+pub mod router;
+pub mod scores;
+pub mod topk;
