@@ -2,6 +2,15 @@
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
+pub mod checkpoint;
+#[cfg(feature = "candle")]
+pub mod decoder;
 pub mod error;
+#[cfg(feature = "candle")]
+pub mod eval;
 pub mod expert;
+#[cfg(feature = "candle")]
+pub mod layer;
 pub mod routing;
+pub mod spec;
+pub mod zoo;

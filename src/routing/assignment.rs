@@ -20,6 +20,8 @@ pub struct Assignment {
     experts: usize,
     top_k: usize,
     chosen: Vec<u16>,
+    /// The selection before drops, only where some slot was dropped.
+    selection: Option<Vec<u16>>,
     weights: Vec<f32>,
     gate_mass_bound: Option<f64>,
 }
@@ -40,11 +42,15 @@ impl Assignment {
                 *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
             }
         }
+        let dropped = |kept: &&[bool]| kept.iter().zip(&chosen).any(|(kept, &expert)| !kept && expert != EMPTY);
+        let kept = kept.filter(dropped);
+        let selection = kept.map(|_| chosen.clone());
         for (slot, _) in kept.unwrap_or_default().iter().enumerate().filter(|(_, kept)| !**kept) {
             chosen[slot] = EMPTY;
             weights[slot] = 0.0;
         }
-        Self { tokens: scores.tokens(), experts: scores.experts(), top_k, chosen, weights, gate_mass_bound: None }
+        let (tokens, experts) = (scores.tokens(), scores.experts());
+        Self { tokens, experts, top_k, chosen, selection, weights, gate_mass_bound: None }
     }
 
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
@@ -92,7 +98,7 @@ impl Assignment {
             }
         }
         let tokens = ids.len() / top_k;
-        Ok(Self { tokens, experts, top_k, chosen, weights: weights.to_vec(), gate_mass_bound: None })
+        Ok(Self { tokens, experts, top_k, chosen, selection: None, weights: weights.to_vec(), gate_mass_bound: None })
     }
 
     pub(crate) fn with_gate_mass_bound(self, bound: f64) -> Self {
@@ -155,6 +161,12 @@ impl Assignment {
     /// Slots with an expert.
     pub fn kept(&self) -> usize {
         self.chosen.iter().filter(|&&expert| expert != EMPTY).count()
+    }
+
+    /// Raw ids of the selection before drops, from which combine weights are made.
+    #[cfg(feature = "candle")]
+    pub(crate) fn raw_selection(&self) -> &[u16] {
+        self.selection.as_deref().unwrap_or(&self.chosen)
     }
 
     /// Kept slots per expert, `[experts]`.

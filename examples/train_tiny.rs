@@ -1,0 +1,351 @@
+//! Trains the bundled `models/tiny-moe` with this crate's own layer, on the CPU.
+//!
+//! ```text
+//! models/tiny-moe/make_corpus.sh corpus                   # three kinds of freely licensed text
+//! export RAYON_NUM_THREADS=1                              # the trainer's threads take whole shards: no threads within
+//! cargo run --release --example train_tiny -- --corpus corpus --out models/tiny-moe
+//! cargo run --release --example train_tiny -- --smoke     # a few steps on the evaluation text, writes nothing
+//! ```
+//!
+//! Each step cuts its batch into fixed shards that run forward and backward on threads of their own; gradients are summed in
+//! shard order, so the result does not depend on the number of threads.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
+use clap::Parser;
+use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::eval::{perplexity::Perplexity, text::Batching, text::EvalText};
+use phase_moe::layer::loss::{load_balancing_loss, router_z_loss};
+use phase_moe::spec::ModelSpec;
+use phase_moe::zoo;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer};
+
+/// A step allocates and frees thousands of tensors: the system's allocator would give each back to the kernel.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Parser)]
+struct Options {
+    /// Directory with `train/KIND.txt` and `valid/KIND.txt`.
+    #[arg(long, default_value = "corpus")]
+    corpus: PathBuf,
+    /// Where config.json, model.safetensors and tokenizer.json go.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Optimiser steps.
+    #[arg(long, default_value_t = 4000)]
+    steps: usize,
+    /// Sequences per shard of a step.
+    #[arg(long, default_value_t = 4)]
+    shard: usize,
+    /// Shards per step.
+    #[arg(long, default_value_t = 8)]
+    shards: usize,
+    /// Threads that work on shards.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Highest learning rate.
+    #[arg(long, default_value_t = 3e-3)]
+    rate: f64,
+    /// Weight of the load-balancing loss.
+    #[arg(long, default_value_t = 0.002)]
+    balance: f64,
+    /// Tokens in the vocabulary.
+    #[arg(long, default_value_t = 2048)]
+    vocab: usize,
+    #[arg(long, default_value_t = 128)]
+    hidden: usize,
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    #[arg(long, default_value_t = 32)]
+    experts: usize,
+    #[arg(long, default_value_t = 64)]
+    width: usize,
+    /// Seed of weights and batches.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// A few steps of a small model on the bundled evaluation text.
+    #[arg(long)]
+    smoke: bool,
+}
+
+const POSITIONS: usize = 256;
+const WARMUP_STEPS: usize = 100;
+const Z_LOSS: f64 = 1e-4;
+const CLIP_NORM: f64 = 1.0;
+
+fn main() -> Result<()> {
+    let mut options = Options::parse();
+    let (mut train, mut valid) = (options.corpus.join("train"), options.corpus.join("valid"));
+    if options.smoke {
+        train = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe/eval");
+        valid = train.clone();
+        (options.steps, options.shard, options.shards, options.vocab) = (6, 1, 2, 512);
+        (options.hidden, options.layers, options.experts, options.width) = (32, 2, 8, 16);
+    }
+    let (train, valid) = (read_texts(&train)?, read_texts(&valid)?);
+    ensure!(train.keys().eq(valid.keys()) && !train.is_empty(), "train and valid must hold the same kinds of text");
+
+    let tokenizer = train_tokenizer(&train, options.vocab)?;
+    let encode = |text: &String| -> Result<Vec<u32>> {
+        Ok(tokenizer.encode_fast(text.as_str(), false).map_err(anyhow::Error::msg)?.get_ids().to_vec())
+    };
+    let train: Vec<Vec<u32>> = train.values().map(encode).collect::<Result<_>>()?;
+    let valid: Vec<EvalText> = valid
+        .iter()
+        .map(|(kind, text)| Ok(EvalText { name: kind.clone(), ids: encode(text)? }))
+        .collect::<Result<_>>()?;
+    for (text, ids) in valid.iter().zip(&train) {
+        println!(
+            "{}: {} training tokens, unigram perplexity {:.1}",
+            text.name,
+            ids.len(),
+            unigram(ids, &text.ids, options.vocab)
+        );
+    }
+
+    let config = config(&options);
+    let spec = zoo::parse_config(&config.to_string(), "config.json")?;
+    println!("{} parameters, {} active", spec.parameters(), spec.active_parameters());
+    let vars = VarMap::new();
+    let decoder = Decoder::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    let vars = sorted(&vars);
+    initialise(&vars, &spec, options.seed)?;
+    train_model(&options, &decoder, &vars, &train, &valid)?;
+    if let Some(out) = options.out.filter(|_| !options.smoke) {
+        std::fs::create_dir_all(&out)?;
+        tokenizer.save(out.join("tokenizer.json"), true).map_err(anyhow::Error::msg)?;
+        std::fs::write(out.join("config.json"), format!("{:#}\n", config))?;
+        let tensors =
+            vars.iter().map(|(name, var)| Ok((name.clone(), var.to_dtype(DType::BF16)?))).collect::<Result<_>>()?;
+        candle_core::safetensors::save(&tensors, out.join("model.safetensors"))?;
+    }
+    Ok(())
+}
+
+/// `KIND.txt` files of a directory by kind.
+fn read_texts(directory: &Path) -> Result<BTreeMap<String, String>> {
+    let entries =
+        std::fs::read_dir(directory).with_context(|| format!("{}: run make_corpus.sh first", directory.display()))?;
+    let mut texts = BTreeMap::new();
+    for path in entries.map(|entry| entry.map(|entry| entry.path())) {
+        let path = path?;
+        let kind = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        texts.insert(kind, std::fs::read_to_string(&path)?);
+    }
+    Ok(texts)
+}
+
+/// Byte-level BPE on the same amount of each kind.
+fn train_tokenizer(texts: &BTreeMap<String, String>, vocab: usize) -> Result<Tokenizer> {
+    let share = texts.values().map(String::len).min().unwrap_or(0);
+    let lines = texts.values().flat_map(|text| {
+        let end = (share..text.len()).find(|&end| text.is_char_boundary(end)).unwrap_or(text.len());
+        text[..end].split_inclusive('\n').map(str::to_owned)
+    });
+    let trainer = BpeTrainer::builder()
+        .vocab_size(vocab)
+        .show_progress(false)
+        .special_tokens(vec![AddedToken::from("<|endoftext|>", true)])
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .build();
+    let mut tokenizer = Tokenizer::new(BPE::default());
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), lines).map_err(anyhow::Error::msg)?;
+    Ok(tokenizer)
+}
+
+/// Perplexity of `valid` under the token frequencies of `train` (add one).
+fn unigram(train: &[u32], valid: &[u32], vocab: usize) -> f64 {
+    let mut counts = vec![1.0f64; vocab];
+    train.iter().for_each(|&id| counts[id as usize] += 1.0);
+    let total: f64 = counts.iter().sum();
+    let nats: f64 = valid.iter().map(|&id| (total / counts[id as usize]).ln()).sum();
+    (nats / valid.len() as f64).exp()
+}
+
+fn config(options: &Options) -> serde_json::Value {
+    serde_json::json!({
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "torch_dtype": "bfloat16",
+        "vocab_size": options.vocab, "hidden_size": options.hidden, "num_hidden_layers": options.layers,
+        "num_attention_heads": options.hidden / 32, "num_key_value_heads": options.hidden / 32,
+        "intermediate_size": options.width, "num_experts": options.experts, "num_experts_per_tok": 4,
+        "norm_topk_prob": false, "hidden_act": "silu", "attention_bias": false, "clip_qkv": null,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": null
+    })
+}
+
+fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
+    let data = vars.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+}
+
+/// Norms 1, matrices normal with 1/√in; what writes into the residual stream divided by √(2·layers).
+fn initialise(vars: &BTreeMap<String, Var>, spec: &ModelSpec, seed: u64) -> Result<()> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut normal = || {
+        let (a, b): (f64, f64) = (rng.random::<f64>().max(1e-12), rng.random());
+        (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
+    };
+    for (name, var) in vars {
+        if var.rank() == 1 {
+            continue;
+        }
+        let mut deviation = (var.dim(1)? as f64).powf(-0.5);
+        if name.contains("o_proj") || name.contains("down_proj") {
+            deviation /= (2.0 * spec.layers as f64).sqrt();
+        }
+        if name.contains("embed_tokens") {
+            deviation = 0.02;
+        }
+        let values: Vec<f32> = (0..var.elem_count()).map(|_| (normal() * deviation) as f32).collect();
+        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+    }
+    Ok(())
+}
+
+fn train_model(
+    options: &Options,
+    decoder: &Decoder,
+    vars: &BTreeMap<String, Var>,
+    train: &[Vec<u32>],
+    valid: &[EvalText],
+) -> Result<()> {
+    let group =
+        |matrices: bool| vars.values().filter(move |var| (var.rank() > 1) == matrices).cloned().collect::<Vec<_>>();
+    let params = |weight_decay| ParamsAdamW { lr: 0.0, beta2: 0.95, weight_decay, ..ParamsAdamW::default() };
+    let mut optimisers = [AdamW::new(group(true), params(0.1))?, AdamW::new(group(false), params(0.0))?];
+    let (started, mut mean_loss, mut mean_balance) = (Instant::now(), 0.0, 0.0);
+    for step in 0..options.steps {
+        let (loss, balance, grads) = step_gradients(options, decoder, vars, train, step)?;
+        let warm = (step + 1) as f64 / WARMUP_STEPS.min(options.steps) as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / options.steps as f64).cos());
+        for optimiser in &mut optimisers {
+            optimiser.set_learning_rate(options.rate * warm.min(0.05 + 0.95 * cosine));
+            optimiser.step(&grads)?;
+        }
+        (mean_loss, mean_balance) = (mean_loss + loss, mean_balance + balance);
+        let every = if options.smoke { 2 } else { 50 };
+        if (step + 1) % every == 0 {
+            let tokens = (step + 1) * options.shard * options.shards * POSITIONS;
+            let rate = tokens as f64 / started.elapsed().as_secs_f64();
+            println!(
+                "step {:5}  loss {:.4}  balance {:.3}  {:.0} tokens/s",
+                step + 1,
+                mean_loss / every as f64,
+                mean_balance / every as f64,
+                rate
+            );
+            (mean_loss, mean_balance) = (0.0, 0.0);
+        }
+        if (step + 1) % 500 == 0 || step + 1 == options.steps {
+            for text in valid {
+                println!("  {}: perplexity {:.2}", text.name, validate(decoder, text)?);
+            }
+        }
+    }
+    println!("{:.1} minutes", started.elapsed().as_secs_f64() / 60.0);
+    Ok(())
+}
+
+/// Mean loss, balance loss and summed, clipped gradients of one step.
+fn step_gradients(
+    options: &Options,
+    decoder: &Decoder,
+    vars: &BTreeMap<String, Var>,
+    train: &[Vec<u32>],
+    step: usize,
+) -> Result<(f64, f64, GradStore)> {
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<Vec<(usize, f64, f64, GradStore)>> {
+        let mut done = Vec::new();
+        loop {
+            // Only hands out numbers: nothing is published through it.
+            let shard = next.fetch_add(1, Ordering::Relaxed);
+            if shard >= options.shards {
+                return Ok(done);
+            }
+            let mut rng = ChaCha8Rng::seed_from_u64(options.seed ^ ((step * options.shards + shard) as u64) << 20);
+            let (loss, balance, grads) = shard_gradients(options, decoder, train, &mut rng)?;
+            done.push((shard, loss, balance, grads));
+        }
+    };
+    let mut shards: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..options.threads).map(|_| scope.spawn(worker)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a worker panicked")).collect::<Result<Vec<_>>>()
+    })?
+    .into_iter()
+    .flatten()
+    .collect();
+    shards.sort_by_key(|shard| shard.0);
+
+    let count = shards.len() as f64;
+    let (loss, balance) = shards.iter().fold((0.0, 0.0), |(loss, balance), shard| (loss + shard.1, balance + shard.2));
+    let mut sums: Vec<(&Var, Tensor)> = Vec::new();
+    let mut squares = 0.0;
+    for var in vars.values() {
+        let mut grads = shards.iter().filter_map(|shard| shard.3.get(var));
+        let Some(first) = grads.next() else { continue };
+        let sum = (grads.try_fold(first.clone(), |sum, grad| sum + grad)? / count)?;
+        squares += f64::from(sum.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        sums.push((var, sum));
+    }
+    let clip = (CLIP_NORM / squares.sqrt()).min(1.0);
+    let mut grads = shards.swap_remove(0).3;
+    for (var, sum) in sums {
+        grads.insert(var, (sum * clip)?);
+    }
+    Ok((loss / count, balance / count, grads))
+}
+
+fn shard_gradients(
+    options: &Options,
+    decoder: &Decoder,
+    train: &[Vec<u32>],
+    rng: &mut ChaCha8Rng,
+) -> Result<(f64, f64, GradStore)> {
+    let cuts: Vec<&[u32]> = (0..options.shard)
+        .map(|_| {
+            let ids = &train[rng.random_range(0..train.len())];
+            let start = rng.random_range(0..ids.len() - POSITIONS - 1);
+            &ids[start..start + POSITIONS + 1]
+        })
+        .collect();
+    let inputs: Vec<&[u32]> = cuts.iter().map(|cut| &cut[..POSITIONS]).collect();
+    let targets: Vec<u32> = cuts.iter().flat_map(|cut| &cut[1..]).copied().collect();
+    let (mut balance, mut z) = (Vec::new(), Vec::new());
+    let logits = decoder.forward(&Batch::new(&inputs)?, &mut decoder.batch_state(), |_, routing| {
+        balance.push(load_balancing_loss(&routing, decoder.spec().moe.scoring)?);
+        z.push(router_z_loss(&routing)?);
+        Ok(())
+    })?;
+    let count = targets.len();
+    let loss = cross_entropy(&logits.reshape((count, ()))?, &Tensor::from_vec(targets, count, logits.device())?)?;
+    let (balance, z) = (Tensor::stack(&balance, 0)?.mean_all()?, Tensor::stack(&z, 0)?.mean_all()?);
+    let total = ((&loss + (&balance * options.balance)?)? + (z * Z_LOSS)?)?;
+    let grads = total.backward()?;
+    Ok((loss.to_scalar::<f32>()?.into(), balance.to_scalar::<f32>()?.into(), grads))
+}
+
+fn validate(decoder: &Decoder, text: &EvalText) -> Result<f64> {
+    let mut perplexity = Perplexity::default();
+    let batching = Batching { tokens: Some(16_384), batch_tokens: 2048, ..Batching::default() };
+    for batch in batching.batches(std::slice::from_ref(text))? {
+        let logits = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        perplexity.add(&logits, &batch)?;
+    }
+    Ok(perplexity.value())
+}

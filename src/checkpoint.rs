@@ -1,0 +1,350 @@
+//! Checkpoints: which tensor lies where, read with positioned reads through one seam, [`ByteSource`].
+//!
+//! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
+//! in memory). Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
+//! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
+//!
+//! Knows nothing of tensor frameworks or models.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::fs::File;
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use crate::error::{Error, Result};
+
+/// Bytes that can be read at a position: a file, or memory.
+pub trait ByteSource: Send + Sync + Debug {
+    /// Number of bytes there are.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    fn len(&self) -> std::io::Result<u64>;
+
+    /// True when there are none.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    fn is_empty(&self) -> std::io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buffer` with the bytes from `offset`.
+    ///
+    /// # Errors
+    /// [`std::io::ErrorKind::UnexpectedEof`] when there are fewer, or what the system reports.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()>;
+}
+
+impl ByteSource for File {
+    fn len(&self) -> std::io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    #[cfg(unix)]
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    #[cfg(windows)]
+    fn read_exact_at(&self, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+        while !buffer.is_empty() {
+            match std::os::windows::fs::FileExt::seek_read(self, buffer, offset)? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                read => {
+                    buffer = &mut buffer[read..];
+                    offset += read as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ByteSource for &'static [u8] {
+    fn len(&self) -> std::io::Result<u64> {
+        Ok((**self).len() as u64)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = self.get(start..).and_then(|rest| rest.get(..buffer.len()));
+        buffer.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+/// One tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Element type as stored.
+    pub dtype: Dtype,
+    /// Shape as stored.
+    pub shape: Vec<usize>,
+    /// Length in bytes.
+    pub bytes: usize,
+    file: usize,
+    offset: u64,
+}
+
+/// The tensors of a model and where their bytes are.
+#[derive(Debug)]
+pub struct Checkpoint {
+    files: Vec<(String, Box<dyn ByteSource>)>,
+    tensors: BTreeMap<String, TensorEntry>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// A header longer than this is an attack, not a model (safetensors' own limit).
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+impl Checkpoint {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `directory`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file is missing or unreadable, [`Error::Checkpoint`] when it is not what it says: naming the file,
+    /// the tensor, what was expected and what came.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let (single, index) = (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
+        if single.exists() || !index.exists() {
+            return Self::open_files(&[single]);
+        }
+        let text = std::fs::read_to_string(&index).map_err(|error| Error::io(&index, error))?;
+        let name = index.display().to_string();
+        let wrong = |detail: String| Error::Checkpoint { file: name.clone(), detail };
+        let parsed: serde_json::Value =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
+        let map = parsed.get("weight_map").and_then(serde_json::Value::as_object);
+        let map = map.ok_or_else(|| wrong("expected an object `weight_map`, got none".into()))?;
+        let mut shards = BTreeMap::<&str, Vec<&str>>::new();
+        for (tensor, shard) in map {
+            let shard = shard.as_str().filter(|shard| !shard.contains(['/', '\\']));
+            let shard = shard
+                .ok_or_else(|| wrong(format!("tensor `{tensor}`: expected a file name, got {:?}", map[tensor])))?;
+            shards.entry(shard).or_default().push(tensor);
+        }
+        let paths: Vec<_> = shards.keys().map(|shard| directory.join(shard)).collect();
+        let checkpoint = Self::open_files(&paths)?;
+        for (shard, tensors) in shards {
+            let missing = tensors.into_iter().find(|tensor| !checkpoint.tensors.contains_key(*tensor));
+            if let Some(tensor) = missing {
+                return Err(wrong(format!("tensor `{tensor}`: expected in {shard}, got none")));
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    /// Opens safetensors files by path.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        let open = |path: &Path| -> Result<(String, Box<dyn ByteSource>)> {
+            let file = File::open(path).map_err(|error| Error::io(path, error))?;
+            Ok((path.display().to_string(), Box::new(file)))
+        };
+        Self::from_sources(paths.iter().map(|path| open(path.as_ref())).collect::<Result<_>>()?)
+    }
+
+    /// Reads the headers of named sources.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a header that is not one, a tensor outside the file, a tensor in two files.
+    pub fn from_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
+        let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
+        for (index, (name, source)) in files.iter().enumerate() {
+            let (header, data_start) = read_header(name, source.as_ref())?;
+            metadata.extend(header.metadata().clone().unwrap_or_default());
+            for (tensor, info) in header.tensors() {
+                let (start, end) = info.data_offsets;
+                let entry = TensorEntry {
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    bytes: end - start,
+                    file: index,
+                    offset: data_start + start as u64,
+                };
+                if tensors.insert(tensor.clone(), entry).is_some() {
+                    let detail = format!("tensor `{tensor}`: expected in one file, got in two");
+                    return Err(Error::Checkpoint { file: name.clone(), detail });
+                }
+            }
+        }
+        Ok(Self { files, tensors, metadata })
+    }
+
+    /// All tensors by name.
+    pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
+        &self.tensors
+    }
+
+    /// Free-form metadata of the files.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// The entry of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when there is none.
+    pub fn entry(&self, tensor: &str) -> Result<&TensorEntry> {
+        self.tensors.get(tensor).ok_or_else(|| Error::Checkpoint {
+            file: self.files.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", "),
+            detail: format!("tensor `{tensor}`: expected in the checkpoint, got none"),
+        })
+    }
+
+    /// The file a tensor is in.
+    pub fn file_of(&self, entry: &TensorEntry) -> &str {
+        &self.files[entry.file].0
+    }
+
+    /// Reads the bytes of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when there is no such tensor or the read fails or comes back short.
+    pub fn read(&self, tensor: &str) -> Result<Vec<u8>> {
+        let entry = self.entry(tensor)?;
+        let (file, source) = &self.files[entry.file];
+        let mut bytes = vec![0; entry.bytes];
+        source.read_exact_at(&mut bytes, entry.offset).map_err(|error| Error::Checkpoint {
+            file: file.clone(),
+            detail: format!("tensor `{tensor}`: expected {} bytes at {}, got {error}", entry.bytes, entry.offset),
+        })?;
+        Ok(bytes)
+    }
+}
+
+/// Reads and checks the header of a safetensors file; returns it and where the data begin.
+fn read_header(name: &str, source: &dyn ByteSource) -> Result<(Metadata, u64)> {
+    let wrong = |detail: String| Error::Checkpoint { file: name.into(), detail };
+    let io = |error: std::io::Error| wrong(format!("expected a readable file, got {error}"));
+    let length = source.len().map_err(io)?;
+    let mut prefix = [0; 8];
+    if length < 8 {
+        return Err(wrong(format!("expected a safetensors header of at least 8 bytes, got {length} bytes")));
+    }
+    source.read_exact_at(&mut prefix, 0).map_err(io)?;
+    let header_length = u64::from_le_bytes(prefix);
+    if header_length > MAX_HEADER_BYTES || header_length > length - 8 {
+        return Err(wrong(format!(
+            "expected a safetensors header within the file's {length} bytes, got a header length of {header_length}: \
+             truncated, or not a safetensors file"
+        )));
+    }
+    let mut header = vec![0; header_length as usize];
+    source.read_exact_at(&mut header, 8).map_err(io)?;
+    // Deserialising checks that tensors neither overlap nor leave gaps and that shape and dtype give their length.
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|error| wrong(format!("expected a safetensors header, got {error}")))?;
+    let mut spans: Vec<_> =
+        metadata.tensors().into_iter().map(|(name, info)| (info.data_offsets, name, info.clone())).collect();
+    spans.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+    let mut end = 0;
+    for ((start, stop), tensor, info) in spans {
+        let elements = info.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        let bytes =
+            elements.and_then(|elements| elements.checked_mul(info.dtype.bitsize())).map(|bits| bits.div_ceil(8));
+        if start != end || stop < start || bytes != Some(stop - start) {
+            return Err(wrong(format!(
+                "tensor `{tensor}`: expected {:?} {:?} to fill the bytes from {end}, got the span {start}..{stop}",
+                info.dtype, info.shape
+            )));
+        }
+        end = stop;
+    }
+    let data_start = 8 + header_length;
+    if data_start + end as u64 != length {
+        return Err(wrong(format!("expected {} bytes as the header says, got {length}", data_start + end as u64)));
+    }
+    Ok((metadata, data_start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend((0..data).map(|byte| byte as u8));
+        bytes
+    }
+
+    fn open(bytes: Vec<u8>) -> Result<Checkpoint, String> {
+        let bytes: &'static [u8] = bytes.leak();
+        Checkpoint::from_sources(vec![("m.safetensors".into(), Box::new(bytes))]).map_err(|error| error.to_string())
+    }
+
+    const ONE: &str = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+
+    #[test]
+    fn a_sound_file_reads_back() {
+        let checkpoint = open(file(ONE, 8)).unwrap();
+        assert_eq!(checkpoint.entry("a").unwrap().shape, [2]);
+        assert_eq!(checkpoint.read("a").unwrap(), [0, 1, 2, 3, 4, 5, 6, 7]);
+        let missing = checkpoint.read("b").unwrap_err().to_string();
+        assert_eq!(missing, "m.safetensors: tensor `b`: expected in the checkpoint, got none");
+    }
+
+    #[test]
+    fn every_attack_on_the_header_is_refused() {
+        let cases = [
+            (vec![], "at least 8 bytes"),
+            (b"GGUF".to_vec(), "at least 8 bytes"),
+            (b"\x80\x02}q\x00(X\x05\x00\x00\x00state".to_vec(), "not a safetensors file"),
+            (file(ONE, 7), "expected 70 bytes as the header says, got 69"),
+            (file(ONE, 9), "expected 70 bytes as the header says, got 71"),
+            (file("{", 0), "expected a safetensors header"),
+            (file(r#"{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}"#, 8), "expected a safetensors header"),
+            (file(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8), "tensor"),
+            (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#, 12), "tensor"),
+            (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8), "tensor"),
+            (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,800]}}"#, 8), "tensor"),
+            (file(r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#, 0), "tensor"),
+            (
+                file(
+                    r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                    12,
+                ),
+                "tensor",
+            ),
+        ];
+        for (bytes, expected) in cases {
+            let shown = String::from_utf8_lossy(&bytes).into_owned();
+            let error = open(bytes).expect_err(&shown);
+            assert!(error.starts_with("m.safetensors: ") && error.contains(expected), "{shown}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrinks_while_open_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.safetensors");
+        std::fs::write(&path, file(ONE, 8)).unwrap();
+        let checkpoint = Checkpoint::open(directory.path()).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(40).unwrap();
+        assert!(checkpoint.read("a").unwrap_err().to_string().contains("tensor `a`: expected 8 bytes at 62"));
+    }
+
+    #[test]
+    fn shards_missing_from_the_index_are_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| std::fs::write(directory.path().join(name), bytes).unwrap();
+        let index = |map: &str| write("model.safetensors.index.json", format!(r#"{{"weight_map":{map}}}"#).as_bytes());
+        let error = || Checkpoint::open(directory.path()).unwrap_err().to_string();
+        assert!(error().contains("model.safetensors: "));
+        index(r#"{"a":"one.safetensors","b":"two.safetensors"}"#);
+        write("one.safetensors", &file(ONE, 8));
+        assert!(error().contains("two.safetensors"));
+        write("two.safetensors", &file(r#"{"c":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 8));
+        assert!(error().contains("tensor `b`: expected in two.safetensors, got none"));
+        write("two.safetensors", &file(ONE, 8));
+        assert!(error().contains("tensor `a`: expected in one file, got in two"));
+        index(r#"{"a":"../one.safetensors"}"#);
+        assert!(error().contains("expected a file name"));
+    }
+}

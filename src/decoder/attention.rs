@@ -1,0 +1,127 @@
+//! Grouped-query attention (arXiv 2305.13245) with rotary positions and a key–value cache.
+//!
+//! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`.
+
+use candle_core::{D, DType, Module, Tensor};
+use candle_nn::ops::{softmax, softmax_last_dim};
+use candle_nn::{Init, Linear, VarBuilder};
+
+use super::norm::RmsNorm;
+use super::rotary::Rotary;
+use crate::error::Result;
+use crate::spec::ModelSpec;
+
+/// Keys and values of the positions seen, `[batch, kv_heads, positions, head_dim]` each.
+#[derive(Clone, Debug, Default)]
+pub struct KvCache(Option<(Tensor, Tensor)>);
+
+impl KvCache {
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.0.as_ref().and_then(|(keys, _)| keys.dim(2).ok()).unwrap_or(0)
+    }
+
+    /// True before the first position.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn append(&mut self, keys: Tensor, values: Tensor) -> Result<(Tensor, Tensor)> {
+        let all = match &self.0 {
+            None => (keys, values),
+            Some((old_keys, old_values)) => {
+                (Tensor::cat(&[old_keys, &keys], 2)?, Tensor::cat(&[old_values, &values], 2)?)
+            }
+        };
+        self.0 = Some(all.clone());
+        Ok(all)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Attention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    norms: Option<(RmsNorm, RmsNorm)>,
+    clip: Option<f64>,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let linear = |name: &str, rows: usize, columns: usize| -> Result<Linear> {
+            let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
+            Ok(Linear::new(vb.pp(name).get_with_hints((rows, columns), "weight", init)?, None))
+        };
+        let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
+        Ok(Self {
+            query: linear("q_proj", queries, hidden)?,
+            key: linear("k_proj", keys, hidden)?,
+            value: linear("v_proj", keys, hidden)?,
+            output: linear("o_proj", hidden, queries)?,
+            norms: if spec.qk_norm { Some((norm("q_norm", queries)?, norm("k_norm", keys)?)) } else { None },
+            clip: spec.clip_qkv,
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+        })
+    }
+
+    pub(super) fn forward(
+        &self,
+        hidden: &Tensor,
+        rotary: &Rotary,
+        mask: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let (batch, positions, _) = hidden.dims3()?;
+        let (mut query, mut key) = (self.query.forward(hidden)?, self.key.forward(hidden)?);
+        let mut value = self.value.forward(hidden)?;
+        if let Some((query_norm, key_norm)) = &self.norms {
+            (query, key) = (query_norm.forward(&query)?, key_norm.forward(&key)?);
+        }
+        if let Some(clip) = self.clip {
+            (query, key, value) = (query.clamp(-clip, clip)?, key.clamp(-clip, clip)?, value.clamp(-clip, clip)?);
+        }
+        let split = |projected: Tensor, heads: usize| -> Result<Tensor> {
+            Ok(projected.reshape((batch, positions, heads, self.head_dim))?.transpose(1, 2)?)
+        };
+        let start = cache.as_ref().map_or(0, |cache| cache.len());
+        let query = rotary.apply(&split(query, self.heads)?, start)?;
+        let mut key = rotary.apply(&split(key, self.kv_heads)?, start)?;
+        let mut value = split(value, self.kv_heads)?.contiguous()?;
+        if let Some(cache) = cache {
+            (key, value) = cache.append(key, value)?;
+        }
+        let (key, value) = (self.repeat(key)?, self.repeat(value)?);
+
+        let scale = (self.head_dim as f64).powf(-0.5);
+        let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
+        let scores = match mask {
+            Some(mask) => scores.broadcast_add(mask)?,
+            None => scores,
+        };
+        let scores = scores.to_dtype(DType::F32)?;
+        // The fused softmax has no backward pass.
+        let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+        let mixed = shares.to_dtype(value.dtype())?.matmul(&value)?;
+        let mixed = mixed.transpose(1, 2)?.reshape((batch, positions, self.heads * self.head_dim))?;
+        Ok(self.output.forward(&mixed)?)
+    }
+
+    /// Each key–value head once for every query head of its group.
+    fn repeat(&self, heads: Tensor) -> Result<Tensor> {
+        let group = self.heads / self.kv_heads;
+        if group == 1 {
+            return Ok(heads);
+        }
+        let (batch, kv_heads, positions, head_dim) = heads.dims4()?;
+        let wide = heads.unsqueeze(2)?.expand((batch, kv_heads, group, positions, head_dim))?;
+        Ok(wide.reshape((batch, self.heads, positions, head_dim))?)
+    }
+}

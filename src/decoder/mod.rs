@@ -1,0 +1,246 @@
+//! The transformer around the MoE layer: embedding, blocks of attention and MoE, final norm, output weights.
+//!
+//! `[batch, positions]` token ids to `[batch, positions, vocab]` logits. What varies between families is data in
+//! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
+
+pub mod attention;
+pub mod model;
+mod norm;
+mod rotary;
+pub mod sampling;
+pub mod weights;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::{Embedding, Init, Linear, VarBuilder};
+
+use crate::decoder::attention::{Attention, KvCache};
+use crate::decoder::norm::RmsNorm;
+use crate::decoder::rotary::Rotary;
+use crate::error::{Error, Result};
+use crate::layer::{MoeLayer, Routing};
+use crate::routing::capacity::CapacityRule;
+use crate::routing::router::{RouteContext, RouteState, Router};
+use crate::spec::ModelSpec;
+
+/// Token ids of one forward pass, `[sequences, positions]`, shorter sequences filled up at the end with padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    ids: Vec<u32>,
+    padding: Option<Vec<bool>>,
+    sequences: usize,
+    positions: usize,
+}
+
+impl Batch {
+    /// From sequences of any lengths; padding takes no room in experts.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there is no sequence or an empty one.
+    pub fn new(sequences: &[&[u32]]) -> Result<Self> {
+        let positions = sequences.iter().map(|ids| ids.len()).max().unwrap_or(0);
+        if sequences.iter().any(|ids| ids.is_empty()) || positions == 0 {
+            return Err(Error::shape("batch", "sequences of at least one token", "an empty one"));
+        }
+        let (mut ids, mut padding) = (Vec::new(), Vec::new());
+        for sequence in sequences {
+            ids.extend_from_slice(sequence);
+            ids.resize(ids.len() + positions - sequence.len(), 0);
+            padding.extend((0..positions).map(|position| position >= sequence.len()));
+        }
+        let padding = padding.contains(&true).then_some(padding);
+        Ok(Self { ids, padding, sequences: sequences.len(), positions })
+    }
+
+    /// Token ids, row-major; 0 where padded.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// True where padded; `None` when nothing is.
+    pub fn padding(&self) -> Option<&[bool]> {
+        self.padding.as_deref()
+    }
+
+    /// Rows.
+    pub fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    /// Columns.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// What routers may know of this batch in layer `layer`.
+    pub fn context(&self, layer: usize) -> RouteContext<'_> {
+        RouteContext { layer, token_ids: Some(&self.ids), padding: self.padding() }
+    }
+}
+
+/// What a decoder carries from one forward pass to the next: keys and values per layer, router state per layer.
+#[derive(Clone, Debug)]
+pub struct DecoderState {
+    /// `None` keeps no keys and values: each forward pass is a text of its own.
+    kv: Option<Vec<KvCache>>,
+    routes: Vec<RouteState>,
+}
+
+impl DecoderState {
+    /// Forgets the text: keys and values go, router states stay.
+    pub fn new_text(&mut self) {
+        self.kv.iter_mut().flatten().for_each(|cache| *cache = KvCache::default());
+    }
+
+    /// Positions seen so far.
+    pub fn position(&self) -> usize {
+        self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len)
+    }
+}
+
+#[derive(Clone)]
+struct Block {
+    attention_norm: RmsNorm,
+    attention: Attention,
+    moe_norm: RmsNorm,
+    moe: MoeLayer,
+}
+
+/// A decoder-only transformer with MoE layers; clones share weights.
+#[derive(Clone)]
+pub struct Decoder {
+    spec: ModelSpec,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    output: Linear,
+    rotary: Rotary,
+}
+
+impl Decoder {
+    /// Loads the tensors of `spec` in Hugging Face names (`model.embed_tokens`, `model.layers.N`, `lm_head`, …).
+    ///
+    /// # Errors
+    /// What the builder reports for missing tensors and wrong shapes, [`Error::Parameter`] for sizes that contradict.
+    pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
+        let table = |vb: VarBuilder<'_>, stdev| {
+            vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
+        };
+        let embeddings = table(model.pp("embed_tokens"), 0.02)?;
+        let output = match spec.tied_embeddings {
+            true => embeddings.clone(),
+            false => table(vb.pp("lm_head"), 0.02)?,
+        };
+        let blocks = (0..spec.layers).map(|layer| {
+            let vb = model.pp("layers").pp(layer);
+            Ok(Block {
+                attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
+                attention: Attention::load(spec, vb.pp("self_attn"))?,
+                moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?,
+            })
+        });
+        Ok(Self {
+            spec: spec.clone(),
+            embedding: Embedding::new(embeddings, hidden),
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: RmsNorm::load(hidden, spec.norm_eps, model.pp("norm"))?,
+            output: Linear::new(output, None),
+            rotary: Rotary::new(spec, vb.device())?,
+        })
+    }
+
+    /// Sizes and family.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The MoE layer of each block.
+    pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
+        self.blocks.iter().map(|block| &block.moe)
+    }
+
+    /// The MoE layer of each block, to be changed.
+    pub fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeLayer> {
+        self.blocks.iter_mut().map(|block| &mut block.moe)
+    }
+
+    /// Sets router and capacity rule of every layer.
+    pub fn set_router(&mut self, router: &Arc<dyn Router>, capacity: Option<&CapacityRule>) {
+        for layer in self.moe_layers_mut() {
+            layer.set_router(router.clone(), capacity.cloned());
+        }
+    }
+
+    /// Sets how many experts a token gets in every layer.
+    ///
+    /// # Errors
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`].
+    pub fn set_top_k(&mut self, top_k: usize) -> Result<()> {
+        self.spec.moe.top_k = top_k;
+        self.spec.moe.check()?;
+        self.moe_layers_mut().try_for_each(|layer| layer.set_top_k(top_k))
+    }
+
+    /// A fresh state that keeps keys and values, for generating one text token by token.
+    pub fn generation_state(&self) -> DecoderState {
+        DecoderState { kv: Some(vec![KvCache::default(); self.blocks.len()]), ..self.batch_state() }
+    }
+
+    /// A fresh state that keeps none, for batches of independent texts.
+    pub fn batch_state(&self) -> DecoderState {
+        DecoderState { kv: None, routes: vec![RouteState::default(); self.blocks.len()] }
+    }
+
+    /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
+    /// what its router saw and did.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
+    /// [`Error::Shape`] for padding together with kept keys and values; whatever a layer or `observe` reports.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        state: &mut DecoderState,
+        mut observe: impl FnMut(usize, Routing) -> Result<()>,
+    ) -> Result<Tensor> {
+        if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.spec.vocab) {
+            return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
+        }
+        let start = state.position();
+        if start + batch.positions > self.spec.max_positions {
+            let expected = format!("at most the model's {}", self.spec.max_positions);
+            return Err(Error::parameter("text length", start + batch.positions, expected));
+        }
+        if batch.padding.is_some() && state.kv.is_some() {
+            return Err(Error::shape("batch", "no padding while keys and values are kept", "padding"));
+        }
+        let device = self.embedding.embeddings().device();
+        let ids = Tensor::from_slice(&batch.ids, (batch.sequences, batch.positions), device)?;
+        let mut hidden = self.embedding.forward(&ids)?;
+        let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let cache = state.kv.as_mut().map(|caches| &mut caches[layer]);
+            let normed = block.attention_norm.forward(&hidden)?;
+            hidden = (hidden + block.attention.forward(&normed, &self.rotary, mask.as_ref(), cache)?)?;
+            let normed = block.moe_norm.forward(&hidden)?;
+            let (output, routing) = block.moe.forward_in(&normed, batch.context(layer), &mut state.routes[layer])?;
+            observe(layer, routing)?;
+            hidden = (hidden + output)?;
+        }
+        Ok(self.output.forward(&self.norm.forward(&hidden)?)?)
+    }
+}
+
+/// 0 where a position may look, −∞ where it may not: `[positions, start + positions]`; `None` for a single position.
+fn causal_mask(positions: usize, start: usize, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
+    if positions == 1 {
+        return Ok(None);
+    }
+    let columns = start + positions;
+    let cell = |row: usize, column: usize| if column > start + row { f32::NEG_INFINITY } else { 0.0 };
+    let cells: Vec<f32> = (0..positions).flat_map(|row| (0..columns).map(move |column| cell(row, column))).collect();
+    Ok(Some(Tensor::from_vec(cells, (positions, columns), device)?.to_dtype(dtype)?))
+}

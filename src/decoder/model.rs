@@ -1,0 +1,135 @@
+//! A model ready to use: decoder, tokenizer and name, loaded from a checkpoint directory in Hugging Face layout.
+//!
+//! ```no_run
+//! use phase_moe::decoder::model::{LoadOptions, Model};
+//!
+//! let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
+//! let ids = model.encode("In the beginning")?;
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use tokenizers::Tokenizer;
+
+use super::{Decoder, weights};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::zoo;
+
+/// In which dtype and where to hold the weights.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Dtype of the weights in memory, whatever the checkpoint's.
+    pub dtype: DType,
+    /// Device of the weights.
+    pub device: Device,
+}
+
+impl Default for LoadOptions {
+    /// `f32` on the CPU.
+    fn default() -> Self {
+        Self { dtype: DType::F32, device: Device::Cpu }
+    }
+}
+
+/// The files of a checkpoint, as text and tensors.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// What to call the model: the directory's name.
+    pub name: String,
+    /// `config.json`.
+    pub config: String,
+    /// `tokenizer.json`.
+    pub tokenizer: Vec<u8>,
+    /// The tensors.
+    pub checkpoint: Arc<Checkpoint>,
+}
+
+impl ModelFiles {
+    /// Opens the files in `directory`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a missing or unreadable file, [`Error::Checkpoint`] as [`Checkpoint::open`].
+    pub fn open(directory: &Path) -> Result<Self> {
+        let read = |name: &str| {
+            let path = directory.join(name);
+            std::fs::read(&path).map_err(|error| Error::io(path, error))
+        };
+        let config = String::from_utf8(read("config.json")?)
+            .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
+        let name =
+            directory.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        Ok(Self {
+            name: name.unwrap_or_else(|| directory.display().to_string()),
+            config,
+            checkpoint: Arc::new(Checkpoint::open(directory)?),
+            tokenizer: read("tokenizer.json")?,
+        })
+    }
+}
+
+/// A decoder with its tokenizer.
+#[derive(Clone)]
+pub struct Model {
+    name: String,
+    decoder: Decoder,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Model {
+    /// Loads `config.json`, `*.safetensors` and `tokenizer.json` from `directory`.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`] and [`Model::from_files`].
+    pub fn load(directory: &Path, options: &LoadOptions) -> Result<Self> {
+        Self::from_files(&ModelFiles::open(directory)?, options)
+    }
+
+    /// Builds the model from opened files.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] and
+    /// [`Error::Candle`] for tensors that are missing or of the wrong shape or dtype, [`Error::Tokenizer`].
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let spec = zoo::parse_config(&files.config, "config.json")?;
+        let vb = weights::var_builder(files.checkpoint.clone(), options.dtype, &options.device);
+        let tokenizer = Tokenizer::from_bytes(&files.tokenizer).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let decoder = Decoder::load(&spec, vb)?;
+        Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer) })
+    }
+
+    /// What the model is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The transformer.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The transformer, to change routers or top_k.
+    pub fn decoder_mut(&mut self) -> &mut Decoder {
+        &mut self.decoder
+    }
+
+    /// Token ids of `text`, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer cannot.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of token ids.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer cannot.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, true).map_err(|error| Error::Tokenizer(error.to_string()))
+    }
+}

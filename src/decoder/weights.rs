@@ -1,0 +1,55 @@
+//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use safetensors::Dtype;
+
+use crate::checkpoint::{Checkpoint, TensorEntry};
+use crate::error::{Error, Result};
+
+/// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
+pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
+    VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
+}
+
+struct CheckpointBackend(Arc<Checkpoint>);
+
+impl CheckpointBackend {
+    fn tensor(&self, entry: &TensorEntry, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let stored = match entry.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", format!("{other:?}"))),
+        };
+        let bytes = self.0.read(name)?;
+        Ok(Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?.to_dtype(dtype)?)
+    }
+
+    fn wrong(&self, entry: &TensorEntry, name: &str, expected: &str, got: String) -> Error {
+        let detail = format!("tensor `{name}`: expected {expected}, got {got}");
+        Error::Checkpoint { file: self.0.file_of(entry).into(), detail }
+    }
+}
+
+impl SimpleBackend for CheckpointBackend {
+    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let entry = self.0.entry(name)?;
+        if entry.shape != shape.dims() {
+            let expected = format!("shape {:?}", shape.dims());
+            return Err(self.wrong(entry, name, &expected, format!("{:?}", entry.shape)).into());
+        }
+        Ok(self.tensor(entry, name, dtype, device)?)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        Ok(self.tensor(self.0.entry(name)?, name, dtype, device)?)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.tensors().contains_key(name)
+    }
+}

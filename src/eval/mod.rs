@@ -1,0 +1,4 @@
+//! Measuring a model on real text: batches of it, perplexity, and routers side by side.
+
+pub mod perplexity;
+pub mod text;

@@ -1,0 +1,60 @@
+//! Dispatch with Candle operations: rows to their experts, experts' rows back, weighted and summed.
+//!
+//! Every operation here has a backward pass, and none takes a view of a stacked variable: this is the path that trains,
+//! that runs on any device, and the oracle for faster ones. Knows nothing of how slots were assigned.
+
+use candle_core::{D, DType, Module, Tensor};
+use candle_nn::ops::{sigmoid, softmax};
+
+use super::ROUTING_DTYPE;
+use super::expert::SwiGlu;
+use crate::error::Result;
+use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::plan::DispatchPlan;
+use crate::routing::scores::{ScoreFunction, Scoring};
+
+/// Combine weight of each sorted slot of `plan`, `[kept, 1]` f32: as the assignment has them or, where `logits` are part of
+/// a graph, computed from the logits once more with operations that gradients pass through.
+pub(super) fn slot_weights(
+    logits: &Tensor,
+    assignment: &Assignment,
+    plan: &DispatchPlan,
+    scoring: Scoring,
+) -> Result<Tensor> {
+    let (kept, device) = (plan.tokens().len(), logits.device());
+    if !logits.track_op() {
+        return Ok(Tensor::from_slice(plan.weights(), (kept, 1), device)?);
+    }
+    let (tokens, top_k) = (assignment.tokens(), assignment.top_k());
+    let selection = assignment.raw_selection();
+    let ids: Vec<u32> = selection.iter().map(|&expert| if expert == EMPTY { 0 } else { expert.into() }).collect();
+    let filled: Vec<f32> = selection.iter().map(|&expert| if expert == EMPTY { 0.0 } else { 1.0 }).collect();
+    let scores = match scoring.function {
+        ScoreFunction::Softmax => softmax(logits, D::Minus1)?,
+        ScoreFunction::Sigmoid => sigmoid(logits)?,
+    };
+    let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, top_k), device)?, 1)?;
+    let chosen = (chosen * Tensor::from_vec(filled, (tokens, top_k), device)?)?;
+    let weights = match scoring.normalize {
+        // A token without any slot has sum 0 and no slot that would read its weight.
+        true => chosen.broadcast_div(&chosen.sum_keepdim(1)?.maximum(f64::from(f32::MIN_POSITIVE))?)?,
+        false => chosen,
+    };
+    let weights = (weights * f64::from(scoring.scale))?.reshape((tokens * top_k, 1))?;
+    Ok(weights.index_select(&Tensor::from_slice(plan.slots(), kept, device)?, 0)?)
+}
+
+/// The weighted sum over slots, `[tokens, hidden]` in `f32`; tokens without slots get 0.
+pub(super) fn forward(tokens: &Tensor, experts: &[SwiGlu], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
+    let (device, sum) = (tokens.device(), Tensor::zeros(tokens.shape(), ROUTING_DTYPE, tokens.device())?);
+    let mut outputs = Vec::new();
+    for (expert, range) in plan.busy_experts() {
+        let rows = Tensor::from_slice(&plan.tokens()[range.clone()], range.len(), device)?;
+        outputs.push(experts[expert].forward(&tokens.index_select(&rows, 0)?)?);
+    }
+    if outputs.is_empty() {
+        return Ok(sum);
+    }
+    let outputs = Tensor::cat(&outputs, 0)?.to_dtype(DType::F32)?.broadcast_mul(weights)?;
+    Ok(sum.index_add(&Tensor::from_slice(plan.tokens(), plan.tokens().len(), device)?, &outputs, 0)?)
+}

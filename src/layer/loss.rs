@@ -1,0 +1,90 @@
+//! What keeps a gate in training from sending everything to the same experts.
+//!
+//! Two losses to add to the model's own, and one update rule that needs no loss. Knows nothing of optimisers.
+
+use candle_core::{D, Tensor};
+use candle_nn::ops::{sigmoid, softmax};
+
+use super::Routing;
+use crate::error::{Error, Result};
+use crate::routing::scores::{ScoreFunction, Scoring};
+
+/// Load-balancing loss of GShard and Switch (arXiv 2101.03961, eq. 4, for k slots):
+/// `experts · Σ_e (slots of e / slots) · mean score of e`; 1 when balanced. A scalar; gradients reach the gate.
+///
+/// # Errors
+/// [`Error::Candle`] from the tensor operations.
+pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor> {
+    let experts = routing.assignment.experts();
+    let slots = routing.assignment.kept().max(1) as f32;
+    let share: Vec<f32> = routing.assignment.load().into_iter().map(|load| load as f32 / slots).collect();
+    let share = Tensor::from_vec(share, experts, routing.logits.device())?;
+    let scores = match scoring.function {
+        ScoreFunction::Softmax => softmax(&routing.logits, D::Minus1)?,
+        ScoreFunction::Sigmoid => {
+            let scores = sigmoid(&routing.logits)?;
+            scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?
+        }
+    };
+    Ok(((scores.mean(0)? * share)?.sum_all()? * experts as f64)?)
+}
+
+/// Router z-loss (ST-MoE, arXiv 2202.08906, eq. 5): the mean over tokens of `log(Σ_e exp(logit))²`. Keeps logits small.
+///
+/// # Errors
+/// [`Error::Candle`] from the tensor operations.
+pub fn router_z_loss(routing: &Routing) -> Result<Tensor> {
+    Ok(routing.logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
+}
+
+/// Loss-free balancing (arXiv 2408.15664): a selection bias per expert that rises while the expert has less than its share
+/// and falls while it has more, by a constant rate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossFreeBias {
+    bias: Vec<f32>,
+    rate: f32,
+}
+
+impl LossFreeBias {
+    /// Zero bias for `experts`, moved by `rate` at each update (the paper uses 0.001).
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a rate that is not positive and finite.
+    pub fn new(experts: usize, rate: f32) -> Result<Self> {
+        if !(rate.is_finite() && rate > 0.0) {
+            return Err(Error::parameter("bias update rate", rate, "a positive finite number"));
+        }
+        Ok(Self { bias: vec![0.0; experts], rate })
+    }
+
+    /// Moves each bias against the load that its expert had in the last batch.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there is not one load per expert.
+    pub fn update(&mut self, load: &[u32]) -> Result<()> {
+        if load.len() != self.bias.len() {
+            return Err(Error::shape(
+                "expert load",
+                format!("{} values", self.bias.len()),
+                format!("{} values", load.len()),
+            ));
+        }
+        let mean = load.iter().map(|&load| f64::from(load)).sum::<f64>() / load.len().max(1) as f64;
+        for (bias, &load) in self.bias.iter_mut().zip(load) {
+            let lack = mean - f64::from(load);
+            *bias += if lack > 0.0 {
+                self.rate
+            } else if lack < 0.0 {
+                -self.rate
+            } else {
+                0.0
+            };
+        }
+        Ok(())
+    }
+
+    /// The bias, for [`MoeLayer::set_selection_bias`](super::MoeLayer::set_selection_bias).
+    pub fn values(&self) -> &[f32] {
+        &self.bias
+    }
+}

@@ -1,0 +1,226 @@
+//! The MoE layer for Candle: gate, router, experts, weighted sum.
+//!
+//! `y = Σ_slots weight · down(silu(gate_proj(x)) ⊙ up_proj(x))`, input `[.., hidden]`, output the same shape and dtype.
+//! Routing and the weighted sum are in `f32` whatever the dtype of the weights. Under `Var`s the layer is differentiable:
+//! gradients reach the gate through the combine weights and the experts through the dispatch.
+//!
+//! ```
+//! use candle_core::{Device, Module, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use phase_moe::layer::MoeLayer;
+//! use phase_moe::spec::MoeSpec;
+//!
+//! let (device, vars) = (Device::Cpu, VarMap::new());
+//! let vb = VarBuilder::from_varmap(&vars, candle_core::DType::F32, &device);
+//! let layer = MoeLayer::load(&MoeSpec::new(16, 8, 2, 32)?, vb.pp("mlp"))?;
+//! let hidden = Tensor::randn(0f32, 1.0, (2, 5, 16), &device)?;
+//! assert_eq!(layer.forward(&hidden)?.dims(), [2, 5, 16]);
+//! let (_, assignment) = layer.forward_routed(&hidden)?;
+//! assert_eq!(assignment.kept(), 2 * 5 * 2);
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! Knows nothing of attention, checkpoints or model families.
+
+pub mod dispatch;
+pub mod expert;
+pub mod gate;
+pub mod loss;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Module, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::error::{Error, Result};
+use crate::layer::expert::SwiGlu;
+use crate::layer::gate::Gate;
+use crate::routing::assignment::Assignment;
+use crate::routing::capacity::{Capacity, CapacityRule};
+use crate::routing::logits::Logits;
+use crate::routing::metrics::RouteMetrics;
+use crate::routing::plan::DispatchPlan;
+use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+use crate::routing::scores::Scores;
+use crate::routing::topk::TopK;
+use crate::spec::MoeSpec;
+
+/// A Mixture-of-Experts FFN; clones share weights.
+#[derive(Clone)]
+pub struct MoeLayer {
+    spec: MoeSpec,
+    gate: Gate,
+    experts: Vec<SwiGlu>,
+    router: Arc<dyn Router>,
+    capacity: Option<CapacityRule>,
+}
+
+/// What the router saw and did in one forward pass of one layer.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    /// Gate logits, `[tokens, experts]` f32; part of the graph under `Var`s.
+    pub logits: Tensor,
+    /// Gate scores made of them.
+    pub scores: Scores,
+    /// Room there was in this batch.
+    pub capacity: Capacity,
+    /// Who went where.
+    pub assignment: Assignment,
+    /// Time in the router alone: from scores to assignment.
+    pub route_time: Duration,
+}
+
+impl Routing {
+    /// The figures of this routing; `context` is what the forward pass was given.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `context` is of another batch.
+    pub fn metrics(&self, context: RouteContext<'_>) -> Result<RouteMetrics> {
+        let request = RouteRequest::new(&self.scores, self.assignment.top_k(), &self.capacity, context)?;
+        Ok(RouteMetrics::new(&request, &self.assignment))
+    }
+}
+
+impl MoeLayer {
+    /// From a gate and experts; routes by dropless top-k until told otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, or experts are too few or too many.
+    pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<SwiGlu>) -> Result<Self> {
+        spec.check()?;
+        gate.check(&spec)?;
+        if experts.len() != spec.experts {
+            return Err(Error::shape("experts", spec.experts, experts.len()));
+        }
+        for (index, expert) in experts.iter().enumerate() {
+            expert.check(&spec, index)?;
+        }
+        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None })
+    }
+
+    /// Loads the tensors that `spec.names` names under `vb`, for example `vb.pp("mlp")`.
+    ///
+    /// # Errors
+    /// What the builder reports for missing tensors and wrong shapes.
+    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        spec.check()?;
+        let experts = vb.pp(&spec.names.experts);
+        let experts = (0..spec.experts).map(|expert| SwiGlu::load(spec, experts.pp(expert))).collect::<Result<_>>()?;
+        Self::new(spec.clone(), Gate::load(spec, vb.pp(&spec.names.gate))?, experts)
+    }
+
+    /// Sets the router and the rule that limits its room; without a rule nothing is limited.
+    pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
+        (self.router, self.capacity) = (router, capacity);
+    }
+
+    /// The same as [`MoeLayer::set_router`], for building.
+    pub fn with_router(mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) -> Self {
+        self.set_router(router, capacity);
+        self
+    }
+
+    /// Sets how many experts a token gets.
+    ///
+    /// # Errors
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`].
+    pub fn set_top_k(&mut self, top_k: usize) -> Result<()> {
+        let spec = MoeSpec { top_k, ..self.spec.clone() };
+        spec.check()?;
+        self.spec = spec;
+        Ok(())
+    }
+
+    /// Sets the selection bias of the gate, `[experts]`, which moves who is chosen and not the combine weights.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another length, [`Error::Parameter`] for values that are not finite.
+    pub fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
+        self.gate.set_selection_bias(bias)
+    }
+
+    /// Sizes, scoring and names.
+    pub fn spec(&self) -> &MoeSpec {
+        &self.spec
+    }
+
+    /// The gate.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// The experts, by id.
+    pub fn experts(&self) -> &[SwiGlu] {
+        &self.experts
+    }
+
+    /// The layer's output and who went where, from a cold start.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::forward_in`].
+    pub fn forward_routed(&self, hidden: &Tensor) -> Result<(Tensor, Assignment)> {
+        let (output, routing) = self.forward_in(hidden, RouteContext::default(), &mut RouteState::default())?;
+        Ok((output, routing.assignment))
+    }
+
+    /// The layer's output for `hidden` (`[.., hidden]`, tokens in row-major order) and what the router did, with what the
+    /// caller knows of the batch and the layer's state.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a hidden state of the wrong rank or width or a context of another batch, [`Error::NonFiniteLogit`]
+    /// when the gate gives NaN or +∞, [`Error::Candle`] for a dtype or device that the weights do not have.
+    pub fn forward_in(
+        &self,
+        hidden: &Tensor,
+        context: RouteContext<'_>,
+        state: &mut RouteState,
+    ) -> Result<(Tensor, Routing)> {
+        let width = hidden.dims().last().copied();
+        if width != Some(self.spec.hidden) {
+            return Err(Error::shape(
+                "hidden state",
+                format!("[.., {}]", self.spec.hidden),
+                format!("{:?}", hidden.dims()),
+            ));
+        }
+        let rows = hidden.elem_count() / self.spec.hidden;
+        let tokens = hidden.reshape((rows, self.spec.hidden))?;
+
+        let logits = self.gate.logits(&tokens)?;
+        let values = logits.flatten_all()?.to_vec1::<f32>()?;
+        let scores =
+            self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
+        let padding = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
+        let capacity = match &self.capacity {
+            Some(rule) => rule.capacity(rows.saturating_sub(padding), self.spec.experts, self.spec.top_k)?,
+            None => Capacity::unlimited(self.spec.experts)?,
+        };
+        let started = Instant::now();
+        let assignment = self.router.route(&RouteRequest::new(&scores, self.spec.top_k, &capacity, context)?, state)?;
+        let route_time = started.elapsed();
+
+        let plan = DispatchPlan::new(&assignment);
+        let weights = dispatch::slot_weights(&logits, &assignment, &plan, self.spec.scoring)?;
+        let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
+        let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
+        Ok((output, Routing { logits, scores, capacity, assignment, route_time }))
+    }
+}
+
+impl Module for MoeLayer {
+    fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        Ok(self.forward_routed(hidden)?.0)
+    }
+}
+
+/// Checks the shape of a weight.
+fn check_weight(operand: &str, weight: &Tensor, expected: [usize; 2]) -> Result<()> {
+    if weight.dims() != expected {
+        return Err(Error::shape(operand, format!("{expected:?}"), format!("{:?}", weight.dims())));
+    }
+    Ok(())
+}
+
+/// The dtype all routing arithmetic is in.
+const ROUTING_DTYPE: DType = DType::F32;

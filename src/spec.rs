@@ -1,0 +1,137 @@
+//! What a model is, as plain data: [`MoeSpec`] describes one MoE layer, [`ModelSpec`] the transformer around it.
+//!
+//! The zoo writes these from a `config.json`, the layer and the decoder read them. Knows nothing of tensors.
+
+use crate::error::{Error, Result};
+use crate::expert::check_expert_count;
+use crate::routing::assignment::check_top_k;
+use crate::routing::scores::Scoring;
+
+/// Where an MoE layer's tensors are, relative to the layer: `{experts}.{E}.{gate_proj}.weight`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// The router's linear layer.
+    pub gate: String,
+    /// Parent of the experts' numbers.
+    pub experts: String,
+    /// SwiGLU gate projection of an expert.
+    pub gate_proj: String,
+    /// SwiGLU up projection of an expert.
+    pub up_proj: String,
+    /// Down projection of an expert.
+    pub down_proj: String,
+}
+
+impl Default for ExpertNames {
+    /// `gate`, `experts.E.{gate,up,down}_proj`: OLMoE, Qwen and DeepSeek.
+    fn default() -> Self {
+        let [gate, experts, gate_proj, up_proj, down_proj] =
+            ["gate", "experts", "gate_proj", "up_proj", "down_proj"].map(String::from);
+        Self { gate, experts, gate_proj, up_proj, down_proj }
+    }
+}
+
+/// One MoE layer: sizes, scoring, tensor names. Experts are SwiGLU FFNs without bias.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeSpec {
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Experts in the layer.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Width between an expert's up and down projection.
+    pub expert_width: usize,
+    /// How logits become scores and combine weights.
+    pub scoring: Scoring,
+    /// Where the tensors are.
+    pub names: ExpertNames,
+}
+
+impl MoeSpec {
+    /// A layer with softmax scores, weights as they are, and the default names.
+    ///
+    /// # Errors
+    /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::Parameter`] for a width of 0.
+    pub fn new(hidden: usize, experts: usize, top_k: usize, expert_width: usize) -> Result<Self> {
+        let spec =
+            Self { hidden, experts, top_k, expert_width, scoring: Scoring::softmax(), names: ExpertNames::default() };
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// Checks the sizes against each other.
+    ///
+    /// # Errors
+    /// As [`MoeSpec::new`].
+    pub fn check(&self) -> Result<()> {
+        check_expert_count(self.experts)?;
+        check_top_k(self.top_k, self.experts)?;
+        for (name, width) in [("hidden", self.hidden), ("expert_width", self.expert_width)] {
+            if width == 0 {
+                return Err(Error::parameter(name, width, "at least 1"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Weights of one expert: three projections.
+    pub fn parameters_per_expert(&self) -> usize {
+        3 * self.hidden * self.expert_width
+    }
+}
+
+/// A decoder-only transformer whose FFNs are MoE layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// Model family, as `model_type` names it.
+    pub family: &'static str,
+    /// Tokens in the vocabulary.
+    pub vocab: usize,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head; even, for rotary embeddings.
+    pub head_dim: usize,
+    /// Longest sequence the model was made for.
+    pub max_positions: usize,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f64,
+    /// Base of the rotary embedding.
+    pub rope_theta: f64,
+    /// RMS norm over the whole query and key projections before they are cut into heads (OLMoE).
+    pub qk_norm: bool,
+    /// Queries, keys and values are clamped to ± this.
+    pub clip_qkv: Option<f64>,
+    /// Output weights are the embedding's.
+    pub tied_embeddings: bool,
+    /// Token ids that end a text.
+    pub end_of_text: Vec<u32>,
+    /// The MoE layer of every block.
+    pub moe: MoeSpec,
+}
+
+impl ModelSpec {
+    /// Weights of the whole model.
+    pub fn parameters(&self) -> usize {
+        self.shared_parameters() + self.layers * self.moe.experts * self.moe.parameters_per_expert()
+    }
+
+    /// Weights that one token meets.
+    pub fn active_parameters(&self) -> usize {
+        self.shared_parameters() + self.layers * self.moe.top_k * self.moe.parameters_per_expert()
+    }
+
+    /// Weights outside the experts.
+    pub fn shared_parameters(&self) -> usize {
+        let hidden = self.moe.hidden;
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let qk_norms = if self.qk_norm { queries + keys } else { 0 };
+        let block = hidden * (2 * queries + 2 * keys) + qk_norms + 2 * hidden + hidden * self.moe.experts;
+        let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
+        embeddings + self.layers * block + hidden
+    }
+}

@@ -1,0 +1,79 @@
+//! Parity with Hugging Face transformers: the decoder against goldens made by `tests/goldens/make_goldens.py`.
+#![cfg(feature = "candle")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use phase_moe::checkpoint::Checkpoint;
+use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::zoo;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn golden(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
+    let bytes = checkpoint.read(name).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+}
+
+fn golden_ids(checkpoint: &Checkpoint, name: &str) -> Vec<i32> {
+    let bytes = checkpoint.read(name).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|&bytes| i32::from_le_bytes(bytes)).collect()
+}
+
+/// Fails where two tensors differ by more than 1e-4 (absolute and relative together).
+fn assert_close(stage: &str, ours: &[f32], golden: &[f32]) {
+    assert_eq!(ours.len(), golden.len(), "{stage}: length");
+    let worst = ours.iter().zip(golden).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+    assert!(worst <= 1e-4, "{stage}: off by {worst}");
+}
+
+fn compare(model: &Path, goldens: &Path) {
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    let spec = zoo::parse_config(&config, "config.json").unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(model).unwrap());
+    let decoder = Decoder::load(&spec, weights::var_builder(checkpoint, DType::F32, &Device::Cpu)).unwrap();
+    let goldens = Checkpoint::open_files(&[goldens]).unwrap();
+    let ids: Vec<u32> = golden_ids(&goldens, "ids").into_iter().map(|id| id as u32).collect();
+
+    let check = |layer: usize, routing: phase_moe::layer::Routing| {
+        let logits = routing.logits.flatten_all()?.to_vec1::<f32>()?;
+        assert_close(
+            &format!("layer {layer} router logits"),
+            &logits,
+            &golden(&goldens, &format!("layer.{layer}.router_logits")),
+        );
+        let experts: Vec<i32> = routing.assignment.ids().collect();
+        assert_eq!(experts, golden_ids(&goldens, &format!("layer.{layer}.top_k")), "layer {layer} experts");
+        let weights = golden(&goldens, &format!("layer.{layer}.top_k_weights"));
+        assert_close(&format!("layer {layer} combine weights"), routing.assignment.weights(), &weights);
+        Ok(())
+    };
+    let batch = Batch::new(&[&ids]).unwrap();
+    let logits = decoder.forward(&batch, &mut decoder.batch_state(), check).unwrap();
+    let positions: Vec<u32> = golden_ids(&goldens, "logit_positions").into_iter().map(|at| at as u32).collect();
+    let kept = logits.squeeze(0).unwrap().index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 0).unwrap();
+    assert_close("logits", &kept.flatten_all().unwrap().to_vec1::<f32>().unwrap(), &golden(&goldens, "logits"));
+
+    // One token at a time, with kept keys and values, must come to the same.
+    let mut state = decoder.generation_state();
+    let steps =
+        ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+    let stepped = Tensor::cat(&steps.collect::<Vec<_>>(), 1).unwrap();
+    let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_close("logits step by step", &values(&stepped), &values(&logits));
+}
+
+#[test]
+fn a_random_olmoe_equals_transformers() {
+    let fixture = root().join("tests/goldens/olmoe_random");
+    compare(&fixture, &fixture.join("goldens.safetensors"));
+}
+
+#[test]
+fn a_random_olmoe_with_normalised_weights_ties_and_clipping_equals_transformers() {
+    let fixture = root().join("tests/goldens/olmoe_random_norm");
+    compare(&fixture, &fixture.join("goldens.safetensors"));
+}
