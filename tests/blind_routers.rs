@@ -6,7 +6,8 @@ use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::kernel::{Kernel, PhaseSide, permutations};
+use phase_moe::routing::phase::draws::permutations;
+use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
 use phase_moe::routing::scores::{Scores, Scoring};
@@ -228,6 +229,17 @@ fn no_room_and_no_tokens_are_fine() {
             let assignment = route(kind, 0, &request);
             assert_eq!((assignment.tokens(), assignment.kept()), (tokens, 0), "{}", kind.name());
         }
+    }
+}
+
+#[test]
+fn the_most_experts_there_can_be_are_fine() {
+    let experts = u16::MAX as usize;
+    let scores = flat_scores(2, experts);
+    let capacity = Capacity::per_expert(vec![u32::MAX; experts]).unwrap();
+    let request = RouteRequest::new(&scores, 3, &capacity, RouteContext::default()).unwrap();
+    for kind in BLIND {
+        check(&request, &route(kind, 7, &request));
     }
 }
 

@@ -15,7 +15,8 @@ use crate::routing::assignment::{Assignment, EMPTY, check_top_k};
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::hash::layer_seed;
 use crate::routing::metrics::expert_shares;
-use crate::routing::phase::kernel::{Kernel, PhaseSide, permutations};
+use crate::routing::phase::draws::permutations;
+use crate::routing::phase::kernel::{Kernel, PhaseSide};
 use crate::routing::router::{RouteRequest, RouteState, Router};
 
 /// The published fused phase kernel in its many-tokens form.

@@ -10,11 +10,11 @@
 //! `perm_T[j]`, `perm_T[j] + n`, `perm_T[j] + 2n`, … exactly once, so the columns that accept token j can also be listed
 //! directly, Σ degree_T of them over all tokens, and put in walking order by a sort. Each token takes the shorter way.
 //!
-//! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs) on rand 0.8, whose draws rand 0.9 no
-//! longer makes: they are written out here.
+//! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs); its draws are those of [`super::draws`].
 //!
 //! ```
-//! use phase_moe::routing::phase::kernel::{Kernel, PhaseSide, permutations};
+//! use phase_moe::routing::phase::draws::permutations;
+//! use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
 //!
 //! let [source_order, target_order] = permutations(8, 42);
 //! let sources = PhaseSide::new(vec![4; 8], source_order)?;
@@ -27,10 +27,11 @@
 //! Knows nothing of gates, experts or capacities: degrees come from the caller.
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::routing::phase::draws::draw_u64;
 
 /// One side of the kernel: a degree per row and a permutation of the `n` ring positions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -268,44 +269,10 @@ fn reservoir(accepted: &[u64], chosen: &mut [i32], seed: u64) {
     }
 }
 
-/// A number below `bound` as rand 0.8's `gen_range` draws a `usize` on 64-bit machines: the high half of a product, redrawn
-/// while the low half lies past the largest power-of-two multiple of `bound`.
-fn draw_u64(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
-    let zone = (bound << bound.leading_zeros()).wrapping_sub(1);
-    loop {
-        let product = u128::from(rng.next_u64()) * u128::from(bound);
-        if product as u64 <= zone {
-            return (product >> 64) as u64;
-        }
-    }
-}
-
-/// The same on 32 bits, which is how rand 0.8's `shuffle` draws an index.
-fn draw_u32(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
-    let zone = (bound << bound.leading_zeros()).wrapping_sub(1);
-    loop {
-        let product = u64::from(rng.next_u32()) * u64::from(bound);
-        if product as u32 <= zone {
-            return (product >> 32) as u32;
-        }
-    }
-}
-
-/// Permutations of `rows` positions for the source and the target side, as the reference shuffles them from one seed.
-pub fn permutations(rows: u32, seed: u64) -> [Vec<u32>; 2] {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    [(); 2].map(|()| {
-        let mut order: Vec<u32> = (0..rows).collect();
-        for last in (1..rows).rev() {
-            order.swap(last as usize, draw_u32(&mut rng, last + 1) as usize);
-        }
-        order
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing::phase::draws::{draw_u32, permutations};
     use proptest::prelude::*;
 
     /// The oracle: builds both bit matrices, row by row, permutes and rotates them, and intersects.

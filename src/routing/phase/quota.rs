@@ -16,7 +16,7 @@
 //! has one more is spread over the batch by the dealing, and random within a block.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits),
-//! O(E + 64·k) memory beside the result. Arithmetic is in integers, so shares do not depend on rounding modes.
+//! O(N + E) memory beside the result. Arithmetic is in integers, so shares do not depend on rounding modes.
 //!
 //! Masks: the ring does not see them. A slot that falls on a masked expert is exchanged with another slot of its block where
 //! both tokens may have what they get, else given to an expert with room; what is still left is dropped, so with masks the
