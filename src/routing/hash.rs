@@ -1,4 +1,4 @@
-//! Hash routing: the token's vocabulary id decides, [`Hash`] uniformly and [`WeightedHash`] in proportion to capacity.
+//! Hash routing: the token's vocabulary id decides, [`struct@Hash`] uniformly and [`WeightedHash`] in proportion to capacity.
 //!
 //! Hash Layers (Roller et al. 2021, arXiv 2106.04426) with a seed per layer: k distinct experts are drawn one after the
 //! other, without replacement, from a stream that depends on (seed, layer, token id) alone. Draw i takes expert e with
@@ -159,7 +159,7 @@ impl Router for Hash {
 
 /// Hash of the token id to k distinct experts drawn in proportion to capacity: the honest stateless baseline.
 ///
-/// Experts without room are never drawn. Where all shares are equal it chooses exactly what [`Hash`] chooses.
+/// Experts without room are never drawn. Where all shares are equal it chooses exactly what [`struct@Hash`] chooses.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WeightedHash {
     /// Which of the possible hashes; each layer derives its own.

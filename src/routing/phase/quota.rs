@@ -19,8 +19,8 @@
 //! O(N + E) memory beside the result. Arithmetic is in integers, so shares do not depend on rounding modes.
 //!
 //! Masks: the ring does not see them. A slot that falls on a masked expert is exchanged with another slot of its block where
-//! both tokens may have what they get, else given to an expert with room; what is still left is dropped, so with masks the
-//! result is not always the maximum flow.
+//! both tokens may have what they get, else given to an expert with room, else exchanged with a slot whose token may have
+//! one. That is a bounded search: what is still left is dropped, so with masks the result is not always the maximum flow.
 //!
 //! Knows nothing of gate scores (they only make combine weights): for quality see the phase router.
 
@@ -202,11 +202,6 @@ impl Block {
     /// Exchanges every slot on a masked expert with one of the block where both tokens may have what they get; empties it
     /// where there is none.
     fn exchange_masked(&self, request: &RouteRequest<'_>, chosen: &mut [u16]) {
-        let may_have = |chosen: &[u16], slot: usize, expert: u16| {
-            let token = slot / self.top_k;
-            let own = &chosen[token * self.top_k..(token + 1) * self.top_k];
-            request.scores().is_allowed(token, usize::from(expert)) && !own.contains(&expert)
-        };
         for &slot in &self.slots {
             let masked = chosen[slot];
             if request.scores().is_allowed(slot / self.top_k, usize::from(masked)) {
@@ -214,7 +209,7 @@ impl Block {
             }
             let partner = self.slots.iter().copied().find(|&other| {
                 let offered = chosen[other];
-                offered != EMPTY && may_have(chosen, slot, offered) && may_have(chosen, other, masked)
+                may_have(request, chosen, slot, offered) && may_have(request, chosen, other, masked)
             });
             match partner {
                 Some(partner) => chosen.swap(slot, partner),
@@ -224,25 +219,45 @@ impl Block {
     }
 }
 
-/// Fills empty slots with experts that their tokens may have and that still have room.
+/// True when `expert` is one that the token of `slot` neither holds nor is forbidden.
+fn may_have(request: &RouteRequest<'_>, chosen: &[u16], slot: usize, expert: u16) -> bool {
+    let (token, top_k) = (slot / request.top_k(), request.top_k());
+    expert != EMPTY
+        && request.scores().is_allowed(token, usize::from(expert))
+        && !chosen[token * top_k..(token + 1) * top_k].contains(&expert)
+}
+
+/// Slots looked at in search of one that would make way for an empty one.
+const TRIES: usize = 512;
+
+/// Fills empty slots with experts that have room: directly where the token may have one, else by taking the expert of
+/// another slot whose token may have one.
 fn give_room(request: &RouteRequest<'_>, chosen: &mut [u16]) {
-    let (capacity, top_k) = (request.capacity(), request.top_k());
-    let mut room = capacity.limits().map_or_else(|| vec![u32::MAX; capacity.experts()], <[u32]>::to_vec);
+    let (capacity, top_k, experts) = (request.capacity(), request.top_k(), request.scores().experts());
+    let mut room = capacity.limits().map_or_else(|| vec![u32::MAX; experts], <[u32]>::to_vec);
     chosen.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| room[capacity.pool_of(expert)] -= 1);
-    for (token, chosen) in chosen.chunks_exact_mut(top_k).enumerate() {
-        if request.is_padding(token) || !chosen.contains(&EMPTY) {
+    let mut open: Vec<u16> = (0..experts as u16).collect();
+    for slot in 0..chosen.len() {
+        if chosen[slot] != EMPTY || request.is_padding(slot / top_k) {
             continue;
         }
-        let selection = request.scores().selection(token);
-        // Begins at another expert for each token, so that the lowest ids do not take it all.
-        for expert in (0..selection.len()).map(|step| (token + step) % selection.len()) {
-            let pool = &mut room[capacity.pool_of(expert as u16)];
-            if *pool == 0 || selection[expert] == f32::NEG_INFINITY || chosen.contains(&(expert as u16)) {
-                continue;
+        open.retain(|&expert| room[capacity.pool_of(expert)] > 0);
+        if open.is_empty() {
+            return;
+        }
+        let giver = (0..TRIES.min(chosen.len())).map(|step| (slot + step) % chosen.len()).find_map(|giver| {
+            // The slot itself comes first: it only has to fill itself.
+            if giver != slot && !may_have(request, chosen, slot, chosen[giver]) {
+                return None;
             }
-            let Some(slot) = chosen.iter_mut().find(|slot| **slot == EMPTY) else { break };
-            *slot = expert as u16;
-            *pool -= 1;
+            // Begins elsewhere for each slot, so that the lowest ids do not take it all.
+            let mut turned = (0..open.len()).map(|step| open[(slot + step) % open.len()]);
+            Some((giver, turned.find(|&expert| may_have(request, chosen, giver, expert))?))
+        });
+        if let Some((giver, expert)) = giver {
+            chosen[slot] = chosen[giver];
+            chosen[giver] = expert;
+            room[capacity.pool_of(expert)] -= 1;
         }
     }
 }
