@@ -29,6 +29,8 @@ const DENSITY: f64 = 0.3;
 /// A capacity factor that leaves room for every slot in every expert.
 const WIDE: f64 = 1e5;
 const SEEDS: u64 = 20;
+/// Tokens and experts where a row says nothing else.
+const SIZE: usize = 1024;
 const SMOKE_SEEDS: u64 = 2;
 const SMOKE_SIZE: usize = 512;
 
@@ -92,7 +94,7 @@ fn run(seeds: u64, smoke: bool, json: bool) -> Result<()> {
         }
         if heading != Some((scenario.rounding, scenario.experiment)) {
             if heading.map(|(rounding, _)| rounding) != Some(scenario.rounding) {
-                print_title(scenario.rounding, seeds);
+                print_title(scenario.rounding, seeds, if smoke { SMOKE_SIZE } else { SIZE });
             }
             heading = Some((scenario.rounding, scenario.experiment));
             print!("\n{:<24}{:>8}", scenario.experiment, "room");
@@ -116,7 +118,7 @@ fn scenarios(rounding: Rounding) -> Vec<Scenario> {
     let usual = Scenario {
         experiment: "headroom",
         label: String::new(),
-        size: 1024,
+        size: SIZE,
         top_k: 2,
         headroom,
         profile: Profile::Strong,
@@ -215,13 +217,13 @@ impl Survival {
     }
 }
 
-fn print_title(rounding: Rounding, seeds: u64) {
+fn print_title(rounding: Rounding, seeds: u64, size: usize) {
     let (title, headroom) = match rounding {
         Rounding::Ceil => ("Capacities rounded up, as published", 1.2),
         Rounding::Exact => ("\nCapacities that sum to headroom times the demand", 1.0),
     };
     println!("{title}. Survival in %, mean ± deviation over {seeds} seeds.");
-    println!("Where a row says nothing else: N 1024, k 2, profile strong, headroom {headroom:.1}.");
+    println!("Where a row says nothing else: N {size}, k 2, profile strong, headroom {headroom:.1}.");
 }
 
 fn json_line(scenario: &Scenario, seeds: u64, room: f64, survivals: &[Survival]) -> String {
