@@ -137,7 +137,7 @@ pub(crate) fn gate_mass(request: &RouteRequest<'_>, chosen: &[u16]) -> f64 {
 }
 
 /// Each expert's share of the room: its limit, its part of its device's limit, or equal shares without limits.
-fn expert_shares(capacity: &Capacity) -> Vec<f64> {
+pub(crate) fn expert_shares(capacity: &Capacity) -> Vec<f64> {
     let Some(limits) = capacity.limits() else { return vec![1.0; capacity.experts()] };
     let sizes = capacity.pool_sizes();
     (0..capacity.experts())

@@ -5,10 +5,13 @@
 pub mod assignment;
 pub mod capacity;
 pub mod drop;
+pub mod hash;
 pub mod logits;
 pub mod mass;
 pub mod metrics;
+pub mod phase;
 pub mod plan;
+pub mod registry;
 pub mod router;
 pub mod scores;
 pub mod topk;

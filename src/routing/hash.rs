@@ -1,0 +1,178 @@
+//! Hash routing: the token's vocabulary id decides, [`struct@Hash`] uniformly and [`WeightedHash`] in proportion to capacity.
+//!
+//! Hash Layers (Roller et al. 2021, arXiv 2106.04426) with a seed per layer: k distinct experts are drawn one after the
+//! other, without replacement, from a stream that depends on (seed, layer, token id) alone. Draw i takes expert e with
+//! probability `w_e / (Σ w − Σ w of the experts drawn before)`, where w is 1, or the expert's share of the capacity.
+//! Same id, same experts; a batch without ids uses positions. Slots past a limit are dropped in order of arrival.
+//!
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. The gate scores only make combine weights.
+//!
+//! Knows nothing of what the gate wants, nor of what other tokens took: that is what makes it a baseline.
+
+use crate::error::Result;
+use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::capacity::Capacity;
+use crate::routing::drop::{DropRule, keep_within};
+use crate::routing::router::{RouteRequest, RouteState, Router};
+
+/// SplitMix64's output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014; the
+/// constants are Stafford's variant 13): a bijection of the 64-bit integers in which every input bit moves every other.
+const fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+/// SplitMix64's increment, 2⁶⁴ over the golden ratio: successive multiples spread evenly.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The seed of one layer; layer 0 keeps the router's own.
+pub(crate) const fn layer_seed(seed: u64, layer: usize) -> u64 {
+    seed.wrapping_add((layer as u64).wrapping_mul(GOLDEN))
+}
+
+/// SplitMix64: a stream of 64-bit numbers that any (seed, key) pair starts at no cost.
+pub(crate) struct Stream(u64);
+
+impl Stream {
+    /// The stream of `key` under `seed`.
+    pub(crate) const fn new(seed: u64, key: u64) -> Self {
+        Self(mix(mix(seed.wrapping_add(GOLDEN)) ^ key))
+    }
+
+    /// A number below `bound` (the high half of a 128-bit product; the bias is below `bound / 2⁶⁴`).
+    pub(crate) const fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(GOLDEN);
+        ((mix(self.0) as u128 * bound as u128) >> 64) as u64
+    }
+
+    /// Shuffles `values` (Fisher and Yates).
+    pub(crate) fn shuffle<T>(&mut self, values: &mut [T]) {
+        for last in (1..values.len()).rev() {
+            values.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
+}
+
+/// Experts with integer weights, ready to be drawn from: `ends[i]` is the sum of the weights up to and with entry i.
+#[derive(Default)]
+struct Urn {
+    experts: Vec<u16>,
+    ends: Vec<u64>,
+}
+
+impl Urn {
+    /// Holds the experts of `weights` that `allowed` admits and that weigh anything.
+    fn fill(&mut self, weights: &[u64], allowed: impl Fn(usize) -> bool) {
+        self.experts.clear();
+        self.ends.clear();
+        let mut end = 0;
+        for (expert, &weight) in weights.iter().enumerate().filter(|&(expert, &weight)| weight > 0 && allowed(expert)) {
+            end += weight;
+            self.experts.push(expert as u16);
+            self.ends.push(end);
+        }
+    }
+
+    /// Draws `chosen.len()` distinct experts, or all there are; `drawn` is scratch.
+    fn draw(&self, stream: &mut Stream, chosen: &mut [u16], drawn: &mut Vec<usize>) {
+        drawn.clear();
+        chosen.fill(EMPTY);
+        let mut total = self.ends.last().copied().unwrap_or(0);
+        let start = |entry: usize| if entry == 0 { 0 } else { self.ends[entry - 1] };
+        for slot in chosen.iter_mut().take(self.experts.len()) {
+            // A point on the line of what is left; stepping over the gaps that drawn entries left, lowest first, puts it
+            // on the line of everything.
+            let mut point = stream.below(total);
+            for &entry in drawn.iter() {
+                if point < start(entry) {
+                    break;
+                }
+                point += self.ends[entry] - start(entry);
+            }
+            let entry = self.ends.partition_point(|&end| end <= point);
+            *slot = self.experts[entry];
+            total -= self.ends[entry] - start(entry);
+            drawn.insert(drawn.partition_point(|&other| other < entry), entry);
+        }
+    }
+}
+
+/// Draws for every token of the request from experts weighted by `weights`, `[tokens, top_k]`.
+fn hash_choice(request: &RouteRequest<'_>, weights: &[u64], seed: u64) -> Vec<u16> {
+    let (scores, context) = (request.scores(), request.context());
+    let seed = layer_seed(seed, context.layer);
+    let masked = scores.has_masks();
+    let (mut urn, mut drawn) = (Urn::default(), Vec::new());
+    urn.fill(weights, |_| true);
+    let mut chosen = vec![EMPTY; scores.tokens() * request.top_k()];
+    for (token, chosen) in chosen.chunks_exact_mut(request.top_k()).enumerate() {
+        if request.is_padding(token) {
+            continue;
+        }
+        if masked {
+            let selection = scores.selection(token);
+            urn.fill(weights, |expert| selection[expert] > f32::NEG_INFINITY);
+        }
+        let key = context.token_ids.map_or(token as u64, |ids| u64::from(ids[token]));
+        urn.draw(&mut Stream::new(seed, key), chosen, &mut drawn);
+    }
+    chosen
+}
+
+/// Drops what the capacity has no room for, first come first served.
+fn within_capacity(request: &RouteRequest<'_>, chosen: Vec<u16>) -> Assignment {
+    let kept = keep_within(DropRule::Arrival, &chosen, request);
+    Assignment::from_selection(request.scores(), request.top_k(), chosen, Some(&kept))
+}
+
+/// Each expert's share of the capacity as an integer: its limit, or its part of its device's, times 2¹⁶.
+///
+/// A share of a device that has any room is at least 1 (a device holds fewer than 2¹⁶ experts), and all of them together
+/// fit in 64 bits (fewer than 2¹⁶ limits below 2³²).
+fn capacity_weights(capacity: &Capacity) -> Vec<u64> {
+    let Some(limits) = capacity.limits() else { return vec![1; capacity.experts()] };
+    let sizes = capacity.pool_sizes();
+    (0..capacity.experts())
+        .map(|expert| capacity.pool_of(expert as u16))
+        .map(|pool| (u64::from(limits[pool]) << 16) / sizes[pool] as u64)
+        .collect()
+}
+
+/// Uniform hash of the token id to k distinct experts, blind to capacity until it drops.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hash {
+    /// Which of the possible hashes; each layer derives its own.
+    pub seed: u64,
+}
+
+impl Router for Hash {
+    fn name(&self) -> &'static str {
+        "hash"
+    }
+
+    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+        let chosen = hash_choice(request, &vec![1; request.scores().experts()], self.seed);
+        Ok(within_capacity(request, chosen))
+    }
+}
+
+/// Hash of the token id to k distinct experts drawn in proportion to capacity: the honest stateless baseline.
+///
+/// Experts without room are never drawn. Where all shares are equal it chooses exactly what [`struct@Hash`] chooses.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WeightedHash {
+    /// Which of the possible hashes; each layer derives its own.
+    pub seed: u64,
+}
+
+impl Router for WeightedHash {
+    fn name(&self) -> &'static str {
+        "weighted-hash"
+    }
+
+    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+        let chosen = hash_choice(request, &capacity_weights(request.capacity()), self.seed);
+        Ok(within_capacity(request, chosen))
+    }
+}

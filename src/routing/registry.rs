@@ -1,0 +1,98 @@
+//! The routers by name: the one place where the names of the command line are compared.
+//!
+//! ```
+//! use phase_moe::routing::registry::RouterKind;
+//!
+//! let router = "quota".parse::<RouterKind>()?.build(42);
+//! assert_eq!(router.name(), "quota");
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! Knows nothing of what the routers do; each has its defaults, and further settings are made on its own type.
+
+use crate::error::{Error, Result};
+use crate::routing::drop::DropRule;
+use crate::routing::hash::{Hash, WeightedHash};
+use crate::routing::phase::banded::PhaseKernel;
+use crate::routing::phase::quota::PhaseQuota;
+use crate::routing::router::Router;
+use crate::routing::topk::TopK;
+
+/// A router that the command line can name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RouterKind {
+    /// The gate's own choice, dropless.
+    TopK,
+    /// The same, dropping past the capacity in order of arrival.
+    TopKArrival,
+    /// The same, dropping the lowest scores.
+    TopKScore,
+    /// Uniform hash of the token id.
+    Hash,
+    /// Hash of the token id in proportion to capacity.
+    WeightedHash,
+    /// The published phase kernel.
+    PhaseKernel,
+    /// Exact quotas on a ring, blind to the gate.
+    PhaseQuota,
+}
+
+impl RouterKind {
+    /// All routers, in the order in which tables list them.
+    pub const ALL: [Self; 7] = [
+        Self::TopK,
+        Self::TopKArrival,
+        Self::TopKScore,
+        Self::Hash,
+        Self::WeightedHash,
+        Self::PhaseKernel,
+        Self::PhaseQuota,
+    ];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        self.build(0).name()
+    }
+
+    /// The router with its defaults; `seed` is used by those that draw.
+    pub fn build(self, seed: u64) -> Box<dyn Router> {
+        match self {
+            Self::TopK => Box::new(TopK { drop: None }),
+            Self::TopKArrival => Box::new(TopK { drop: Some(DropRule::Arrival) }),
+            Self::TopKScore => Box::new(TopK { drop: Some(DropRule::Score) }),
+            Self::Hash => Box::new(Hash { seed }),
+            Self::WeightedHash => Box::new(WeightedHash { seed }),
+            Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
+            Self::PhaseQuota => Box::new(PhaseQuota { seed }),
+        }
+    }
+}
+
+impl std::str::FromStr for RouterKind {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| Error::UnknownName {
+            kind: "router",
+            got: name.into(),
+            expected: Self::ALL.map(Self::name).join(", "),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_finds_its_router() {
+        for kind in RouterKind::ALL {
+            assert_eq!(kind.name().parse::<RouterKind>().unwrap(), kind);
+        }
+        assert_eq!(
+            "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
+            "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-score, hash, weighted-hash, \
+             phase-kernel, quota"
+        );
+    }
+}
