@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -224,19 +225,25 @@ fn train_model(
     train: &[Vec<u32>],
     valid: &[EvalText],
 ) -> Result<()> {
-    let group =
-        |matrices: bool| vars.values().filter(move |var| (var.rank() > 1) == matrices).cloned().collect::<Vec<_>>();
-    let params = |weight_decay| ParamsAdamW { lr: 0.0, beta2: 0.95, weight_decay, ..ParamsAdamW::default() };
-    let mut optimisers = [AdamW::new(group(true), params(0.1))?, AdamW::new(group(false), params(0.0))?];
+    let vars: Vec<&Var> = vars.values().collect();
+    let mut optimisers = Vec::new();
+    for chunk in vars.chunks(vars.len().div_ceil(16)) {
+        for (matrices, weight_decay) in [(true, 0.1), (false, 0.0)] {
+            let group = chunk.iter().filter(|var| (var.rank() > 1) == matrices).map(|&var| var.clone()).collect();
+            let params = ParamsAdamW { lr: 0.0, beta2: 0.95, weight_decay, ..ParamsAdamW::default() };
+            optimisers.push(Mutex::new(AdamW::new(group, params)?));
+        }
+    }
     let (started, mut mean_loss, mut mean_balance) = (Instant::now(), 0.0, 0.0);
     for step in 0..options.steps {
-        let (loss, balance, grads) = step_gradients(options, decoder, vars, train, step)?;
+        let (loss, balance, grads) = step_gradients(options, decoder, &vars, train, step)?;
         let warm = (step + 1) as f64 / WARMUP_STEPS.min(options.steps) as f64;
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / options.steps as f64).cos());
-        for optimiser in &mut optimisers {
+        in_parallel(options.threads, optimisers.len(), |index| {
+            let mut optimiser = optimisers[index].lock().unwrap_or_else(PoisonError::into_inner);
             optimiser.set_learning_rate(options.rate * warm.min(0.05 + 0.95 * cosine));
-            optimiser.step(&grads)?;
-        }
+            Ok(optimiser.step(&grads)?)
+        })?;
         (mean_loss, mean_balance) = (mean_loss + loss, mean_balance + balance);
         let every = if options.smoke { 2 } else { 50 };
         if (step + 1) % every == 0 {
@@ -261,52 +268,52 @@ fn train_model(
     Ok(())
 }
 
+/// Results of `work` for `0..count`, in that order, from a few threads.
+fn in_parallel<T: Send>(threads: usize, count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<Vec<(usize, T)>> {
+        // Relaxed: the counter only hands out numbers, nothing is published through it.
+        let numbers = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
+        numbers.take_while(|&number| number < count).map(|number| Ok((number, work(number)?))).collect()
+    };
+    let results = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let joined = workers.into_iter().map(|worker| worker.join().expect("a worker panicked"));
+        joined.collect::<Result<Vec<_>>>()
+    })?;
+    let mut results: Vec<(usize, T)> = results.into_iter().flatten().collect();
+    results.sort_by_key(|&(number, _)| number);
+    Ok(results.into_iter().map(|(_, result)| result).collect())
+}
+
 /// Mean loss, balance loss and summed, clipped gradients of one step.
 fn step_gradients(
     options: &Options,
     decoder: &Decoder,
-    vars: &BTreeMap<String, Var>,
+    vars: &[&Var],
     train: &[Vec<u32>],
     step: usize,
 ) -> Result<(f64, f64, GradStore)> {
-    let next = AtomicUsize::new(0);
-    let worker = || -> Result<Vec<(usize, f64, f64, GradStore)>> {
-        let mut done = Vec::new();
-        loop {
-            // Only hands out numbers: nothing is published through it.
-            let shard = next.fetch_add(1, Ordering::Relaxed);
-            if shard >= options.shards {
-                return Ok(done);
-            }
-            let mut rng = ChaCha8Rng::seed_from_u64(options.seed ^ ((step * options.shards + shard) as u64) << 20);
-            let (loss, balance, grads) = shard_gradients(options, decoder, train, &mut rng)?;
-            done.push((shard, loss, balance, grads));
-        }
-    };
-    let mut shards: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..options.threads).map(|_| scope.spawn(worker)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("a worker panicked")).collect::<Result<Vec<_>>>()
-    })?
-    .into_iter()
-    .flatten()
-    .collect();
-    shards.sort_by_key(|shard| shard.0);
-
+    let mut shards = in_parallel(options.threads, options.shards, |shard| {
+        let seed = options.seed ^ (((step * options.shards + shard) as u64) << 20);
+        shard_gradients(options, decoder, train, &mut ChaCha8Rng::seed_from_u64(seed))
+    })?;
     let count = shards.len() as f64;
-    let (loss, balance) = shards.iter().fold((0.0, 0.0), |(loss, balance), shard| (loss + shard.1, balance + shard.2));
-    let mut sums: Vec<(&Var, Tensor)> = Vec::new();
-    let mut squares = 0.0;
-    for var in vars.values() {
-        let mut grads = shards.iter().filter_map(|shard| shard.3.get(var));
-        let Some(first) = grads.next() else { continue };
-        let sum = (grads.try_fold(first.clone(), |sum, grad| sum + grad)? / count)?;
-        squares += f64::from(sum.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        sums.push((var, sum));
-    }
-    let clip = (CLIP_NORM / squares.sqrt()).min(1.0);
-    let mut grads = shards.swap_remove(0).3;
-    for (var, sum) in sums {
-        grads.insert(var, (sum * clip)?);
+    let (loss, balance) = shards.iter().fold((0.0, 0.0), |(loss, balance), shard| (loss + shard.0, balance + shard.1));
+    let sums = in_parallel(options.threads, vars.len(), |var| {
+        let mut grads = shards.iter().filter_map(|shard| shard.2.get(vars[var]));
+        let Some(first) = grads.next() else { return Ok(None) };
+        let mean = (grads.try_fold(first.clone(), |sum, grad| sum + grad)? / count)?;
+        let squares = f64::from(mean.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        Ok(Some((mean, squares)))
+    })?;
+    let norm = sums.iter().flatten().map(|(_, squares)| squares).sum::<f64>().sqrt();
+    let mut grads = shards.swap_remove(0).2;
+    for (var, sum) in vars.iter().zip(sums) {
+        match sum {
+            Some((mean, _)) => grads.insert(var, (mean * (CLIP_NORM / norm).min(1.0))?),
+            None => grads.remove(var),
+        };
     }
     Ok((loss / count, balance / count, grads))
 }
