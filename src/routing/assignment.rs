@@ -62,7 +62,7 @@ impl Assignment {
     pub fn from_parts(experts: usize, top_k: usize, ids: &[i32], weights: &[f32]) -> Result<Self> {
         check_expert_count(experts)?;
         check_top_k(top_k, experts)?;
-        if ids.len() % top_k != 0 {
+        if !ids.len().is_multiple_of(top_k) {
             return Err(Error::shape(
                 "expert ids",
                 format!("a multiple of top_k {top_k} values"),

@@ -42,8 +42,7 @@ impl<'a> Logits<'a> {
                 format!("{} values", values.len()),
             ));
         }
-        // NaN fails the comparison as +∞ does, so one test per value finds both.
-        if let Some(at) = values.iter().position(|&value| !(value < f32::INFINITY)) {
+        if let Some(at) = values.iter().position(|value| value.is_nan() || *value == f32::INFINITY) {
             return Err(Error::NonFiniteLogit { token: at / experts, expert: at % experts, value: values[at] });
         }
         Ok(Self { values, tokens, experts })

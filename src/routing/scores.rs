@@ -106,7 +106,7 @@ impl Scoring {
             }
         }
         if let Some(limit) = self.groups {
-            if limit.groups == 0 || experts % limit.groups != 0 {
+            if limit.groups == 0 || !experts.is_multiple_of(limit.groups) {
                 return Err(Error::parameter("groups", limit.groups, format!("a divisor of experts {experts}")));
             }
             if limit.top_groups == 0 || limit.top_groups > limit.groups {

@@ -388,6 +388,6 @@ mod tests {
         let kernel = Kernel::new(side(3), side(3)).unwrap();
         assert!(matches!(kernel.route(0, 1), Err(Error::TopKZero)));
         assert!(matches!(kernel.route(usize::MAX, 1), Err(Error::Parameter { name: "top_k", .. })));
-        assert_eq!(Kernel::new(side(0), side(0)).unwrap().route(2, 1).unwrap(), []);
+        assert_eq!(Kernel::new(side(0), side(0)).unwrap().route(2, 1).unwrap(), [0i32; 0]);
     }
 }
