@@ -11,6 +11,8 @@ pub mod eval;
 pub mod expert;
 #[cfg(feature = "candle")]
 pub mod layer;
+#[cfg(feature = "candle")]
+pub mod report;
 pub mod routing;
 pub mod spec;
 pub mod zoo;

@@ -63,6 +63,11 @@ impl Batch {
         self.padding.as_deref()
     }
 
+    /// Tokens that are not padding.
+    pub fn live_tokens(&self) -> u64 {
+        self.ids.len() as u64 - self.padding().map_or(0, |padding| padding.iter().filter(|&&pad| pad).count() as u64)
+    }
+
     /// Rows.
     pub fn sequences(&self) -> usize {
         self.sequences

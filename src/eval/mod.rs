@@ -1,4 +1,5 @@
 //! Measuring a model on real text: batches of it, perplexity, and routers side by side.
 
+pub mod compare;
 pub mod perplexity;
 pub mod text;

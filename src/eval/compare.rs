@@ -1,0 +1,251 @@
+//! Routers side by side: real forward passes of one model over the same batches, each under the same capacities.
+//!
+//! The limit works inside every MoE layer of the forward pass, batch by batch, so what a drop does to one layer is what the
+//! next one sees. Router states (prices) are carried from batch to batch, as a server would.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::perplexity::Perplexity;
+use crate::decoder::{Batch, Decoder};
+use crate::error::Result;
+use crate::layer::Routing;
+use crate::routing::capacity::{CapacityRule, Rounding, Shares};
+use crate::routing::phase::PhaseRouter;
+use crate::routing::registry::RouterKind;
+use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+
+/// One router under one capacity rule, or without a limit.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// Who routes.
+    pub router: RouterKind,
+    /// How much room there is.
+    pub capacity: Option<CapacityRule>,
+    /// For routers that draw.
+    pub seed: u64,
+}
+
+/// What one router did with all batches, means over layers and batches unless said otherwise. Rates and shares are
+/// fractions of 1; a figure that does not apply is `None`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RouterFigures {
+    /// Name of the router.
+    pub router: &'static str,
+    /// Room over demand; `None` without limit.
+    pub capacity_factor: Option<f64>,
+    /// Profile of the experts' capacities; `None` per device or without limit.
+    pub profile: Option<&'static str>,
+    /// `exact` or `ceil`.
+    pub capacity_rule: Option<&'static str>,
+    /// Devices that share the limit; `None` per expert.
+    pub devices: Option<usize>,
+    /// Largest load of a device over its share, minus 1.
+    pub device_max_violation: Option<f64>,
+    /// Kept slots / slots.
+    pub survival: f64,
+    /// Dropped slots in all layers and batches together.
+    pub dropped_slots: u64,
+    /// Tokens that got no expert in a layer, all layers and batches together.
+    pub tokens_without_expert: u64,
+    /// Largest load of the gate's own choice over its share, minus 1.
+    pub demand_max_violation: f64,
+    /// Kept gate mass / gate mass of unconstrained top-k.
+    pub gate_mass: f64,
+    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit.
+    pub gate_mass_vs_bound: Option<f64>,
+    /// Perplexity of the model with this router.
+    pub perplexity: f64,
+    /// Perplexity over dropless perplexity, minus 1.
+    pub perplexity_increase: f64,
+    /// Largest load of an expert over its share, minus 1.
+    pub max_violation: f64,
+    /// Standard deviation of the experts' loads over their mean.
+    pub load_cv: f64,
+    /// Gini coefficient of the experts' loads.
+    pub gini: f64,
+    /// Jain's fairness index of the experts' loads.
+    pub jain: f64,
+    /// Median time in the router, nanoseconds a token and layer, router states warm.
+    pub route_nanos_per_token: f64,
+    /// Tokens per second of the whole forward pass.
+    pub tokens_per_second: f64,
+}
+
+/// Perplexity and speed of the model without any limit.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Dropless {
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Tokens per second of the forward pass.
+    pub tokens_per_second: f64,
+}
+
+/// Measures the model as it is: dropless top-k. `progress` is called after each batch with its tokens.
+///
+/// # Errors
+/// Whatever the forward pass reports.
+pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u64)) -> Result<Dropless> {
+    let mut decoder = decoder.clone();
+    decoder.set_router(&Arc::from(RouterKind::TopK.build(0)), None);
+    let (mut perplexity, mut time, mut tokens) = (Perplexity::default(), Duration::ZERO, 0);
+    for batch in batches {
+        let started = Instant::now();
+        let logits = decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        time += started.elapsed();
+        perplexity.add(&logits, batch)?;
+        tokens += batch.live_tokens();
+        progress(batch.live_tokens());
+    }
+    Ok(Dropless { perplexity: perplexity.value(), tokens_per_second: tokens as f64 / time.as_secs_f64() })
+}
+
+/// Runs the model over `batches` with one router. `progress` is called after each batch with its tokens.
+///
+/// # Errors
+/// Whatever the capacity rule, the router or the forward pass reports.
+pub fn run(
+    decoder: &Decoder,
+    batches: &[Batch],
+    setting: &Setting,
+    dropless: &Dropless,
+    mut progress: impl FnMut(u64),
+) -> Result<RouterFigures> {
+    let mut decoder = decoder.clone();
+    let router: Arc<dyn Router> = Arc::from(setting.router.build(setting.seed));
+    decoder.set_router(&router, setting.capacity.as_ref());
+    let mut state = decoder.batch_state();
+    let mut bounds = BoundTracker::new(router.as_ref(), decoder.spec().layers);
+    let (mut sums, mut perplexity, mut time, mut tokens) =
+        (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
+    for batch in batches {
+        let mut routings = Vec::with_capacity(decoder.spec().layers);
+        let started = Instant::now();
+        let logits = decoder.forward(batch, &mut state, |_, routing| {
+            routings.push(routing);
+            Ok(())
+        })?;
+        time += started.elapsed();
+        for (layer, routing) in routings.iter().enumerate() {
+            let context = batch.context(layer);
+            let bound = bounds.bound(routing, context)?;
+            sums.add(routing, context, bound)?;
+        }
+        perplexity.add(&logits, batch)?;
+        tokens += batch.live_tokens();
+        progress(batch.live_tokens());
+    }
+    Ok(sums.figures(setting, router.name(), perplexity.value(), dropless, tokens as f64 / time.as_secs_f64()))
+}
+
+/// Certified bounds on gate mass, from the router itself or, for those that know none, from the phase router's prices on
+/// the same scores.
+struct BoundTracker {
+    /// `None` where the router exceeds its capacity: no bound applies.
+    states: Option<Vec<RouteState>>,
+}
+
+impl BoundTracker {
+    fn new(router: &dyn Router, layers: usize) -> Self {
+        Self { states: router.respects_capacity().then(|| vec![RouteState::default(); layers]) }
+    }
+
+    fn bound(&mut self, routing: &Routing, context: RouteContext<'_>) -> Result<Option<f64>> {
+        let Some(states) = &mut self.states else { return Ok(None) };
+        if let Some(bound) = routing.assignment.gate_mass_bound() {
+            return Ok(Some(bound));
+        }
+        let request = RouteRequest::new(&routing.scores, routing.assignment.top_k(), &routing.capacity, context)?;
+        let certified = PhaseRouter::default().route(&request, &mut states[context.layer])?;
+        Ok(certified.gate_mass_bound())
+    }
+}
+
+/// Sums over layers and batches.
+#[derive(Default)]
+struct Sums {
+    count: f64,
+    demand: u64,
+    kept: u64,
+    tokens_without_expert: u64,
+    demand_max_violation: f64,
+    gate_mass: f64,
+    gate_mass_vs_bound: Option<f64>,
+    device_max_violation: Option<f64>,
+    max_violation: f64,
+    load_cv: f64,
+    gini: f64,
+    jain: f64,
+    nanos_per_token: Vec<f64>,
+}
+
+impl Sums {
+    fn add(&mut self, routing: &Routing, context: RouteContext<'_>, bound: Option<f64>) -> Result<()> {
+        let metrics = routing.metrics(context)?;
+        self.count += 1.0;
+        self.demand += metrics.demand;
+        self.kept += metrics.kept;
+        self.tokens_without_expert += metrics.tokens_without_expert;
+        self.demand_max_violation += metrics.demand_max_violation;
+        self.gate_mass += metrics.gate_mass_share();
+        if let Some(bound) = bound {
+            let share = if bound > 0.0 { metrics.gate_mass / bound } else { 1.0 };
+            *self.gate_mass_vs_bound.get_or_insert(0.0) += share;
+        }
+        if let Some(devices) = metrics.devices {
+            *self.device_max_violation.get_or_insert(0.0) += devices.max_violation;
+        }
+        self.max_violation += metrics.experts.max_violation;
+        self.load_cv += metrics.experts.cv;
+        self.gini += metrics.experts.gini;
+        self.jain += metrics.experts.jain;
+        let tokens = routing.assignment.tokens().max(1) as f64;
+        self.nanos_per_token.push(routing.route_time.as_nanos() as f64 / tokens);
+        Ok(())
+    }
+
+    fn figures(
+        mut self,
+        setting: &Setting,
+        router: &'static str,
+        perplexity: f64,
+        dropless: &Dropless,
+        tokens_per_second: f64,
+    ) -> RouterFigures {
+        let count = self.count.max(1.0);
+        self.nanos_per_token.sort_by(f64::total_cmp);
+        let rule = setting.capacity.as_ref();
+        let (profile, devices) = match rule.map(|rule| &rule.shares) {
+            Some(Shares::PerExpert { profile, .. }) => (Some(profile.name()), None),
+            Some(Shares::PerDevice { speeds }) => (None, Some(speeds.len())),
+            None => (None, None),
+        };
+        RouterFigures {
+            router,
+            capacity_factor: rule.map(|rule| rule.factor),
+            profile,
+            capacity_rule: rule.map(|rule| match rule.rounding {
+                Rounding::Exact => "exact",
+                Rounding::Ceil => "ceil",
+            }),
+            devices,
+            device_max_violation: self.device_max_violation.map(|sum| sum / count),
+            survival: if self.demand == 0 { 1.0 } else { self.kept as f64 / self.demand as f64 },
+            dropped_slots: self.demand - self.kept,
+            tokens_without_expert: self.tokens_without_expert,
+            demand_max_violation: self.demand_max_violation / count,
+            gate_mass: self.gate_mass / count,
+            gate_mass_vs_bound: self.gate_mass_vs_bound.map(|sum| sum / count),
+            perplexity,
+            perplexity_increase: perplexity / dropless.perplexity - 1.0,
+            max_violation: self.max_violation / count,
+            load_cv: self.load_cv / count,
+            gini: self.gini / count,
+            jain: self.jain / count,
+            route_nanos_per_token: self.nanos_per_token.get(self.nanos_per_token.len() / 2).copied().unwrap_or(0.0),
+            tokens_per_second,
+        }
+    }
+}
