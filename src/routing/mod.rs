@@ -8,6 +8,7 @@ pub mod drop;
 pub mod logits;
 pub mod mass;
 pub mod metrics;
+pub mod phase;
 pub mod plan;
 pub mod router;
 pub mod scores;
