@@ -51,13 +51,15 @@ impl<'a> Descent<'a> {
         Point { prices, tally, value, bandwidth: lens.bandwidth }
     }
 
-    /// Overload per pool; 0 where the price is 0 and there is room, because no price move helps there.
+    /// Overload per pool, as far as a price can do something about it.
     fn overload(&self, point: &Point) -> Vec<f64> {
         let parts = point.tally.load.iter().zip(&self.room).zip(&point.prices);
         parts
             .map(|((&load, &room), &price)| {
                 let over = f64::from(load) - room;
-                if price <= 0.0 && over < 0.0 { 0.0 } else { over }
+                // No price move helps a pool with room at price 0, or one nobody leaves at any price.
+                let stuck = (price <= 0.0 && over < 0.0) || (price >= self.problem.ceiling && over > 0.0);
+                if stuck { 0.0 } else { over }
             })
             .collect()
     }
@@ -74,11 +76,6 @@ impl<'a> Descent<'a> {
                 best.prices[pool] > 0.0 || overload[pool] > 0.0
             });
             let promise: f64 = overload.iter().zip(&step).map(|(over, step)| over * step).sum();
-            if std::env::var("DBG").is_ok() {
-                let viol: f64 = overload.iter().map(|o| o.abs()).sum::<f64>() / self.room.iter().sum::<f64>();
-                let m = step.iter().fold(0.0f64, |a, b| a.max(b.abs()));
-                eprintln!("  rows {} D {:.6} viol {:.5} promise/D {:.6} step {:.5} radius {:.5} h {:.5} gap {:.5}", self.rows.len(), best.value/ self.rows.len() as f64, viol, promise / best.value, m, radius, best.bandwidth, best.tally.mean_gap());
-            }
             if promise <= tolerance * best.value.abs() {
                 break;
             }
@@ -110,13 +107,13 @@ impl<'a> Descent<'a> {
         (best, made)
     }
 
-    /// Prices as they must be: none below 0, and the lowest 0 where the level is free.
+    /// Prices as they must be: in `[0, ceiling]`, and the lowest 0 where the level is free.
     fn settle(&self, mut prices: Vec<f32>) -> Vec<f32> {
         if self.level_free {
             let lowest = prices.iter().copied().fold(f32::INFINITY, f32::min);
             prices.iter_mut().for_each(|price| *price -= lowest);
         }
-        prices.iter_mut().for_each(|price| *price = price.max(0.0));
+        prices.iter_mut().for_each(|price| *price = price.clamp(0.0, self.problem.ceiling));
         prices
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Problem<'a> {
     pub(super) room: Vec<u32>,
     /// Whether selection scores are the gate scores wherever nothing is masked.
     pub(super) by_gate: bool,
+    /// A price that none needs to exceed: the spread of selection scores, or twice it.
+    pub(super) ceiling: f32,
     order: OnceLock<Vec<u32>>,
 }
 
@@ -35,13 +37,15 @@ impl<'a> Problem<'a> {
         let tokens: Vec<u32> =
             (0..scores.tokens()).filter(|&token| !request.is_padding(token)).map(|token| token as u32).collect();
         let most = |size: usize| tokens.len() as u64 * size as u64;
+        let by_gate = selects_by_gate(scores);
         let room = limits.iter().zip(capacity.pool_sizes());
         Self {
             scores,
             top_k: request.top_k(),
             pool_of: (0..scores.experts()).map(|expert| capacity.pool_of(expert as u16) as u16).collect(),
             room: room.map(|(&limit, size)| u64::from(limit).min(most(size)) as u32).collect(),
-            by_gate: selects_by_gate(scores),
+            by_gate,
+            ceiling: if by_gate { 1.0 } else { spread(scores) },
             tokens,
             order: OnceLock::new(),
         }
@@ -133,4 +137,11 @@ fn selects_by_gate(scores: &Scores) -> bool {
         std::ptr::eq(selection, gate)
             || selection.iter().zip(gate).all(|(&selection, &gate)| selection == gate || selection == f32::NEG_INFINITY)
     })
+}
+
+/// Twice the largest finite selection score, by size.
+fn spread(scores: &Scores) -> f32 {
+    let rows = (0..scores.tokens()).map(|token| scores.selection(token));
+    let largest = |most: f32, &score: &f32| if score > f32::NEG_INFINITY { most.max(score.abs()) } else { most };
+    2.0 * rows.fold(0.0, |most, row| row.iter().fold(most, largest)).min(f32::MAX / 4.0)
 }
