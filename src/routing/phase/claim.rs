@@ -12,6 +12,9 @@ use std::collections::BinaryHeap;
 use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
 
+/// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
+const FEW: usize = 16;
+
 /// Who holds what, and the room that is left.
 pub(super) struct Holding<'a> {
     pub(super) problem: &'a Problem<'a>,
@@ -94,9 +97,11 @@ impl<'a> Holding<'a> {
             while heap.peek().is_some_and(|Reverse((other, _))| *other == least) {
                 equals.extend(heap.pop().map(|Reverse((_, slot))| slot));
             }
-            if equals.len() > 1 {
+            if equals.len() > FEW || (equals.len() > 1 && problem.is_ordered()) {
                 let order = problem.order();
                 equals.sort_unstable_by_key(|&slot| (order[slot / top_k], self.chosen[slot]));
+            } else if equals.len() > 1 {
+                problem.sort(&mut equals, |slot| slot / top_k);
             }
             for &slot in &equals {
                 let (row, expert) = (slot / top_k, self.chosen[slot]);

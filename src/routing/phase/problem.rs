@@ -95,20 +95,31 @@ impl<'a> Problem<'a> {
     /// Position of each row in the order in which rows lose: least source mass first, then by content, index last.
     pub(super) fn order(&self) -> &[u32] {
         self.order.get_or_init(|| {
-            let mass: Vec<f32> = (0..self.rows()).map(|row| self.mass(row)).collect();
             let mut rows: Vec<u32> = (0..self.rows() as u32).collect();
-            rows.sort_unstable_by(|&a, &b| {
-                let (first, second) = (a as usize, b as usize);
-                mass[first]
-                    .total_cmp(&mass[second])
-                    .then_with(|| by_content(self.selection(first), self.selection(second)))
-                    .then_with(|| by_content(self.gate(first), self.gate(second)))
-                    .then(a.cmp(&b))
-            });
+            self.sort(&mut rows, |row| row as usize);
             let mut order = vec![0; rows.len()];
             rows.iter().zip(0..).for_each(|(&row, rank)| order[row as usize] = rank);
             order
         })
+    }
+
+    /// Sorts what belongs to rows in the order in which rows lose; a few are compared without ranking the whole batch.
+    pub(super) fn sort<T: Copy + Ord>(&self, items: &mut [T], row_of: impl Fn(T) -> usize) {
+        let mass: Vec<f32> = items.iter().map(|&item| self.mass(row_of(item))).collect();
+        let mut ranked: Vec<(f32, T)> = mass.into_iter().zip(items.iter().copied()).collect();
+        ranked.sort_unstable_by(|(mass, item), (other_mass, other)| {
+            let (row, other_row) = (row_of(*item), row_of(*other));
+            mass.total_cmp(other_mass)
+                .then_with(|| by_content(self.selection(row), self.selection(other_row)))
+                .then_with(|| by_content(self.gate(row), self.gate(other_row)))
+                .then_with(|| item.cmp(other))
+        });
+        items.iter_mut().zip(ranked).for_each(|(item, (_, ranked))| *item = ranked);
+    }
+
+    /// Whether the whole batch is ranked already.
+    pub(super) fn is_ordered(&self) -> bool {
+        self.order.get().is_some()
     }
 
     /// Source mass of a row: the share of its gate scores that its own top-k hold.
