@@ -91,7 +91,9 @@ impl<'a> Holding<'a> {
         }
         let mut heap = BinaryHeap::from(heap);
         let mut equals = Vec::new();
-        while let Some(Reverse((least, slot))) = heap.pop() {
+        let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
+        while over > 0 {
+            let Some(Reverse((least, slot))) = heap.pop() else { break };
             equals.clear();
             equals.push(slot);
             while heap.peek().is_some_and(|Reverse((other, _))| *other == least) {
@@ -121,6 +123,7 @@ impl<'a> Holding<'a> {
                     continue;
                 }
                 self.left[pool] += 1;
+                over -= 1;
                 match free {
                     Some((expert, _)) => {
                         self.take(slot, expert);

@@ -9,13 +9,16 @@
 /// Survivors past this many are sorted rather than counted against each other.
 const COUNTED: usize = 64;
 
+/// Values compared at a time.
+const BLOCK: usize = 16;
+
 /// Thresholds tried before the row is taken as it is.
 const TRIES: usize = 12;
 
 /// Ranks rows of one width; holds the buffers, so that nothing is allocated per row.
 pub(super) struct Selector {
     adjusted: Vec<f32>,
-    survivors: Vec<(f32, u16)>,
+    survivors: Vec<u16>,
     values: Vec<f32>,
     ids: Vec<u16>,
     ranked: Vec<f32>,
@@ -28,8 +31,8 @@ impl Selector {
     pub(super) fn new(experts: usize, width: usize) -> Self {
         Self {
             adjusted: vec![0.0; experts],
-            survivors: vec![(0.0, 0); experts],
-            values: vec![0.0; experts],
+            survivors: vec![0; experts],
+            values: vec![0.0; COUNTED],
             ids: vec![0; width],
             ranked: vec![0.0; width],
             count: 0,
@@ -46,31 +49,14 @@ impl Selector {
         let split = self.split(width, *threshold);
         let mut found = 0;
         for (expert, &value) in self.adjusted.iter().enumerate() {
-            self.survivors[found] = (value, expert as u16);
+            self.survivors[found] = expert as u16;
             found += usize::from(value >= split);
         }
         self.count = found.min(width);
         if found > COUNTED {
-            let survivors = &mut self.survivors[..found];
-            survivors.sort_unstable_by(|a, b| {
-                b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
-            });
-            for (rank, &(value, expert)) in survivors[..self.count].iter().enumerate() {
-                (self.ids[rank], self.ranked[rank]) = (expert, value);
-            }
+            self.sort(found);
         } else {
-            for (value, survivor) in self.values.iter_mut().zip(&self.survivors[..found]) {
-                *value = survivor.0;
-            }
-            let values = &self.values[..found];
-            for (at, &(value, expert)) in self.survivors[..found].iter().enumerate() {
-                let before: u32 = values[..at].iter().map(|&other| u32::from(other >= value)).sum();
-                let after: u32 = values[at..].iter().map(|&other| u32::from(other > value)).sum();
-                let rank = (before + after) as usize;
-                if rank < width {
-                    (self.ids[rank], self.ranked[rank]) = (expert, value);
-                }
-            }
+            self.count_ranks(found);
         }
         if self.count > 1 {
             *threshold = self.ranked[self.count - 1];
@@ -78,9 +64,46 @@ impl Selector {
         }
     }
 
+    /// Ranks the survivors by sorting them.
+    fn sort(&mut self, found: usize) {
+        let adjusted = &self.adjusted;
+        let survivors = &mut self.survivors[..found];
+        let value = |expert: u16| adjusted[usize::from(expert)];
+        survivors.sort_unstable_by(|&a, &b| {
+            value(b).partial_cmp(&value(a)).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b))
+        });
+        for (rank, &expert) in survivors[..self.count].iter().enumerate() {
+            (self.ids[rank], self.ranked[rank]) = (expert, value(expert));
+        }
+    }
+
+    /// Ranks the survivors by counting, for each, those that are larger: no branch depends on a value.
+    fn count_ranks(&mut self, found: usize) {
+        let values = &mut self.values[..found.next_multiple_of(BLOCK)];
+        values[found..].fill(f32::NEG_INFINITY);
+        for (value, &expert) in values.iter_mut().zip(&self.survivors[..found]) {
+            *value = self.adjusted[usize::from(expert)];
+        }
+        let mut taken = 0u64;
+        for at in 0..found {
+            let value = values[at];
+            let mut rank = 0;
+            for block in values.as_chunks::<BLOCK>().0 {
+                rank += block.iter().map(|&other| u32::from(other > value)).sum::<u32>();
+            }
+            // Equals have one rank between them; they come lowest id first and take the next free one.
+            rank += (taken >> rank).trailing_ones();
+            taken |= 1 << rank;
+            if let Some(id) = self.ids.get_mut(rank as usize) {
+                *id = self.survivors[at];
+                self.ranked[rank as usize] = value;
+            }
+        }
+    }
+
     /// A value that at least `width` of the row reach (all that are not masked, where there are fewer), and few more.
     fn split(&self, width: usize, guess: f32) -> f32 {
-        let enough = width + width / 2 + 4;
+        let enough = (width + 4).next_multiple_of(BLOCK);
         if enough >= self.adjusted.len() {
             return f32::MIN;
         }
