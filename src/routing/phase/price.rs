@@ -113,7 +113,7 @@ impl Claims {
         Self {
             chosen: vec![crate::routing::assignment::EMPTY; rows * top_k],
             refused: vec![f32::NEG_INFINITY; rows],
-            thresholds: vec![0.0; rows],
+            thresholds: vec![f32::NAN; rows],
         }
     }
 }
@@ -162,9 +162,14 @@ fn sweep_run(problem: &Problem<'_>, run: Run<'_>, price: &[f32], lens: Lens, dro
     let top_k = problem.top_k;
     let mut tally = Tally::new(problem.room.len());
     let mut selector = Selector::new(price.len(), (top_k + BEYOND).min(price.len()));
+    let mut latest = 0.0;
     let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.thresholds);
     for (&row, ((chosen, refused), threshold)) in run.rows.iter().zip(lines) {
+        if threshold.is_nan() {
+            *threshold = latest;
+        }
         selector.select(problem.selection(row as usize), price, threshold);
+        latest = *threshold;
         let (ids, values) = (selector.ids(), selector.values());
         let held = selector.count().min(top_k);
         chosen[..held].copy_from_slice(&ids[..held]);

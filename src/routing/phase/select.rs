@@ -12,6 +12,9 @@ const COUNTED: usize = 64;
 /// Values compared at a time.
 const BLOCK: usize = 16;
 
+/// How many ranks past the last wanted one a first guess aims: towards the middle of what is enough.
+const AHEAD: f32 = 1.5;
+
 /// Thresholds tried before the row is taken as it is.
 const TRIES: usize = 12;
 
@@ -60,7 +63,8 @@ impl Selector {
         }
         if self.count > 1 {
             *threshold = self.ranked[self.count - 1];
-            self.step = ((self.ranked[0] - *threshold) / self.count as f32).max(1e-6);
+            let half = self.count / 2;
+            self.step = (AHEAD * (self.ranked[half] - *threshold) / (self.count - half) as f32).max(1e-6);
         }
     }
 
@@ -85,18 +89,22 @@ impl Selector {
             *value = self.adjusted[usize::from(expert)];
         }
         let mut taken = 0u64;
-        for at in 0..found {
-            let value = values[at];
-            let mut rank = 0;
-            for block in values.as_chunks::<BLOCK>().0 {
-                rank += block.iter().map(|&other| u32::from(other > value)).sum::<u32>();
+        for (from, block) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let mut ranks = [0u32; BLOCK];
+            for &other in &values[..found] {
+                for (rank, &value) in ranks.iter_mut().zip(block) {
+                    *rank += u32::from(other > value);
+                }
             }
-            // Equals have one rank between them; they come lowest id first and take the next free one.
-            rank += (taken >> rank).trailing_ones();
-            taken |= 1 << rank;
-            if let Some(id) = self.ids.get_mut(rank as usize) {
-                *id = self.survivors[at];
-                self.ranked[rank as usize] = value;
+            let survivors = &self.survivors[from * BLOCK..found.min((from + 1) * BLOCK)];
+            for ((&expert, &value), &rank) in survivors.iter().zip(block).zip(&ranks) {
+                // Equals have one rank between them; they come lowest id first and take the next free one.
+                let rank = rank + (!(taken >> rank)).trailing_zeros();
+                taken |= 1 << rank;
+                if let Some(id) = self.ids.get_mut(rank as usize) {
+                    *id = expert;
+                    self.ranked[rank as usize] = value;
+                }
             }
         }
     }
