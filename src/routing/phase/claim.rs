@@ -15,6 +15,9 @@ use crate::routing::assignment::EMPTY;
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
 
+/// Claimants per slot too many that are looked at first.
+const NEAR: usize = 4;
+
 /// Who holds what, and the room that is left.
 pub(super) struct Holding<'a> {
     pub(super) problem: &'a Problem<'a>,
@@ -82,17 +85,32 @@ impl<'a> Holding<'a> {
 
         // What a row was refused is worth at least what it will find: a loss can only turn out larger than its key.
         let floor = |drops: u64| if drops > 0 { 0.0 } else { f32::NEG_INFINITY };
-        let mut heap = Vec::new();
+        let mut near = Vec::new();
         for (slot, &expert) in self.chosen.iter().enumerate() {
             if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
                 let best = refused[slot / top_k].max(floor(drops));
-                heap.push(Reverse((key(self.value(slot / top_k, expert) - best), slot)));
+                near.push(Reverse((key(self.value(slot / top_k, expert) - best), slot)));
             }
         }
-        let mut heap = BinaryHeap::from(heap);
-        let mut equals = Vec::new();
         let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
+        // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs.
+        let first = NEAR * over as usize + FEW;
+        let mut far = if first < near.len() {
+            near.select_nth_unstable_by(first, |a, b| b.cmp(a));
+            near.split_off(first)
+        } else {
+            Vec::new()
+        };
+        let mut far_least = far.first().map(|Reverse((least, _))| *least);
+        let mut heap = BinaryHeap::from(near);
+        let mut equals = Vec::new();
         while over > 0 {
+            if let Some(least) = far_least
+                && heap.peek().is_none_or(|Reverse((key, _))| *key >= least)
+            {
+                heap.extend(far.drain(..));
+                far_least = None;
+            }
             let Some(Reverse((least, slot))) = heap.pop() else { break };
             equals.clear();
             equals.push(slot);

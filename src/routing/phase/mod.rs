@@ -155,7 +155,7 @@ impl<'a> Routing<'a> {
         let descent = Descent::new(problem, &rows, claimed);
         let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
         self.certify(&point);
-        let mut tolerance = self.router.gap * 0.25;
+        let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
         loop {
             let (next, made) = descent.descend(point, tolerance, left, &mut self.claims);
