@@ -3,6 +3,7 @@
 //! ```text
 //! models/tiny-moe/make_corpus.sh corpus                   # three kinds of freely licensed text
 //! export RAYON_NUM_THREADS=1                              # the trainer's threads take whole shards: no threads within
+//! export MIMALLOC_PURGE_DELAY=-1                          # keep freed pages: a step needs them again
 //! cargo run --release --example train_tiny -- --corpus corpus --out models/tiny-moe
 //! cargo run --release --example train_tiny -- --smoke     # a few steps on the evaluation text, writes nothing
 //! ```
@@ -94,6 +95,7 @@ fn main() -> Result<()> {
         valid = train.clone();
         (options.steps, options.shard, options.shards, options.vocab) = (6, 1, 2, 512);
         (options.hidden, options.layers, options.experts, options.width) = (32, 2, 8, 16);
+        options.out = None;
     }
     let (train, valid) = (read_texts(&train)?, read_texts(&valid)?);
     ensure!(train.keys().eq(valid.keys()) && !train.is_empty(), "train and valid must hold the same kinds of text");
@@ -117,6 +119,11 @@ fn main() -> Result<()> {
     }
 
     let config = config(&options);
+    if let Some(out) = &options.out {
+        std::fs::create_dir_all(out)?;
+        tokenizer.save(out.join("tokenizer.json"), true).map_err(anyhow::Error::msg)?;
+        std::fs::write(out.join("config.json"), format!("{config:#}\n"))?;
+    }
     let spec = zoo::parse_config(&config.to_string(), "config.json")?;
     println!("{} parameters, {} active", spec.parameters(), spec.active_parameters());
     let vars = VarMap::new();
@@ -124,15 +131,13 @@ fn main() -> Result<()> {
     let vars = sorted(&vars);
     initialise(&vars, &spec, options.seed)?;
     train_model(&options, &decoder, &vars, &train, &valid)?;
-    if let Some(out) = options.out.filter(|_| !options.smoke) {
-        std::fs::create_dir_all(&out)?;
-        tokenizer.save(out.join("tokenizer.json"), true).map_err(anyhow::Error::msg)?;
-        std::fs::write(out.join("config.json"), format!("{:#}\n", config))?;
-        let tensors =
-            vars.iter().map(|(name, var)| Ok((name.clone(), var.to_dtype(DType::BF16)?))).collect::<Result<_>>()?;
-        candle_core::safetensors::save(&tensors, out.join("model.safetensors"))?;
-    }
     Ok(())
+}
+
+/// Writes the weights in bf16, under their Hugging Face names.
+fn save(vars: &BTreeMap<String, Var>, out: &Path) -> Result<()> {
+    let tensors = vars.iter().map(|(name, var)| Ok((name.clone(), var.to_dtype(DType::BF16)?)));
+    Ok(candle_core::safetensors::save(&tensors.collect::<Result<_>>()?, out.join("model.safetensors"))?)
 }
 
 /// `KIND.txt` files of a directory by kind.
@@ -225,7 +230,7 @@ fn train_model(
     train: &[Vec<u32>],
     valid: &[EvalText],
 ) -> Result<()> {
-    let vars: Vec<&Var> = vars.values().collect();
+    let (named, vars) = (vars, vars.values().collect::<Vec<&Var>>());
     let mut optimisers = Vec::new();
     for chunk in vars.chunks(vars.len().div_ceil(16)) {
         for (matrices, weight_decay) in [(true, 0.1), (false, 0.0)] {
@@ -261,6 +266,9 @@ fn train_model(
         if (step + 1) % 500 == 0 || step + 1 == options.steps {
             for text in valid {
                 println!("  {}: perplexity {:.2}", text.name, validate(decoder, text)?);
+            }
+            if let Some(out) = &options.out {
+                save(named, out)?;
             }
         }
     }

@@ -118,8 +118,7 @@ pub fn run(
     decoder.set_router(&router, setting.capacity.as_ref());
     let mut state = decoder.batch_state();
     let mut bounds = BoundTracker::new(router.as_ref(), decoder.spec().layers);
-    let (mut sums, mut perplexity, mut time, mut tokens) =
-        (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
+    let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     for batch in batches {
         let mut routings = Vec::with_capacity(decoder.spec().layers);
         let started = Instant::now();

@@ -80,7 +80,16 @@ impl Display for CompareReport {
                 writeln!(
                     f,
                     "  {:<14}{:>9}{:>10}{:>10}{:>9}{:>11}{:>10}{:>9}{:>7}{:>8}",
-                    "router", "survival", "no expert", "gate mass", "of bound", "perplexity", "increase", "max load", "ns/tok", "tok/s"
+                    "router",
+                    "survival",
+                    "no expert",
+                    "gate mass",
+                    "of bound",
+                    "perplexity",
+                    "increase",
+                    "max load",
+                    "ns/tok",
+                    "tok/s"
                 )?;
             }
             // What a load is measured against: its device where limits are per device, else the expert.

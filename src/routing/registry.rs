@@ -13,6 +13,7 @@
 use crate::error::{Error, Result};
 use crate::routing::drop::DropRule;
 use crate::routing::hash::{Hash, WeightedHash};
+use crate::routing::phase::PhaseRouter;
 use crate::routing::phase::banded::PhaseKernel;
 use crate::routing::phase::quota::PhaseQuota;
 use crate::routing::router::Router;
@@ -35,11 +36,13 @@ pub enum RouterKind {
     PhaseKernel,
     /// Exact quotas on a ring, blind to the gate.
     PhaseQuota,
+    /// Gate-aware and exact: price, claim, place.
+    Phase,
 }
 
 impl RouterKind {
     /// All routers, in the order in which tables list them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TopK,
         Self::TopKArrival,
         Self::TopKScore,
@@ -47,6 +50,7 @@ impl RouterKind {
         Self::WeightedHash,
         Self::PhaseKernel,
         Self::PhaseQuota,
+        Self::Phase,
     ];
 
     /// Its name on the command line.
@@ -64,6 +68,7 @@ impl RouterKind {
             Self::WeightedHash => Box::new(WeightedHash { seed }),
             Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
             Self::PhaseQuota => Box::new(PhaseQuota { seed }),
+            Self::Phase => Box::new(PhaseRouter::default()),
         }
     }
 }
@@ -92,7 +97,7 @@ mod tests {
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
             "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-score, hash, weighted-hash, \
-             phase-kernel, quota"
+             phase-kernel, quota, phase"
         );
     }
 }

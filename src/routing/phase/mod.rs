@@ -1,6 +1,258 @@
-//! Phase routing: slots laid on a ring of capacities instead of scattered by a hash.
+//! The phase router: the most gate score that fits into the room, and a proof of how close it is.
+//!
+//! `maximise Σ gate score of kept slots  subject to  load of pool ≤ limit,  ≤ top_k distinct allowed experts a token`
+//! for pools that are experts or devices. Four steps, one file each: [*price*](price) finds one price per pool at which
+//! the tokens' own top-k of `selection score − price` nearly fills the room; [*claim*](claim) lets over-full pools overflow
+//! at the least loss; [*place*](place) makes the kept slots the maximum flow; [*certify*](certify) bounds what any router
+//! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`.
+//!
+//! Shapes: scores `[tokens, experts]` to assignment `[tokens, top_k]`, prices `[pools]`.
+//!
+//! - With unlimited capacity, or where the gate's own choice fits, the result is bit-equal to
+//!   [`TopK`](crate::routing::topk::TopK).
+//! - No limit is ever exceeded. Where all slots have room, none is dropped. Where capacity falls short: as many slots as
+//!   can be, then as many tokens with at least one expert, then the most gate mass.
+//! - The place in the batch never matters: equal losses are borne by the token with less source mass, then by row
+//!   content; only identical rows are told apart by index.
+//! - Claims go by selection scores (with a model's selection bias, within its groups); the bound is in gate scores. With a
+//!   bias the two aim at different things, so the bound is looser and the descent stops by its own forecast.
+//!
+//! ```
+//! use phase_moe::routing::{capacity::Capacity, logits::Logits, phase::PhaseRouter, scores::Scoring};
+//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//!
+//! // Three tokens like expert 0 best; it has room for one: who likes it most in comparison stays.
+//! let logits = [3.0, 2.9, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 2.8];
+//! let scores = Scoring::softmax().scores(&Logits::new(&logits, 3, 3)?, None)?;
+//! let capacity = Capacity::per_expert(vec![1, 1, 1])?;
+//! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
+//! let assignment = PhaseRouter::default().route(&request, &mut RouteState::default())?;
+//! assert_eq!(assignment.ids().collect::<Vec<_>>(), [1, 0, 2]);
+//! assert!(assignment.gate_mass_bound().is_some());
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! Knows nothing of weights, devices' speeds or other layers; prices of the last batch come in and go out with the state.
 
 pub mod banded;
+mod certify;
+mod claim;
+mod descent;
 pub mod draws;
 pub mod kernel;
+mod place;
+mod price;
+mod problem;
 pub mod quota;
+mod select;
+
+pub use certify::gate_mass_bound;
+
+use self::certify::{bound, kept_mass};
+use self::claim::Holding;
+use self::descent::{Descent, Point};
+use self::place::place;
+use self::price::{Claims, Lens};
+use self::problem::Problem;
+use crate::error::{Error, Result};
+use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::router::{RouteRequest, RouteState, Router};
+
+/// One row in so many is in the sample that cold prices start from.
+const SAMPLE: usize = 8;
+
+/// Fewer slots per pool in the sample than this say too little about the batch.
+const SAMPLE_MEAN: usize = 16;
+
+/// How far the sample's descent goes; the sample itself is no closer to the batch.
+const SAMPLE_TOLERANCE: f64 = 2e-3;
+
+/// Gate-aware routing under exact limits: price, claim, place, certify.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PhaseRouter {
+    gap: f64,
+    max_sweeps: usize,
+}
+
+impl PhaseRouter {
+    /// Stops when the kept gate mass is certified to be within `gap` (a share of the bound) of the best possible, or after
+    /// `max_sweeps` sweeps over the batch.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a gap that is NaN, negative or not below 1, and for no sweeps.
+    pub fn new(gap: f64, max_sweeps: usize) -> Result<Self> {
+        if !(0.0..1.0).contains(&gap) {
+            return Err(Error::parameter("gap", gap, "at least 0 and below 1"));
+        }
+        if max_sweeps == 0 {
+            return Err(Error::parameter("max_sweeps", max_sweeps, "at least 1"));
+        }
+        Ok(Self { gap, max_sweeps })
+    }
+
+    /// The certificate to stop at, as a share of the bound.
+    pub fn gap(&self) -> f64 {
+        self.gap
+    }
+
+    /// The most sweeps over the batch (and over the sample of it that cold prices start from).
+    pub fn max_sweeps(&self) -> usize {
+        self.max_sweeps
+    }
+}
+
+impl Default for PhaseRouter {
+    /// A gap of 5e-4, at most 24 sweeps.
+    fn default() -> Self {
+        Self { gap: 5e-4, max_sweeps: 24 }
+    }
+}
+
+impl Router for PhaseRouter {
+    fn name(&self) -> &'static str {
+        "phase"
+    }
+
+    fn route(&self, request: &RouteRequest<'_>, state: &mut RouteState) -> Result<Assignment> {
+        let unlimited = vec![u32::MAX; request.scores().experts()];
+        let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited));
+        Ok(Routing::new(self, request, &problem).run(state))
+    }
+}
+
+/// One batch on its way through the steps.
+struct Routing<'a> {
+    router: &'a PhaseRouter,
+    request: &'a RouteRequest<'a>,
+    problem: &'a Problem<'a>,
+    rows: Vec<u32>,
+    claims: Claims,
+    /// The lowest bound so far.
+    bound: f64,
+}
+
+impl<'a> Routing<'a> {
+    fn new(router: &'a PhaseRouter, request: &'a RouteRequest<'a>, problem: &'a Problem<'a>) -> Self {
+        let rows: Vec<u32> = (0..problem.rows() as u32).collect();
+        let claims = Claims::new(problem.rows(), problem.top_k);
+        Self { router, request, problem, rows, claims, bound: f64::INFINITY }
+    }
+
+    fn run(mut self, state: &mut RouteState) -> Assignment {
+        let problem = self.problem;
+        let pools = problem.room.len();
+        let nothing = Descent::new(problem, &self.rows, 0);
+        let zero = nothing.look(vec![0.0; pools], Lens { bandwidth: 0.0, deep: false }, &mut self.claims);
+        self.certify(&zero);
+        let limited = self.request.capacity().limits().is_some();
+        let claimed: u64 = zero.tally.load.iter().map(|&load| u64::from(load)).sum();
+        let fits = zero.tally.load.iter().zip(&problem.room).all(|(load, room)| load <= room);
+        if !limited || fits {
+            if limited {
+                state.prices = zero.prices;
+            }
+            let kept: Vec<bool> = self.claims.chosen.iter().map(|&expert| expert != EMPTY).collect();
+            return self.assignment(self.claims.chosen.clone(), kept);
+        }
+
+        let rows = std::mem::take(&mut self.rows);
+        let descent = Descent::new(problem, &rows, claimed);
+        let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
+        self.certify(&point);
+        let mut tolerance = self.router.gap * 0.4;
+        let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
+        loop {
+            let (next, made) = descent.descend(point, tolerance, left, &mut self.claims);
+            point = next;
+            left -= made;
+            self.certify(&point);
+            let mut holding = Holding::new(problem, self.claims.chosen.clone(), &point.prices);
+            holding.overflow(&self.claims.refused);
+            place(&mut holding);
+            let mass = self.mass(&holding);
+            let stalled = made == 0 && best.is_some();
+            if best.as_ref().is_none_or(|(most, ..)| mass > *most) {
+                best = Some((mass, holding.chosen, holding.kept));
+            }
+            let most = best.as_ref().map_or(0.0, |(most, ..)| *most);
+            if most >= (1.0 - self.router.gap) * self.bound || left == 0 || stalled || tolerance < 1e-7 {
+                break;
+            }
+            tolerance *= 0.1;
+        }
+        state.prices = point.prices;
+        let (chosen, kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
+        self.assignment(chosen, kept)
+    }
+
+    /// Prices to start from: those of the last batch where they help, else those of a sample, else zero.
+    fn start(&mut self, descent: &Descent<'_>, zero: &Point, state: &RouteState, claimed: u64) -> Point {
+        let problem = self.problem;
+        let valid = |price: &f32| price.is_finite() && *price >= 0.0;
+        if state.prices.len() == problem.room.len() && state.prices.iter().all(valid) {
+            let warm = descent.look(state.prices.clone(), Lens::after(&zero.tally, 0.0), &mut self.claims);
+            if warm.value < zero.value {
+                return warm;
+            }
+        }
+        let mut prices = zero.prices.clone();
+        let sample = problem.sample(SAMPLE);
+        if sample.len() * problem.top_k >= SAMPLE_MEAN * problem.room.len() {
+            let share = claimed as f64 * sample.len() as f64 / problem.rows() as f64;
+            let part = Descent::new(problem, &sample, share as u64);
+            let mut claims = Claims::new(sample.len(), problem.top_k);
+            let start = part.look(prices, Lens::after(&zero.tally, f64::INFINITY), &mut claims);
+            prices = part.descend(start, SAMPLE_TOLERANCE, self.router.max_sweeps, &mut claims).0.prices;
+            return descent.look(prices, Lens::after(&zero.tally, 0.0), &mut self.claims);
+        }
+        descent.look(prices, Lens::after(&zero.tally, f64::INFINITY), &mut self.claims)
+    }
+
+    /// Lowers the bound to that of the point's prices, if that is lower.
+    fn certify(&mut self, point: &Point) {
+        let limits = self.request.capacity().limits().unwrap_or_default();
+        let bound = match self.problem.by_gate {
+            true => bound(point.tally.positive, &point.prices, limits),
+            // Prices are checked, so this cannot fail; if it did the bound would only stay as it is.
+            false => gate_mass_bound(self.request, if limits.is_empty() { &[] } else { &point.prices })
+                .unwrap_or(f64::INFINITY),
+        };
+        self.bound = self.bound.min(bound);
+    }
+
+    fn mass(&self, holding: &Holding<'_>) -> f64 {
+        let top_k = self.problem.top_k;
+        let rows = holding.chosen.chunks_exact(top_k).zip(holding.kept.chunks_exact(top_k)).enumerate();
+        kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.gate(row), chosen, kept)))
+    }
+
+    /// Rows back to tokens, each token's slots by selection score.
+    fn assignment(&self, chosen: Vec<u16>, kept: Vec<bool>) -> Assignment {
+        let (problem, top_k) = (self.problem, self.problem.top_k);
+        let tokens = problem.scores.tokens();
+        let mut all = (vec![EMPTY; tokens * top_k], vec![false; tokens * top_k]);
+        for (row, (chosen, kept)) in chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)).enumerate() {
+            let at = problem.tokens[row] as usize * top_k;
+            let (into, stays) = (&mut all.0[at..at + top_k], &mut all.1[at..at + top_k]);
+            into.copy_from_slice(chosen);
+            stays.copy_from_slice(kept);
+            let selection = problem.selection(row);
+            let before = |a: u16, b: u16| {
+                let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
+                score(a) > score(b) || (score(a) == score(b) && a < b)
+            };
+            for slot in 1..top_k {
+                let mut place = slot;
+                while place > 0 && before(into[place], into[place - 1]) {
+                    into.swap(place, place - 1);
+                    stays.swap(place, place - 1);
+                    place -= 1;
+                }
+            }
+        }
+        Assignment::from_selection(problem.scores, top_k, all.0, Some(&all.1)).with_gate_mass_bound(self.bound)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,200 @@
+//! Claims: every row claims its best experts at the final prices, and over-full pools let go of those who lose least.
+//!
+//! `loss = value held − value of the best expert that is not held and has room`, over all claimants of all over-full pools
+//! at once, least loss first: the pool keeps the claimants that lose most by leaving. Where room falls short, as many
+//! slots as must be dropped may be, at a value of 0. Equal losses leave in the order of [`Problem::order`].
+//!
+//! Knows nothing of chains of moves: a slot that finds no room directly is left to [`super::place`].
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::problem::Problem;
+use crate::routing::assignment::EMPTY;
+
+/// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
+const FEW: usize = 16;
+
+/// Claimants per slot too many that are looked at first.
+const NEAR: usize = 4;
+
+/// Who holds what, and the room that is left.
+pub(super) struct Holding<'a> {
+    pub(super) problem: &'a Problem<'a>,
+    /// Expert claimed by each slot, `[rows, top_k]`.
+    pub(super) chosen: Vec<u16>,
+    /// Whether the slot has it.
+    pub(super) kept: Vec<bool>,
+    /// Room minus load of each pool; below 0 while over-full.
+    pub(super) left: Vec<i64>,
+    price: Vec<f32>,
+}
+
+/// Orders finite floats as integers do.
+fn key(value: f32) -> u32 {
+    let bits = (value + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+impl<'a> Holding<'a> {
+    /// Everything claimed is held, however full the pools.
+    pub(super) fn new(problem: &'a Problem<'a>, chosen: Vec<u16>, prices: &[f32]) -> Self {
+        let mut left: Vec<i64> = problem.room.iter().map(|&room| i64::from(room)).collect();
+        let kept: Vec<bool> = chosen.iter().map(|&expert| expert != EMPTY).collect();
+        chosen.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| left[problem.pool(expert)] -= 1);
+        let price = problem.pool_of.iter().map(|&pool| prices[usize::from(pool)]).collect();
+        Self { problem, chosen, kept, left, price }
+    }
+
+    /// Score − price of an expert for a row.
+    pub(super) fn value(&self, row: usize, expert: u16) -> f32 {
+        self.problem.selection(row)[usize::from(expert)] - self.price[usize::from(expert)]
+    }
+
+    /// The slots of a row.
+    pub(super) fn slots(&self, row: usize) -> std::ops::Range<usize> {
+        row * self.problem.top_k..(row + 1) * self.problem.top_k
+    }
+
+    /// True when the row holds the expert.
+    pub(super) fn holds(&self, row: usize, expert: u16) -> bool {
+        self.slots(row).any(|slot| self.chosen[slot] == expert && self.kept[slot])
+    }
+
+    /// The row's best expert of `among` that it does not hold, and its value; the first of equals.
+    pub(super) fn best_free(&self, row: usize, among: &[u16]) -> Option<(u16, f32)> {
+        let selection = self.problem.selection(row);
+        let mut best = None;
+        for &expert in among {
+            let score = selection[usize::from(expert)];
+            let value = score - self.price[usize::from(expert)];
+            if score > f32::NEG_INFINITY && best.is_none_or(|(_, most)| value > most) && !self.holds(row, expert) {
+                best = Some((expert, value));
+            }
+        }
+        best
+    }
+
+    /// Lets over-full pools overflow into those with room, then drops what found none. Afterwards no pool is over-full.
+    pub(super) fn overflow(&mut self, refused: &[f32]) {
+        let (problem, top_k) = (self.problem, self.problem.top_k);
+        let claimed = self.kept.iter().filter(|&&kept| kept).count() as u64;
+        let mut drops = claimed.saturating_sub(problem.total_room());
+        let mut open: Vec<u16> =
+            (0..problem.pool_of.len() as u16).filter(|&expert| self.left[problem.pool(expert)] > 0).collect();
+
+        // What a row was refused is worth at least what it will find: a loss can only turn out larger than its key.
+        let floor = |drops: u64| if drops > 0 { 0.0 } else { f32::NEG_INFINITY };
+        let mut near = Vec::new();
+        for (slot, &expert) in self.chosen.iter().enumerate() {
+            if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
+                let best = refused[slot / top_k].max(floor(drops));
+                near.push(Reverse((key(self.value(slot / top_k, expert) - best), slot)));
+            }
+        }
+        let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
+        // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs.
+        let first = NEAR * over as usize + FEW;
+        let mut far = if first < near.len() {
+            near.select_nth_unstable_by(first, |a, b| b.cmp(a));
+            near.split_off(first)
+        } else {
+            Vec::new()
+        };
+        let mut far_least = far.first().map(|Reverse((least, _))| *least);
+        let mut heap = BinaryHeap::from(near);
+        let mut equals = Vec::new();
+        while over > 0 {
+            if let Some(least) = far_least
+                && heap.peek().is_none_or(|Reverse((key, _))| *key >= least)
+            {
+                heap.extend(far.drain(..));
+                far_least = None;
+            }
+            let Some(Reverse((least, slot))) = heap.pop() else { break };
+            equals.clear();
+            equals.push(slot);
+            while heap.peek().is_some_and(|Reverse((other, _))| *other == least) {
+                equals.extend(heap.pop().map(|Reverse((_, slot))| slot));
+            }
+            if equals.len() > FEW || (equals.len() > 1 && problem.is_ordered()) {
+                let order = problem.order();
+                equals.sort_unstable_by_key(|&slot| (order[slot / top_k], self.chosen[slot]));
+            } else if equals.len() > 1 {
+                problem.sort(&mut equals, |slot| slot / top_k);
+            }
+            for &slot in &equals {
+                let (row, expert) = (slot / top_k, self.chosen[slot]);
+                let pool = problem.pool(expert);
+                if self.left[pool] >= 0 {
+                    continue;
+                }
+                let free = self.best_free(row, &open).filter(|&(_, value)| value > floor(drops) || drops == 0);
+                let best = match free {
+                    Some((_, value)) => value,
+                    None if drops > 0 => 0.0,
+                    None => continue,
+                };
+                let loss = key(self.value(row, expert) - best);
+                if loss > least {
+                    heap.push(Reverse((loss, slot)));
+                    continue;
+                }
+                self.left[pool] += 1;
+                over -= 1;
+                match free {
+                    Some((expert, _)) => {
+                        self.take(slot, expert);
+                        let entered = problem.pool(expert);
+                        self.left[entered] -= 1;
+                        if self.left[entered] == 0 {
+                            open.retain(|&expert| problem.pool(expert) != entered);
+                        }
+                    }
+                    None => {
+                        self.kept[slot] = false;
+                        drops -= 1;
+                    }
+                }
+            }
+        }
+        self.cut();
+    }
+
+    /// Drops from pools that are still over-full what is worth least.
+    fn cut(&mut self) {
+        let (problem, top_k) = (self.problem, self.problem.top_k);
+        if self.left.iter().all(|&left| left >= 0) {
+            return;
+        }
+        let mut over: Vec<usize> = (0..self.chosen.len())
+            .filter(|&slot| self.kept[slot] && self.left[problem.pool(self.chosen[slot])] < 0)
+            .collect();
+        let order = problem.order();
+        over.sort_by_cached_key(|&slot| {
+            (key(self.value(slot / top_k, self.chosen[slot])), order[slot / top_k], self.chosen[slot])
+        });
+        for slot in over {
+            let left = &mut self.left[problem.pool(self.chosen[slot])];
+            if *left < 0 {
+                *left += 1;
+                self.kept[slot] = false;
+            }
+        }
+    }
+
+    /// Gives a slot another expert; a dropped slot of the row that claimed it claims the old one instead.
+    pub(super) fn take(&mut self, slot: usize, expert: u16) {
+        let row = slot / self.problem.top_k;
+        if let Some(other) = self.slots(row).find(|&other| other != slot && self.chosen[other] == expert) {
+            self.chosen[other] = self.chosen[slot];
+        }
+        self.chosen[slot] = expert;
+        self.kept[slot] = true;
+    }
+
+    /// Slots a row has.
+    pub(super) fn kept_of(&self, row: usize) -> usize {
+        self.kept[self.slots(row)].iter().filter(|&&kept| kept).count()
+    }
+}

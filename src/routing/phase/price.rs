@@ -1,0 +1,259 @@
+//! Prices: one number ≥ 0 per pool, at which the tokens' own choices nearly fill the room.
+//!
+//! `D(price) = Σ_rows (sum of the top_k largest score − price) + Σ price · room` is convex and piecewise linear; its slope
+//! along a price is room − load. A sweep ranks every row at the current prices and counts two things: the load of each
+//! pool, and which two pools the row's last held and first refused expert belong to, where their values are close. Those
+//! counts are the curvature of `D` (a graph Laplacian over pools), so that one small linear system turns all overloads
+//! into price moves at once: a semi-smooth Newton step, kept in bounds by a trust radius. Sorting no column, it needs a
+//! fifth of the sweeps that moving each price to its own margin does.
+//!
+//! Where room falls short, a score ≤ price claims nothing (the value of a dropped slot is 0).
+//!
+//! Knows nothing of who gets the room.
+
+use rayon::prelude::*;
+
+use super::problem::{Problem, UNIT};
+use super::select::Selector;
+
+/// Refused experts that a sweep looks at beyond the last held one.
+pub(super) const BEYOND: usize = 3;
+
+/// Pools past which only the diagonal of the curvature is kept: a square of counts must fit the cache.
+const DENSE_POOLS: usize = 1024;
+
+/// Rows · experts below which a sweep stays on the calling thread.
+const PARALLEL_VALUES: usize = 1 << 15;
+
+/// Rows a thread takes at a time.
+const CHUNK: usize = 512;
+
+/// What one sweep counts. All integers: sums in any order are the same sums.
+#[derive(Clone)]
+pub(super) struct Tally {
+    /// Claimed slots per pool.
+    pub(super) load: Vec<u32>,
+    /// Pairs of pools that a row is undecided between, `[pools, pools]`, symmetric; empty past [`DENSE_POOLS`].
+    pub(super) pairs: Vec<u32>,
+    /// Row sums of `pairs`, with the pairs of pool and nothing.
+    pub(super) degree: Vec<u32>,
+    /// `Σ` of what the rows claim, in [`UNIT`]s.
+    pub(super) claimed: i128,
+    /// `Σ` of the positive ones of the top_k, in [`UNIT`]s, rounded up.
+    pub(super) positive: i128,
+    /// `Σ` of the distance between the last held and the first refused, in [`UNIT`]s, and how many.
+    gap: i128,
+    gaps: u64,
+}
+
+impl Tally {
+    fn new(pools: usize) -> Self {
+        let pairs = if pools <= DENSE_POOLS { vec![0; pools * pools] } else { Vec::new() };
+        let zeros = vec![0; pools];
+        Self { load: zeros.clone(), pairs, degree: zeros, claimed: 0, positive: 0, gap: 0, gaps: 0 }
+    }
+
+    fn add(mut self, other: Self) -> Self {
+        let sum = |a: &mut [u32], b: &[u32]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        sum(&mut self.load, &other.load);
+        sum(&mut self.pairs, &other.pairs);
+        sum(&mut self.degree, &other.degree);
+        self.claimed += other.claimed;
+        self.positive += other.positive;
+        self.gap += other.gap;
+        self.gaps += other.gaps;
+        self
+    }
+
+    fn pair(&mut self, a: usize, b: usize) {
+        let pools = self.load.len();
+        if !self.pairs.is_empty() {
+            self.pairs[a * pools + b] += 1;
+            self.pairs[b * pools + a] += 1;
+        }
+        self.degree[a] += 1;
+        self.degree[b] += 1;
+    }
+
+    /// Mean distance between the last held and the first refused expert of a row.
+    pub(super) fn mean_gap(&self) -> f64 {
+        if self.gaps == 0 { 0.0 } else { self.gap as f64 / UNIT / self.gaps as f64 }
+    }
+}
+
+/// How a sweep looks for rows that are undecided.
+#[derive(Clone, Copy)]
+pub(super) struct Lens {
+    /// How close two values must be to be counted.
+    pub(super) bandwidth: f32,
+    /// Whether all held and refused experts count, not only the last held and the first refused.
+    pub(super) deep: bool,
+}
+
+impl Lens {
+    /// For a row's values after prices moved by `moved`: as wide as the move, within reason.
+    pub(super) fn after(tally: &Tally, moved: f64) -> Self {
+        let gap = tally.mean_gap();
+        let bandwidth = moved.clamp(0.5 * gap, 8.0 * gap).max(1e-6);
+        Self { bandwidth: bandwidth as f32, deep: bandwidth >= 3.0 * gap }
+    }
+}
+
+/// Claims of every row at the prices of a sweep.
+pub(super) struct Claims {
+    /// The top_k experts of each row, best first, `[rows, top_k]`; [`EMPTY`](crate::routing::assignment::EMPTY) where masks leave fewer.
+    pub(super) chosen: Vec<u16>,
+    /// Value of the best expert a row did not get; −∞ where there is none.
+    pub(super) refused: Vec<f32>,
+    thresholds: Vec<f32>,
+}
+
+impl Claims {
+    pub(super) fn new(rows: usize, top_k: usize) -> Self {
+        Self {
+            chosen: vec![crate::routing::assignment::EMPTY; rows * top_k],
+            refused: vec![f32::NEG_INFINITY; rows],
+            thresholds: vec![f32::NAN; rows],
+        }
+    }
+}
+
+/// Claims of a run of rows, and the rows.
+struct Run<'a> {
+    rows: &'a [u32],
+    chosen: &'a mut [u16],
+    refused: &'a mut [f32],
+    thresholds: &'a mut [f32],
+}
+
+/// Ranks `rows` at `prices` (per pool); what is undecided is seen through `lens`.
+pub(super) fn sweep(
+    problem: &Problem<'_>,
+    rows: &[u32],
+    prices: &[f32],
+    lens: Lens,
+    claims: &mut Claims,
+    drops: bool,
+) -> Tally {
+    let price: Vec<f32> = problem.pool_of.iter().map(|&pool| prices[usize::from(pool)]).collect();
+    let top_k = problem.top_k;
+    let count = rows.len();
+    let runs = rows
+        .par_chunks(CHUNK)
+        .zip(claims.chosen[..count * top_k].par_chunks_mut(CHUNK * top_k))
+        .zip(claims.refused[..count].par_chunks_mut(CHUNK))
+        .zip(claims.thresholds[..count].par_chunks_mut(CHUNK))
+        .map(|(((rows, chosen), refused), thresholds)| Run { rows, chosen, refused, thresholds });
+    let tally = |run: Run<'_>| sweep_run(problem, run, &price, lens, drops);
+    let none = || Tally::new(problem.room.len());
+    if count * price.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1 {
+        let whole = Run {
+            rows,
+            chosen: &mut claims.chosen[..count * top_k],
+            refused: &mut claims.refused[..count],
+            thresholds: &mut claims.thresholds[..count],
+        };
+        return tally(whole);
+    }
+    runs.map(tally).reduce(none, Tally::add)
+}
+
+fn sweep_run(problem: &Problem<'_>, run: Run<'_>, price: &[f32], lens: Lens, drops: bool) -> Tally {
+    let top_k = problem.top_k;
+    let mut tally = Tally::new(problem.room.len());
+    let mut selector = Selector::new(price.len(), (top_k + BEYOND).min(price.len()));
+    let mut latest = 0.0;
+    let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.thresholds);
+    for (&row, ((chosen, refused), threshold)) in run.rows.iter().zip(lines) {
+        if threshold.is_nan() {
+            *threshold = latest;
+        }
+        selector.select(problem.selection(row as usize), price, threshold);
+        latest = *threshold;
+        let (ids, values) = (selector.ids(), selector.values());
+        let held = selector.count().min(top_k);
+        chosen[..held].copy_from_slice(&ids[..held]);
+        chosen[held..].fill(crate::routing::assignment::EMPTY);
+        *refused = values.get(top_k).copied().unwrap_or(f32::NEG_INFINITY);
+
+        let positive: f64 = values[..held].iter().map(|&value| f64::from(value.max(0.0))).sum();
+        tally.positive += i128::from((positive * UNIT).ceil() as i64);
+        let mut wanted = held;
+        if drops {
+            while wanted > 0 && values[wanted - 1] <= 0.0 {
+                wanted -= 1;
+            }
+            tally.claimed = tally.positive;
+        } else {
+            let claimed: f64 = values[..held].iter().map(|&value| f64::from(value)).sum();
+            tally.claimed += i128::from((claimed * UNIT) as i64);
+        }
+        for &expert in &ids[..wanted] {
+            tally.load[problem.pool(expert)] += 1;
+        }
+        undecided(problem, &mut tally, ids, values, wanted, lens, drops);
+    }
+    tally
+}
+
+/// Counts the pools between which a row is close to changing its mind.
+fn undecided(
+    problem: &Problem<'_>,
+    tally: &mut Tally,
+    ids: &[u16],
+    values: &[f32],
+    wanted: usize,
+    lens: Lens,
+    drops: bool,
+) {
+    let (top_k, bandwidth) = (problem.top_k, lens.bandwidth);
+    if drops && wanted < top_k {
+        // Nothing, at value 0, stands between the held and the refused.
+        for at in wanted.saturating_sub(1)..(wanted + 1).min(ids.len()) {
+            if values[at].abs() < bandwidth {
+                tally.degree[problem.pool(ids[at])] += 1;
+            }
+        }
+        return;
+    }
+    if wanted == 0 || wanted >= ids.len() {
+        return;
+    }
+    let last = wanted - 1;
+    let gap = values[last] - values[wanted];
+    tally.gap += i128::from((f64::from(gap) * UNIT) as i64);
+    tally.gaps += 1;
+    let (leaves, enters) = (problem.pool(ids[last]), problem.pool(ids[wanted]));
+    if leaves != enters {
+        if gap < bandwidth {
+            tally.pair(leaves, enters);
+        }
+        if lens.deep {
+            // Far from the goal the next step is long: count who would leave, or enter, along all of it.
+            for at in (0..last).filter(|&at| values[at] - values[wanted] < bandwidth) {
+                let pool = problem.pool(ids[at]);
+                if pool != enters {
+                    tally.pair(pool, enters);
+                }
+            }
+            for at in (wanted + 1..ids.len()).filter(|&at| values[last] - values[at] < bandwidth) {
+                let pool = problem.pool(ids[at]);
+                if pool != leaves {
+                    tally.pair(leaves, pool);
+                }
+            }
+        }
+        return;
+    }
+    // Both in one pool: a price moves neither past the other, so look one pool further on either side.
+    if let Some(at) = (wanted + 1..ids.len()).find(|&at| problem.pool(ids[at]) != leaves)
+        && values[last] - values[at] < bandwidth
+    {
+        tally.pair(leaves, problem.pool(ids[at]));
+    }
+    if let Some(at) = (0..last).rev().find(|&at| problem.pool(ids[at]) != enters)
+        && values[at] - values[wanted] < bandwidth
+    {
+        tally.pair(problem.pool(ids[at]), enters);
+    }
+}
