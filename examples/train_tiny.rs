@@ -46,13 +46,13 @@ struct Options {
     #[arg(long)]
     out: Option<PathBuf>,
     /// Optimiser steps.
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 2300)]
     steps: usize,
     /// Sequences per shard of a step.
     #[arg(long, default_value_t = 4)]
     shard: usize,
     /// Shards per step.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 4)]
     shards: usize,
     /// Threads that work on shards.
     #[arg(long, default_value_t = 2)]
@@ -61,7 +61,7 @@ struct Options {
     #[arg(long, default_value_t = 3e-3)]
     rate: f64,
     /// Weight of the load-balancing loss.
-    #[arg(long, default_value_t = 0.002)]
+    #[arg(long, default_value_t = 0.004)]
     balance: f64,
     /// Tokens in the vocabulary.
     #[arg(long, default_value_t = 2048)]

@@ -4,6 +4,7 @@
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
 pub mod attention;
+pub mod generate;
 pub mod model;
 mod norm;
 mod rotary;

@@ -3,3 +3,4 @@
 pub mod compare;
 pub mod perplexity;
 pub mod text;
+pub mod trace;

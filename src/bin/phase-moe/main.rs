@@ -1,1 +1,70 @@
-fn main() {}
+//! The `phase-moe` command: real forward passes, routing and inspection of Mixture-of-Experts models.
+
+mod bundled;
+mod compare;
+mod generate;
+mod inspect;
+mod logits;
+mod options;
+mod route;
+mod trace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Mixture-of-Experts routing, measured in real forward passes.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: options::Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the model over text with each router at each capacity and prints one table
+    Compare(compare::Compare),
+    /// Continues a prompt with a chosen router
+    Generate(generate::Generate),
+    /// Runs the model over text and writes its gate logits
+    Trace(trace::Trace),
+    /// Routes captured gate logits, offline
+    Route(route::Route),
+    /// Writes the model's logits for given token ids
+    Logits(logits::Logits),
+    /// Tells what a checkpoint holds
+    Inspect(inspect::Inspect),
+}
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    let run = || {
+        global.apply()?;
+        match command {
+            Command::Compare(command) => command.run(&global),
+            Command::Generate(command) => command.run(&global),
+            Command::Trace(command) => command.run(&global),
+            Command::Route(command) => command.run(),
+            Command::Logits(command) => command.run(),
+            Command::Inspect(command) => command.run(),
+        }
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A closed pipe (`| head`) is no failure of ours.
+            if error.chain().any(|cause| is_broken_pipe(cause)) {
+                return ExitCode::SUCCESS;
+            }
+            eprintln!("phase-moe: {error:#}");
+            ExitCode::from(if options::is_user_mistake(&error) { 2 } else { 1 })
+        }
+    }
+}
+
+fn is_broken_pipe(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,104 @@
+//! `compare`: every router over the same text, at every capacity, in one table.
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::Args;
+use phase_moe::eval::compare::{Setting, dropless, run};
+use phase_moe::report::compare::{CompareReport, ModelSummary, TextSummary};
+use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::registry::RouterKind;
+
+use crate::options::{CapacityOptions, Global, ModelOptions, TextOptions, parse, print_json};
+
+/// Runs the model over text with each router at each capacity and prints one table.
+///
+/// Without options: dropless; limits per expert at factors 1.0, 1.25 and 2.0; limits per 4 devices at 1.0.
+///
+/// Example: phase-moe compare --devices 4 --capacity-factor 1.0 --router phase,top-k-arrival
+#[derive(Args)]
+pub struct Compare {
+    #[command(flatten)]
+    model: ModelOptions,
+    #[command(flatten)]
+    text: TextOptions,
+    /// Routers to compare [default: all]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = parse::<RouterKind>)]
+    router: Vec<RouterKind>,
+    /// Experts per token [default: the model's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Room over demand [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
+    #[arg(long, value_name = "F,..", value_delimiter = ',')]
+    capacity_factor: Vec<f64>,
+    #[command(flatten)]
+    capacity: CapacityOptions,
+    /// One JSON document instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+impl Compare {
+    pub fn run(self, global: &Global) -> Result<()> {
+        let rules = self.rules()?;
+        let mut model = self.model.load()?;
+        if let Some(top_k) = self.top_k {
+            model.decoder_mut().set_top_k(top_k)?;
+        }
+        let (files, batches) = self.text.batches(&model)?;
+        let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
+        let settings = self.settings(&rules);
+        let bar = global.progress(tokens * (1 + settings.len() as u64));
+
+        bar.set_message("dropless");
+        let dropless = dropless(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
+        let mut rows = Vec::with_capacity(settings.len());
+        for (index, setting) in settings.iter().enumerate() {
+            bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
+            rows.push(run(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
+        }
+        bar.finish_and_clear();
+
+        let report = CompareReport {
+            model: ModelSummary::new(model.name(), model.decoder().spec()),
+            text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens },
+            dropless,
+            rows,
+        };
+        match self.json {
+            true => print_json(&report),
+            false => Ok(write!(std::io::stdout(), "{report}")?),
+        }
+    }
+
+    fn rules(&self) -> Result<Vec<CapacityRule>> {
+        if !self.capacity_factor.is_empty() {
+            return self.capacity_factor.iter().map(|&factor| self.capacity.rule(factor)).collect();
+        }
+        if self.capacity.is_per_device() {
+            return Ok(vec![self.capacity.rule(1.0)?]);
+        }
+        let per_expert = [1.0, 1.25, 2.0].map(|factor| self.capacity.rule(factor));
+        let per_device = CapacityRule { rounding: self.capacity.rule(1.0)?.rounding, ..CapacityRule::per_device(1.0, 4) };
+        std::iter::once(Ok(per_device)).chain(per_expert).collect()
+    }
+
+    /// Unlimited top-k once, then every other router at every capacity.
+    fn settings(&self, rules: &[CapacityRule]) -> Vec<Setting> {
+        let routers = if self.router.is_empty() { RouterKind::ALL.to_vec() } else { self.router.clone() };
+        let seed = self.capacity.seed;
+        let unlimited = routers.iter().filter(|kind| !limited(kind));
+        let mut settings: Vec<Setting> =
+            unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
+        for rule in rules {
+            let limited = routers.iter().filter(|kind| limited(kind));
+            settings.extend(limited.map(|&router| Setting { router, capacity: Some(rule.clone()), seed }));
+        }
+        settings
+    }
+}
+
+/// False for routers that know no capacity: one row says it all.
+fn limited(kind: &RouterKind) -> bool {
+    *kind != RouterKind::TopK
+}

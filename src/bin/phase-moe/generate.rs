@@ -1,0 +1,107 @@
+//! `generate`: continues a prompt.
+
+use std::io::{IsTerminal, Write};
+
+use anyhow::Result;
+use clap::Args;
+use phase_moe::decoder::generate::generate;
+use phase_moe::decoder::sampling::Sampler;
+use phase_moe::routing::registry::RouterKind;
+use serde::Serialize;
+
+use crate::options::{CapacityOptions, Global, ModelOptions, UserMistake, parse, print_json, set_routing};
+
+/// Continues a prompt with a chosen router and prints statistics at the end.
+///
+/// Example: phase-moe generate --prompt "And it came to pass" --new-tokens 60 --temperature 0.7
+#[derive(Args)]
+pub struct Generate {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Tokens to add at most
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    new_tokens: usize,
+    /// 0 always takes the most likely token
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw from the fewest tokens that hold this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f64,
+    /// Router to use
+    #[arg(long, value_name = "NAME", default_value = "top-k", value_parser = parse::<RouterKind>)]
+    router: RouterKind,
+    /// Experts per token [default: the model's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Room over demand while the prompt is read; decoding one text has no limit [default: none]
+    #[arg(long, value_name = "F")]
+    capacity_factor: Option<f64>,
+    #[command(flatten)]
+    capacity: CapacityOptions,
+    /// One JSON document instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Output {
+    text: String,
+    prompt_tokens: usize,
+    new_tokens: usize,
+    prefill_tokens_per_second: f64,
+    decode_tokens_per_second: Option<f64>,
+    survival: f64,
+    /// These three need an expert cache.
+    hit_rate: Option<f64>,
+    expert_bytes_read: Option<u64>,
+    peak_resident_expert_bytes: Option<u64>,
+}
+
+impl Generate {
+    pub fn run(self, global: &Global) -> Result<()> {
+        let rule = self.capacity_factor.map(|factor| self.capacity.rule(factor)).transpose()?;
+        let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
+        let mut model = self.model.load()?;
+        set_routing(&mut model, self.router, rule.as_ref(), self.top_k, self.capacity.seed)?;
+        let prompt = model.encode(&self.prompt)?;
+        if prompt.is_empty() {
+            return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());
+        }
+        let bar = global.progress(self.new_tokens as u64);
+        bar.set_message("generating");
+        let generation = generate(&model, &prompt, self.new_tokens, &mut sampler, |_| bar.inc(1))?;
+        bar.finish_and_clear();
+        let output = Output {
+            text: model.decode(&generation.ids)?,
+            prompt_tokens: generation.prompt_tokens,
+            new_tokens: generation.ids.len(),
+            prefill_tokens_per_second: generation.prefill_tokens_per_second(),
+            decode_tokens_per_second: generation.decode_tokens_per_second(),
+            survival: generation.survival(),
+            hit_rate: None,
+            expert_bytes_read: None,
+            peak_resident_expert_bytes: None,
+        };
+        if self.json {
+            return print_json(&output);
+        }
+        let mut out = std::io::stdout();
+        // On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
+        if out.is_terminal() {
+            write!(out, "{}", self.prompt)?;
+        }
+        writeln!(out, "{}", output.text)?;
+        let decode = output.decode_tokens_per_second.map_or("–".into(), |rate| format!("{rate:.0}"));
+        eprintln!(
+            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept",
+            output.prompt_tokens,
+            output.prefill_tokens_per_second,
+            output.new_tokens,
+            100.0 * output.survival
+        );
+        Ok(())
+    }
+}

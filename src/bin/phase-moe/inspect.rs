@@ -1,0 +1,114 @@
+//! `inspect`: what a checkpoint holds, from its headers alone.
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::Args;
+use phase_moe::zoo;
+use serde::Serialize;
+
+use crate::options::{ModelOptions, UserMistake, print_json};
+
+/// Tells what a checkpoint holds and what would fit in how much memory; reads headers only.
+///
+/// Example: phase-moe inspect --model path/to/OLMoE-1B-7B
+#[derive(Args)]
+pub struct Inspect {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// One JSON document instead of the list
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Output {
+    family: &'static str,
+    layers: usize,
+    moe_layers: usize,
+    hidden: usize,
+    experts: usize,
+    top_k: usize,
+    expert_width: usize,
+    /// Dtype of the experts as stored.
+    dtype: String,
+    bytes_per_expert: u64,
+    expert_bytes: u64,
+    other_bytes: u64,
+    parameters: usize,
+    active_parameters: usize,
+}
+
+impl Inspect {
+    pub fn run(self) -> Result<()> {
+        let files = self.model.files()?;
+        let spec = zoo::parse_config(&files.config, "config.json")?;
+        let names = &spec.moe.names;
+        let marker = format!(".{}.", names.experts);
+        let (mut expert_bytes, mut other_bytes, mut dtype) = (0u64, 0u64, None);
+        for (name, entry) in files.checkpoint.tensors() {
+            if name.contains(&marker) {
+                expert_bytes += entry.bytes as u64;
+                dtype = dtype.or(Some(entry.dtype));
+            } else {
+                other_bytes += entry.bytes as u64;
+            }
+        }
+        let Some(dtype) = dtype else {
+            let message = format!("{}: expected tensors named `*{marker}*`, got none", files.name);
+            return Err(UserMistake(message).into());
+        };
+        let output = Output {
+            family: spec.family,
+            layers: spec.layers,
+            moe_layers: spec.layers,
+            hidden: spec.moe.hidden,
+            experts: spec.moe.experts,
+            top_k: spec.moe.top_k,
+            expert_width: spec.moe.expert_width,
+            dtype: format!("{dtype:?}").to_lowercase(),
+            bytes_per_expert: expert_bytes / (spec.layers * spec.moe.experts) as u64,
+            expert_bytes,
+            other_bytes,
+            parameters: spec.parameters(),
+            active_parameters: spec.active_parameters(),
+        };
+        if self.json {
+            return print_json(&output);
+        }
+        let mut out = std::io::stdout();
+        writeln!(out, "{}: {}, stored in {}", files.name, output.family, output.dtype)?;
+        writeln!(
+            out,
+            "  {} layers of {} experts, top {}, hidden {}, expert width {}",
+            output.moe_layers, output.experts, output.top_k, output.hidden, output.expert_width
+        )?;
+        writeln!(out, "  {} parameters, {} active per token", count(output.parameters), count(output.active_parameters))?;
+        writeln!(
+            out,
+            "  {} an expert, {} all experts, {} the rest",
+            bytes(output.bytes_per_expert),
+            bytes(output.expert_bytes),
+            bytes(output.other_bytes)
+        )?;
+        writeln!(out, "  memory for the weights, with this share of the experts resident:")?;
+        for percent in [100, 50, 25] {
+            let resident = output.experts * percent / 100;
+            let needed = output.other_bytes + output.bytes_per_expert * (resident * output.moe_layers) as u64;
+            writeln!(out, "    {percent:>3} % ({resident} per layer)  {}", bytes(needed))?;
+        }
+        Ok(())
+    }
+}
+
+fn bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+fn count(parameters: usize) -> String {
+    match parameters {
+        0..1_000_000 => format!("{:.1} k", parameters as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.2} M", parameters as f64 / 1e6),
+        _ => format!("{:.2} G", parameters as f64 / 1e9),
+    }
+}

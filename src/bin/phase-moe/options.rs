@@ -1,0 +1,238 @@
+//! Options that several commands share, and what they stand for in the library.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use phase_moe::decoder::Batch;
+use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::error::Error;
+use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
+use phase_moe::routing::registry::RouterKind;
+
+use crate::bundled;
+
+/// A mistake of the user that only the command line can see.
+#[derive(Debug)]
+pub struct UserMistake(pub String);
+
+impl std::fmt::Display for UserMistake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UserMistake {}
+
+/// True when the input is at fault, not the machine.
+pub fn is_user_mistake(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<UserMistake>().is_some() || error.downcast_ref::<Error>().is_some_and(Error::is_user_error)
+}
+
+#[derive(Args)]
+pub struct Global {
+    /// Threads to compute with [default: one per core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    /// No progress bars
+    #[arg(long, global = true)]
+    quiet: bool,
+}
+
+impl Global {
+    /// Sets the size of the thread pool.
+    pub fn apply(&self) -> Result<()> {
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                return Err(UserMistake("--threads is 0: expected at least 1".into()).into());
+            }
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("thread pool")?;
+        }
+        Ok(())
+    }
+
+    /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
+    pub fn progress(&self, length: u64) -> ProgressBar {
+        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(length), target);
+        if let Ok(style) = ProgressStyle::with_template("{msg:44} {wide_bar} {percent:>3} % {eta:>4}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        bar
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Args)]
+pub struct ModelOptions {
+    /// Checkpoint directory in Hugging Face layout [default: the bundled tiny-moe]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Dtype of the weights in memory
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+}
+
+impl ModelOptions {
+    /// Opens the files; nothing is loaded yet.
+    pub fn files(&self) -> Result<ModelFiles> {
+        Ok(match &self.model {
+            Some(directory) => ModelFiles::open(directory)
+                .with_context(|| format!("--model {}", directory.display()))?,
+            None => bundled::files()?,
+        })
+    }
+
+    /// Loads the model.
+    pub fn load(&self) -> Result<Model> {
+        let dtype = match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
+        Ok(Model::from_files(&self.files()?, &LoadOptions { dtype, ..LoadOptions::default() })?)
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Batches {
+    OneKind,
+    Mixed,
+}
+
+#[derive(Args)]
+pub struct TextOptions {
+    /// Text to run over, repeatable [default: the bundled held-out text of three kinds]
+    #[arg(long, value_name = "FILE")]
+    text: Vec<PathBuf>,
+    /// How many tokens of it, shared evenly over the texts [default: all]
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Tokens per forward pass
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub batch_tokens: usize,
+    /// Whether a batch holds one text or all of them in turn
+    #[arg(long, value_enum, default_value = "one-kind")]
+    batches: Batches,
+}
+
+impl TextOptions {
+    /// The texts' names and their batches.
+    pub fn batches(&self, model: &Model) -> Result<(Vec<String>, Vec<Batch>)> {
+        let read = |path: &PathBuf| -> Result<(String, String)> {
+            let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            let text = String::from_utf8(bytes)
+                .map_err(|_| UserMistake(format!("{}: expected UTF-8 text, got other bytes", path.display())))?;
+            Ok((name, text))
+        };
+        let texts = match self.text.as_slice() {
+            [] => bundled::texts(),
+            paths => paths.iter().map(read).collect::<Result<_>>()?,
+        };
+        let encode = |(name, text): (String, String)| Ok(EvalText { name, ids: model.encode(&text)? });
+        let texts: Vec<EvalText> = texts.into_iter().map(encode).collect::<Result<_>>()?;
+        let mixing = match self.batches {
+            Batches::OneKind => Mixing::OneKind,
+            Batches::Mixed => Mixing::Mixed,
+        };
+        let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing };
+        let batches = batching.batches(&texts)?;
+        Ok((texts.into_iter().map(|text| text.name).collect(), batches))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoundingName {
+    Exact,
+    Ceil,
+}
+
+#[derive(Args)]
+pub struct CapacityOptions {
+    /// Relative capacities of the experts: uniform, mild, strong or extreme
+    #[arg(long, value_name = "NAME", default_value = "uniform", value_parser = parse::<Profile>)]
+    profile: Profile,
+    /// How shares of the room become whole slots
+    #[arg(long, value_enum, value_name = "RULE", default_value = "exact")]
+    capacity: RoundingName,
+    /// Limits per device: experts in N contiguous groups
+    #[arg(long, value_name = "N")]
+    pub devices: Option<usize>,
+    /// Relative speeds of the devices
+    #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
+    device_speeds: Vec<f64>,
+    /// Seed of routers that draw and of shuffled profiles
+    #[arg(long, value_name = "S", default_value_t = 42)]
+    pub seed: u64,
+}
+
+impl CapacityOptions {
+    /// The rule for one capacity factor.
+    pub fn rule(&self, factor: f64) -> Result<CapacityRule> {
+        let shares = match (self.devices, self.device_speeds.as_slice()) {
+            (None, []) => Shares::PerExpert { profile: self.profile, seed: self.seed },
+            (Some(devices), []) => Shares::PerDevice { speeds: vec![1.0; devices] },
+            (devices, speeds) => {
+                if let Some(devices) = devices.filter(|&devices| devices != speeds.len()) {
+                    let message = format!("--device-speeds: expected --devices {devices} values, got {}", speeds.len());
+                    return Err(UserMistake(message).into());
+                }
+                Shares::PerDevice { speeds: speeds.to_vec() }
+            }
+        };
+        if matches!(shares, Shares::PerDevice { .. }) && self.profile != Profile::Uniform {
+            let message = "--profile is for limits per expert: with --devices, give --device-speeds";
+            return Err(UserMistake(message.into()).into());
+        }
+        let rounding = match self.capacity {
+            RoundingName::Exact => Rounding::Exact,
+            RoundingName::Ceil => Rounding::Ceil,
+        };
+        Ok(CapacityRule { rounding, shares, ..CapacityRule::per_expert(factor) })
+    }
+
+    /// True when limits are per device.
+    pub fn is_per_device(&self) -> bool {
+        self.devices.is_some() || !self.device_speeds.is_empty()
+    }
+}
+
+/// Sets router, room and top-k of every layer.
+pub fn set_routing(
+    model: &mut Model,
+    router: RouterKind,
+    rule: Option<&CapacityRule>,
+    top_k: Option<usize>,
+    seed: u64,
+) -> Result<()> {
+    if let Some(top_k) = top_k {
+        model.decoder_mut().set_top_k(top_k)?;
+    }
+    model.decoder_mut().set_router(&Arc::from(router.build(seed)), rule);
+    Ok(())
+}
+
+/// A clap parser from `FromStr` with our own error text.
+pub fn parse<T: std::str::FromStr<Err = Error>>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|error: Error| error.to_string())
+}
+
+/// Prints one JSON document.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(value)?)?;
+    Ok(())
+}

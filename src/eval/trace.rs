@@ -1,0 +1,270 @@
+//! Gate traces: the logits of every MoE layer over a text, in a safetensors file that routers can be run on offline.
+//!
+//! One tensor `layer.{i}` f32 `[tokens, experts]` per MoE layer (raw, before scoring), `tokens` i32 `[tokens]` vocabulary
+//! ids, `layer.{i}.bias` f32 `[experts]` where the model has a selection bias; metadata says how logits become scores.
+//! `tokens` and all metadata but `experts` and `top_k` are optional on reading.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::routing::logits::Logits;
+use crate::routing::scores::{GroupLimit, GroupScore, ScoreFunction, Scoring};
+
+/// The gate logits of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerTrace {
+    /// Index of the layer in the model.
+    pub layer: usize,
+    /// `[tokens, experts]` row-major.
+    pub logits: Vec<f32>,
+    /// Bias for selection only.
+    pub selection_bias: Option<Vec<f32>>,
+}
+
+/// The gate logits of a model over a text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GateTrace {
+    /// What model it is of.
+    pub model: Option<String>,
+    /// Experts per layer.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// How logits become scores.
+    pub scoring: Scoring,
+    /// Tokens per forward pass when it was taken.
+    pub batch_tokens: Option<usize>,
+    /// Vocabulary ids of the tokens.
+    pub token_ids: Option<Vec<u32>>,
+    /// MoE layers in order.
+    pub layers: Vec<LayerTrace>,
+}
+
+impl GateTrace {
+    /// Tokens in the trace.
+    pub fn tokens(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.logits.len() / self.experts)
+    }
+
+    /// Writes the trace to `path`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let (tokens, experts) = (self.tokens(), self.experts);
+        let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        for layer in &self.layers {
+            tensors.push((format!("layer.{}", layer.layer), Dtype::F32, vec![tokens, experts], f32_bytes(&layer.logits)));
+            if let Some(bias) = &layer.selection_bias {
+                tensors.push((format!("layer.{}.bias", layer.layer), Dtype::F32, vec![experts], f32_bytes(bias)));
+            }
+        }
+        if let Some(ids) = &self.token_ids {
+            let bytes = ids.iter().flat_map(|&id| (id as i32).to_le_bytes()).collect();
+            tensors.push(("tokens".into(), Dtype::I32, vec![tokens], bytes));
+        }
+        let mut metadata = HashMap::from([
+            ("experts".to_owned(), experts.to_string()),
+            ("top_k".to_owned(), self.top_k.to_string()),
+            (
+                "score".to_owned(),
+                match self.scoring.function {
+                    ScoreFunction::Softmax => "softmax".into(),
+                    ScoreFunction::Sigmoid => "sigmoid".into(),
+                },
+            ),
+            ("normalize".to_owned(), self.scoring.normalize.to_string()),
+            ("scale".to_owned(), self.scoring.scale.to_string()),
+        ]);
+        metadata.extend(self.model.clone().map(|model| ("model".to_owned(), model)));
+        metadata.extend(self.batch_tokens.map(|tokens| ("batch_tokens".to_owned(), tokens.to_string())));
+        if let Some(limit) = self.scoring.groups {
+            metadata.insert("groups".into(), limit.groups.to_string());
+            metadata.insert("top_groups".into(), limit.top_groups.to_string());
+        }
+        write_tensors(path, &tensors, Some(metadata))
+    }
+
+    /// Reads a trace from `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Checkpoint`] for a file that is no trace, naming the tensor or the key of the metadata.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = Checkpoint::open_files(&[path])?;
+        let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
+        let metadata = file.metadata();
+        let text = |key: &str| metadata.get(key).map(String::as_str);
+        let bad = |key: &str, expected: &str, got: &str| wrong(format!("metadata `{key}`: expected {expected}, got {got}"));
+        let size = |key: &str| -> Result<Option<usize>> {
+            let parse = |value: &str| value.parse().ok().filter(|&size: &usize| size > 0);
+            text(key).map(|value| parse(value).ok_or_else(|| bad(key, "a positive integer", value))).transpose()
+        };
+        let required = |key: &str| size(key)?.ok_or_else(|| bad(key, "a positive integer", "nothing"));
+        let (experts, top_k) = (required("experts")?, required("top_k")?);
+        let function = match text("score") {
+            None | Some("softmax") => ScoreFunction::Softmax,
+            Some("sigmoid") => ScoreFunction::Sigmoid,
+            Some(other) => return Err(bad("score", "softmax or sigmoid", other)),
+        };
+        let normalize = match text("normalize") {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => return Err(bad("normalize", "true or false", other)),
+        };
+        let scale = match text("scale") {
+            None => 1.0,
+            Some(value) => value
+                .parse()
+                .ok()
+                .filter(|scale: &f32| scale.is_finite())
+                .ok_or_else(|| bad("scale", "a finite number", value))?,
+        };
+        let groups = match (size("groups")?, size("top_groups")?) {
+            (None | Some(1), _) => None,
+            (Some(_), None) => return Err(bad("top_groups", "a positive integer", "nothing")),
+            (Some(groups), Some(top_groups)) => {
+                // The models that score groups by their best two are those with sigmoid scores (DeepSeek-V3).
+                let score = match function {
+                    ScoreFunction::Softmax => GroupScore::Max,
+                    ScoreFunction::Sigmoid => GroupScore::TopTwo,
+                };
+                Some(GroupLimit { groups, top_groups, score })
+            }
+        };
+
+        let read = |name: &str, dtype: Dtype, shape: &[Option<usize>]| -> Result<(usize, Vec<[u8; 4]>)> {
+            let entry = file.entry(name)?;
+            let fits = entry.shape.len() == shape.len()
+                && shape.iter().zip(&entry.shape).all(|(expected, got)| expected.is_none_or(|expected| expected == *got));
+            if entry.dtype != dtype || !fits {
+                let sizes: Vec<String> = shape.iter().map(|size| size.map_or("tokens".into(), |size| size.to_string())).collect();
+                let expected = format!("{dtype:?} [{}]", sizes.join(", "));
+                return Err(wrong(format!("tensor `{name}`: expected {expected}, got {:?} {:?}", entry.dtype, entry.shape)));
+            }
+            Ok((entry.shape[0], file.read(name)?.as_chunks::<4>().0.to_vec()))
+        };
+        let floats = |words: Vec<[u8; 4]>| words.into_iter().map(f32::from_le_bytes).collect::<Vec<f32>>();
+        let mut found = BTreeMap::new();
+        for name in file.tensors().keys() {
+            if let Some(layer) = name.strip_prefix("layer.").and_then(|rest| rest.parse::<usize>().ok()) {
+                found.insert(layer, name.clone());
+            }
+        }
+        let (mut layers, mut tokens) = (Vec::new(), None);
+        for (layer, name) in found {
+            let (rows, words) = read(&name, Dtype::F32, &[tokens, Some(experts)])?;
+            tokens = Some(rows);
+            let logits = floats(words);
+            Logits::new(&logits, rows, experts).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
+            let bias = format!("{name}.bias");
+            let selection_bias = match file.tensors().contains_key(&bias) {
+                true => Some(floats(read(&bias, Dtype::F32, &[Some(experts)])?.1)),
+                false => None,
+            };
+            layers.push(LayerTrace { layer, logits, selection_bias });
+        }
+        if layers.is_empty() {
+            return Err(wrong("expected tensors `layer.0`, `layer.1`, …, got none".into()));
+        }
+        let token_ids = match file.tensors().contains_key("tokens") {
+            false => None,
+            true => {
+                let ids = read("tokens", Dtype::I32, &[tokens])?.1.into_iter().map(i32::from_le_bytes);
+                let id = |id: i32| u32::try_from(id).map_err(|_| wrong(format!("tensor `tokens`: expected ids from 0, got {id}")));
+                Some(ids.map(id).collect::<Result<_>>()?)
+            }
+        };
+        Ok(Self {
+            model: text("model").map(str::to_owned),
+            experts,
+            top_k,
+            scoring: Scoring { function, normalize, scale, groups },
+            batch_tokens: size("batch_tokens")?,
+            token_ids,
+            layers,
+        })
+    }
+}
+
+/// Little-endian bytes of values.
+fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Writes named tensors (dtype, shape, little-endian bytes) to a safetensors file.
+///
+/// # Errors
+/// [`Error::Checkpoint`] when they do not fit together or the file cannot be written.
+pub fn write_tensors(
+    path: &Path,
+    tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)],
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name.as_str(), view))
+    });
+    let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(|error| wrong(error.to_string()))?;
+    safetensors::serialize_to_file(views, metadata, path).map_err(|error| wrong(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trace() -> GateTrace {
+        let layer = |layer: usize, bias: Option<Vec<f32>>| LayerTrace {
+            layer,
+            logits: (0..6).map(|value| value as f32 - layer as f32).collect(),
+            selection_bias: bias,
+        };
+        GateTrace {
+            model: Some("m".into()),
+            experts: 3,
+            top_k: 2,
+            scoring: Scoring { scale: 2.5, ..Scoring::sigmoid().normalized(true) },
+            batch_tokens: Some(512),
+            token_ids: Some(vec![7, 9]),
+            layers: vec![layer(1, None), layer(10, Some(vec![0.5, 0.0, -0.5]))],
+        }
+    }
+
+    #[test]
+    fn a_trace_reads_back_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("t.safetensors");
+        trace().write(&path).unwrap();
+        assert_eq!(GateTrace::read(&path).unwrap(), trace());
+    }
+
+    #[test]
+    fn what_is_no_trace_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("t.safetensors");
+        let error = |tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]| {
+            let owned: Vec<_> = tensors.iter().map(|t| (t.0.to_owned(), t.1, t.2.clone(), t.3.clone())).collect();
+            let metadata = metadata.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+            write_tensors(&path, &owned, Some(metadata)).unwrap();
+            GateTrace::read(&path).unwrap_err().to_string().split_once(": ").unwrap().1.to_owned()
+        };
+        let good = [("experts", "2"), ("top_k", "1")];
+        let layer = ("layer.0", Dtype::F32, vec![1, 2], f32_bytes(&[0.0, 1.0]));
+        assert_eq!(error(&[layer.clone()], &good[..1]), "metadata `top_k`: expected a positive integer, got nothing");
+        assert_eq!(error(&[], &good), "expected tensors `layer.0`, `layer.1`, …, got none");
+        let wide = ("layer.0", Dtype::F32, vec![1, 3], f32_bytes(&[0.0; 3]));
+        assert_eq!(error(&[wide], &good), "tensor `layer.0`: expected F32 [tokens, 2], got F32 [1, 3]");
+        let longer = ("layer.1", Dtype::F32, vec![2, 2], f32_bytes(&[0.0; 4]));
+        assert_eq!(error(&[layer.clone(), longer], &good), "tensor `layer.1`: expected F32 [1, 2], got F32 [2, 2]");
+        let nan = ("layer.0", Dtype::F32, vec![1, 2], f32_bytes(&[0.0, f32::NAN]));
+        assert!(error(&[nan], &good).starts_with("tensor `layer.0`: logit of token 0, expert 1 is NaN"));
+        let tokens = ("tokens", Dtype::I32, vec![1], (-1i32).to_le_bytes().to_vec());
+        assert_eq!(error(&[layer.clone(), tokens], &good), "tensor `tokens`: expected ids from 0, got -1");
+        let score = [good[0], good[1], ("score", "tanh")];
+        assert_eq!(error(&[layer], &score), "metadata `score`: expected softmax or sigmoid, got tanh");
+    }
+}
