@@ -165,6 +165,7 @@ impl<'a> Routing<'a> {
             let mut holding = Holding::new(problem, self.claims.chosen.clone(), &point.prices);
             holding.overflow(&self.claims.refused);
             place(&mut holding);
+            holding.refill();
             let mass = self.mass(&holding);
             let stalled = made == 0 && best.is_some();
             if best.as_ref().is_none_or(|(most, ..)| mass > *most) {
