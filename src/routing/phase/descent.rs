@@ -5,6 +5,7 @@
 //!
 //! Knows nothing of rows: it sees tallies only.
 
+use super::margin::margins;
 use super::price::{Claims, Lens, Tally, sweep};
 use super::problem::{Problem, UNIT};
 
@@ -96,6 +97,19 @@ impl<'a> Descent<'a> {
             latest = next.value < best.value;
             if latest {
                 best = next;
+            } else if made + 1 < sweeps {
+                // The counts mislead where values come in steps: go half-way to where each pool's own margin lies.
+                let margins = margins(self.problem, self.rows, &best.prices, &self.room, self.drops);
+                let halved = best.prices.iter().zip(&margins).map(|(&price, &margin)| 0.5 * (price + margin));
+                let prices = self.settle(halved.collect());
+                let moved = prices.iter().zip(&best.prices).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+                let next = self.look(prices, Lens::after(&best.tally, f64::from(moved)), claims);
+                made += 2;
+                latest = next.value < best.value;
+                if latest {
+                    radius = radius.max(f64::from(moved));
+                    best = next;
+                }
             }
             if radius < 1e-7 {
                 break;

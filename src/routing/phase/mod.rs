@@ -37,6 +37,7 @@
 mod certify;
 mod claim;
 mod descent;
+mod margin;
 mod place;
 mod price;
 mod problem;
@@ -152,7 +153,7 @@ impl<'a> Routing<'a> {
         }
 
         let rows = std::mem::take(&mut self.rows);
-        let descent = Descent::new(problem, &rows, claimed);
+        let mut descent = Descent::new(problem, &rows, claimed);
         let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
         self.certify(&point);
         let mut tolerance = self.router.gap * 0.4;
@@ -160,14 +161,20 @@ impl<'a> Routing<'a> {
         loop {
             let (next, made) = descent.descend(point, tolerance, left, &mut self.claims);
             point = next;
-            left -= made;
+            left = left.saturating_sub(made);
             self.certify(&point);
             let mut holding = Holding::new(problem, self.claims.chosen.clone(), &point.prices);
             holding.overflow(&self.claims.refused);
             place(&mut holding);
             holding.refill();
             let mass = self.mass(&holding);
-            let stalled = made == 0 && best.is_some();
+            let mut stalled = made == 0 && best.is_some();
+            if !descent.drops && holding.kept.iter().filter(|&&kept| kept).count() as u64 != claimed {
+                // Masks leave less than the sum of the room: prices must be free to refuse a slot altogether.
+                descent.drops = true;
+                point = descent.look(point.prices, Lens::after(&zero.tally, f64::INFINITY), &mut self.claims);
+                stalled = false;
+            }
             if best.as_ref().is_none_or(|(most, ..)| mass > *most) {
                 best = Some((mass, holding.chosen, holding.kept));
             }
