@@ -58,7 +58,11 @@ pub fn gate_mass_bound(request: &RouteRequest<'_>, prices: &[f32]) -> Result<f64
 pub(super) fn bound(positive: i128, prices: &[f32], limits: &[u32]) -> f64 {
     let paid: f64 = prices.iter().zip(limits).map(|(&price, &limit)| f64::from(price) * f64::from(limit)).sum();
     let claimed = positive as f64 / UNIT;
-    if paid > 0.0 || prices.iter().any(|&price| price > 0.0) { claimed * ROUNDING + paid * (1.0 + 1e-12) } else { claimed }
+    if paid > 0.0 || prices.iter().any(|&price| price > 0.0) {
+        claimed * ROUNDING + paid * (1.0 + 1e-12)
+    } else {
+        claimed
+    }
 }
 
 /// Gate mass of a selection, in [`UNIT`]s rounded down: the order of the rows does not matter.

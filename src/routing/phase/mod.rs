@@ -159,7 +159,12 @@ impl<'a> Routing<'a> {
         let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
         loop {
-            let (next, made) = descent.descend(point, tolerance, left, &mut self.claims);
+            let (next, made) = descent.descend(
+                point,
+                tolerance,
+                if best.is_none() && !descent.drops { left.div_ceil(2) } else { left },
+                &mut self.claims,
+            );
             point = next;
             left = left.saturating_sub(made);
             self.certify(&point);
@@ -260,3 +265,5 @@ impl<'a> Routing<'a> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod timings;

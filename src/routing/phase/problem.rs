@@ -5,8 +5,8 @@
 //!
 //! Knows nothing of prices.
 
-use std::sync::OnceLock;
 use std::cmp::Ordering;
+use std::sync::OnceLock;
 
 use crate::routing::router::RouteRequest;
 use crate::routing::scores::Scores;
@@ -67,11 +67,6 @@ impl<'a> Problem<'a> {
 
     pub(super) fn pool(&self, expert: u16) -> usize {
         usize::from(self.pool_of[usize::from(expert)])
-    }
-
-    /// Slots asked for.
-    pub(super) fn demand(&self) -> u64 {
-        self.rows() as u64 * self.top_k as u64
     }
 
     /// Room in all pools.
