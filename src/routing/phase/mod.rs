@@ -1,9 +1,9 @@
 //! The phase router: the most gate score that fits into the room, and a proof of how close it is.
 //!
 //! `maximise Σ gate score of kept slots  subject to  load of pool ≤ limit,  ≤ top_k distinct allowed experts a token`
-//! for pools that are experts or devices. Four steps, one file each: [*price*](price) finds one price per pool at which
-//! the tokens' own top-k of `selection score − price` nearly fills the room; [*claim*](claim) lets over-full pools overflow
-//! at the least loss; [*place*](place) makes the kept slots the maximum flow; [*certify*](certify) bounds what any router
+//! for pools that are experts or devices. Four steps, one file each: *price* finds one price per pool at which
+//! the tokens' own top-k of `selection score − price` nearly fills the room; *claim* lets over-full pools overflow
+//! at the least loss; *place* makes the kept slots the maximum flow; *certify* bounds what any router
 //! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`.
 //!
 //! Shapes: scores `[tokens, experts]` to assignment `[tokens, top_k]`, prices `[pools]`.
