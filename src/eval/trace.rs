@@ -59,7 +59,12 @@ impl GateTrace {
         let (tokens, experts) = (self.tokens(), self.experts);
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         for layer in &self.layers {
-            tensors.push((format!("layer.{}", layer.layer), Dtype::F32, vec![tokens, experts], f32_bytes(&layer.logits)));
+            tensors.push((
+                format!("layer.{}", layer.layer),
+                Dtype::F32,
+                vec![tokens, experts],
+                f32_bytes(&layer.logits),
+            ));
             if let Some(bias) = &layer.selection_bias {
                 tensors.push((format!("layer.{}.bias", layer.layer), Dtype::F32, vec![experts], f32_bytes(bias)));
             }
@@ -99,7 +104,8 @@ impl GateTrace {
         let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
         let metadata = file.metadata();
         let text = |key: &str| metadata.get(key).map(String::as_str);
-        let bad = |key: &str, expected: &str, got: &str| wrong(format!("metadata `{key}`: expected {expected}, got {got}"));
+        let bad =
+            |key: &str, expected: &str, got: &str| wrong(format!("metadata `{key}`: expected {expected}, got {got}"));
         let size = |key: &str| -> Result<Option<usize>> {
             let parse = |value: &str| value.parse().ok().filter(|&size: &usize| size > 0);
             text(key).map(|value| parse(value).ok_or_else(|| bad(key, "a positive integer", value))).transpose()
@@ -140,11 +146,18 @@ impl GateTrace {
         let read = |name: &str, dtype: Dtype, shape: &[Option<usize>]| -> Result<(usize, Vec<[u8; 4]>)> {
             let entry = file.entry(name)?;
             let fits = entry.shape.len() == shape.len()
-                && shape.iter().zip(&entry.shape).all(|(expected, got)| expected.is_none_or(|expected| expected == *got));
+                && shape
+                    .iter()
+                    .zip(&entry.shape)
+                    .all(|(expected, got)| expected.is_none_or(|expected| expected == *got));
             if entry.dtype != dtype || !fits {
-                let sizes: Vec<String> = shape.iter().map(|size| size.map_or("tokens".into(), |size| size.to_string())).collect();
+                let sizes: Vec<String> =
+                    shape.iter().map(|size| size.map_or("tokens".into(), |size| size.to_string())).collect();
                 let expected = format!("{dtype:?} [{}]", sizes.join(", "));
-                return Err(wrong(format!("tensor `{name}`: expected {expected}, got {:?} {:?}", entry.dtype, entry.shape)));
+                return Err(wrong(format!(
+                    "tensor `{name}`: expected {expected}, got {:?} {:?}",
+                    entry.dtype, entry.shape
+                )));
             }
             Ok((entry.shape[0], file.read(name)?.as_chunks::<4>().0.to_vec()))
         };
@@ -175,7 +188,9 @@ impl GateTrace {
             false => None,
             true => {
                 let ids = read("tokens", Dtype::I32, &[tokens])?.1.into_iter().map(i32::from_le_bytes);
-                let id = |id: i32| u32::try_from(id).map_err(|_| wrong(format!("tensor `tokens`: expected ids from 0, got {id}")));
+                let id = |id: i32| {
+                    u32::try_from(id).map_err(|_| wrong(format!("tensor `tokens`: expected ids from 0, got {id}")))
+                };
                 Some(ids.map(id).collect::<Result<_>>()?)
             }
         };

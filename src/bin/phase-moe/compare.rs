@@ -79,7 +79,8 @@ impl Compare {
             return Ok(vec![self.capacity.rule(1.0)?]);
         }
         let per_expert = [1.0, 1.25, 2.0].map(|factor| self.capacity.rule(factor));
-        let per_device = CapacityRule { rounding: self.capacity.rule(1.0)?.rounding, ..CapacityRule::per_device(1.0, 4) };
+        let per_device =
+            CapacityRule { rounding: self.capacity.rule(1.0)?.rounding, ..CapacityRule::per_device(1.0, 4) };
         std::iter::once(Ok(per_device)).chain(per_expert).collect()
     }
 
@@ -88,8 +89,7 @@ impl Compare {
         let routers = if self.router.is_empty() { RouterKind::ALL.to_vec() } else { self.router.clone() };
         let seed = self.capacity.seed;
         let unlimited = routers.iter().filter(|kind| !limited(kind));
-        let mut settings: Vec<Setting> =
-            unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
+        let mut settings: Vec<Setting> = unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
         for rule in rules {
             let limited = routers.iter().filter(|kind| limited(kind));
             settings.extend(limited.map(|&router| Setting { router, capacity: Some(rule.clone()), seed }));

@@ -83,7 +83,12 @@ impl Inspect {
             "  {} layers of {} experts, top {}, hidden {}, expert width {}",
             output.moe_layers, output.experts, output.top_k, output.hidden, output.expert_width
         )?;
-        writeln!(out, "  {} parameters, {} active per token", count(output.parameters), count(output.active_parameters))?;
+        writeln!(
+            out,
+            "  {} parameters, {} active per token",
+            count(output.parameters),
+            count(output.active_parameters)
+        )?;
         writeln!(
             out,
             "  {} an expert, {} all experts, {} the rest",

@@ -89,8 +89,9 @@ impl ModelOptions {
     /// Opens the files; nothing is loaded yet.
     pub fn files(&self) -> Result<ModelFiles> {
         Ok(match &self.model {
-            Some(directory) => ModelFiles::open(directory)
-                .with_context(|| format!("--model {}", directory.display()))?,
+            Some(directory) => {
+                ModelFiles::open(directory).with_context(|| format!("--model {}", directory.display()))?
+            }
             None => bundled::files()?,
         })
     }

@@ -101,7 +101,11 @@ impl Route {
         }
         let mut out = std::io::stdout();
         writeln!(out, "{} on {}, top {top_k}", output.router, self.logits.display())?;
-        writeln!(out, "{:>6}{:>8}{:>10}{:>10}{:>10}{:>11}{:>10}{:>8}", "layer", "tokens", "survival", "feasible", "gate mass", "of bound", "max load", "ns/tok")?;
+        writeln!(
+            out,
+            "{:>6}{:>8}{:>10}{:>10}{:>10}{:>11}{:>10}{:>8}",
+            "layer", "tokens", "survival", "feasible", "gate mass", "of bound", "max load", "ns/tok"
+        )?;
         let percent = |share: f64| format!("{:.2} %", 100.0 * share);
         for layer in &output.layers {
             writeln!(

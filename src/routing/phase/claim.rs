@@ -30,6 +30,31 @@ pub(super) struct Holding<'a> {
     price: Vec<f32>,
 }
 
+/// Losses, least first, and whose they are.
+type Losses = BinaryHeap<Reverse<(u32, usize)>>;
+
+/// Takes all of the least loss off the heap, in the order in which their rows lose; returns the loss.
+fn pop_equals(
+    problem: &Problem<'_>,
+    heap: &mut Losses,
+    equals: &mut Vec<usize>,
+    row_of: impl Fn(usize) -> usize + Copy,
+) -> Option<u32> {
+    let Reverse((least, first)) = heap.pop()?;
+    equals.clear();
+    equals.push(first);
+    while heap.peek().is_some_and(|Reverse((other, _))| *other == least) {
+        equals.extend(heap.pop().map(|Reverse((_, item))| item));
+    }
+    if equals.len() > FEW || (equals.len() > 1 && problem.is_ordered()) {
+        let order = problem.order();
+        equals.sort_unstable_by_key(|&item| (order[row_of(item)], item));
+    } else if equals.len() > 1 {
+        problem.sort(equals, row_of);
+    }
+    Some(least)
+}
+
 /// Orders finite floats as integers do.
 fn key(value: f32) -> u32 {
     let bits = (value + 0.0).to_bits();
@@ -111,18 +136,7 @@ impl<'a> Holding<'a> {
                 heap.extend(far.drain(..));
                 far_least = None;
             }
-            let Some(Reverse((least, slot))) = heap.pop() else { break };
-            equals.clear();
-            equals.push(slot);
-            while heap.peek().is_some_and(|Reverse((other, _))| *other == least) {
-                equals.extend(heap.pop().map(|Reverse((_, slot))| slot));
-            }
-            if equals.len() > FEW || (equals.len() > 1 && problem.is_ordered()) {
-                let order = problem.order();
-                equals.sort_unstable_by_key(|&slot| (order[slot / top_k], self.chosen[slot]));
-            } else if equals.len() > 1 {
-                problem.sort(&mut equals, |slot| slot / top_k);
-            }
+            let Some(least) = pop_equals(problem, &mut heap, &mut equals, |slot| slot / top_k) else { break };
             for &slot in &equals {
                 let (row, expert) = (slot / top_k, self.chosen[slot]);
                 let pool = problem.pool(expert);
@@ -181,6 +195,54 @@ impl<'a> Holding<'a> {
                 self.kept[slot] = false;
             }
         }
+    }
+
+    /// Fills priced pools that have room left from pools that cost nothing, where that gains score: room with a price is
+    /// room that someone wants.
+    pub(super) fn refill(&mut self) {
+        let problem = self.problem;
+        let wanted = |holding: &Self, expert: u16| {
+            holding.price[usize::from(expert)] > 0.0 && holding.left[problem.pool(expert)] > 0
+        };
+        let mut open: Vec<u16> = (0..problem.pool_of.len() as u16).filter(|&expert| wanted(self, expert)).collect();
+        if open.is_empty() {
+            return;
+        }
+        let mut heap: Losses = (0..problem.rows())
+            .filter_map(|row| self.refill_move(row, &open).map(|(loss, ..)| Reverse((loss, row))))
+            .collect();
+        let mut equals = Vec::new();
+        while !open.is_empty()
+            && let Some(least) = pop_equals(problem, &mut heap, &mut equals, |row| row)
+        {
+            for &row in &equals {
+                let Some((loss, slot, expert)) = self.refill_move(row, &open) else { continue };
+                if loss > least {
+                    heap.push(Reverse((loss, row)));
+                    continue;
+                }
+                self.left[problem.pool(self.chosen[slot])] += 1;
+                self.take(slot, expert);
+                let entered = problem.pool(expert);
+                self.left[entered] -= 1;
+                if self.left[entered] == 0 {
+                    open.retain(|&expert| problem.pool(expert) != entered);
+                }
+                if let Some((loss, ..)) = self.refill_move(row, &open) {
+                    heap.push(Reverse((loss, row)));
+                }
+            }
+        }
+    }
+
+    /// The least loss, after prices, at which a row moves a slot that costs nothing to an expert of `open`, with gain.
+    fn refill_move(&self, row: usize, open: &[u16]) -> Option<(u32, usize, u16)> {
+        let free = |slot: &usize| self.kept[*slot] && self.price[usize::from(self.chosen[*slot])] == 0.0;
+        let value = |slot: usize| self.value(row, self.chosen[slot]);
+        let slot = self.slots(row).filter(free).min_by(|&a, &b| value(a).total_cmp(&value(b)))?;
+        let (expert, best) = self.best_free(row, open)?;
+        let gains = self.problem.selection(row)[usize::from(expert)] > value(slot);
+        gains.then(|| (key(value(slot) - best), slot, expert))
     }
 
     /// Gives a slot another expert; a dropped slot of the row that claimed it claims the old one instead.

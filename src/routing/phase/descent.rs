@@ -3,8 +3,11 @@
 //! Newton's system is `(L / bandwidth + ε) Δ = load − room`, with `L` the Laplacian of the counted pairs; it is solved by
 //! conjugate gradients with the diagonal as preconditioner. `(load − room) · Δ` foretells how much `D` can still fall.
 //!
-//! Knows nothing of rows: it sees tallies only.
+//! A step that does not lower `D` is followed by one half-way to the pools' own [margins](super::margin).
+//!
+//! Knows nothing of single rows beyond handing them on.
 
+use super::margin::margins;
 use super::price::{Claims, Lens, Tally, sweep};
 use super::problem::{Problem, UNIT};
 
@@ -69,14 +72,17 @@ impl<'a> Descent<'a> {
     pub(super) fn descend(&self, start: Point, tolerance: f64, sweeps: usize, claims: &mut Claims) -> (Point, usize) {
         let mut best = start;
         let mut radius = (16.0 * best.tally.mean_gap()).max(1e-6);
-        let (mut made, mut latest) = (0, true);
+        let (mut made, mut latest, mut failed) = (0, true, false);
+        // In a device of several experts the margins are not exact: there a shorter Newton step comes first.
+        let eager = self.room.len() == self.problem.pool_of.len();
         while made < sweeps {
             let overload = self.overload(&best);
             let step = solve(&best.tally, f64::from(best.bandwidth), &overload, |pool| {
                 best.prices[pool] > 0.0 || overload[pool] > 0.0
             });
             let promise: f64 = overload.iter().zip(&step).map(|(over, step)| over * step).sum();
-            if promise <= tolerance * best.value.abs() {
+            let beyond = !self.drops && best.prices.iter().any(|&price| price >= self.problem.ceiling);
+            if beyond || promise <= tolerance * best.value.abs() {
                 break;
             }
             let longest = step.iter().fold(0.0f64, |longest, step| longest.max(step.abs()));
@@ -97,7 +103,21 @@ impl<'a> Descent<'a> {
             latest = next.value < best.value;
             if latest {
                 best = next;
+            } else if (failed || eager) && made + 1 < sweeps {
+                // The counts mislead where values come in steps: go half-way to where each pool's own margin lies.
+                let margins = margins(self.problem, self.rows, &best.prices, &self.room, self.drops);
+                let halved = best.prices.iter().zip(&margins).map(|(&price, &margin)| 0.5 * (price + margin));
+                let prices = self.settle(halved.collect());
+                let moved = prices.iter().zip(&best.prices).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+                let next = self.look(prices, Lens::after(&best.tally, f64::from(moved)), claims);
+                made += 2;
+                latest = next.value < best.value;
+                if latest {
+                    radius = radius.max(f64::from(moved));
+                    best = next;
+                }
             }
+            failed = !latest;
             if radius < 1e-7 {
                 break;
             }

@@ -1,9 +1,9 @@
 //! The phase router: the most gate score that fits into the room, and a proof of how close it is.
 //!
 //! `maximise Σ gate score of kept slots  subject to  load of pool ≤ limit,  ≤ top_k distinct allowed experts a token`
-//! for pools that are experts or devices. Four steps, one file each: [*price*](price) finds one price per pool at which
-//! the tokens' own top-k of `selection score − price` nearly fills the room; [*claim*](claim) lets over-full pools overflow
-//! at the least loss; [*place*](place) makes the kept slots the maximum flow; [*certify*](certify) bounds what any router
+//! for pools that are experts or devices. Four steps, one file each: *price* finds one price per pool at which
+//! the tokens' own top-k of `selection score − price` nearly fills the room; *claim* lets over-full pools overflow
+//! at the least loss; *place* makes the kept slots the maximum flow; *certify* bounds what any router
 //! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`.
 //!
 //! Shapes: scores `[tokens, experts]` to assignment `[tokens, top_k]`, prices `[pools]`.
@@ -40,6 +40,7 @@ mod claim;
 mod descent;
 pub mod draws;
 pub mod kernel;
+mod margin;
 mod place;
 mod price;
 mod problem;
@@ -156,21 +157,33 @@ impl<'a> Routing<'a> {
         }
 
         let rows = std::mem::take(&mut self.rows);
-        let descent = Descent::new(problem, &rows, claimed);
+        let mut descent = Descent::new(problem, &rows, claimed);
         let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
         self.certify(&point);
         let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
         loop {
-            let (next, made) = descent.descend(point, tolerance, left, &mut self.claims);
+            let (next, made) = descent.descend(
+                point,
+                tolerance,
+                if best.is_none() && !descent.drops { left.div_ceil(2) } else { left },
+                &mut self.claims,
+            );
             point = next;
-            left -= made;
+            left = left.saturating_sub(made);
             self.certify(&point);
             let mut holding = Holding::new(problem, self.claims.chosen.clone(), &point.prices);
             holding.overflow(&self.claims.refused);
             place(&mut holding);
+            holding.refill();
             let mass = self.mass(&holding);
-            let stalled = made == 0 && best.is_some();
+            let mut stalled = made == 0 && best.is_some();
+            if !descent.drops && holding.kept.iter().filter(|&&kept| kept).count() as u64 != claimed {
+                // Masks leave less than the sum of the room: prices must be free to refuse a slot altogether.
+                descent.drops = true;
+                point = descent.look(point.prices, Lens::after(&zero.tally, f64::INFINITY), &mut self.claims);
+                stalled = false;
+            }
             if best.as_ref().is_none_or(|(most, ..)| mass > *most) {
                 best = Some((mass, holding.chosen, holding.kept));
             }
@@ -256,3 +269,5 @@ impl<'a> Routing<'a> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod timings;

@@ -4,8 +4,7 @@
 //! along a price is room − load. A sweep ranks every row at the current prices and counts two things: the load of each
 //! pool, and which two pools the row's last held and first refused expert belong to, where their values are close. Those
 //! counts are the curvature of `D` (a graph Laplacian over pools), so that one small linear system turns all overloads
-//! into price moves at once: a semi-smooth Newton step, kept in bounds by a trust radius. Sorting no column, it needs a
-//! fifth of the sweeps that moving each price to its own margin does.
+//! into price moves at once: a semi-smooth Newton step, kept in bounds by a trust radius.
 //!
 //! Where room falls short, a score ≤ price claims nothing (the value of a dropped slot is 0).
 //!
@@ -19,8 +18,8 @@ use super::select::Selector;
 /// Refused experts that a sweep looks at beyond the last held one.
 pub(super) const BEYOND: usize = 3;
 
-/// Pools past which only the diagonal of the curvature is kept: a square of counts must fit the cache.
-const DENSE_POOLS: usize = 1024;
+/// Pools past which only the diagonal of the curvature is kept: the square of counts must stay small.
+const DENSE_POOLS: usize = 2048;
 
 /// Rows · experts below which a sweep stays on the calling thread.
 const PARALLEL_VALUES: usize = 1 << 15;

@@ -69,11 +69,6 @@ impl<'a> Problem<'a> {
         usize::from(self.pool_of[usize::from(expert)])
     }
 
-    /// Slots asked for.
-    pub(super) fn demand(&self) -> u64 {
-        self.rows() as u64 * self.top_k as u64
-    }
-
     /// Room in all pools.
     pub(super) fn total_room(&self) -> u64 {
         self.room.iter().map(|&room| u64::from(room)).sum()
