@@ -95,12 +95,12 @@ pub enum Error {
         detail: String,
     },
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {reason}")]
     Io {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The tokenizer file is unusable or the text cannot be encoded.
     #[error("tokenizer: {0}")]
@@ -123,8 +123,8 @@ impl Error {
     }
 
     /// An [`Error::Io`] for `path`.
-    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
+        Self::Io { path: path.into(), reason }
     }
 
     /// True when the input is at fault and not the machine: what a command line answers with exit code 2.
@@ -132,8 +132,8 @@ impl Error {
         match self {
             #[cfg(feature = "candle")]
             Self::Candle(_) => false,
-            Self::Io { source, .. } => matches!(
-                source.kind(),
+            Self::Io { reason, .. } => matches!(
+                reason.kind(),
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::IsADirectory
             ),
             _ => true,

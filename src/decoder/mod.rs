@@ -174,9 +174,9 @@ impl Decoder {
     }
 
     /// Sets router and capacity rule of every layer.
-    pub fn set_router(&mut self, router: &Arc<dyn Router>, capacity: Option<&CapacityRule>) {
+    pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
         for layer in self.moe_layers_mut() {
-            layer.set_router(router.clone(), capacity.cloned());
+            layer.set_router(router.clone(), capacity.clone());
         }
     }
 

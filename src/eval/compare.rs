@@ -89,7 +89,7 @@ pub struct Dropless {
 /// Whatever the forward pass reports.
 pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u64)) -> Result<Dropless> {
     let mut decoder = decoder.clone();
-    decoder.set_router(&Arc::from(RouterKind::TopK.build(0)), None);
+    decoder.set_router(Arc::from(RouterKind::TopK.build(0)), None);
     let (mut perplexity, mut time, mut tokens) = (Perplexity::default(), Duration::ZERO, 0);
     for batch in batches {
         let started = Instant::now();
@@ -115,7 +115,7 @@ pub fn run(
 ) -> Result<RouterFigures> {
     let mut decoder = decoder.clone();
     let router: Arc<dyn Router> = Arc::from(setting.router.build(setting.seed));
-    decoder.set_router(&router, setting.capacity.as_ref());
+    decoder.set_router(router.clone(), setting.capacity.clone());
     let mut state = decoder.batch_state();
     let mut bounds = BoundTracker::new(router.as_ref(), decoder.spec().layers);
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);

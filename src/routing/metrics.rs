@@ -10,7 +10,8 @@ use crate::routing::topk::gate_choice;
 /// Spread of loads over experts or devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Balance {
-    /// Largest load over the load that would be fair, minus 1 (MaxVio, arXiv 2408.15664); 0 is perfect.
+    /// Largest load over its fair share of the demand, minus 1 (MaxVio, arXiv 2408.15664); 0 is perfect, below 0 means
+    /// that slots were dropped.
     pub max_violation: f64,
     /// Standard deviation of the loads over their mean.
     pub cv: f64,
@@ -21,22 +22,23 @@ pub struct Balance {
 }
 
 impl Balance {
-    /// The spread of `loads` against `fair` shares of the same total (any scale); all 0 loads are balanced.
-    pub fn new(loads: &[u32], fair: &[f64]) -> Self {
+    /// The spread of `loads` where each should have had its part of `demand` slots in proportion to `fair` (any scale).
+    /// No demand, or no load where none was fair, is balanced.
+    pub fn new(loads: &[u32], fair: &[f64], demand: u64) -> Self {
         let total: f64 = loads.iter().map(|&load| f64::from(load)).sum();
-        if total == 0.0 {
-            return Self { jain: 1.0, ..Self::default() };
-        }
         let fair_total: f64 = fair.iter().sum();
-        let max_violation = loads
-            .iter()
-            .zip(fair)
-            .map(|(&load, &fair)| match fair > 0.0 {
-                true => f64::from(load) / (fair / fair_total * total) - 1.0,
-                false if load > 0 => f64::INFINITY,
-                false => -1.0,
-            })
-            .fold(f64::NEG_INFINITY, f64::max);
+        let violation = |(&load, &fair): (&u32, &f64)| match fair / fair_total * demand as f64 {
+            share if share > 0.0 => f64::from(load) / share - 1.0,
+            _ if load > 0 => f64::INFINITY,
+            _ => -1.0,
+        };
+        let max_violation = match demand {
+            0 => 0.0,
+            _ => loads.iter().zip(fair).map(violation).fold(f64::NEG_INFINITY, f64::max),
+        };
+        if total == 0.0 {
+            return Self { max_violation, jain: 1.0, ..Self::default() };
+        }
         let count = loads.len() as f64;
         let mean = total / count;
         let squares: f64 = loads.iter().map(|&load| f64::from(load).powi(2)).sum();
@@ -82,30 +84,29 @@ impl RouteMetrics {
         choice.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| demand_load[usize::from(expert)] += 1);
         let load = assignment.load();
 
+        let demand = request.live_tokens() as u64 * top_k as u64;
         let expert_shares = expert_shares(capacity);
         let (devices, demand_max_violation) = match (capacity.placement(), capacity.limits()) {
             (Some(placement), Some(limits)) => {
                 let fair: Vec<f64> = limits.iter().map(|&limit| f64::from(limit)).collect();
-                let sum = |load: &[u32]| {
+                let balance = |load: &[u32]| {
                     let mut devices = vec![0; placement.devices()];
-                    load.iter()
-                        .zip(placement.device_of())
-                        .for_each(|(load, &device)| devices[usize::from(device)] += load);
-                    devices
+                    let device_of = placement.device_of().iter();
+                    load.iter().zip(device_of).for_each(|(load, &device)| devices[usize::from(device)] += load);
+                    Balance::new(&devices, &fair, demand)
                 };
-                let demand = Balance::new(&sum(&demand_load), &fair).max_violation;
-                (Some(Balance::new(&sum(&load), &fair)), demand)
+                (Some(balance(&load)), balance(&demand_load).max_violation)
             }
-            _ => (None, Balance::new(&demand_load, &expert_shares).max_violation),
+            _ => (None, Balance::new(&demand_load, &expert_shares, demand).max_violation),
         };
         let without = |token: &usize| !request.is_padding(*token) && assignment.slots(*token).next().is_none();
         Self {
-            demand: request.live_tokens() as u64 * top_k as u64,
+            demand,
             kept: assignment.kept() as u64,
             tokens_without_expert: (0..scores.tokens()).filter(without).count() as u64,
             gate_mass: gate_mass(request, assignment.raw()),
             top_k_gate_mass: gate_mass(request, &choice),
-            experts: Balance::new(&load, &expert_shares),
+            experts: Balance::new(&load, &expert_shares, demand),
             devices,
             demand_max_violation,
         }
@@ -154,18 +155,19 @@ mod tests {
 
     #[test]
     fn equal_loads_are_balanced_and_one_sided_ones_are_not() {
-        let equal = Balance::new(&[5; 4], &[1.0; 4]);
+        let equal = Balance::new(&[5; 4], &[1.0; 4], 20);
         assert_eq!(equal, Balance { max_violation: 0.0, cv: 0.0, gini: 0.0, jain: 1.0 });
-        let one = Balance::new(&[20, 0, 0, 0], &[1.0; 4]);
+        let one = Balance::new(&[20, 0, 0, 0], &[1.0; 4], 20);
         assert_eq!((one.max_violation, one.gini, one.jain), (3.0, 0.75, 0.25));
         assert!((one.cv - 3f64.sqrt()).abs() < 1e-12);
     }
 
     #[test]
-    fn fair_shares_need_not_be_equal() {
-        assert_eq!(Balance::new(&[30, 10], &[3.0, 1.0]).max_violation, 0.0);
-        assert_eq!(Balance::new(&[20, 20], &[3.0, 1.0]).max_violation, 1.0);
-        assert_eq!(Balance::new(&[1, 1], &[1.0, 0.0]).max_violation, f64::INFINITY);
-        assert_eq!(Balance::new(&[0, 0], &[1.0, 0.0]).max_violation, 0.0);
+    fn fair_shares_need_not_be_equal_and_are_shares_of_the_demand() {
+        assert_eq!(Balance::new(&[30, 10], &[3.0, 1.0], 40).max_violation, 0.0);
+        assert_eq!(Balance::new(&[20, 20], &[3.0, 1.0], 40).max_violation, 1.0);
+        assert_eq!(Balance::new(&[10, 5], &[1.0, 1.0], 20).max_violation, 0.0);
+        assert_eq!(Balance::new(&[1, 1], &[1.0, 0.0], 2).max_violation, f64::INFINITY);
+        assert_eq!(Balance::new(&[0, 0], &[1.0, 0.0], 0).max_violation, 0.0);
     }
 }

@@ -26,6 +26,8 @@ pub enum RouterKind {
     TopK,
     /// The same, dropping past the capacity in order of arrival.
     TopKArrival,
+    /// The same, dropping the last of the lowest choices.
+    TopKRank,
     /// The same, dropping the lowest scores.
     TopKScore,
     /// Uniform hash of the token id.
@@ -42,9 +44,10 @@ pub enum RouterKind {
 
 impl RouterKind {
     /// All routers, in the order in which tables list them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::TopK,
         Self::TopKArrival,
+        Self::TopKRank,
         Self::TopKScore,
         Self::Hash,
         Self::WeightedHash,
@@ -63,6 +66,7 @@ impl RouterKind {
         match self {
             Self::TopK => Box::new(TopK { drop: None }),
             Self::TopKArrival => Box::new(TopK { drop: Some(DropRule::Arrival) }),
+            Self::TopKRank => Box::new(TopK { drop: Some(DropRule::Rank) }),
             Self::TopKScore => Box::new(TopK { drop: Some(DropRule::Score) }),
             Self::Hash => Box::new(Hash { seed }),
             Self::WeightedHash => Box::new(WeightedHash { seed }),
@@ -96,7 +100,7 @@ mod tests {
         }
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
-            "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-score, hash, weighted-hash, \
+            "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-rank, top-k-score, hash, weighted-hash, \
              phase-kernel, quota, phase"
         );
     }

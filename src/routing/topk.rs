@@ -55,6 +55,7 @@ impl Router for TopK {
         match self.drop {
             None => "top-k",
             Some(DropRule::Arrival) => "top-k-arrival",
+            Some(DropRule::Rank) => "top-k-rank",
             Some(DropRule::Score) => "top-k-score",
         }
     }

@@ -65,7 +65,7 @@ impl Generate {
         let rule = self.capacity_factor.map(|factor| self.capacity.rule(factor)).transpose()?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         let mut model = self.model.load()?;
-        set_routing(&mut model, self.router, rule.as_ref(), self.top_k, self.capacity.seed)?;
+        set_routing(&mut model, self.router, rule, self.top_k, self.capacity.seed)?;
         let prompt = model.encode(&self.prompt)?;
         if prompt.is_empty() {
             return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());

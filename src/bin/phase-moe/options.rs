@@ -215,14 +215,14 @@ impl CapacityOptions {
 pub fn set_routing(
     model: &mut Model,
     router: RouterKind,
-    rule: Option<&CapacityRule>,
+    rule: Option<CapacityRule>,
     top_k: Option<usize>,
     seed: u64,
 ) -> Result<()> {
     if let Some(top_k) = top_k {
         model.decoder_mut().set_top_k(top_k)?;
     }
-    model.decoder_mut().set_router(&Arc::from(router.build(seed)), rule);
+    model.decoder_mut().set_router(Arc::from(router.build(seed)), rule);
     Ok(())
 }
 

@@ -1,0 +1,142 @@
+//! What the bundled model must show: survival, perplexity and certificates in real forward passes.
+#![cfg(feature = "candle")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use phase_moe::decoder::Batch;
+use phase_moe::decoder::generate::generate;
+use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::sampling::Sampler;
+use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
+use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::registry::RouterKind;
+
+const KINDS: [&str; 3] = ["scripture", "code", "reference"];
+
+fn directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe")
+}
+
+fn model() -> Model {
+    Model::load(&directory(), &LoadOptions::default()).unwrap()
+}
+
+fn texts(model: &Model) -> Vec<EvalText> {
+    let read = |kind: &str| std::fs::read_to_string(directory().join("eval").join(kind).with_extension("txt")).unwrap();
+    KINDS.iter().map(|kind| EvalText { name: kind.to_string(), ids: model.encode(&read(kind)).unwrap() }).collect()
+}
+
+fn figures(model: &Model, batches: &[Batch], base: &Dropless, router: RouterKind, rule: CapacityRule) -> RouterFigures {
+    let setting = Setting { router, capacity: Some(rule), seed: 42 };
+    run(model.decoder(), batches, &setting, base, |_| ()).unwrap()
+}
+
+#[test]
+fn the_bundle_is_small_and_its_text_is_large_enough() {
+    let model = model();
+    let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+    let names = ["config.json", "model.safetensors", "tokenizer.json"];
+    let texts_size: u64 =
+        KINDS.iter().map(|kind| size(&directory().join("eval").join(kind).with_extension("txt"))).sum();
+    let total: u64 = names.iter().map(|name| size(&directory().join(name))).sum::<u64>() + texts_size;
+    assert!(total <= 8_000_000, "{total} bytes");
+    let texts = texts(&model);
+    assert!(texts.iter().map(|text| text.ids.len()).sum::<usize>() >= 20_000);
+    let spec = model.decoder().spec();
+    assert!(spec.layers >= 4 && spec.moe.experts >= 24 && spec.moe.top_k == 4);
+}
+
+#[test]
+fn every_kind_is_learnt_to_a_quarter_of_its_unigram_perplexity() {
+    let model = model();
+    for text in texts(&model) {
+        // The text's own frequencies: a lower unigram perplexity, so a harder bar, than those of the training text.
+        let mut counts = vec![0f64; model.decoder().spec().vocab];
+        text.ids.iter().for_each(|&id| counts[id as usize] += 1.0);
+        let total = text.ids.len() as f64;
+        let entropy: f64 =
+            counts.iter().filter(|&&count| count > 0.0).map(|count| -count / total * (count / total).ln()).sum();
+        let batches =
+            Batching { tokens: Some(4096), ..Batching::default() }.batches(std::slice::from_ref(&text)).unwrap();
+        let perplexity = dropless(model.decoder(), &batches, |_| ()).unwrap().perplexity;
+        assert!(perplexity <= entropy.exp() / 4.0, "{}: {perplexity} against unigram {}", text.name, entropy.exp());
+    }
+}
+
+#[test]
+fn under_limits_per_expert_phase_keeps_all_slots_and_loses_less_than_dropping() {
+    let model = model();
+    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
+    let figures = |router| figures(&model, &batches, &base, router, CapacityRule::per_expert(1.0));
+    let phase = figures(RouterKind::Phase);
+    assert_eq!((phase.survival, phase.dropped_slots, phase.tokens_without_expert), (1.0, 0, 0));
+    assert!(phase.max_violation.abs() < 1e-12, "loads equal capacities at factor 1.0");
+    assert!(phase.gate_mass_vs_bound.is_some_and(|share| share > 0.999 && share <= 1.0), "{phase:?}");
+    for router in [RouterKind::TopKArrival, RouterKind::TopKRank, RouterKind::TopKScore] {
+        let other = figures(router);
+        assert!(
+            phase.perplexity < other.perplexity,
+            "{} {} against {}",
+            other.router,
+            other.perplexity,
+            phase.perplexity
+        );
+        assert!(other.survival < 0.9 && other.gate_mass < phase.gate_mass);
+    }
+}
+
+#[test]
+fn four_devices_are_filled_exactly_for_next_to_nothing() {
+    let model = model();
+    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
+    let figures = |router| figures(&model, &batches, &base, router, CapacityRule::per_device(1.0, 4));
+    let phase = figures(RouterKind::Phase);
+    assert_eq!((phase.survival, phase.device_max_violation), (1.0, Some(0.0)));
+    assert!(phase.perplexity_increase < 0.005, "{phase:?}");
+    let arrival = figures(RouterKind::TopKArrival);
+    assert!(arrival.perplexity_increase >= 10.0 * phase.perplexity_increase.max(0.0), "{arrival:?}");
+}
+
+#[test]
+fn a_forward_pass_is_the_same_on_any_number_of_threads() {
+    let model = model();
+    let batches = Batching { tokens: Some(1024), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    for kind in RouterKind::ALL {
+        let mut decoder = model.decoder().clone();
+        decoder.set_router(Arc::from(kind.build(7)), Some(CapacityRule::per_expert(1.0)));
+        let outcome = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut assignments = Vec::new();
+                decoder
+                    .forward(&batches[0], &mut decoder.batch_state(), |_, routing| {
+                        assignments.push(routing.assignment);
+                        Ok(())
+                    })
+                    .unwrap();
+                assignments
+            })
+        };
+        assert_eq!(outcome(1), outcome(3), "{}", kind.name());
+    }
+}
+
+#[test]
+fn a_prompt_is_continued_in_its_own_kind_of_text() {
+    let model = model();
+    let continued = |prompt: &str| {
+        let mut sampler = Sampler::new(0.0, 1.0, 0).unwrap();
+        let ids = generate(&model, &model.encode(prompt).unwrap(), 40, &mut sampler, |_| ()).unwrap().ids;
+        model.decode(&ids).unwrap()
+    };
+    let scripture = continued("And the LORD spake unto Moses, saying, ");
+    let code = continued("impl<T> Iterator for Range<T> {\n    type Item = T;\n\n    fn next(");
+    let is_code = |text: &str| text.matches(['{', '}', ';', '(', ')', '=']).count() >= 4;
+    assert!(is_code(&code) && !is_code(&scripture), "{scripture:?}\n{code:?}");
+    let has = |text: &str, words: [&str; 3]| words.iter().any(|word| text.contains(word));
+    assert!(has(&scripture, ["the LORD", "unto", "shall"]), "{scripture:?}");
+}

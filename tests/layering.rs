@@ -1,0 +1,83 @@
+//! The architecture's table of who may import whom, read against the `use crate::` lines of the source.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Part, and the parts it may import beside itself.
+const MAY_IMPORT: [(&str, &[&str]); 12] = [
+    ("error", &["expert"]),
+    ("expert", &["error"]),
+    ("checkpoint", &["error"]),
+    ("routing", &["error", "expert"]),
+    ("spec", &["error", "expert", "routing"]),
+    ("zoo", &["error", "routing", "spec"]),
+    ("layer", &["error", "routing", "spec"]),
+    ("decoder", &["checkpoint", "error", "layer", "routing", "spec", "zoo"]),
+    ("eval", &["checkpoint", "decoder", "error", "layer", "routing", "spec"]),
+    ("report", &["eval", "routing", "spec"]),
+    ("lib", &[]),
+    ("bin", &[]),
+];
+
+fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// Parts that a file names after `crate::`, outside its comments.
+fn imports(source: &str) -> BTreeSet<String> {
+    let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+    code.flat_map(|line| line.split("crate::").skip(1).map(str::to_owned).collect::<Vec<_>>())
+        .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default().to_owned())
+        .filter(|part| !part.is_empty())
+        .collect()
+}
+
+#[test]
+fn every_import_is_one_the_architecture_allows() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    rust_files(&source, &mut files);
+    assert!(files.len() > 20, "the walk found {} files", files.len());
+    let mut wrong = Vec::new();
+    for file in files {
+        let inside = file.strip_prefix(&source).unwrap();
+        let part = inside.iter().next().unwrap().to_string_lossy().trim_end_matches(".rs").to_owned();
+        let text = std::fs::read_to_string(&file).unwrap();
+        if part == "bin" {
+            continue; // `crate::` is the binary itself there; it sees the library through its public API.
+        }
+        let Some((_, allowed)) = MAY_IMPORT.iter().find(|(name, _)| *name == part) else {
+            wrong.push(format!("{}: part `{part}` is not in the table", inside.display()));
+            continue;
+        };
+        for import in imports(&text) {
+            if import != part && !allowed.contains(&import.as_str()) {
+                wrong.push(format!("{}: `{part}` may not import `{import}`", inside.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_core_names_no_tensor_framework_and_unsafe_is_nowhere() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    rust_files(&source, &mut files);
+    for file in files {
+        let inside = file.strip_prefix(&source).unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let code: Vec<&str> = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        if inside.starts_with("routing") || inside == "expert.rs" || inside == "checkpoint.rs" {
+            assert!(!code.iter().any(|line| line.contains("candle")) || inside == "routing/assignment.rs", "{inside}");
+        }
+        assert!(!code.iter().any(|line| line.contains("unsafe ")), "{inside}");
+    }
+}
