@@ -135,8 +135,10 @@ fn a_prompt_is_continued_in_its_own_kind_of_text() {
     };
     let scripture = continued("And the LORD spake unto Moses, saying, ");
     let code = continued("impl<T> Iterator for Range<T> {\n    type Item = T;\n\n    fn next(");
-    let is_code = |text: &str| text.matches(['{', '}', ';', '(', ')', '=']).count() >= 4;
-    assert!(is_code(&code) && !is_code(&scripture), "{scripture:?}\n{code:?}");
-    let has = |text: &str, words: [&str; 3]| words.iter().any(|word| text.contains(word));
-    assert!(has(&scripture, ["the LORD", "unto", "shall"]), "{scripture:?}");
+    let has = |text: &str, words: [&str; 4]| words.iter().any(|word| text.contains(word));
+    let (scriptural, programmed) = (["the LORD", "unto", "thou", "shall"], ["self", "->", "::", ") {"]);
+    assert!(has(&scripture, scriptural) && !has(&scripture, programmed), "{scripture:?}");
+    assert!(has(&code, programmed) && !has(&code, scriptural), "{code:?}");
+    let reference = continued("river (noun): a large natural stream of ");
+    assert!(!has(&reference, programmed), "{reference:?}");
 }

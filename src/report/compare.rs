@@ -61,16 +61,14 @@ impl Display for CompareReport {
         let (model, text) = (&self.model, &self.text);
         writeln!(
             f,
-            "{}: {} layers, {} experts, top {}, {:.1} M parameters; {} tokens of {}, batches of {}",
+            "{}: {} layers, {} experts, top {}, {:.1} M parameters",
             model.name,
             model.layers,
             model.experts,
             model.top_k,
-            model.parameters as f64 / 1e6,
-            text.tokens,
-            text.files.join(", "),
-            text.batch_tokens
+            model.parameters as f64 / 1e6
         )?;
+        writeln!(f, "{} tokens of {}, {} a batch", text.tokens, text.files.join(", "), text.batch_tokens)?;
         let Dropless { perplexity, tokens_per_second } = self.dropless;
         writeln!(f, "dropless: perplexity {perplexity:.3}, {tokens_per_second:.0} tokens/s")?;
         for (index, row) in self.rows.iter().enumerate() {

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Mixture-of-Experts routing, measured in real forward passes.
+/// Mixture-of-Experts routing, measured in real forward passes of a real model.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
@@ -25,17 +25,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the model over text with each router at each capacity and prints one table
     Compare(compare::Compare),
-    /// Continues a prompt with a chosen router
     Generate(generate::Generate),
-    /// Runs the model over text and writes its gate logits
     Trace(trace::Trace),
-    /// Routes captured gate logits, offline
     Route(route::Route),
-    /// Writes the model's logits for given token ids
     Logits(logits::Logits),
-    /// Tells what a checkpoint holds
     Inspect(inspect::Inspect),
 }
 
