@@ -5,6 +5,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::check_weight;
 use crate::error::Result;
+use crate::layer::gate::Gate;
 use crate::spec::MoeSpec;
 
 /// Weights of one expert, row-major `[out, in]` as stored.
@@ -37,16 +38,18 @@ impl SwiGlu {
         ))
     }
 
-    pub(super) fn check(&self, spec: &MoeSpec, index: usize) -> Result<()> {
+    pub(super) fn check(&self, spec: &MoeSpec, index: usize, gate: &Gate) -> Result<()> {
         let (wide, narrow) = ([spec.expert_width, spec.hidden], [spec.hidden, spec.expert_width]);
         let weights = [
             ("gate_proj", &self.gate_proj, wide),
             ("up_proj", &self.up_proj, wide),
             ("down_proj", &self.down_proj, narrow),
         ];
-        weights
-            .into_iter()
-            .try_for_each(|(name, weight, shape)| check_weight(&format!("expert {index} {name}"), weight, shape))
+        weights.into_iter().try_for_each(|(name, weight, shape)| {
+            let operand = format!("expert {index} {name}");
+            check_weight(&operand, weight, shape)?;
+            gate.check_alike(&operand, weight)
+        })
     }
 }
 

@@ -86,7 +86,8 @@ impl MoeLayer {
     /// From a gate and experts; routes by dropless top-k until told otherwise.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, or experts are too few or too many.
+    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, an expert not the gate's dtype and
+    /// device, or experts are too few or too many.
     pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<SwiGlu>) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
@@ -94,7 +95,7 @@ impl MoeLayer {
             return Err(Error::shape("experts", spec.experts, experts.len()));
         }
         for (index, expert) in experts.iter().enumerate() {
-            expert.check(&spec, index)?;
+            expert.check(&spec, index, &gate)?;
         }
         Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None })
     }
@@ -168,8 +169,8 @@ impl MoeLayer {
     /// caller knows of the batch and the layer's state.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a hidden state of the wrong rank or width or a context of another batch, [`Error::NonFiniteLogit`]
-    /// when the gate gives NaN or +∞, [`Error::Candle`] for a dtype or device that the weights do not have.
+    /// [`Error::Shape`] for a hidden state of the wrong rank, width, dtype or device or a context of another batch,
+    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::Candle`] when Candle refuses an operation.
     pub fn forward_in(
         &self,
         hidden: &Tensor,
@@ -184,6 +185,7 @@ impl MoeLayer {
                 format!("{:?}", hidden.dims()),
             ));
         }
+        self.gate.check_alike("hidden state", hidden)?;
         let rows = hidden.elem_count() / self.spec.hidden;
         let tokens = hidden.reshape((rows, self.spec.hidden))?;
 
