@@ -67,6 +67,8 @@ pub struct Routing {
     pub capacity: Capacity,
     /// Who went where.
     pub assignment: Assignment,
+    /// True for padding tokens, which count in no loss; `None` when there are none.
+    pub padding: Option<Vec<bool>>,
     /// Time in the router alone: from scores to assignment.
     pub route_time: Duration,
 }
@@ -193,9 +195,9 @@ impl MoeLayer {
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
         let scores =
             self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
-        let padding = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
+        let pads = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
         let capacity = match &self.capacity {
-            Some(rule) => rule.capacity(rows.saturating_sub(padding), self.spec.experts, self.spec.top_k)?,
+            Some(rule) => rule.capacity(rows.saturating_sub(pads), self.spec.experts, self.spec.top_k)?,
             None => Capacity::unlimited(self.spec.experts)?,
         };
         let started = Instant::now();
@@ -206,7 +208,8 @@ impl MoeLayer {
         let weights = dispatch::slot_weights(&logits, &assignment, &plan, self.spec.scoring)?;
         let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
-        Ok((output, Routing { logits, scores, capacity, assignment, route_time }))
+        let padding = context.padding.map(<[bool]>::to_vec);
+        Ok((output, Routing { logits, scores, capacity, assignment, padding, route_time }))
     }
 }
 
