@@ -263,6 +263,17 @@ fn one_expert_is_a_dense_ffn() {
 }
 
 #[test]
+fn an_expert_takes_any_rank() {
+    let parts = Parts::new(22, 12, MoeSpec::new(8, 1, 1, 6).unwrap());
+    let [gate, up, down] = parts.experts[0].clone();
+    let (expert, expected) = (SwiGlu::new(gate, up, down), dense(&parts.hidden, &parts.experts[0]));
+    for shape in [&[12, 8][..], &[3, 4, 8], &[2, 3, 2, 8]] {
+        let output = expert.forward(&parts.hidden.reshape(shape).unwrap()).unwrap();
+        assert_eq!((output.dims(), values(&output)), (shape, values(&expected)));
+    }
+}
+
+#[test]
 fn dropless_equals_a_capacity_that_never_binds_bit_for_bit() {
     let dropless = Parts::new(8, 64, MoeSpec::new(16, 8, 2, 12).unwrap());
     for rule in [CapacityRule::per_expert(1e3), CapacityRule::per_device(1e3, 4)] {

@@ -1,4 +1,4 @@
-//! One expert: a SwiGLU FFN (arXiv 2002.05202), `down(silu(gate_proj(x)) ⊙ up_proj(x))`, `[rows, hidden] → [rows, hidden]`.
+//! One expert: a SwiGLU FFN (arXiv 2002.05202), `down(silu(gate_proj(x)) ⊙ up_proj(x))`, `[.., hidden] → [.., hidden]`.
 
 use candle_core::{Module, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -54,9 +54,14 @@ impl SwiGlu {
 }
 
 impl Module for SwiGlu {
-    fn forward(&self, rows: &Tensor) -> candle_core::Result<Tensor> {
+    fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        // One matrix product over all rows, whatever the rank.
+        let rows = match hidden.rank() {
+            0..=2 => hidden.clone(),
+            rank => hidden.flatten_to(rank - 2)?,
+        };
         let gate = rows.matmul(&self.gate_proj.t()?)?.silu()?;
         let up = rows.matmul(&self.up_proj.t()?)?;
-        (gate * up)?.matmul(&self.down_proj.t()?)
+        (gate * up)?.matmul(&self.down_proj.t()?)?.reshape(hidden.shape())
     }
 }
