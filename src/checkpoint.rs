@@ -119,6 +119,9 @@ impl Checkpoint {
             serde_json::from_str(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
         let map = parsed.get("weight_map").and_then(serde_json::Value::as_object);
         let map = map.ok_or_else(|| wrong("expected an object `weight_map`, got none".into()))?;
+        if map.is_empty() {
+            return Err(wrong("expected tensors in `weight_map`, got none".into()));
+        }
         let mut shards = BTreeMap::<&str, Vec<&str>>::new();
         for (tensor, shard) in map {
             let shard = shard.as_str().filter(|shard| !shard.contains(['/', '\\']));
@@ -192,7 +195,11 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] when there is none.
     pub fn entry(&self, tensor: &str) -> Result<&TensorEntry> {
         self.tensors.get(tensor).ok_or_else(|| Error::Checkpoint {
-            file: self.files.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", "),
+            file: match self.files.as_slice() {
+                [] => "no file".into(),
+                [(only, _)] => only.clone(),
+                [(first, _), others @ ..] => format!("{first} and {} more", others.len()),
+            },
             detail: format!("tensor `{tensor}`: expected in the checkpoint, got none"),
         })
     }

@@ -11,14 +11,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An operand has the wrong number of values, rank or dimensions.
+    /// An operand has the wrong number of values, rank, dimensions, dtype or device.
     #[error("{operand}: expected {expected}, got {got}")]
     Shape {
         /// The operand, as the caller knows it.
         operand: String,
-        /// The shape or length that would have been right.
+        /// The shape, length, dtype or device that would have been right.
         expected: String,
-        /// The shape or length that came.
+        /// The one that came.
         got: String,
     },
     /// A gate logit is NaN or +∞ (−∞ is a mask and allowed).
@@ -108,7 +108,7 @@ pub enum Error {
     /// Candle refused a tensor operation.
     #[cfg(feature = "candle")]
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
 }
 
 impl Error {
@@ -141,13 +141,43 @@ impl Error {
     }
 }
 
-/// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends).
+/// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends). Converting
+/// back gives the same error again.
 #[cfg(feature = "candle")]
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
-            error => candle_core::Error::wrap(error),
+            // The one variant of Candle's error that both prints what it holds as it is and gives it back by type.
+            error => candle_core::Error::Io(std::io::Error::other(error)),
         }
+    }
+}
+
+/// Takes an error of this crate that went through Candle out again; anything else is [`Error::Candle`].
+#[cfg(feature = "candle")]
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        match error {
+            candle_core::Error::Io(error) => error.downcast().unwrap_or_else(|error| Self::Candle(error.into())),
+            error => Self::Candle(error),
+        }
+    }
+}
+
+#[cfg(all(test, feature = "candle"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_survives_its_way_through_candle() {
+        let through = |error: Error| Error::from(candle_core::Error::from(error));
+        let shown = candle_core::Error::from(Error::shape("hidden state", 8, 9));
+        assert_eq!(shown.to_string(), "hidden state: expected 8, got 9");
+        assert!(matches!(through(Error::shape("hidden state", 8, 9)), Error::Shape { .. }));
+        assert!(matches!(through(Error::io("a", std::io::ErrorKind::NotFound.into())), Error::Io { .. }));
+        assert!(matches!(through(candle_core::Error::UnwrapNone.into()), Error::Candle(_)));
+        let foreign = Error::from(candle_core::Error::Io(std::io::Error::other("disk")));
+        assert!(matches!(&foreign, Error::Candle(_)) && foreign.to_string() == "disk");
     }
 }

@@ -128,7 +128,8 @@ impl Decoder {
     /// Loads the tensors of `spec` in Hugging Face names (`model.embed_tokens`, `model.layers.N`, `lm_head`, …).
     ///
     /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes, [`Error::Parameter`] for sizes that contradict.
+    /// What the builder reports for missing tensors and wrong shapes ([`Error::Checkpoint`] from [`weights::var_builder`]),
+    /// [`Error::Parameter`] for sizes that contradict.
     pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
         let table = |vb: VarBuilder<'_>, stdev| {

@@ -91,10 +91,11 @@ impl Model {
     /// Builds the model from opened files.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] and
-    /// [`Error::Candle`] for tensors that are missing or of the wrong shape or dtype, [`Error::Tokenizer`].
+    /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] for tensors that are
+    /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Tokenizer`].
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
         let spec = zoo::parse_config(&files.config, "config.json")?;
+        weights::check_experts(&files.checkpoint, &spec)?;
         let vb = weights::var_builder(files.checkpoint.clone(), options.dtype, &options.device);
         let tokenizer = Tokenizer::from_bytes(&files.tokenizer).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let decoder = Decoder::load(&spec, vb)?;

@@ -9,10 +9,31 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{Error, Result};
+use crate::spec::ModelSpec;
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
     VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
+}
+
+/// Checks that the checkpoint has no expert beyond those of `spec`: one that has contradicts its configuration, and would
+/// load as another model than the one that was trained. (Missing ones are found when they are asked for.)
+///
+/// # Errors
+/// [`Error::Checkpoint`] naming the first such tensor.
+pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    let experts = format!("mlp.{}.", spec.moe.names.experts);
+    for (name, entry) in checkpoint.tensors() {
+        let in_block = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let in_experts = in_block.and_then(|(_, rest)| rest.strip_prefix(&experts)?.split_once('.'));
+        let id = in_experts.and_then(|(id, _)| id.parse::<usize>().ok());
+        if let Some(id) = id.filter(|&id| id >= spec.moe.experts) {
+            let last = spec.moe.experts - 1;
+            let detail = format!("tensor `{name}`: expected experts 0 to {last} as the configuration says, got {id}");
+            return Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail });
+        }
+    }
+    Ok(())
 }
 
 struct CheckpointBackend(Arc<Checkpoint>);

@@ -1,10 +1,11 @@
-//! One expert: a SwiGLU FFN (arXiv 2002.05202), `down(silu(gate_proj(x)) ⊙ up_proj(x))`, `[rows, hidden] → [rows, hidden]`.
+//! One expert: a SwiGLU FFN (arXiv 2002.05202), `down(silu(gate_proj(x)) ⊙ up_proj(x))`, `[.., hidden] → [.., hidden]`.
 
 use candle_core::{Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::check_weight;
 use crate::error::Result;
+use crate::layer::gate::Gate;
 use crate::spec::MoeSpec;
 
 /// Weights of one expert, row-major `[out, in]` as stored.
@@ -37,23 +38,30 @@ impl SwiGlu {
         ))
     }
 
-    pub(super) fn check(&self, spec: &MoeSpec, index: usize) -> Result<()> {
+    pub(super) fn check(&self, spec: &MoeSpec, index: usize, gate: &Gate) -> Result<()> {
         let (wide, narrow) = ([spec.expert_width, spec.hidden], [spec.hidden, spec.expert_width]);
         let weights = [
             ("gate_proj", &self.gate_proj, wide),
             ("up_proj", &self.up_proj, wide),
             ("down_proj", &self.down_proj, narrow),
         ];
-        weights
-            .into_iter()
-            .try_for_each(|(name, weight, shape)| check_weight(&format!("expert {index} {name}"), weight, shape))
+        weights.into_iter().try_for_each(|(name, weight, shape)| {
+            let operand = format!("expert {index} {name}");
+            check_weight(&operand, weight, shape)?;
+            gate.check_alike(&operand, weight)
+        })
     }
 }
 
 impl Module for SwiGlu {
-    fn forward(&self, rows: &Tensor) -> candle_core::Result<Tensor> {
+    fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        // One matrix product over all rows, whatever the rank.
+        let rows = match hidden.rank() {
+            0..=2 => hidden.clone(),
+            rank => hidden.flatten_to(rank - 2)?,
+        };
         let gate = rows.matmul(&self.gate_proj.t()?)?.silu()?;
         let up = rows.matmul(&self.up_proj.t()?)?;
-        (gate * up)?.matmul(&self.down_proj.t()?)
+        (gate * up)?.matmul(&self.down_proj.t()?)?.reshape(hidden.shape())
     }
 }

@@ -33,6 +33,20 @@ impl Gate {
         check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])
     }
 
+    /// Checks that `tensor` has the dtype and the device of the gate's weight.
+    pub(super) fn check_alike(&self, operand: &str, tensor: &Tensor) -> Result<()> {
+        let (expected, got) = (self.weight.dtype(), tensor.dtype());
+        if expected != got {
+            return Err(Error::shape(operand, format!("{expected:?} like the gate weight"), format!("{got:?}")));
+        }
+        let (expected, got) = (self.weight.device(), tensor.device());
+        if !expected.same_device(got) {
+            let [expected, got] = [expected, got].map(|device| format!("{:?}", device.location()));
+            return Err(Error::shape(operand, format!("device {expected} like the gate weight"), got));
+        }
+        Ok(())
+    }
+
     pub(super) fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
         let experts = self.weight.dim(0)?;
         if bias.len() != experts {

@@ -7,22 +7,27 @@ use candle_nn::ops::{sigmoid, softmax};
 
 use super::Routing;
 use crate::error::{Error, Result};
+use crate::routing::assignment::EMPTY;
 use crate::routing::scores::{ScoreFunction, Scoring};
 
 /// Load-balancing loss of GShard and Switch (arXiv 2101.03961, eq. 4, for k slots):
 /// `experts · Σ_e (slots of e / slots) · mean score of e`; 1 when balanced. A scalar; gradients reach the gate.
+/// Slots are those chosen before any drop, as published: a full expert still shows how many wanted it. Padding counts
+/// nowhere; without tokens the loss is 0.
 ///
 /// # Errors
 /// [`Error::Candle`] from the tensor operations.
 pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor> {
-    let experts = routing.assignment.experts();
-    let slots = routing.assignment.kept().max(1) as f32;
-    let share: Vec<f32> = routing.assignment.load().into_iter().map(|load| load as f32 / slots).collect();
-    let share = Tensor::from_vec(share, experts, routing.logits.device())?;
+    let Some(logits) = live_logits(routing)? else { return zero(routing) };
+    let (experts, selection) = (routing.assignment.experts(), routing.assignment.raw_selection());
+    let mut share = vec![0f32; experts];
+    selection.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| share[usize::from(expert)] += 1.0);
+    let slots = share.iter().sum::<f32>().max(1.0);
+    let share = (Tensor::from_vec(share, experts, logits.device())? / f64::from(slots))?;
     let scores = match scoring.function {
-        ScoreFunction::Softmax => softmax(&routing.logits, D::Minus1)?,
+        ScoreFunction::Softmax => softmax(&logits, D::Minus1)?,
         ScoreFunction::Sigmoid => {
-            let scores = sigmoid(&routing.logits)?;
+            let scores = sigmoid(&logits)?;
             scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?
         }
     };
@@ -30,11 +35,30 @@ pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor
 }
 
 /// Router z-loss (ST-MoE, arXiv 2202.08906, eq. 5): the mean over tokens of `log(Σ_e exp(logit))²`. Keeps logits small.
+/// Padding does not count; without tokens the loss is 0.
 ///
 /// # Errors
 /// [`Error::Candle`] from the tensor operations.
 pub fn router_z_loss(routing: &Routing) -> Result<Tensor> {
-    Ok(routing.logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
+    let Some(logits) = live_logits(routing)? else { return zero(routing) };
+    Ok(logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
+}
+
+/// Logits of the tokens that are not padding; `None` when there are none.
+fn live_logits(routing: &Routing) -> Result<Option<Tensor>> {
+    let rows: Vec<u32> = match &routing.padding {
+        Some(padding) => padding.iter().zip(0..).filter(|(pad, _)| !**pad).map(|(_, row)| row).collect(),
+        None if routing.assignment.tokens() > 0 => return Ok(Some(routing.logits.clone())),
+        None => Vec::new(),
+    };
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(routing.logits.index_select(&Tensor::new(rows, routing.logits.device())?, 0)?))
+}
+
+fn zero(routing: &Routing) -> Result<Tensor> {
+    Ok(Tensor::zeros((), routing.logits.dtype(), routing.logits.device())?)
 }
 
 /// Loss-free balancing (arXiv 2408.15664): a selection bias per expert that rises while the expert has less than its share

@@ -67,6 +67,8 @@ pub struct Routing {
     pub capacity: Capacity,
     /// Who went where.
     pub assignment: Assignment,
+    /// True for padding tokens, which count in no loss; `None` when there are none.
+    pub padding: Option<Vec<bool>>,
     /// Time in the router alone: from scores to assignment.
     pub route_time: Duration,
 }
@@ -86,7 +88,8 @@ impl MoeLayer {
     /// From a gate and experts; routes by dropless top-k until told otherwise.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, or experts are too few or too many.
+    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, an expert not the gate's dtype and
+    /// device, or experts are too few or too many.
     pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<SwiGlu>) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
@@ -94,7 +97,7 @@ impl MoeLayer {
             return Err(Error::shape("experts", spec.experts, experts.len()));
         }
         for (index, expert) in experts.iter().enumerate() {
-            expert.check(&spec, index)?;
+            expert.check(&spec, index, &gate)?;
         }
         Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None })
     }
@@ -168,8 +171,8 @@ impl MoeLayer {
     /// caller knows of the batch and the layer's state.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a hidden state of the wrong rank or width or a context of another batch, [`Error::NonFiniteLogit`]
-    /// when the gate gives NaN or +∞, [`Error::Candle`] for a dtype or device that the weights do not have.
+    /// [`Error::Shape`] for a hidden state of the wrong rank, width, dtype or device or a context of another batch,
+    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::Candle`] when Candle refuses an operation.
     pub fn forward_in(
         &self,
         hidden: &Tensor,
@@ -184,6 +187,7 @@ impl MoeLayer {
                 format!("{:?}", hidden.dims()),
             ));
         }
+        self.gate.check_alike("hidden state", hidden)?;
         let rows = hidden.elem_count() / self.spec.hidden;
         let tokens = hidden.reshape((rows, self.spec.hidden))?;
 
@@ -191,9 +195,9 @@ impl MoeLayer {
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
         let scores =
             self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
-        let padding = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
+        let pads = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
         let capacity = match &self.capacity {
-            Some(rule) => rule.capacity(rows.saturating_sub(padding), self.spec.experts, self.spec.top_k)?,
+            Some(rule) => rule.capacity(rows.saturating_sub(pads), self.spec.experts, self.spec.top_k)?,
             None => Capacity::unlimited(self.spec.experts)?,
         };
         let started = Instant::now();
@@ -204,7 +208,8 @@ impl MoeLayer {
         let weights = dispatch::slot_weights(&logits, &assignment, &plan, self.spec.scoring)?;
         let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
-        Ok((output, Routing { logits, scores, capacity, assignment, route_time }))
+        let padding = context.padding.map(<[bool]>::to_vec);
+        Ok((output, Routing { logits, scores, capacity, assignment, padding, route_time }))
     }
 }
 
