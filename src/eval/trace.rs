@@ -269,7 +269,10 @@ mod tests {
         };
         let good = [("experts", "2"), ("top_k", "1")];
         let layer = ("layer.0", Dtype::F32, vec![1, 2], f32_bytes(&[0.0, 1.0]));
-        assert_eq!(error(&[layer.clone()], &good[..1]), "metadata `top_k`: expected a positive integer, got nothing");
+        assert_eq!(
+            error(std::slice::from_ref(&layer), &good[..1]),
+            "metadata `top_k`: expected a positive integer, got nothing"
+        );
         assert_eq!(error(&[], &good), "expected tensors `layer.0`, `layer.1`, …, got none");
         let wide = ("layer.0", Dtype::F32, vec![1, 3], f32_bytes(&[0.0; 3]));
         assert_eq!(error(&[wide], &good), "tensor `layer.0`: expected F32 [tokens, 2], got F32 [1, 3]");

@@ -269,5 +269,3 @@ impl<'a> Routing<'a> {
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod timings;
