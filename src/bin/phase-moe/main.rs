@@ -50,7 +50,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // A closed pipe (`| head`) is no failure of ours.
-            if error.chain().any(|cause| is_broken_pipe(cause)) {
+            if error.chain().any(is_broken_pipe) {
                 return ExitCode::SUCCESS;
             }
             eprintln!("phase-moe: {error:#}");
