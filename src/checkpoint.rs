@@ -132,7 +132,12 @@ impl Checkpoint {
         let paths: Vec<_> = shards.keys().map(|shard| directory.join(shard)).collect();
         let checkpoint = Self::open_files(&paths)?;
         for (shard, tensors) in shards {
-            let missing = tensors.into_iter().find(|tensor| !checkpoint.tensors.contains_key(*tensor));
+            let path = directory.join(shard).display().to_string();
+            let in_shard = |tensor: &str| {
+                let entry = checkpoint.tensors.get(tensor);
+                entry.is_some_and(|entry| checkpoint.files[entry.file].0 == path)
+            };
+            let missing = tensors.into_iter().find(|tensor| !in_shard(tensor));
             if let Some(tensor) = missing {
                 return Err(wrong(format!("tensor `{tensor}`: expected in {shard}, got none")));
             }

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of routing or tensors beyond the words in its messages.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// `std::result::Result` with this crate's [`enum@Error`].
@@ -42,8 +43,8 @@ pub enum Error {
         /// Experts there are.
         experts: usize,
     },
-    /// No experts, or more than an [`ExpertId`](crate::expert::ExpertId) can name.
-    #[error("experts is {experts}: expected 1 to {max}", max = crate::expert::ExpertId::MAX_EXPERTS)]
+    /// No experts, or more than an `ExpertId` can name.
+    #[error("experts is {experts}: expected 1 to 65535")]
     ExpertCount {
         /// The count that came.
         experts: usize,
@@ -134,7 +135,11 @@ impl Error {
             Self::Candle(_) => false,
             Self::Io { reason, .. } => matches!(
                 reason.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::IsADirectory
+                ErrorKind::NotFound
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::IsADirectory
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::InvalidData
             ),
             _ => true,
         }

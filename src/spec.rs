@@ -115,6 +115,40 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// Checks the sizes against each other.
+    ///
+    /// # Errors
+    /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
+    /// odd head width, or more weights than can be counted.
+    pub fn check(&self) -> Result<()> {
+        self.moe.check()?;
+        let sizes = [
+            ("vocabulary", self.vocab),
+            ("layers", self.layers),
+            ("heads", self.heads),
+            ("key-value heads", self.kv_heads),
+            ("head width", self.head_dim),
+            ("positions", self.max_positions),
+        ];
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return Err(Error::parameter(name, size, "at least 1"));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            let expected = format!("a divisor of the {} query heads", self.heads);
+            return Err(Error::parameter("key-value heads", self.kv_heads, expected));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Error::parameter("head width", self.head_dim, "an even number (rotary embedding)"));
+        }
+        let largest = [self.vocab, self.moe.expert_width, self.heads * self.head_dim, self.moe.experts];
+        let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
+        let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
+        if !largest.iter().all(countable) {
+            return Err(Error::parameter("number of weights", "more than can be counted", "sizes of a real model"));
+        }
+        Ok(())
+    }
+
     /// Weights of the whole model.
     pub fn parameters(&self) -> usize {
         self.shared_parameters() + self.layers * self.moe.experts * self.moe.parameters_per_expert()

@@ -77,3 +77,8 @@ fn a_random_olmoe_with_normalised_weights_ties_and_clipping_equals_transformers(
     let fixture = root().join("tests/goldens/olmoe_random_norm");
     compare(&fixture, &fixture.join("goldens.safetensors"));
 }
+
+#[test]
+fn the_bundled_model_equals_transformers() {
+    compare(&root().join("models/tiny-moe"), &root().join("tests/goldens/tiny_moe.safetensors"));
+}

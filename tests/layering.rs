@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Part, and the parts it may import beside itself.
 const MAY_IMPORT: [(&str, &[&str]); 12] = [
-    ("error", &["expert"]),
+    ("error", &[]),
     ("expert", &["error"]),
     ("checkpoint", &["error"]),
     ("routing", &["error", "expert"]),

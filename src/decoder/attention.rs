@@ -21,11 +21,6 @@ impl KvCache {
         self.0.as_ref().and_then(|(keys, _)| keys.dim(2).ok()).unwrap_or(0)
     }
 
-    /// True before the first position.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_none()
-    }
-
     fn append(&mut self, keys: Tensor, values: Tensor) -> Result<(Tensor, Tensor)> {
         let all = match &self.0 {
             None => (keys, values),
@@ -91,9 +86,8 @@ impl Attention {
         let split = |projected: Tensor, heads: usize| -> Result<Tensor> {
             Ok(projected.reshape((batch, positions, heads, self.head_dim))?.transpose(1, 2)?)
         };
-        let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let query = rotary.apply(&split(query, self.heads)?, start)?;
-        let mut key = rotary.apply(&split(key, self.kv_heads)?, start)?;
+        let query = rotary.apply(&split(query, self.heads)?)?;
+        let mut key = rotary.apply(&split(key, self.kv_heads)?)?;
         let mut value = split(value, self.kv_heads)?.contiguous()?;
         if let Some(cache) = cache {
             (key, value) = cache.append(key, value)?;

@@ -3,7 +3,7 @@
 //! `[batch, positions]` token ids to `[batch, positions, vocab]` logits. What varies between families is data in
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
-pub mod attention;
+mod attention;
 pub mod generate;
 pub mod model;
 mod norm;
@@ -94,11 +94,6 @@ pub struct DecoderState {
 }
 
 impl DecoderState {
-    /// Forgets the text: keys and values go, router states stay.
-    pub fn new_text(&mut self) {
-        self.kv.iter_mut().flatten().for_each(|cache| *cache = KvCache::default());
-    }
-
     /// Positions seen so far.
     pub fn position(&self) -> usize {
         self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len)
@@ -121,7 +116,6 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: RmsNorm,
     output: Linear,
-    rotary: Rotary,
 }
 
 impl Decoder {
@@ -131,6 +125,7 @@ impl Decoder {
     /// What the builder reports for missing tensors and wrong shapes ([`Error::Checkpoint`] from [`weights::var_builder`]),
     /// [`Error::Parameter`] for sizes that contradict.
     pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        spec.check()?;
         let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
         let table = |vb: VarBuilder<'_>, stdev| {
             vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
@@ -155,7 +150,6 @@ impl Decoder {
             blocks: blocks.collect::<Result<_>>()?,
             norm: RmsNorm::load(hidden, spec.norm_eps, model.pp("norm"))?,
             output: Linear::new(output, None),
-            rotary: Rotary::new(spec, vb.device())?,
         })
     }
 
@@ -186,9 +180,9 @@ impl Decoder {
     /// # Errors
     /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`].
     pub fn set_top_k(&mut self, top_k: usize) -> Result<()> {
+        self.moe_layers_mut().try_for_each(|layer| layer.set_top_k(top_k))?;
         self.spec.moe.top_k = top_k;
-        self.spec.moe.check()?;
-        self.moe_layers_mut().try_for_each(|layer| layer.set_top_k(top_k))
+        Ok(())
     }
 
     /// A fresh state that keeps keys and values, for generating one text token by token.
@@ -202,11 +196,11 @@ impl Decoder {
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
-    /// what its router saw and did.
+    /// what its router saw and did. After an error the state's text is unfinished: begin with a fresh state.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
-    /// [`Error::Shape`] for padding together with kept keys and values; whatever a layer or `observe` reports.
+    /// [`Error::Shape`] for padding together with kept keys and values or for the state of a decoder with other layers; whatever a layer or `observe` reports.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -215,6 +209,10 @@ impl Decoder {
     ) -> Result<Tensor> {
         if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
+        }
+        if state.routes.len() != self.blocks.len() {
+            let layers = |count: usize| format!("{count} layers");
+            return Err(Error::shape("decoder state", layers(self.blocks.len()), layers(state.routes.len())));
         }
         let start = state.position();
         if start + batch.positions > self.spec.max_positions {
@@ -227,11 +225,12 @@ impl Decoder {
         let device = self.embedding.embeddings().device();
         let ids = Tensor::from_slice(&batch.ids, (batch.sequences, batch.positions), device)?;
         let mut hidden = self.embedding.forward(&ids)?;
+        let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
         let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let cache = state.kv.as_mut().map(|caches| &mut caches[layer]);
             let normed = block.attention_norm.forward(&hidden)?;
-            hidden = (hidden + block.attention.forward(&normed, &self.rotary, mask.as_ref(), cache)?)?;
+            hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
             let normed = block.moe_norm.forward(&hidden)?;
             let (output, routing) = block.moe.forward_in(&normed, batch.context(layer), &mut state.routes[layer])?;
             observe(layer, routing)?;

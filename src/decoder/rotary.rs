@@ -6,7 +6,7 @@ use candle_nn::rotary_emb::{rope, rope_slow};
 use crate::error::Result;
 use crate::spec::ModelSpec;
 
-/// Cosines and sines, `[max_positions, head_dim / 2]`.
+/// Cosines and sines of the positions of one forward pass, `[positions, head_dim / 2]`.
 #[derive(Clone, Debug)]
 pub(super) struct Rotary {
     cos: Tensor,
@@ -14,24 +14,25 @@ pub(super) struct Rotary {
 }
 
 impl Rotary {
-    pub(super) fn new(spec: &ModelSpec, device: &Device) -> Result<Self> {
+    /// For `positions` positions from `start` on, to rotate heads of `dtype`.
+    pub(super) fn new(spec: &ModelSpec, start: usize, positions: usize, dtype: DType, device: &Device) -> Result<Self> {
         let half = spec.head_dim / 2;
         let rate = |pair: usize| 1.0 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.head_dim as f32);
-        let angles: Vec<f32> = (0..spec.max_positions)
-            .flat_map(|position| (0..half).map(move |pair| position as f32 * rate(pair)))
+        let rates: Vec<f32> = (0..half).map(rate).collect();
+        let angles: Vec<f32> = (start..start + positions)
+            .flat_map(|position| rates.iter().map(move |rate| position as f32 * rate))
             .collect();
-        let angles = Tensor::from_vec(angles, (spec.max_positions, half), device)?;
-        Ok(Self { cos: angles.cos()?, sin: angles.sin()? })
+        let angles = Tensor::from_vec(angles, (positions, half), device)?;
+        Ok(Self { cos: angles.cos()?.to_dtype(dtype)?, sin: angles.sin()?.to_dtype(dtype)? })
     }
 
-    /// Rotates `[batch, heads, positions, head_dim]` whose first position is `start`.
-    pub(super) fn apply(&self, heads: &Tensor, start: usize) -> Result<Tensor> {
-        let positions = heads.dim(2)?;
-        let cos = self.cos.narrow(0, start, positions)?.to_dtype(heads.dtype())?;
-        let sin = self.sin.narrow(0, start, positions)?.to_dtype(heads.dtype())?;
-        debug_assert_eq!(self.cos.dtype(), DType::F32);
+    /// Rotates `[batch, heads, positions, head_dim]`.
+    pub(super) fn apply(&self, heads: &Tensor) -> Result<Tensor> {
         let heads = heads.contiguous()?;
         // As with the norm: the fused rotation has no backward pass.
-        Ok(if heads.track_op() { rope_slow(&heads, &cos, &sin)? } else { rope(&heads, &cos, &sin)? })
+        Ok(match heads.track_op() {
+            true => rope_slow(&heads, &self.cos, &self.sin)?,
+            false => rope(&heads, &self.cos, &self.sin)?,
+        })
     }
 }

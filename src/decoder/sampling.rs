@@ -1,7 +1,6 @@
 //! From the logits of the last position to the next token: greedy, or drawn with temperature and nucleus.
 
-use candle_core::Tensor;
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{DType, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -34,27 +33,38 @@ impl Sampler {
     /// The next token for `logits` `[vocab]`.
     ///
     /// # Errors
-    /// [`Error::Candle`] for another rank.
+    /// [`Error::Candle`] for another rank, [`Error::Shape`] for no tokens, [`Error::Parameter`] for NaN.
     pub fn next(&mut self, logits: &Tensor) -> Result<u32> {
-        let logits = logits.to_dtype(candle_core::DType::F32)?;
-        if self.temperature == 0.0 {
-            return Ok(logits.argmax(0)?.to_scalar()?);
+        let logits = logits.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        if let Some(bad) = logits.iter().find(|logit| logit.is_nan()) {
+            return Err(Error::parameter("logit of a token", bad, "a number"));
         }
-        let shares = softmax_last_dim(&(logits / self.temperature)?)?.to_vec1::<f32>()?;
-        let mut ranked: Vec<(f32, u32)> = shares.into_iter().zip(0..).collect();
-        ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        let mut held = 0.0;
-        let nucleus = ranked.iter().position(|&(share, _)| {
-            held += f64::from(share);
-            held >= self.top_p
-        });
-        ranked.truncate(nucleus.map_or(ranked.len(), |last| last + 1));
-        let mut draw = self.rng.random::<f64>() * ranked.iter().map(|&(share, _)| f64::from(share)).sum::<f64>();
-        let drawn = ranked.iter().find(|&&(share, _)| {
-            draw -= f64::from(share);
+        let best = (0..logits.len()).reduce(|best, token| if logits[token] > logits[best] { token } else { best });
+        let best = best.ok_or_else(|| Error::shape("logits", "at least one token", "none"))?;
+        if self.temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        // Differences to the best, so that no temperature overflows.
+        let weight = |logit: f32| (f64::from(logit - logits[best]) / self.temperature).exp();
+        let mut ranked: Vec<(f64, u32)> = logits.iter().map(|&logit| weight(logit)).zip(0..).collect();
+        let mut total: f64 = ranked.iter().map(|&(weight, _)| weight).sum();
+        if self.top_p < 1.0 {
+            ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            let (mut held, enough) = (0.0, self.top_p * total);
+            let last = ranked.iter().position(|&(weight, _)| {
+                held += weight;
+                held >= enough
+            });
+            ranked.truncate(last.map_or(ranked.len(), |last| last + 1));
+            total = ranked.iter().map(|&(weight, _)| weight).sum();
+        }
+        let mut draw = self.rng.random::<f64>() * total;
+        let drawn = ranked.iter().find(|&&(weight, _)| {
+            draw -= weight;
             draw < 0.0
         });
-        Ok(drawn.or(ranked.last()).map_or(0, |&(_, token)| token))
+        // Rounding can leave the draw a hair past the last token.
+        Ok(drawn.map_or(best as u32, |&(_, token)| token))
     }
 }
 
@@ -80,6 +90,13 @@ mod tests {
     fn the_nucleus_leaves_unlikely_tokens_out() {
         let drawn = draw(&mut Sampler::new(1.0, 0.7, 3).unwrap(), [2.0, 2.0, 0.0, -9.0], 200);
         assert!(drawn.contains(&0) && drawn.contains(&1) && !drawn.contains(&2) && !drawn.contains(&3));
+    }
+
+    #[test]
+    fn the_smallest_temperature_is_greedy() {
+        assert_eq!(draw(&mut Sampler::new(1e-300, 1.0, 3).unwrap(), [2.0, 2.5, 0.0, -9.0], 5), [1; 5]);
+        let nan = Tensor::new(&[0f32, f32::NAN], &Device::Cpu).unwrap();
+        assert!(Sampler::new(0.0, 1.0, 0).unwrap().next(&nan).is_err());
     }
 
     #[test]

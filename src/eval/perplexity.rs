@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::decoder::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A running sum of negative log likelihoods.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,9 +20,16 @@ impl Perplexity {
     /// Adds the predictions of one forward pass: `logits` are `[sequences, positions, vocab]` for `batch`.
     ///
     /// # Errors
-    /// [`Error::Candle`](crate::error::Error::Candle) when the logits are not of this batch.
+    /// [`Error::Shape`] when the logits are not of this batch, [`Error::Parameter`] for a token id they do not cover.
     pub fn add(&mut self, logits: &Tensor, batch: &Batch) -> Result<()> {
-        let (_, positions, vocab) = logits.dims3()?;
+        let (sequences, positions, vocab) = logits.dims3()?;
+        if (sequences, positions) != (batch.sequences(), batch.positions()) {
+            let expected = format!("[{}, {}, vocab]", batch.sequences(), batch.positions());
+            return Err(Error::shape("logits", expected, format!("{:?}", logits.dims())));
+        }
+        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::parameter("token id", id, format!("below the logits' {vocab}")));
+        }
         let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let padded = |at: usize| batch.padding().is_some_and(|padding| padding[at]);
         let losses: Vec<Option<f64>> = values
@@ -70,6 +77,15 @@ mod tests {
         perplexity.add(&Tensor::zeros((2, 3, 5), DType::F32, &Device::Cpu).unwrap(), &batch).unwrap();
         assert_eq!(perplexity.tokens(), 3);
         assert!((perplexity.value() - 5.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn logits_of_another_batch_are_refused() {
+        let batch = Batch::new(&[&[1, 2, 3]]).unwrap();
+        for shape in [(1, 2, 5), (2, 3, 5), (1, 3, 3)] {
+            let logits = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+            assert!(Perplexity::default().add(&logits, &batch).is_err(), "{shape:?}");
+        }
     }
 
     #[test]

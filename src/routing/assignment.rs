@@ -62,6 +62,7 @@ impl Assignment {
     pub fn from_parts(experts: usize, top_k: usize, ids: &[i32], weights: &[f32]) -> Result<Self> {
         check_expert_count(experts)?;
         check_top_k(top_k, experts)?;
+        check_slots(ids.len() / top_k, top_k)?;
         if !ids.len().is_multiple_of(top_k) {
             return Err(Error::shape(
                 "expert ids",
@@ -182,6 +183,14 @@ impl Assignment {
     /// router computes one.
     pub fn gate_mass_bound(&self) -> Option<f64> {
         self.gate_mass_bound
+    }
+}
+
+/// Checks that the slots of a batch can be counted in 32 bits, as plans do.
+pub(crate) fn check_slots(tokens: usize, top_k: usize) -> Result<()> {
+    match tokens.checked_mul(top_k).filter(|&slots| slots < u32::MAX as usize) {
+        Some(_) => Ok(()),
+        None => Err(Error::shape("batch", "fewer than 2^32 - 1 slots", format!("{tokens} tokens · top_k {top_k}"))),
     }
 }
 

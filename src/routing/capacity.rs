@@ -318,16 +318,22 @@ impl CapacityRule {
         if !(self.factor.is_finite() && self.factor > 0.0) {
             return Err(Error::parameter("capacity factor", self.factor, "a positive finite number"));
         }
-        let (weights, placement) = match &self.shares {
+        if self.minimum_mean.is_nan() || self.minimum_mean < 0.0 {
+            return Err(Error::parameter("minimum mean of slots per pool", self.minimum_mean, "0 or more"));
+        }
+        let (weights, placement): (Vec<f64>, _) = match &self.shares {
             Shares::PerExpert { profile, seed } => (profile.weights(experts, *seed), None),
             Shares::PerDevice { speeds } => {
                 if let Some(bad) = speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
                     return Err(Error::parameter("device speed", bad, "a positive finite number"));
                 }
-                (speeds.clone(), Some(Placement::contiguous(experts, speeds.len())?))
+                // Divided by the fastest, so that no sum of them overflows.
+                let fastest = speeds.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+                let relative = speeds.iter().map(|speed| speed / fastest).collect();
+                (relative, Some(Placement::contiguous(experts, speeds.len())?))
             }
         };
-        let demand = (tokens * top_k) as f64;
+        let demand = tokens as f64 * top_k as f64;
         if demand / (weights.len() as f64) < self.minimum_mean {
             return Capacity::unlimited(experts);
         }
@@ -338,13 +344,12 @@ impl CapacityRule {
                     |weight: &f64| (weight / sum * demand * self.factor - ROUNDING_SLACK).ceil().max(1.0) as u32;
                 weights.iter().map(share).collect()
             }
-            // A limit above u32 is no limit: saturate.
             Rounding::Exact => {
-                let total = (demand * self.factor + ROUNDING_SLACK).floor();
-                largest_remainder(&weights, total as u64)
-                    .into_iter()
-                    .map(|share| u32::try_from(share).unwrap_or(u32::MAX))
-                    .collect()
+                // A limit above u32 is no limit, so there is no more to share than that in every pool.
+                let most = weights.len() as f64 * f64::from(u32::MAX);
+                let total = (demand * self.factor + ROUNDING_SLACK).floor().min(most);
+                let shares = largest_remainder(&weights, total as u64).into_iter();
+                shares.map(|share| u32::try_from(share).unwrap_or(u32::MAX)).collect()
             }
         };
         match placement {
@@ -431,11 +436,26 @@ mod tests {
     }
 
     #[test]
+    fn room_without_end_is_room_for_all() {
+        for rounding in [Rounding::Exact, Rounding::Ceil] {
+            for factor in [4e18, 1e300] {
+                let rule = CapacityRule { rounding, ..CapacityRule::per_expert(factor) };
+                assert_eq!(rule.capacity(100, 8, 2).unwrap().limits(), Some(&[u32::MAX; 8][..]), "{factor}");
+            }
+        }
+        let shares = Shares::PerDevice { speeds: vec![1e308, 1e308, 1e308, 1.0] };
+        let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1.0) }.capacity(100, 8, 3).unwrap();
+        assert_eq!(capacity.limits(), Some(&[100, 100, 100, 0][..]));
+    }
+
+    #[test]
     fn what_makes_no_sense_is_named() {
         let message = |rule: CapacityRule| rule.capacity(100, 4, 2).unwrap_err().to_string();
         for bad in [f64::NAN, f64::INFINITY, 0.0, -1.0] {
             assert!(message(CapacityRule::per_expert(bad)).starts_with("capacity factor is "), "{bad}");
         }
+        let rule = CapacityRule { minimum_mean: f64::NAN, ..CapacityRule::per_expert(1.0) };
+        assert_eq!(message(rule), "minimum mean of slots per pool is NaN: expected 0 or more");
         assert_eq!(message(CapacityRule::per_device(1.0, 5)), "devices is 5: expected 1 to experts 4");
         assert_eq!(message(CapacityRule::per_device(1.0, 0)), "devices is 0: expected 1 to experts 4");
         let placement = Placement::contiguous(4, 2).unwrap();

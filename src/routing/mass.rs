@@ -5,7 +5,6 @@
 //! Knows nothing of capacities or routers.
 
 use crate::routing::scores::Scores;
-use crate::routing::topk::select_top_k;
 
 /// Source mass of every token, `[tokens]`.
 #[derive(Clone, Debug)]
@@ -14,24 +13,28 @@ pub struct Mass(Vec<f32>);
 impl Mass {
     /// The share of each token's gate scores that its `top_k` best selection scores hold; 0 where all are masked.
     pub fn new(scores: &Scores, top_k: usize) -> Self {
-        let mut chosen = vec![0u16; top_k];
-        Self(
-            (0..scores.tokens())
-                .map(|token| {
-                    let kept = select_top_k(scores.selection(token), &mut chosen);
-                    let gate = scores.gate(token);
-                    let all: f32 = gate.iter().sum();
-                    let top: f32 = chosen[..kept].iter().map(|&expert| gate[usize::from(expert)]).sum();
-                    if all > 0.0 { (top / all).min(1.0) } else { 0.0 }
-                })
-                .collect(),
-        )
+        Self((0..scores.tokens()).map(|token| row_mass(scores.gate(token), scores.selection(token), top_k)).collect())
     }
 
     /// Mass per token.
     pub fn values(&self) -> &[f32] {
         &self.0
     }
+}
+
+/// Source mass of one row. Among equal selection scores the larger gate score counts, and values are summed from the best
+/// down, so that the sum does not depend on the order of the experts.
+pub(crate) fn row_mass(gate: &[f32], selection: &[f32], top_k: usize) -> f32 {
+    let mut best: Vec<(f32, f32)> = selection.iter().copied().zip(gate.iter().copied()).collect();
+    let falling = |a: &(f32, f32), b: &(f32, f32)| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1));
+    if (1..best.len()).contains(&top_k) {
+        best.select_nth_unstable_by(top_k - 1, falling);
+        best.truncate(top_k);
+        best.sort_unstable_by(falling);
+    }
+    let all: f32 = gate.iter().sum();
+    let top: f32 = best.iter().map(|&(_, gate)| gate).sum();
+    if all > 0.0 { (top / all).min(1.0) } else { 0.0 }
 }
 
 #[cfg(test)]

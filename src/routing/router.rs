@@ -4,7 +4,7 @@
 //! any number of threads. Knows nothing of any particular router.
 
 use crate::error::{Error, Result};
-use crate::routing::assignment::{Assignment, check_top_k};
+use crate::routing::assignment::{Assignment, check_slots, check_top_k};
 use crate::routing::capacity::Capacity;
 use crate::routing::scores::Scores;
 
@@ -32,10 +32,11 @@ impl<'a> RouteRequest<'a> {
     /// Checks that the parts belong together.
     ///
     /// # Errors
-    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Shape`] when the capacity is for another number of
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Shape`] for 2^32 slots or more, when the capacity is for another number of
     /// experts, or token ids or padding for another number of tokens.
     pub fn new(scores: &'a Scores, top_k: usize, capacity: &'a Capacity, context: RouteContext<'a>) -> Result<Self> {
         check_top_k(top_k, scores.experts())?;
+        check_slots(scores.tokens(), top_k)?;
         if capacity.experts() != scores.experts() {
             return Err(Error::shape(
                 "capacity",

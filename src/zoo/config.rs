@@ -33,6 +33,11 @@ impl Config {
         parts.try_fold(first, |value, part| value.get(part)).filter(|value| !value.is_null())
     }
 
+    /// True when there is a value that is not null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.value(key).is_some()
+    }
+
     fn typed<'a, T>(
         &'a self,
         key: &str,

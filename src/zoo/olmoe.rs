@@ -33,9 +33,19 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
     if config.optional_flag("attention_bias")?.unwrap_or(false) {
         return Err(config.error("attention_bias", "false", "true"));
     }
-    for key in ["rope_scaling.rope_type", "rope_scaling.type", "rope_parameters.rope_type"] {
-        if let Some(kind) = config.optional_string(key)?.filter(|kind| *kind != "default") {
-            return Err(config.error(key, "default", kind));
+    // Stretched positions are another rotation: refused rather than run as if they were not there.
+    for (object, kinds) in [("rope_scaling", ["rope_type", "type"]), ("rope_parameters", ["rope_type", "type"])] {
+        let mut kind = None;
+        for key in kinds {
+            kind = kind.or(config.optional_string(&format!("{object}.{key}"))?);
+        }
+        match kind {
+            Some("default") => {}
+            Some(other) => return Err(config.error(object, "rope_type default", other)),
+            None if object == "rope_scaling" && config.has(object) => {
+                return Err(config.error(object, "null or rope_type default", "something else"));
+            }
+            None => {}
         }
     }
     let (experts, top_k) = (config.size("num_experts")?, config.size("num_experts_per_tok")?);
@@ -51,8 +61,7 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
         scoring: Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false)),
         names: ExpertNames::default(),
     };
-    moe.check()?;
-    Ok(ModelSpec {
+    let spec = ModelSpec {
         family: "olmoe",
         vocab: config.size("vocab_size")?,
         layers: config.size("num_hidden_layers")?,
@@ -71,7 +80,9 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
         tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
         end_of_text: config.token_ids("eos_token_id")?,
         moe,
-    })
+    };
+    spec.check()?;
+    Ok(spec)
 }
 
 #[cfg(test)]
@@ -126,6 +137,13 @@ mod tests {
             error("num_key_value_heads", json!(3)),
             "config.json: key `num_key_value_heads`: expected a divisor of num_attention_heads 4, got 3"
         );
+        let scaled = "config.json: key `rope_scaling`: expected ";
+        assert_eq!(
+            error("rope_scaling", json!({"factor": 8.0})),
+            format!("{scaled}null or rope_type default, got something else")
+        );
+        assert_eq!(error("rope_scaling", json!({"type": "yarn"})), format!("{scaled}rope_type default, got yarn"));
+        assert!(config(|config| config["rope_scaling"] = Value::Null).is_ok());
         assert_eq!(error("model_type", json!("llama")), "unknown model family `llama`: expected one of olmoe");
         assert!(parse_config("[]", "c").is_err() && parse_config("{", "c").is_err());
     }

@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 use std::sync::OnceLock;
 
+use crate::routing::mass::row_mass;
 use crate::routing::router::RouteRequest;
 use crate::routing::scores::Scores;
 
@@ -117,19 +118,8 @@ impl<'a> Problem<'a> {
         self.order.get().is_some()
     }
 
-    /// Source mass of a row: the share of its gate scores that its own top-k hold.
     fn mass(&self, row: usize) -> f32 {
-        let (gate, selection) = (self.gate(row), self.selection(row));
-        let mut best: Vec<(f32, f32)> = selection.iter().copied().zip(gate.iter().copied()).collect();
-        if self.top_k < best.len() {
-            // By selection, then gate: the sum does not depend on which of two equal experts is counted.
-            best.select_nth_unstable_by(self.top_k - 1, |a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
-            best.truncate(self.top_k);
-            best.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
-        }
-        let all: f32 = gate.iter().sum();
-        let top: f32 = best.iter().map(|&(_, gate)| gate).sum();
-        if all > 0.0 { top / all } else { 0.0 }
+        row_mass(self.gate(row), self.selection(row), self.top_k)
     }
 }
 
