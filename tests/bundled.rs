@@ -91,7 +91,7 @@ fn under_limits_per_expert_phase_keeps_all_slots_and_loses_less_than_dropping() 
 #[test]
 fn four_devices_are_filled_exactly_for_next_to_nothing() {
     let model = model();
-    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    let batches = Batching::default().batches(&texts(&model)).unwrap();
     let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
     let figures = |router| figures(&model, &batches, &base, router, CapacityRule::per_device(1.0, 4));
     let phase = figures(RouterKind::Phase);

@@ -13,6 +13,7 @@ use crate::decoder::{Batch, Decoder};
 use crate::error::Result;
 use crate::layer::Routing;
 use crate::routing::capacity::{CapacityRule, Rounding, Shares};
+use crate::routing::metrics::RouteMetrics;
 use crate::routing::phase::PhaseRouter;
 use crate::routing::registry::RouterKind;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
@@ -29,7 +30,8 @@ pub struct Setting {
 }
 
 /// What one router did with all batches, means over layers and batches unless said otherwise. Rates and shares are
-/// fractions of 1; a figure that does not apply is `None`.
+/// fractions of 1; a figure that does not apply is `None`. Violations and spreads are over the batches that had a limit (a
+/// short last batch may be below the rule's minimum), or over all where none had.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RouterFigures {
     /// Name of the router.
@@ -91,6 +93,10 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
     let mut decoder = decoder.clone();
     decoder.set_router(Arc::from(RouterKind::TopK.build(0)), None);
     let (mut perplexity, mut time, mut tokens) = (Perplexity::default(), Duration::ZERO, 0);
+    // Once untimed: the first pass pays for memory and threads.
+    if let Some(first) = batches.first() {
+        decoder.forward(first, &mut decoder.batch_state(), |_, _| Ok(()))?;
+    }
     for batch in batches {
         let started = Instant::now();
         let logits = decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
@@ -136,7 +142,8 @@ pub fn run(
         tokens += batch.live_tokens();
         progress(batch.live_tokens());
     }
-    Ok(sums.figures(setting, router.name(), perplexity.value(), dropless, tokens as f64 / time.as_secs_f64()))
+    let layers = decoder.spec().layers;
+    Ok(sums.figures(setting, layers, perplexity.value(), dropless, tokens as f64 / time.as_secs_f64()))
 }
 
 /// Certified bounds on gate mass, from the router itself or, for those that know none, from the phase router's prices on
@@ -166,6 +173,9 @@ impl BoundTracker {
 #[derive(Default)]
 struct Sums {
     count: f64,
+    /// Batches whose balance is counted, and how many of them had a limit.
+    balanced: f64,
+    limited: bool,
     demand: u64,
     kept: u64,
     tokens_without_expert: u64,
@@ -187,12 +197,29 @@ impl Sums {
         self.demand += metrics.demand;
         self.kept += metrics.kept;
         self.tokens_without_expert += metrics.tokens_without_expert;
-        self.demand_max_violation += metrics.demand_max_violation;
         self.gate_mass += metrics.gate_mass_share();
         if let Some(bound) = bound {
             let share = if bound > 0.0 { metrics.gate_mass / bound } else { 1.0 };
             *self.gate_mass_vs_bound.get_or_insert(0.0) += share;
         }
+        let live = metrics.demand as f64 / routing.assignment.top_k() as f64;
+        self.nanos_per_token.push(routing.route_time.as_nanos() as f64 / live.max(1.0));
+        self.add_balance(&metrics, routing.capacity.limits().is_some());
+        Ok(())
+    }
+
+    fn add_balance(&mut self, metrics: &RouteMetrics, limited: bool) {
+        match (self.limited, limited) {
+            (true, false) => return,
+            (false, true) => {
+                self.limited = true;
+                (self.balanced, self.demand_max_violation, self.max_violation) = (0.0, 0.0, 0.0);
+                (self.load_cv, self.gini, self.jain) = (0.0, 0.0, 0.0);
+            }
+            _ => {}
+        }
+        self.balanced += 1.0;
+        self.demand_max_violation += metrics.demand_max_violation;
         if let Some(devices) = metrics.devices {
             *self.device_max_violation.get_or_insert(0.0) += devices.max_violation;
         }
@@ -200,20 +227,20 @@ impl Sums {
         self.load_cv += metrics.experts.cv;
         self.gini += metrics.experts.gini;
         self.jain += metrics.experts.jain;
-        let tokens = routing.assignment.tokens().max(1) as f64;
-        self.nanos_per_token.push(routing.route_time.as_nanos() as f64 / tokens);
-        Ok(())
     }
 
     fn figures(
         mut self,
         setting: &Setting,
-        router: &'static str,
+        decoder_layers: usize,
         perplexity: f64,
         dropless: &Dropless,
         tokens_per_second: f64,
     ) -> RouterFigures {
-        let count = self.count.max(1.0);
+        let (count, balanced) = (self.count.max(1.0), self.balanced.max(1.0));
+        // The first batch of each layer started cold.
+        let cold = decoder_layers.min(self.nanos_per_token.len().saturating_sub(1));
+        self.nanos_per_token.drain(..cold);
         self.nanos_per_token.sort_by(f64::total_cmp);
         let rule = setting.capacity.as_ref();
         let (profile, devices) = match rule.map(|rule| &rule.shares) {
@@ -222,7 +249,7 @@ impl Sums {
             None => (None, None),
         };
         RouterFigures {
-            router,
+            router: setting.router.name(),
             capacity_factor: rule.map(|rule| rule.factor),
             profile,
             capacity_rule: rule.map(|rule| match rule.rounding {
@@ -230,19 +257,19 @@ impl Sums {
                 Rounding::Ceil => "ceil",
             }),
             devices,
-            device_max_violation: self.device_max_violation.map(|sum| sum / count),
+            device_max_violation: self.device_max_violation.map(|sum| sum / balanced),
             survival: if self.demand == 0 { 1.0 } else { self.kept as f64 / self.demand as f64 },
             dropped_slots: self.demand - self.kept,
             tokens_without_expert: self.tokens_without_expert,
-            demand_max_violation: self.demand_max_violation / count,
+            demand_max_violation: self.demand_max_violation / balanced,
             gate_mass: self.gate_mass / count,
             gate_mass_vs_bound: self.gate_mass_vs_bound.map(|sum| sum / count),
             perplexity,
             perplexity_increase: perplexity / dropless.perplexity - 1.0,
-            max_violation: self.max_violation / count,
-            load_cv: self.load_cv / count,
-            gini: self.gini / count,
-            jain: self.jain / count,
+            max_violation: self.max_violation / balanced,
+            load_cv: self.load_cv / balanced,
+            gini: self.gini / balanced,
+            jain: self.jain / balanced,
             route_nanos_per_token: self.nanos_per_token.get(self.nanos_per_token.len() / 2).copied().unwrap_or(0.0),
             tokens_per_second,
         }

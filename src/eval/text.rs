@@ -49,12 +49,17 @@ impl Batching {
     /// The last sequence of a text may be shorter; one of a single token is left out, because it predicts nothing.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for `batch_tokens` below 2 or texts of fewer than two tokens in all.
+    /// [`Error::Parameter`] for `batch_tokens` below 2 or above [`SEQUENCE_TOKENS`] and no multiple of it, and for texts of
+    /// fewer than two tokens in all.
     pub fn batches(&self, texts: &[EvalText]) -> Result<Vec<Batch>> {
         if self.batch_tokens < 2 {
             return Err(Error::parameter("batch tokens", self.batch_tokens, "at least 2"));
         }
         let length = SEQUENCE_TOKENS.min(self.batch_tokens);
+        if !self.batch_tokens.is_multiple_of(length) {
+            let expected = format!("at most {SEQUENCE_TOKENS} or a multiple of it");
+            return Err(Error::parameter("batch tokens", self.batch_tokens, expected));
+        }
         let per_batch = self.batch_tokens / length;
         let shares = self.shares(texts);
         let sequences: Vec<Vec<&[u32]>> = texts
@@ -134,7 +139,12 @@ mod tests {
     fn too_little_text_is_an_error() {
         assert!(Batching::default().batches(&texts(&[1, 0])).is_err());
         assert!(Batching::default().batches(&[]).is_err());
-        assert!(Batching { batch_tokens: 1, ..Batching::default() }.batches(&texts(&[100])).is_err());
+        for batch_tokens in [0, 1, 300, 700] {
+            assert!(
+                Batching { batch_tokens, ..Batching::default() }.batches(&texts(&[100])).is_err(),
+                "{batch_tokens}"
+            );
+        }
         assert_eq!(Batching { batch_tokens: 2, ..Batching::default() }.batches(&texts(&[4])).unwrap().len(), 2);
     }
 }
