@@ -141,7 +141,7 @@ impl Decoder {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
                 attention: Attention::load(spec, vb.pp("self_attn"))?,
                 moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?,
+                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?.with_index(layer),
             })
         });
         Ok(Self {

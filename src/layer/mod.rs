@@ -54,6 +54,7 @@ pub struct MoeLayer {
     experts: Vec<SwiGlu>,
     router: Arc<dyn Router>,
     capacity: Option<CapacityRule>,
+    index: usize,
 }
 
 /// What the router saw and did in one forward pass of one layer.
@@ -99,7 +100,7 @@ impl MoeLayer {
         for (index, expert) in experts.iter().enumerate() {
             expert.check(&spec, index, &gate)?;
         }
-        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None })
+        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None, index: 0 })
     }
 
     /// Loads the tensors that `spec.names` names under `vb`, for example `vb.pp("mlp")`.
@@ -122,6 +123,12 @@ impl MoeLayer {
     pub fn with_router(mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) -> Self {
         self.set_router(router, capacity);
         self
+    }
+
+    /// Says which layer of its model this is: routers that draw do so differently in each. A forward pass without a context
+    /// of its own uses it.
+    pub fn with_index(self, index: usize) -> Self {
+        Self { index, ..self }
     }
 
     /// Sets how many experts a token gets.
@@ -163,7 +170,8 @@ impl MoeLayer {
     /// # Errors
     /// As [`MoeLayer::forward_in`].
     pub fn forward_routed(&self, hidden: &Tensor) -> Result<(Tensor, Assignment)> {
-        let (output, routing) = self.forward_in(hidden, RouteContext::default(), &mut RouteState::default())?;
+        let context = RouteContext { layer: self.index, ..RouteContext::default() };
+        let (output, routing) = self.forward_in(hidden, context, &mut RouteState::default())?;
         Ok((output, routing.assignment))
     }
 

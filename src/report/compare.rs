@@ -131,5 +131,5 @@ fn percent(share: f64) -> String {
 }
 
 fn signed_percent(share: f64) -> String {
-    format!("{:+.2} %", 100.0 * share)
+    if share >= 1.0 { format!("{:+.0} %", 100.0 * share) } else { format!("{:+.2} %", 100.0 * share) }
 }

@@ -1,4 +1,5 @@
-//! What must hold for the routers that do not look at the gate: hash, weighted hash, phase kernel, phase quota.
+//! What must hold for every router under a limit, and for those that do not look at the gate: hash, weighted hash, phase
+//! kernel, phase quota.
 
 use std::collections::HashSet;
 
@@ -8,13 +9,16 @@ use phase_moe::routing::logits::Logits;
 use phase_moe::routing::metrics::RouteMetrics;
 use phase_moe::routing::phase::draws::permutations;
 use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
+use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
 use phase_moe::routing::scores::{Scores, Scoring};
 use proptest::prelude::*;
 
-const BLIND: [RouterKind; 4] =
-    [RouterKind::Hash, RouterKind::WeightedHash, RouterKind::PhaseKernel, RouterKind::PhaseQuota];
+/// All but plain top-k, which knows no limit.
+fn limited() -> impl Iterator<Item = RouterKind> {
+    RouterKind::ALL.into_iter().filter(|&kind| kind != RouterKind::TopK)
+}
 
 fn scores_of(values: &[f32], experts: usize) -> Scores {
     let logits = Logits::new(values, values.len() / experts, experts).unwrap();
@@ -47,12 +51,26 @@ fn check(request: &RouteRequest<'_>, assignment: &Assignment) {
         assert!(experts.is_empty() || !request.is_padding(token));
     }
     assert_eq!(assignment.ids().filter(|&id| id >= 0).count(), assignment.kept());
+    check_plan(assignment);
     assert!(
         assignment
             .ids()
             .zip(assignment.weights())
             .all(|(id, &weight)| weight.is_finite() && (id >= 0 || weight == 0.0))
     );
+}
+
+/// The plan is a permutation of the kept slots, sorted by expert and then by token, each with its own weight.
+fn check_plan(assignment: &Assignment) {
+    let (plan, top_k) = (DispatchPlan::new(assignment), assignment.top_k());
+    let ids: Vec<i32> = assignment.ids().collect();
+    let mut expected: Vec<usize> = (0..ids.len()).filter(|&slot| ids[slot] >= 0).collect();
+    expected.sort_by_key(|&slot| (ids[slot], slot));
+    assert_eq!(plan.slots().iter().map(|&slot| slot as usize).collect::<Vec<_>>(), expected);
+    assert!(plan.tokens().iter().zip(&expected).all(|(&token, &slot)| token as usize == slot / top_k));
+    assert!(plan.weights().iter().zip(&expected).all(|(&weight, &slot)| weight == assignment.weights()[slot]));
+    let load: Vec<u32> = plan.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert_eq!(load, assignment.load());
 }
 
 fn capacities(experts: usize) -> impl Strategy<Value = Capacity> {
@@ -79,18 +97,21 @@ fn cases() -> impl Strategy<Value = (usize, usize, usize, Capacity, Vec<bool>, V
 
 proptest! {
     #[test]
-    fn every_blind_router_keeps_the_invariants((tokens, experts, top_k, capacity, padding, masks, seed) in cases()) {
+    fn every_router_under_a_limit_keeps_the_invariants((tokens, experts, top_k, capacity, padding, masks, seed) in cases()) {
         let masked: Vec<f32> = masks.iter().map(|&mask| if mask { f32::NEG_INFINITY } else { 0.0 }).collect();
         for scores in [flat_scores(tokens, experts), scores_of(&masked, experts)] {
             for padding in [None, Some(padding.as_slice())] {
                 let context = RouteContext { layer: 3, padding, ..RouteContext::default() };
                 let request = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
-                for kind in BLIND {
+                for kind in limited() {
                     let assignment = route(kind, seed, &request);
                     check(&request, &assignment);
                     prop_assert_eq!(&assignment, &route(kind, seed, &request));
                     let metrics = RouteMetrics::new(&request, &assignment);
                     prop_assert!(metrics.kept <= metrics.demand);
+                    if let Some(bound) = assignment.gate_mass_bound() {
+                        prop_assert!(metrics.gate_mass <= bound * (1.0 + 1e-9));
+                    }
                     if kind == RouterKind::PhaseQuota && capacity.limits().is_none() {
                         let may_have = |token| (0..experts).filter(|&expert| scores.is_allowed(token, expert)).count();
                         let live = (0..tokens).filter(|&token| !request.is_padding(token));
@@ -230,7 +251,7 @@ fn rows_that_allow_little_or_nothing_get_what_they_may_have() {
 #[test]
 fn no_room_and_no_tokens_are_fine() {
     let none = Capacity::per_expert(vec![0; 5]).unwrap();
-    for kind in BLIND {
+    for kind in limited() {
         for (tokens, capacity) in [(0, &none), (7, &none), (0, &Capacity::unlimited(5).unwrap())] {
             let scores = flat_scores(tokens, 5);
             let request = RouteRequest::new(&scores, 5, capacity, RouteContext::default()).unwrap();
@@ -246,7 +267,7 @@ fn the_most_experts_there_can_be_are_fine() {
     let scores = flat_scores(2, experts);
     let capacity = Capacity::per_expert(vec![u32::MAX; experts]).unwrap();
     let request = RouteRequest::new(&scores, 3, &capacity, RouteContext::default()).unwrap();
-    for kind in BLIND {
+    for kind in limited() {
         check(&request, &route(kind, 7, &request));
     }
 }
@@ -285,5 +306,26 @@ fn the_published_benchmark_comes_out_as_measured() {
     for (at, expected) in [(0, 0.909), (1, 0.788)] {
         let mean = runs.iter().map(|run| run[at]).sum::<f64>() / runs.len() as f64;
         assert!((mean - expected).abs() < 0.01, "{mean} for {expected}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn normalised_weights_sum_to_the_scale_where_nothing_is_dropped(
+        values in prop::collection::vec(-5.0f32..5.0, 12 * 40), top_k in 1usize..6, scale in 0.5f32..3.0,
+    ) {
+        let logits = Logits::new(&values, 40, 12).unwrap();
+        let scoring = Scoring { scale, ..Scoring::softmax().normalized(true) };
+        let scores = scoring.scores(&logits, None).unwrap();
+        let capacity = CapacityRule::per_expert(1.0).capacity(40, 12, top_k).unwrap();
+        let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+        for kind in [RouterKind::TopK, RouterKind::PhaseQuota, RouterKind::Phase] {
+            let assignment = route(kind, 1, &request);
+            prop_assert_eq!(assignment.kept(), 40 * top_k);
+            for token in 0..40 {
+                let sum: f32 = assignment.slots(token).map(|(_, weight)| weight).sum();
+                prop_assert!((sum / scale - 1.0).abs() < 1e-5, "{}: {sum} of {scale}", kind.name());
+            }
+        }
     }
 }
