@@ -1,76 +1,80 @@
-//! Replacing the dense FFN of a Candle transformer block by a mixture of experts: the block does not notice.
+//! Replacing the MoE block of a Candle transformer: the same weights, the same output, and a router to choose.
 //!
-//! Before: a FFN of width 256. After: 16 experts of width 64, of which each token uses 4, so that a token costs the same.
-//! Then the block's router is exchanged for one that keeps within a capacity, and what that drops is printed.
-//!
-//! ```text
-//! cargo run --release --example drop_in
-//! ```
+//! Before: a loop over experts, as Candle's own models have it. After: `MoeLayer`, read from the same `VarBuilder`. Then the
+//! block keeps within what four devices can take: `cargo run --release --example drop_in`.
 
 use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
-use candle_nn::{Linear, RmsNorm, VarBuilder, VarMap, linear_no_bias, ops::softmax, rms_norm};
-use phase_moe::layer::{MoeLayer, expert::SwiGlu};
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::registry::RouterKind;
+use candle_nn::{Linear, VarBuilder, VarMap, linear_no_bias, ops::softmax_last_dim};
+use phase_moe::layer::MoeLayer;
+use phase_moe::routing::{capacity::CapacityRule, registry::RouterKind};
 use phase_moe::spec::MoeSpec;
 
 const HIDDEN: usize = 64;
+const EXPERTS: usize = 16;
+const TOP_K: usize = 4;
+const WIDTH: usize = 96;
 
-/// One head of attention and a FFN, each behind a norm and beside a residual. `F` is any module.
-struct Block<F> {
-    norms: [RmsNorm; 2],
-    qkv: [Linear; 3],
-    ffn: F,
+/// The MoE block before: each expert in turn, weighted by 0 for the rows that chose others.
+struct LoopMoe {
+    gate: Linear,
+    experts: Vec<[Linear; 3]>,
 }
 
-impl<F: Module> Block<F> {
-    fn new(vb: &VarBuilder, ffn: F) -> Result<Self> {
-        let norm = |name: &str| rms_norm(HIDDEN, 1e-5, vb.pp(name));
-        let linear = |name: &str| linear_no_bias(HIDDEN, HIDDEN, vb.pp(name));
-        Ok(Self { norms: [norm("norm_1")?, norm("norm_2")?], qkv: [linear("q")?, linear("k")?, linear("v")?], ffn })
-    }
-
-    /// What goes into the FFN, and the residual beside it.
-    fn attend(&self, hidden: &Tensor) -> Result<(Tensor, Tensor)> {
-        let normed = self.norms[0].forward(hidden)?;
-        let [q, k, v] = self.qkv.each_ref().map(|linear| linear.forward(&normed));
-        let scores = (q?.matmul(&k?.t()?)? * (HIDDEN as f64).powf(-0.5))?;
-        let hidden = (hidden + softmax(&scores, D::Minus1)?.matmul(&v?)?)?;
-        Ok((self.norms[1].forward(&hidden)?, hidden))
+impl LoopMoe {
+    fn load(vb: VarBuilder) -> Result<Self> {
+        let expert = |vb: VarBuilder| {
+            let linear = |name, from, to| linear_no_bias(from, to, vb.pp(name));
+            let (gate, up) = (linear("gate_proj", HIDDEN, WIDTH)?, linear("up_proj", HIDDEN, WIDTH)?);
+            Ok([gate, up, linear("down_proj", WIDTH, HIDDEN)?])
+        };
+        let experts = (0..EXPERTS).map(|index| expert(vb.pp("experts").pp(index))).collect::<Result<_>>()?;
+        Ok(Self { gate: linear_no_bias(HIDDEN, EXPERTS, vb.pp("gate"))?, experts })
     }
 }
 
-impl<F: Module> Module for Block<F> {
+impl Module for LoopMoe {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        let (normed, residual) = self.attend(hidden)?;
-        residual + self.ffn.forward(&normed)?
+        let scores = softmax_last_dim(&self.gate.forward(hidden)?)?;
+        let chosen = scores.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, TOP_K)?.contiguous()?;
+        let weights = scores.zeros_like()?.scatter_add(&chosen, &scores.gather(&chosen, D::Minus1)?, D::Minus1)?;
+        self.experts.iter().enumerate().try_fold(hidden.zeros_like()?, |output, (index, [gate, up, down])| {
+            let inner = (gate.forward(hidden)?.silu()? * up.forward(hidden)?)?;
+            output + down.forward(&inner)?.broadcast_mul(&weights.narrow(D::Minus1, index, 1)?)?
+        })
     }
+}
+
+/// A transformer block: one head of attention, then the FFN it is given, each beside a residual.
+fn block(attention: &[Linear; 3], ffn: &dyn Module, hidden: &Tensor) -> Result<Tensor> {
+    let [q, k, v] = attention.each_ref().map(|linear| linear.forward(hidden));
+    let scores = (q?.matmul(&k?.t()?)? * (HIDDEN as f64).powf(-0.5))?;
+    let hidden = (hidden + softmax_last_dim(&scores)?.matmul(&v?)?)?;
+    &hidden + ffn.forward(&hidden)?
 }
 
 fn main() -> Result<()> {
     let (device, variables) = (Device::Cpu, VarMap::new());
     let vb = VarBuilder::from_varmap(&variables, DType::F32, &device);
-    let hidden = Tensor::randn(0f32, 1.0, (2, 64, HIDDEN), &device)?;
+    let [q, k, v] = ["q", "k", "v"].map(|name| linear_no_bias(HIDDEN, HIDDEN, vb.pp(name)));
+    let (attention, hidden) = ([q?, k?, v?], Tensor::randn(0f32, 1.0, (2, 128, HIDDEN), &device)?);
 
-    let dense = MoeSpec::new(HIDDEN, 1, 1, 256)?;
-    let before = Block::new(&vb, SwiGlu::load(&dense, vb.pp("mlp"))?)?;
-    println!("dense  FFN: {:>7} parameters, all active", dense.parameters_per_expert());
-    println!("            output {:?}", before.forward(&hidden)?.dims());
+    let before = block(&attention, &LoopMoe::load(vb.pp("mlp"))?, &hidden)?;
+    let mut moe = MoeLayer::load(&MoeSpec::new(HIDDEN, EXPERTS, TOP_K, WIDTH)?, vb.pp("mlp"))?;
+    let after = block(&attention, &moe, &hidden)?;
+    println!("largest output before {:.3}", before.abs()?.max_all()?.to_scalar::<f32>()?);
+    println!("largest change after  {:.1e}", (&before - &after)?.abs()?.max_all()?.to_scalar::<f32>()?);
 
-    let spec = MoeSpec::new(HIDDEN, 16, 4, 64)?;
-    let mut after = Block::new(&vb, MoeLayer::load(&spec, vb.pp("moe"))?)?;
-    let (gate, expert) = (spec.experts * HIDDEN, spec.parameters_per_expert());
-    let (all, active) = (gate + spec.experts * expert, gate + spec.top_k * expert);
-    println!("sparse FFN: {all:>7} parameters, {active} active");
-    println!("            output {:?}", after.forward(&hidden)?.dims());
-
-    for (router, factor) in [(RouterKind::TopK, None), (RouterKind::TopKScore, Some(1.0))] {
-        after.ffn.set_router(Arc::from(router.build(0)), factor.map(CapacityRule::per_expert));
-        let (normed, _) = after.attend(&hidden)?;
-        let (_, assignment) = after.ffn.forward_routed(&normed)?;
-        println!("{:<12}{} of 512 slots kept, load {:?}", router.name(), assignment.kept(), assignment.load());
+    for name in ["top-k-arrival", "phase"] {
+        moe.set_router(Arc::from(name.parse::<RouterKind>()?.build(0)), Some(CapacityRule::per_device(1.0, 4)));
+        let (_, assignment) = moe.forward_routed(&hidden)?;
+        let devices: Vec<u32> = assignment.load().chunks(EXPERTS / 4).map(|experts| experts.iter().sum()).collect();
+        let change = (&before - block(&attention, &moe, &hidden)?)?.sqr()?.mean_all()?.sqrt()?.to_scalar::<f32>()?;
+        println!(
+            "{name:<14} {devices:?} slots on 4 devices, {} dropped, mean change {change:.3}",
+            1024 - assignment.kept()
+        );
     }
     Ok(())
 }
