@@ -236,7 +236,7 @@ fn what_needs_no_tokenizer_asks_for_none_and_a_false_config_is_refused() {
         assert_eq!(output.status.code(), Some(2), "{message}");
         assert!(message.contains(expected), "{message}");
     };
-    wrong(&["generate", "--model", model, "--prompt", "a"], "expected tokenizer.json beside config.json, got none");
+    wrong(&["generate", "--model", model, "--prompt", "a"], "tokenizer.json: expected beside config.json, got none");
     let config = std::fs::read_to_string(path("config.json")).unwrap();
     for (key, value, expected) in [
         ("\"num_experts\": 32", "\"num_experts\": 16", "expected experts 0 to 15 as the configuration says"),

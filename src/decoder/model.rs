@@ -74,7 +74,7 @@ impl ModelFiles {
     /// The transformer alone, which needs no tokenizer.
     ///
     /// # Errors
-    /// As [`Model::from_files`], but for [`Error::Tokenizer`].
+    /// As [`Model::from_files`], but for those of the tokenizer.
     pub fn decoder(&self, options: &LoadOptions) -> Result<Decoder> {
         let spec = zoo::parse_config(&self.config, "config.json")?;
         weights::check_experts(&self.checkpoint, &spec)?;
@@ -103,11 +103,13 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] for tensors that are
-    /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Tokenizer`].
+    /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Io`] for no tokenizer
+    /// and [`Error::Tokenizer`] for one that is unusable.
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
-        let bytes = files.tokenizer.as_deref();
-        let bytes =
-            bytes.ok_or_else(|| Error::Tokenizer("expected tokenizer.json beside config.json, got none".into()))?;
+        let bytes = files.tokenizer.as_deref().ok_or_else(|| {
+            let reason = "expected beside config.json, got none";
+            Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason))
+        })?;
         let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let decoder = files.decoder(options)?;
         Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer) })
