@@ -3,16 +3,17 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory). Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
 //! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
+//! [`write_tensors`] is the other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::fs::File;
 use std::path::Path;
 
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorView};
+use safetensors::{Dtype, SafeTensorError};
 
 use crate::error::{Error, Result};
 
@@ -230,6 +231,55 @@ impl Checkpoint {
     }
 }
 
+/// A tensor to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedTensor {
+    /// Its name in the file.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, row-major.
+    pub shape: Vec<usize>,
+    /// Little-endian elements.
+    pub bytes: Vec<u8>,
+}
+
+impl NamedTensor {
+    /// From `f32` values.
+    pub fn f32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[f32]) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self { name: name.into(), dtype: Dtype::F32, shape: shape.into(), bytes }
+    }
+
+    /// From `i32` values.
+    pub fn i32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[i32]) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self { name: name.into(), dtype: Dtype::I32, shape: shape.into(), bytes }
+    }
+
+    /// From `u32` values.
+    pub fn u32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[u32]) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self { name: name.into(), dtype: Dtype::U32, shape: shape.into(), bytes }
+    }
+}
+
+/// Writes tensors and free-form metadata to a safetensors file.
+///
+/// # Errors
+/// [`Error::Io`] when the file cannot be written, [`Error::Checkpoint`] for a tensor whose bytes do not fill its shape.
+pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<()> {
+    let wrong =
+        |error: SafeTensorError| Error::Checkpoint { file: path.display().to_string(), detail: error.to_string() };
+    let mut views = Vec::with_capacity(tensors.len());
+    for NamedTensor { name, dtype, shape, bytes } in tensors {
+        views.push((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).map_err(wrong)?));
+    }
+    // Not `serialize_to_file`, which renames a temporary file of mode 0600 over whatever `path` is, `/dev/null` included.
+    let file = safetensors::serialize(views, metadata).map_err(wrong)?;
+    std::fs::write(path, file).map_err(|reason| Error::io(path, reason))
+}
+
 /// Reads and checks the header of a safetensors file; returns it and where the data begin.
 fn read_header(name: &str, source: &dyn ByteSource) -> Result<(Metadata, u64)> {
     let wrong = |detail: String| Error::Checkpoint { file: name.into(), detail };
@@ -330,6 +380,25 @@ mod tests {
             let error = open(bytes).expect_err(&shown);
             assert!(error.starts_with("m.safetensors: ") && error.contains(expected), "{shown}: {error}");
         }
+    }
+
+    #[test]
+    fn tensors_are_written_and_what_cannot_be_is_an_error_with_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("t.safetensors");
+        let tensors = [NamedTensor::f32("a", [1, 2], &[1.0, -2.0]), NamedTensor::i32("b", [1], &[-1])];
+        write_tensors(&path, &tensors, None).unwrap();
+        let file = Checkpoint::open_files(&[&path]).unwrap();
+        for tensor in &tensors {
+            let entry = file.entry(&tensor.name).unwrap();
+            assert_eq!((entry.dtype, &entry.shape), (tensor.dtype, &tensor.shape));
+            assert_eq!(file.read(&tensor.name).unwrap(), tensor.bytes);
+        }
+        let nowhere = directory.path().join("no").join("t.safetensors");
+        let error = write_tensors(&nowhere, &tensors, None).unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if *path == nowhere), "{error}");
+        let short = write_tensors(&path, &[NamedTensor::u32("c", [2], &[1])], None).unwrap_err();
+        assert!(matches!(short, Error::Checkpoint { .. }), "{short}");
     }
 
     #[test]

@@ -4,7 +4,10 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use phase_moe::checkpoint::Checkpoint;
+use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::layer::Routing;
 use serde_json::Value;
 
 fn run(arguments: &[&str]) -> Output {
@@ -30,6 +33,11 @@ fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("`{key}` of {value}"))
 }
 
+/// Values of an `i32` tensor, or of a `u32` tensor with none above `i32`.
+fn integers(checkpoint: &Checkpoint, name: &str) -> Vec<i32> {
+    words(checkpoint, name).into_iter().map(i32::from_le_bytes).collect()
+}
+
 fn words(checkpoint: &Checkpoint, name: &str) -> Vec<[u8; 4]> {
     checkpoint.read(name).unwrap().as_chunks::<4>().0.to_vec()
 }
@@ -40,21 +48,40 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
     let empty = directory.path().to_str().unwrap();
     let binary = directory.path().join("binary.txt");
     std::fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();
-    let cases: [(&[&str], &str); 11] = [
+    let binary = binary.to_str().unwrap();
+    let nowhere = directory.path().join("no/such/file");
+    let nowhere = nowhere.to_str().unwrap();
+    let cases: &[(&[&str], &str)] = &[
         (&["compare", "--router", "best"], "unknown router `best`: expected one of top-k, "),
-        (&["compare", "--capacity-factor", "-1", "--tokens", "600"], "unexpected argument '-1'"),
+        (&["compare", "--capacity-factor", "-1"], "capacity factor is -1: expected a positive finite number"),
+        (&["compare", "--capacity-factor", "0"], "capacity factor is 0: expected a positive finite number"),
+        (&["compare", "--router", "top-k", "--capacity-factor", "nan"], "capacity factor is NaN: expected a positive"),
+        (&["compare", "--device-speeds", "1,-2"], "device speed is -2: expected a positive finite number"),
+        (&["compare", "--devices", "99"], "devices is 99: expected 1 to experts 32"),
         (
-            &["compare", "--capacity-factor", "0", "--tokens", "600"],
-            "capacity factor is 0: expected a positive finite number",
+            &["compare", "--devices", "3", "--device-speeds", "1,2"],
+            "--device-speeds: expected --devices 3 values, got 2",
         ),
-        (&["compare", "--devices", "99", "--tokens", "600"], "devices is 99: expected 1 to experts 32"),
+        (&["compare", "--devices", "4", "--profile", "mild"], "--profile is for limits per expert"),
         (&["compare", "--top-k", "33", "--tokens", "600"], "top_k 33 exceeds experts 32"),
         (&["compare", "--model", empty], "config.json: No such file"),
-        (&["compare", "--text", binary.to_str().unwrap()], "expected UTF-8 text"),
+        (&["compare", "--text", binary], "expected UTF-8 text"),
         (&["compare", "--tokens", "1"], "expected at least 2 in one text"),
         (&["--threads", "0", "inspect"], "--threads is 0: expected at least 1"),
+        (&["--threads", "1025", "inspect"], "--threads is 1025: expected at least 1 and at most 1024"),
+        (&["inspect", "--dtype", "bf16"], "unexpected argument '--dtype'"),
         (&["logits", "--ids", "99999", "--out", "never"], "token id is 99999: expected below the vocabulary's 2048"),
+        (&["logits", "--ids-file", binary, "--out", "never"], "expected UTF-8 text"),
+        (&["logits", "--ids", "1", "--out", nowhere], "no/such/file: No such file"),
+        (&["trace", "--tokens", "64", "--out", nowhere], "no/such/file: No such file"),
         (&["generate", "--prompt", ""], "--prompt: expected at least one token"),
+        (&["generate", "--prompt", "a", "--temperature", "-1"], "temperature is -1: expected 0 or a positive finite"),
+        (&["generate", "--prompt", "a", "--devices", "4"], "--devices limits nothing by itself: add --capacity-factor"),
+        (&["route", "--logits", nowhere, "--capacity-factor", "1"], "no/such/file: No such file"),
+        (&["route", "--logits", "t", "--capacities", "1", "--device-speeds", "1"], "cannot be used with"),
+        (&["route", "--logits", "t", "--capacities", "1", "--profile", "mild"], "cannot be used with"),
+        (&["route", "--logits", "t", "--capacities", "1", "--capacity", "ceil"], "cannot be used with"),
+        (&["route", "--logits", "t", "--capacities", "1", "--capacity-factor", "1"], "cannot be used with"),
     ];
     for (arguments, expected) in cases {
         let output = run(arguments);
@@ -62,7 +89,18 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
         assert!(message.contains(expected), "{arguments:?}: {message}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
+        // Clap's own messages have a usage line and a hint below.
+        assert!(message.lines().count() == 1 || message.starts_with("error: "), "{arguments:?}: {message}");
     }
+}
+
+/// Writing to `/dev/full` fails as a full disk does: no mistake of the user.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_ends_with_code_1() {
+    let output = run(&["logits", "--ids", "1", "--out", "/dev/full"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("phase-moe: /dev/full: No space left"));
 }
 
 #[test]
@@ -134,6 +172,108 @@ fn compare_json_has_the_documented_keys_and_consistent_figures() {
 }
 
 #[test]
+fn compare_without_factors_runs_the_documented_rules() {
+    let report = json(&["compare", "--tokens", "600", "--router", "phase,phase", "--json"]);
+    let rule = |row: &Value| (row["devices"].as_u64(), number(row, "capacity_factor"), row["profile"].is_null());
+    let rules: Vec<_> = report["rows"].as_array().unwrap().iter().map(rule).collect();
+    assert_eq!(rules, [(Some(4), 1.0, true), (None, 1.0, false), (None, 1.25, false), (None, 2.0, false)]);
+    assert!(report["device_speeds"].is_null());
+}
+
+#[test]
+fn compare_runs_each_factor_once_and_names_the_speeds() {
+    let arguments = ["compare", "--tokens", "600", "--router", "phase", "--capacity-factor", "1,1.5,1.0"];
+    let speeds = ["--device-speeds", "1,2,1"];
+    let table = stdout(&run(&[&arguments[..], &speeds].concat()));
+    assert_eq!(table.matches("per 3 devices of speeds 1, 2, 1, capacity factor 1.0").count(), 1, "{table}");
+    assert_eq!(table.lines().filter(|line| line.starts_with("  phase ")).count(), 2, "{table}");
+    let report = json(&[&arguments[..], &speeds, &["--json"]].concat());
+    assert_eq!(report["device_speeds"], serde_json::json!([1.0, 2.0, 1.0]));
+}
+
+#[test]
+fn dtype_and_mixing_change_what_is_measured() {
+    let arguments = ["compare", "--tokens", "1536", "--router", "phase", "--capacity-factor", "1.0", "--json"];
+    let survives = |more: &[&str]| {
+        let report = json(&[&arguments[..], more].concat());
+        assert_eq!(number(row(&report, "phase"), "survival"), 1.0, "{more:?}");
+        (number(&report["dropless"], "perplexity"), number(row(&report, "phase"), "demand_max_violation"))
+    };
+    let (plain, one_kind) = survives(&[]);
+    let (rounded, _) = survives(&["--dtype", "bf16"]);
+    assert!(rounded != plain && (rounded / plain - 1.0).abs() < 0.02, "{rounded} {plain}");
+    let (mixed_perplexity, mixed) = survives(&["--batches", "mixed"]);
+    assert!((mixed_perplexity / plain - 1.0).abs() < 1e-3, "dropless does not see batches: {mixed_perplexity} {plain}");
+    assert!(mixed < one_kind, "mixed text asks for less of the same experts: {mixed} {one_kind}");
+}
+
+#[test]
+fn threads_change_no_result() {
+    let directory = tempfile::tempdir().unwrap();
+    let logits = |threads: &str| {
+        let path = directory.path().join(threads).to_str().unwrap().to_owned();
+        let output = run(&["--threads", threads, "logits", "--ids", "5,6,7", "--out", &path]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Checkpoint::open_files(&[path]).unwrap().read("logits").unwrap()
+    };
+    assert_eq!(logits("1"), logits("3"));
+}
+
+#[test]
+fn what_needs_no_tokenizer_asks_for_none_and_a_false_config_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(bundled.join(name), path(name)).unwrap();
+    }
+    let model = directory.path().to_str().unwrap();
+    assert!(run(&["inspect", "--model", model]).status.success());
+    assert!(run(&["logits", "--model", model, "--ids", "5,6", "--out", &path("out")]).status.success());
+    let wrong = |arguments: &[&str], expected: &str| {
+        let output = run(arguments);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(expected), "{message}");
+    };
+    wrong(&["generate", "--model", model, "--prompt", "a"], "tokenizer.json: expected beside config.json, got none");
+    let config = std::fs::read_to_string(path("config.json")).unwrap();
+    for (key, value, expected) in [
+        ("\"num_experts\": 32", "\"num_experts\": 16", "expected experts 0 to 15 as the configuration says"),
+        ("\"num_experts\": 32", "\"num_experts\": 33", "experts.32.gate_proj.weight`: expected in the checkpoint"),
+        ("\"intermediate_size\": 64", "\"intermediate_size\": 32", "expected shape [32, 128], got [64, 128]"),
+    ] {
+        assert!(config.contains(key));
+        std::fs::write(path("config.json"), config.replace(key, value)).unwrap();
+        wrong(&["inspect", "--model", model], expected);
+    }
+}
+
+/// Expert ids of the library's own forward passes, `[tokens, top_k]` per layer.
+fn forward_ids(tokens: usize) -> Vec<Vec<i32>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
+    let model = Model::load(&directory, &LoadOptions::default()).unwrap();
+    let text = |name: &str| {
+        let text = std::fs::read_to_string(directory.join("eval").join(name)).unwrap();
+        EvalText { name: name.into(), ids: model.encode(&text).unwrap() }
+    };
+    let texts = ["scripture.txt", "code.txt", "reference.txt"].map(text);
+    let batching = Batching { tokens: Some(tokens), ..Batching::default() };
+    let mut ids = vec![Vec::new(); model.decoder().spec().layers];
+    for batch in batching.batches(&texts).unwrap() {
+        let live = |token: usize| !batch.padding().is_some_and(|padding| padding[token]);
+        let observe = |layer: usize, routing: Routing| {
+            let chosen: Vec<i32> = routing.assignment.ids().collect();
+            let rows = chosen.chunks(routing.assignment.top_k()).enumerate().filter(|(token, _)| live(*token));
+            ids[layer].extend(rows.flat_map(|(_, row)| row));
+            Ok(())
+        };
+        model.decoder().forward(&batch, &mut model.decoder().batch_state(), observe).unwrap();
+    }
+    ids
+}
+
+#[test]
 fn a_trace_routes_offline_as_it_did_in_the_model() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
@@ -148,6 +288,14 @@ fn a_trace_routes_offline_as_it_did_in_the_model() {
         (metadata("score"), metadata("normalize"), metadata("batch_tokens")),
         (Some("softmax"), Some("false"), Some("512"))
     );
+
+    let arguments = ["route", "--logits", &trace, "--router", "top-k", "--out", &routes, "--json"];
+    assert!(json(&arguments)["layers"][0]["capacity_total"].is_null());
+    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    for (layer, expected) in forward_ids(1024).into_iter().enumerate() {
+        assert_eq!(expected.len(), 1024 * 4);
+        assert_eq!(integers(&routed, &format!("layer.{layer}.experts")), expected, "layer {layer}");
+    }
 
     let report = json(&[
         "route",
@@ -174,11 +322,9 @@ fn a_trace_routes_offline_as_it_did_in_the_model() {
     }
     let routed = Checkpoint::open_files(&[&routes]).unwrap();
     for layer in 0..4 {
-        let experts: Vec<i32> =
-            words(&routed, &format!("layer.{layer}.experts")).into_iter().map(i32::from_le_bytes).collect();
-        let limits: Vec<u32> =
-            words(&routed, &format!("layer.{layer}.capacities")).into_iter().map(u32::from_le_bytes).collect();
-        let mut load = [0u32; 32];
+        let experts = integers(&routed, &format!("layer.{layer}.experts"));
+        let limits = integers(&routed, &format!("layer.{layer}.capacities"));
+        let mut load = [0i32; 32];
         experts.iter().for_each(|&expert| load[expert as usize] += 1);
         assert_eq!(load.as_slice(), limits);
         assert_eq!(routed.entry(&format!("layer.{layer}.weights")).unwrap().shape, [1024, 4]);
@@ -200,14 +346,56 @@ fn routes_under_given_capacities_drop_what_has_no_room() {
         assert_eq!((number(layer, "survival"), number(layer, "feasible_survival")), (0.25, 0.25));
     }
     let routed = Checkpoint::open_files(&[&routes]).unwrap();
-    let limits: Vec<u32> = words(&routed, "layer.0.device_capacities").into_iter().map(u32::from_le_bytes).collect();
-    assert_eq!(limits, [300, 200, 100, 0]);
+    assert_eq!(integers(&routed, "layer.0.device_capacities"), [300, 200, 100, 0]);
     for (expert, weight) in words(&routed, "layer.0.experts").into_iter().zip(words(&routed, "layer.0.weights")) {
         assert_eq!(i32::from_le_bytes(expert) == -1, f32::from_le_bytes(weight) == 0.0);
     }
     let wrong = run(&["route", "--logits", &trace, "--capacities", "1,2"]);
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("expected 32 values, one per expert, got 2"));
+}
+
+#[test]
+fn a_batch_below_the_minimum_has_no_limit_and_its_room_is_counted() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (trace, routes) = (path("trace.safetensors"), path("routes.safetensors"));
+    assert!(run(&["trace", "--tokens", "603", "--out", &trace]).status.success());
+    // 3 tokens are left over: 12 slots on 4 devices of 8 experts, fewer than 4 a device.
+    let arguments = ["route", "--logits", &trace, "--devices", "4", "--capacity-factor", "1", "--batch-tokens", "300"];
+    let output = run(&[&arguments[..], &["--out", &routes, "--json"]].concat());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(message, "no limit in 1 of 3 batches: fewer than 4 slots per device on average\n");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    for layer in 0..4 {
+        let limits = integers(&routed, &format!("layer.{layer}.device_capacities"));
+        assert_eq!(limits, [300 + 300 + 12; 4]);
+        assert_eq!(report["layers"][layer]["capacity_total"].as_u64(), Some(4 * 612));
+        let mut load = [0; 4];
+        let experts = integers(&routed, &format!("layer.{layer}.experts"));
+        experts.iter().for_each(|expert| load[(expert / 8) as usize] += 1);
+        assert!(load.iter().zip(&limits).all(|(load, limit)| load <= limit), "{load:?}");
+    }
+    let silent = run(&["route", "--logits", &trace, "--devices", "4"]);
+    assert_eq!(silent.status.code(), Some(2));
+    let message = String::from_utf8(silent.stderr).unwrap();
+    assert!(message.contains("--devices limits nothing by itself: add --capacity-factor or --capacities"), "{message}");
+}
+
+#[test]
+fn hash_says_when_a_trace_has_no_token_ids() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("trace.safetensors");
+    let metadata = [("experts", "4"), ("top_k", "1")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    write_tensors(&path, &[NamedTensor::f32("layer.0", [2, 4], &[0.0; 8])], Some(metadata.into())).unwrap();
+    let message = |router: &str| {
+        let output = run(&["route", "--logits", path.to_str().unwrap(), "--router", router]);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(message("weighted-hash").ends_with("no `tokens`: weighted-hash hashes positions instead\n"));
+    assert_eq!(message("phase"), "");
 }
 
 #[test]

@@ -42,8 +42,8 @@ pub struct ModelFiles {
     pub name: String,
     /// `config.json`.
     pub config: String,
-    /// `tokenizer.json`.
-    pub tokenizer: Vec<u8>,
+    /// `tokenizer.json`, if there is one: only text needs it.
+    pub tokenizer: Option<Vec<u8>>,
     /// The tensors.
     pub checkpoint: Arc<Checkpoint>,
 }
@@ -52,7 +52,8 @@ impl ModelFiles {
     /// Opens the files in `directory`.
     ///
     /// # Errors
-    /// [`Error::Io`] for a missing or unreadable file, [`Error::Checkpoint`] as [`Checkpoint::open`].
+    /// [`Error::Io`] for an unreadable file or a missing one other than `tokenizer.json`, [`Error::Checkpoint`] as
+    /// [`Checkpoint::open`].
     pub fn open(directory: &Path) -> Result<Self> {
         let read = |name: &str| {
             let path = directory.join(name);
@@ -66,8 +67,18 @@ impl ModelFiles {
             name: name.unwrap_or_else(|| directory.display().to_string()),
             config,
             checkpoint: Arc::new(Checkpoint::open(directory)?),
-            tokenizer: read("tokenizer.json")?,
+            tokenizer: directory.join("tokenizer.json").exists().then(|| read("tokenizer.json")).transpose()?,
         })
+    }
+
+    /// The transformer alone, which needs no tokenizer.
+    ///
+    /// # Errors
+    /// As [`Model::from_files`], but for those of the tokenizer.
+    pub fn decoder(&self, options: &LoadOptions) -> Result<Decoder> {
+        let spec = zoo::parse_config(&self.config, "config.json")?;
+        weights::check_experts(&self.checkpoint, &spec)?;
+        Decoder::load(&spec, weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device))
     }
 }
 
@@ -92,13 +103,15 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] for tensors that are
-    /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Tokenizer`].
+    /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Io`] for no tokenizer
+    /// and [`Error::Tokenizer`] for one that is unusable.
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
-        let spec = zoo::parse_config(&files.config, "config.json")?;
-        weights::check_experts(&files.checkpoint, &spec)?;
-        let vb = weights::var_builder(files.checkpoint.clone(), options.dtype, &options.device);
-        let tokenizer = Tokenizer::from_bytes(&files.tokenizer).map_err(|error| Error::Tokenizer(error.to_string()))?;
-        let decoder = Decoder::load(&spec, vb)?;
+        let bytes = files.tokenizer.as_deref().ok_or_else(|| {
+            let reason = "expected beside config.json, got none";
+            Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason))
+        })?;
+        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let decoder = files.decoder(options)?;
         Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer) })
     }
 

@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
+use crate::layer::MoeLayer;
 use crate::routing::logits::Logits;
 use crate::routing::scores::{GroupLimit, GroupScore, ScoreFunction, Scoring};
 
@@ -51,27 +52,59 @@ impl GateTrace {
         self.layers.first().map_or(0, |layer| layer.logits.len() / self.experts)
     }
 
+    /// Runs `decoder` as it is over `batches` and keeps the gate logits of every token but padding. `progress` is called
+    /// after each batch with its tokens. [`GateTrace::model`] and [`GateTrace::batch_tokens`] are left for the caller.
+    ///
+    /// # Errors
+    /// Whatever the forward pass reports.
+    pub fn capture(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u64)) -> Result<Self> {
+        let moe = &decoder.spec().moe;
+        let empty = |(layer, moe): (usize, &MoeLayer)| LayerTrace {
+            layer,
+            logits: Vec::new(),
+            selection_bias: moe.gate().selection_bias().map(<[f32]>::to_vec),
+        };
+        let mut layers: Vec<LayerTrace> = decoder.moe_layers().enumerate().map(empty).collect();
+        let (mut token_ids, mut state) = (Vec::new(), decoder.batch_state());
+        for batch in batches {
+            let live = |token: &usize| !batch.padding().is_some_and(|padding| padding[*token]);
+            token_ids.extend((0..batch.ids().len()).filter(live).map(|token| batch.ids()[token]));
+            decoder.forward(batch, &mut state, |layer, routing| {
+                let values = routing.logits.flatten_all()?.to_vec1::<f32>()?;
+                let rows = values.chunks_exact(moe.experts).enumerate().filter(|(token, _)| live(token));
+                layers[layer].logits.extend(rows.flat_map(|(_, row)| row));
+                Ok(())
+            })?;
+            progress(batch.live_tokens());
+        }
+        Ok(Self {
+            model: None,
+            experts: moe.experts,
+            top_k: moe.top_k,
+            scoring: moe.scoring,
+            batch_tokens: None,
+            token_ids: Some(token_ids),
+            layers,
+        })
+    }
+
     /// Writes the trace to `path`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] when the file cannot be written.
+    /// As [`write_tensors`].
     pub fn write(&self, path: &Path) -> Result<()> {
         let (tokens, experts) = (self.tokens(), self.experts);
-        let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut tensors = Vec::new();
         for layer in &self.layers {
-            tensors.push((
-                format!("layer.{}", layer.layer),
-                Dtype::F32,
-                vec![tokens, experts],
-                f32_bytes(&layer.logits),
-            ));
+            let name = format!("layer.{}", layer.layer);
             if let Some(bias) = &layer.selection_bias {
-                tensors.push((format!("layer.{}.bias", layer.layer), Dtype::F32, vec![experts], f32_bytes(bias)));
+                tensors.push(NamedTensor::f32(format!("{name}.bias"), [experts], bias));
             }
+            tensors.push(NamedTensor::f32(name, [tokens, experts], &layer.logits));
         }
         if let Some(ids) = &self.token_ids {
-            let bytes = ids.iter().flat_map(|&id| (id as i32).to_le_bytes()).collect();
-            tensors.push(("tokens".into(), Dtype::I32, vec![tokens], bytes));
+            let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+            tensors.push(NamedTensor::i32("tokens", [tokens], &ids));
         }
         let mut metadata = HashMap::from([
             ("experts".to_owned(), experts.to_string()),
@@ -91,6 +124,11 @@ impl GateTrace {
         if let Some(limit) = self.scoring.groups {
             metadata.insert("groups".into(), limit.groups.to_string());
             metadata.insert("top_groups".into(), limit.top_groups.to_string());
+            let score = match limit.score {
+                GroupScore::Max => "max",
+                GroupScore::TopTwo => "top-two",
+            };
+            metadata.insert("group_score".into(), score.into());
         }
         write_tensors(path, &tensors, Some(metadata))
     }
@@ -134,16 +172,19 @@ impl GateTrace {
             (None | Some(1), _) => None,
             (Some(_), None) => return Err(bad("top_groups", "a positive integer", "nothing")),
             (Some(groups), Some(top_groups)) => {
-                // The models that score groups by their best two are those with sigmoid scores (DeepSeek-V3).
-                let score = match function {
-                    ScoreFunction::Softmax => GroupScore::Max,
-                    ScoreFunction::Sigmoid => GroupScore::TopTwo,
+                let score = match (text("group_score"), function) {
+                    (Some("max"), _) => GroupScore::Max,
+                    (Some("top-two"), _) => GroupScore::TopTwo,
+                    (Some(other), _) => return Err(bad("group_score", "max or top-two", other)),
+                    // The models that score groups by their best two are those with sigmoid scores (DeepSeek-V3).
+                    (None, ScoreFunction::Softmax) => GroupScore::Max,
+                    (None, ScoreFunction::Sigmoid) => GroupScore::TopTwo,
                 };
                 Some(GroupLimit { groups, top_groups, score })
             }
         };
 
-        let read = |name: &str, dtype: Dtype, shape: &[Option<usize>]| -> Result<(usize, Vec<[u8; 4]>)> {
+        let read = |name: &str, dtype: Dtype, shape: &[Option<usize>]| -> Result<(usize, Vec<u8>)> {
             let entry = file.entry(name)?;
             let fits = entry.shape.len() == shape.len()
                 && shape
@@ -159,9 +200,9 @@ impl GateTrace {
                     entry.dtype, entry.shape
                 )));
             }
-            Ok((entry.shape[0], file.read(name)?.as_chunks::<4>().0.to_vec()))
+            Ok((entry.shape[0], file.read(name)?))
         };
-        let floats = |words: Vec<[u8; 4]>| words.into_iter().map(f32::from_le_bytes).collect::<Vec<f32>>();
+        let floats = |bytes: &[u8]| bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes).collect::<Vec<f32>>();
         let mut found = BTreeMap::new();
         for name in file.tensors().keys() {
             if let Some(layer) = name.strip_prefix("layer.").and_then(|rest| rest.parse::<usize>().ok()) {
@@ -170,13 +211,13 @@ impl GateTrace {
         }
         let (mut layers, mut tokens) = (Vec::new(), None);
         for (layer, name) in found {
-            let (rows, words) = read(&name, Dtype::F32, &[tokens, Some(experts)])?;
+            let (rows, bytes) = read(&name, Dtype::F32, &[tokens, Some(experts)])?;
             tokens = Some(rows);
-            let logits = floats(words);
+            let logits = floats(&bytes);
             Logits::new(&logits, rows, experts).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
             let bias = format!("{name}.bias");
             let selection_bias = match file.tensors().contains_key(&bias) {
-                true => Some(floats(read(&bias, Dtype::F32, &[Some(experts)])?.1)),
+                true => Some(floats(&read(&bias, Dtype::F32, &[Some(experts)])?.1)),
                 false => None,
             };
             layers.push(LayerTrace { layer, logits, selection_bias });
@@ -187,7 +228,8 @@ impl GateTrace {
         let token_ids = match file.tensors().contains_key("tokens") {
             false => None,
             true => {
-                let ids = read("tokens", Dtype::I32, &[tokens])?.1.into_iter().map(i32::from_le_bytes);
+                let bytes = read("tokens", Dtype::I32, &[tokens])?.1;
+                let ids = bytes.as_chunks().0.iter().copied().map(i32::from_le_bytes);
                 let id = |id: i32| {
                     u32::try_from(id).map_err(|_| wrong(format!("tensor `tokens`: expected ids from 0, got {id}")))
                 };
@@ -204,28 +246,6 @@ impl GateTrace {
             layers,
         })
     }
-}
-
-/// Little-endian bytes of values.
-fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-/// Writes named tensors (dtype, shape, little-endian bytes) to a safetensors file.
-///
-/// # Errors
-/// [`Error::Checkpoint`] when they do not fit together or the file cannot be written.
-pub fn write_tensors(
-    path: &Path,
-    tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)],
-    metadata: Option<HashMap<String, String>>,
-) -> Result<()> {
-    let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
-    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name.as_str(), view))
-    });
-    let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(|error| wrong(error.to_string()))?;
-    safetensors::serialize_to_file(views, metadata, path).map_err(|error| wrong(error.to_string()))
 }
 
 #[cfg(test)]
@@ -258,29 +278,44 @@ mod tests {
     }
 
     #[test]
+    fn what_ranks_groups_is_written_and_guessed_only_where_it_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("t.safetensors");
+        for score in [GroupScore::Max, GroupScore::TopTwo] {
+            let groups = Some(GroupLimit { groups: 3, top_groups: 2, score });
+            let grouped = GateTrace { scoring: Scoring { groups, ..Scoring::sigmoid() }, ..trace() };
+            grouped.write(&path).unwrap();
+            assert_eq!(GateTrace::read(&path).unwrap(), grouped);
+        }
+        let metadata = [("experts", "2"), ("top_k", "1"), ("score", "sigmoid"), ("groups", "2"), ("top_groups", "1")];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        write_tensors(&path, &[NamedTensor::f32("layer.0", [1, 2], &[0.0, 1.0])], Some(metadata)).unwrap();
+        assert_eq!(GateTrace::read(&path).unwrap().scoring.groups.unwrap().score, GroupScore::TopTwo);
+    }
+
+    #[test]
     fn what_is_no_trace_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("t.safetensors");
-        let error = |tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]| {
-            let owned: Vec<_> = tensors.iter().map(|t| (t.0.to_owned(), t.1, t.2.clone(), t.3.clone())).collect();
+        let error = |tensors: &[NamedTensor], metadata: &[(&str, &str)]| {
             let metadata = metadata.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
-            write_tensors(&path, &owned, Some(metadata)).unwrap();
+            write_tensors(&path, tensors, Some(metadata)).unwrap();
             GateTrace::read(&path).unwrap_err().to_string().split_once(": ").unwrap().1.to_owned()
         };
         let good = [("experts", "2"), ("top_k", "1")];
-        let layer = ("layer.0", Dtype::F32, vec![1, 2], f32_bytes(&[0.0, 1.0]));
+        let layer = NamedTensor::f32("layer.0", [1, 2], &[0.0, 1.0]);
         assert_eq!(
             error(std::slice::from_ref(&layer), &good[..1]),
             "metadata `top_k`: expected a positive integer, got nothing"
         );
         assert_eq!(error(&[], &good), "expected tensors `layer.0`, `layer.1`, …, got none");
-        let wide = ("layer.0", Dtype::F32, vec![1, 3], f32_bytes(&[0.0; 3]));
+        let wide = NamedTensor::f32("layer.0", [1, 3], &[0.0; 3]);
         assert_eq!(error(&[wide], &good), "tensor `layer.0`: expected F32 [tokens, 2], got F32 [1, 3]");
-        let longer = ("layer.1", Dtype::F32, vec![2, 2], f32_bytes(&[0.0; 4]));
+        let longer = NamedTensor::f32("layer.1", [2, 2], &[0.0; 4]);
         assert_eq!(error(&[layer.clone(), longer], &good), "tensor `layer.1`: expected F32 [1, 2], got F32 [2, 2]");
-        let nan = ("layer.0", Dtype::F32, vec![1, 2], f32_bytes(&[0.0, f32::NAN]));
+        let nan = NamedTensor::f32("layer.0", [1, 2], &[0.0, f32::NAN]);
         assert!(error(&[nan], &good).starts_with("tensor `layer.0`: logit of token 0, expert 1 is NaN"));
-        let tokens = ("tokens", Dtype::I32, vec![1], (-1i32).to_le_bytes().to_vec());
+        let tokens = NamedTensor::i32("tokens", [1], &[-1]);
         assert_eq!(error(&[layer.clone(), tokens], &good), "tensor `tokens`: expected ids from 0, got -1");
         let score = [good[0], good[1], ("score", "tanh")];
         assert_eq!(error(&[layer], &score), "metadata `score`: expected softmax or sigmoid, got tanh");

@@ -50,6 +50,8 @@ pub struct CompareReport {
     pub model: ModelSummary,
     /// Which text.
     pub text: TextSummary,
+    /// Relative speeds of the devices that share a limit; `None` where all are alike.
+    pub device_speeds: Option<Vec<f64>>,
     /// The model without any limit.
     pub dropless: Dropless,
     /// One row per router and capacity.
@@ -72,8 +74,8 @@ impl Display for CompareReport {
         let Dropless { perplexity, tokens_per_second } = self.dropless;
         writeln!(f, "dropless: perplexity {perplexity:.3}, {tokens_per_second:.0} tokens/s")?;
         for (index, row) in self.rows.iter().enumerate() {
-            let capacity = heading(row);
-            if index == 0 || heading(&self.rows[index - 1]) != capacity {
+            let capacity = self.heading(row);
+            if index == 0 || self.heading(&self.rows[index - 1]) != capacity {
                 writeln!(f, "\n{capacity}")?;
                 writeln!(
                     f,
@@ -111,18 +113,25 @@ impl Display for CompareReport {
     }
 }
 
-/// What the limit of a row is, in words.
-fn heading(row: &RouterFigures) -> String {
-    let Some(factor) = row.capacity_factor else { return "no limit".into() };
-    let rule = match row.capacity_rule {
-        Some("ceil") => ", rounded up",
-        _ => "",
-    };
-    let factor = format!("capacity factor {factor:?}{rule}");
-    match (row.devices, row.profile) {
-        (Some(devices), _) => format!("per {devices} devices, {factor}"),
-        (None, Some("uniform") | None) => format!("per expert, {factor}"),
-        (None, Some(profile)) => format!("per expert, profile {profile}, {factor}"),
+impl CompareReport {
+    /// What the limit of a row is, in words.
+    fn heading(&self, row: &RouterFigures) -> String {
+        let Some(factor) = row.capacity_factor else { return "no limit".into() };
+        let rule = match row.capacity_rule {
+            Some("ceil") => ", rounded up",
+            _ => "",
+        };
+        let factor = format!("capacity factor {factor:?}{rule}");
+        match (row.devices, row.profile) {
+            (Some(devices), _) => {
+                let speeds: Vec<String> = self.device_speeds.iter().flatten().map(f64::to_string).collect();
+                let speeds =
+                    if speeds.is_empty() { String::new() } else { format!(" of speeds {}", speeds.join(", ")) };
+                format!("per {devices} devices{speeds}, {factor}")
+            }
+            (None, Some("uniform") | None) => format!("per expert, {factor}"),
+            (None, Some(profile)) => format!("per expert, profile {profile}, {factor}"),
+        }
     }
 }
 

@@ -38,7 +38,7 @@ pub fn files() -> Result<ModelFiles> {
     Ok(ModelFiles {
         name: NAME.into(),
         config: String::from_utf8_lossy(CONFIG).into_owned(),
-        tokenizer: TOKENIZER.to_vec(),
+        tokenizer: Some(TOKENIZER.to_vec()),
         checkpoint: Arc::new(Checkpoint::from_sources(vec![source])?),
     })
 }

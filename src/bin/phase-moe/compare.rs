@@ -29,7 +29,7 @@ pub struct Compare {
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Room over demand [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
-    #[arg(long, value_name = "F,..", value_delimiter = ',')]
+    #[arg(long, value_name = "F,..", value_delimiter = ',', allow_hyphen_values = true)]
     capacity_factor: Vec<f64>,
     #[command(flatten)]
     capacity: CapacityOptions,
@@ -40,10 +40,15 @@ pub struct Compare {
 
 impl Compare {
     pub fn run(self, global: &Global) -> Result<()> {
-        let rules = self.rules()?;
+        self.capacity.rule(1.0)?; // Options that contradict each other are found before the model is loaded.
         let mut model = self.model.load()?;
         if let Some(top_k) = self.top_k {
             model.decoder_mut().set_top_k(top_k)?;
+        }
+        let moe = &model.decoder().spec().moe;
+        let rules = self.rules(moe.experts)?;
+        for rule in &rules {
+            rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
         let (files, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
@@ -57,11 +62,12 @@ impl Compare {
             bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
             rows.push(run(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
         }
-        bar.finish_and_clear();
+        drop(bar);
 
         let report = CompareReport {
             model: ModelSummary::new(model.name(), model.decoder().spec()),
             text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens },
+            device_speeds: Some(self.capacity.device_speeds).filter(|speeds| !speeds.is_empty()),
             dropless,
             rows,
         };
@@ -71,22 +77,25 @@ impl Compare {
         }
     }
 
-    fn rules(&self) -> Result<Vec<CapacityRule>> {
-        if !self.capacity_factor.is_empty() {
-            return self.capacity_factor.iter().map(|&factor| self.capacity.rule(factor)).collect();
+    fn rules(&self, experts: usize) -> Result<Vec<CapacityRule>> {
+        let factors = match self.capacity_factor.as_slice() {
+            [] if self.capacity.is_per_device() => vec![1.0],
+            [] => vec![1.0, 1.25, 2.0],
+            factors => distinct(factors),
+        };
+        let rules: Vec<CapacityRule> =
+            factors.into_iter().map(|factor| self.capacity.rule(factor)).collect::<Result<_>>()?;
+        if !self.capacity_factor.is_empty() || self.capacity.is_per_device() || experts < DEFAULT_DEVICES {
+            return Ok(rules);
         }
-        if self.capacity.is_per_device() {
-            return Ok(vec![self.capacity.rule(1.0)?]);
-        }
-        let per_expert = [1.0, 1.25, 2.0].map(|factor| self.capacity.rule(factor));
-        let per_device =
-            CapacityRule { rounding: self.capacity.rule(1.0)?.rounding, ..CapacityRule::per_device(1.0, 4) };
-        std::iter::once(Ok(per_device)).chain(per_expert).collect()
+        let rounding = self.capacity.rule(1.0)?.rounding;
+        let per_device = CapacityRule { rounding, ..CapacityRule::per_device(1.0, DEFAULT_DEVICES) };
+        Ok(std::iter::once(per_device).chain(rules).collect())
     }
 
     /// Unlimited top-k once, then every other router at every capacity.
     fn settings(&self, rules: &[CapacityRule]) -> Vec<Setting> {
-        let routers = if self.router.is_empty() { RouterKind::ALL.to_vec() } else { self.router.clone() };
+        let routers = if self.router.is_empty() { RouterKind::ALL.to_vec() } else { distinct(&self.router) };
         let seed = self.capacity.seed;
         let unlimited = routers.iter().filter(|kind| !limited(kind));
         let mut settings: Vec<Setting> = unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
@@ -96,6 +105,20 @@ impl Compare {
         }
         settings
     }
+}
+
+/// Devices of the one rule per device that is run without options.
+const DEFAULT_DEVICES: usize = 4;
+
+/// Each value once, in order of first appearance.
+fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
+    let mut distinct = Vec::with_capacity(values.len());
+    for &value in values {
+        if !distinct.contains(&value) {
+            distinct.push(value);
+        }
+    }
+    distinct
 }
 
 /// False for routers that know no capacity: one row says it all.

@@ -25,10 +25,10 @@ pub struct Generate {
     #[arg(long, value_name = "N", default_value_t = 100)]
     new_tokens: usize,
     /// 0 always takes the most likely token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw from the fewest tokens that hold this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f64,
     /// Router to use
     #[arg(long, value_name = "NAME", default_value = "top-k", value_parser = parse::<RouterKind>)]
@@ -37,7 +37,7 @@ pub struct Generate {
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Room over demand while the prompt is read; decoding one text has no limit [default: none]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     capacity_factor: Option<f64>,
     #[command(flatten)]
     capacity: CapacityOptions,
@@ -62,7 +62,7 @@ struct Output {
 
 impl Generate {
     pub fn run(self, global: &Global) -> Result<()> {
-        let rule = self.capacity_factor.map(|factor| self.capacity.rule(factor)).transpose()?;
+        let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         let mut model = self.model.load()?;
         set_routing(&mut model, self.router, rule, self.top_k, self.capacity.seed)?;
@@ -73,7 +73,7 @@ impl Generate {
         let bar = global.progress(self.new_tokens as u64);
         bar.set_message("generating");
         let generation = generate(&model, &prompt, self.new_tokens, &mut sampler, |_| bar.inc(1))?;
-        bar.finish_and_clear();
+        drop(bar);
         let output = Output {
             text: model.decode(&generation.ids)?,
             prompt_tokens: generation.prompt_tokens,

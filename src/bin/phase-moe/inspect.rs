@@ -4,10 +4,13 @@ use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
+use phase_moe::checkpoint::Checkpoint;
+use phase_moe::decoder::weights::check_experts;
+use phase_moe::spec::ModelSpec;
 use phase_moe::zoo;
 use serde::Serialize;
 
-use crate::options::{ModelOptions, UserMistake, print_json};
+use crate::options::{ModelSource, UserMistake, print_json};
 
 /// Tells what a checkpoint holds and what would fit in how much memory; reads headers only.
 ///
@@ -15,7 +18,7 @@ use crate::options::{ModelOptions, UserMistake, print_json};
 #[derive(Args)]
 pub struct Inspect {
     #[command(flatten)]
-    model: ModelOptions,
+    model: ModelSource,
     /// One JSON document instead of the list
     #[arg(long)]
     json: bool,
@@ -43,21 +46,9 @@ impl Inspect {
     pub fn run(self) -> Result<()> {
         let files = self.model.files()?;
         let spec = zoo::parse_config(&files.config, "config.json")?;
-        let names = &spec.moe.names;
-        let marker = format!(".{}.", names.experts);
-        let (mut expert_bytes, mut other_bytes, mut dtype) = (0u64, 0u64, None);
-        for (name, entry) in files.checkpoint.tensors() {
-            if name.contains(&marker) {
-                expert_bytes += entry.bytes as u64;
-                dtype = dtype.or(Some(entry.dtype));
-            } else {
-                other_bytes += entry.bytes as u64;
-            }
-        }
-        let Some(dtype) = dtype else {
-            let message = format!("{}: expected tensors named `*{marker}*`, got none", files.name);
-            return Err(UserMistake(message).into());
-        };
+        check_experts(&files.checkpoint, &spec)?;
+        let Experts { bytes_per_expert, expert_bytes, dtype } = Experts::new(&files.checkpoint, &spec)?;
+        let all_bytes: u64 = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum();
         let output = Output {
             family: spec.family,
             layers: spec.layers,
@@ -66,10 +57,10 @@ impl Inspect {
             experts: spec.moe.experts,
             top_k: spec.moe.top_k,
             expert_width: spec.moe.expert_width,
-            dtype: format!("{dtype:?}").to_lowercase(),
-            bytes_per_expert: expert_bytes / (spec.layers * spec.moe.experts) as u64,
+            dtype,
+            bytes_per_expert,
             expert_bytes,
-            other_bytes,
+            other_bytes: all_bytes - expert_bytes,
             parameters: spec.parameters(),
             active_parameters: spec.active_parameters(),
         };
@@ -103,6 +94,40 @@ impl Inspect {
             writeln!(out, "    {percent:>3} % ({resident} per layer)  {}", bytes(needed))?;
         }
         Ok(())
+    }
+}
+
+/// What the experts take, every one that the configuration names being there in the shape it says.
+struct Experts {
+    /// Of the first expert of the first layer.
+    bytes_per_expert: u64,
+    expert_bytes: u64,
+    dtype: String,
+}
+
+impl Experts {
+    fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
+        let (names, moe) = (&spec.moe.names, &spec.moe);
+        let (wide, narrow) = ([moe.expert_width, moe.hidden], [moe.hidden, moe.expert_width]);
+        let projections = [(&names.gate_proj, wide), (&names.up_proj, wide), (&names.down_proj, narrow)];
+        let mut experts = Self { bytes_per_expert: 0, expert_bytes: 0, dtype: String::new() };
+        for (layer, expert) in (0..spec.layers).flat_map(|layer| (0..moe.experts).map(move |expert| (layer, expert))) {
+            for (projection, shape) in projections {
+                let name = format!("model.layers.{layer}.mlp.{}.{expert}.{projection}.weight", names.experts);
+                let entry = checkpoint.entry(&name)?;
+                if entry.shape != shape {
+                    let file = checkpoint.file_of(entry);
+                    let message = format!("{file}: tensor `{name}`: expected shape {shape:?}, got {:?}", entry.shape);
+                    return Err(UserMistake(message).into());
+                }
+                experts.expert_bytes += entry.bytes as u64;
+                experts.dtype = format!("{:?}", entry.dtype).to_lowercase();
+            }
+            if (layer, expert) == (0, 0) {
+                experts.bytes_per_expert = experts.expert_bytes;
+            }
+        }
+        Ok(experts)
     }
 }
 

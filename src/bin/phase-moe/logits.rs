@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use clap::Args;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
 use phase_moe::decoder::Batch;
-use phase_moe::error::Error;
 
-use crate::options::{ModelOptions, UserMistake};
+use crate::options::{ModelOptions, UserMistake, read_text};
 
 /// Writes the model's logits for given token ids: one tensor `logits`, f32 [tokens, vocab].
 ///
@@ -34,7 +34,7 @@ impl Logits {
         let ids = match (&self.ids, &self.ids_file) {
             (Some(ids), _) => ids.clone(),
             (None, Some(path)) => {
-                let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, error))?;
+                let text = read_text(path)?;
                 let words = text.split([',', ' ', '\n', '\t', '\r']).filter(|word| !word.is_empty());
                 let id = |word: &str| {
                     let wrong = || UserMistake(format!("{}: expected token ids, got `{word}`", path.display()));
@@ -47,11 +47,10 @@ impl Logits {
         if ids.is_empty() {
             return Err(UserMistake("token ids: expected at least one, got none".into()).into());
         }
-        let model = self.model.load()?;
-        let decoder = model.decoder();
+        let decoder = self.model.decoder()?;
         let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
-        let logits: Tensor = logits.squeeze(0)?.to_dtype(DType::F32)?;
-        candle_core::safetensors::save(&std::collections::HashMap::from([("logits", logits)]), &self.out)?;
-        Ok(())
+        let logits = logits.squeeze(0)?.to_dtype(DType::F32)?;
+        let values = logits.flatten_all()?.to_vec1::<f32>()?;
+        Ok(write_tensors(&self.out, &[NamedTensor::f32("logits", logits.dims(), &values)], None)?)
     }
 }

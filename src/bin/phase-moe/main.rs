@@ -1,4 +1,5 @@
 //! The `phase-moe` command: real forward passes, routing and inspection of Mixture-of-Experts models.
+#![forbid(unsafe_code)]
 
 mod bundled;
 mod compare;

@@ -1,6 +1,7 @@
 //! Options that several commands share, and what they stand for in the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use phase_moe::decoder::Batch;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
 use phase_moe::eval::text::{Batching, EvalText, Mixing};
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
@@ -34,6 +35,9 @@ pub fn is_user_mistake(error: &anyhow::Error) -> bool {
     error.downcast_ref::<UserMistake>().is_some() || error.downcast_ref::<Error>().is_some_and(Error::is_user_error)
 }
 
+/// More than this is a typing error.
+const MAX_THREADS: usize = 1024;
+
 #[derive(Args)]
 pub struct Global {
     /// Threads to compute with [default: one per core]
@@ -45,26 +49,54 @@ pub struct Global {
 }
 
 impl Global {
-    /// Sets the size of the thread pool.
+    /// Sets how many threads compute.
+    ///
+    /// Rayon's pool could be built in place, but Candle's matrix products take their number of threads from the environment
+    /// alone. Setting variables of a running process is unsafe, so the process starts over with them set.
     pub fn apply(&self) -> Result<()> {
-        if let Some(threads) = self.threads {
-            if threads == 0 {
-                return Err(UserMistake("--threads is 0: expected at least 1".into()).into());
-            }
-            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("thread pool")?;
+        let Some(threads) = self.threads else { return Ok(()) };
+        if !(1..=MAX_THREADS).contains(&threads) {
+            let message = format!("--threads is {threads}: expected at least 1 and at most {MAX_THREADS}");
+            return Err(UserMistake(message).into());
         }
-        Ok(())
+        let (names, threads) = (["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"], threads.to_string());
+        if names.iter().all(|name| std::env::var(name).is_ok_and(|value| value == threads)) {
+            return Ok(());
+        }
+        let mut again = Command::new(std::env::current_exe().context("--threads")?);
+        again.args(std::env::args_os().skip(1)).envs(names.map(|name| (name, &threads)));
+        #[cfg(unix)]
+        return Err(std::os::unix::process::CommandExt::exec(&mut again)).context("--threads");
+        #[cfg(not(unix))]
+        std::process::exit(again.status().context("--threads")?.code().unwrap_or(1));
     }
 
     /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
-    pub fn progress(&self, length: u64) -> ProgressBar {
+    pub fn progress(&self, length: u64) -> Progress {
         let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(Some(length), target);
         if let Ok(style) = ProgressStyle::with_template("{msg:44} {wide_bar} {percent:>3} % {eta:>4}") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
-        bar
+        Progress(bar)
+    }
+}
+
+/// A progress bar that is gone when it is dropped, so also before an error is printed.
+pub struct Progress(ProgressBar);
+
+impl std::ops::Deref for Progress {
+    type Target = ProgressBar;
+
+    fn deref(&self) -> &ProgressBar {
+        &self.0
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
     }
 }
 
@@ -76,16 +108,13 @@ pub enum Dtype {
 }
 
 #[derive(Args)]
-pub struct ModelOptions {
+pub struct ModelSource {
     /// Checkpoint directory in Hugging Face layout [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Dtype of the weights in memory
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: Dtype,
 }
 
-impl ModelOptions {
+impl ModelSource {
     /// Opens the files; nothing is loaded yet.
     pub fn files(&self) -> Result<ModelFiles> {
         Ok(match &self.model {
@@ -95,15 +124,35 @@ impl ModelOptions {
             None => bundled::files()?,
         })
     }
+}
 
-    /// Loads the model.
-    pub fn load(&self) -> Result<Model> {
+#[derive(Args)]
+pub struct ModelOptions {
+    #[command(flatten)]
+    source: ModelSource,
+    /// Dtype of the weights in memory
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+}
+
+impl ModelOptions {
+    fn load_options(&self) -> LoadOptions {
         let dtype = match self.dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
         };
-        Ok(Model::from_files(&self.files()?, &LoadOptions { dtype, ..LoadOptions::default() })?)
+        LoadOptions { dtype, ..LoadOptions::default() }
+    }
+
+    /// Loads the model.
+    pub fn load(&self) -> Result<Model> {
+        Ok(Model::from_files(&self.source.files()?, &self.load_options())?)
+    }
+
+    /// Loads the transformer alone, which needs no tokenizer.
+    pub fn decoder(&self) -> Result<Decoder> {
+        Ok(self.source.files()?.decoder(&self.load_options())?)
     }
 }
 
@@ -133,11 +182,8 @@ impl TextOptions {
     /// The texts' names and their batches.
     pub fn batches(&self, model: &Model) -> Result<(Vec<String>, Vec<Batch>)> {
         let read = |path: &PathBuf| -> Result<(String, String)> {
-            let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-            let text = String::from_utf8(bytes)
-                .map_err(|_| UserMistake(format!("{}: expected UTF-8 text, got other bytes", path.display())))?;
-            Ok((name, text))
+            Ok((name, read_text(path)?))
         };
         let texts = match self.text.as_slice() {
             [] => bundled::texts(),
@@ -163,28 +209,46 @@ pub enum RoundingName {
 
 #[derive(Args)]
 pub struct CapacityOptions {
-    /// Relative capacities of the experts: uniform, mild, strong or extreme
-    #[arg(long, value_name = "NAME", default_value = "uniform", value_parser = parse::<Profile>)]
-    profile: Profile,
-    /// How shares of the room become whole slots
-    #[arg(long, value_enum, value_name = "RULE", default_value = "exact")]
-    capacity: RoundingName,
+    /// Relative capacities of the experts: uniform, mild, strong or extreme [default: uniform]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Profile>)]
+    profile: Option<Profile>,
+    /// How shares of the room become whole slots [default: exact]
+    #[arg(long, value_enum, value_name = "RULE")]
+    capacity: Option<RoundingName>,
     /// Limits per device: experts in N contiguous groups
     #[arg(long, value_name = "N")]
     pub devices: Option<usize>,
     /// Relative speeds of the devices
-    #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
-    device_speeds: Vec<f64>,
+    #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]
+    pub device_speeds: Vec<f64>,
     /// Seed of routers that draw and of shuffled profiles
     #[arg(long, value_name = "S", default_value_t = 42)]
     pub seed: u64,
 }
 
 impl CapacityOptions {
+    /// The rule for one capacity factor, none without a factor: then no option may ask for a limit. `needed` says what the
+    /// command takes to set one.
+    pub fn rule_if(&self, factor: Option<f64>, needed: &str) -> Result<Option<CapacityRule>> {
+        if let Some(factor) = factor {
+            return self.rule(factor).map(Some);
+        }
+        let given = [
+            ("--devices", self.devices.is_some()),
+            ("--device-speeds", !self.device_speeds.is_empty()),
+            ("--profile", self.profile.is_some()),
+            ("--capacity", self.capacity.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
+            None => Ok(None),
+        }
+    }
+
     /// The rule for one capacity factor.
     pub fn rule(&self, factor: f64) -> Result<CapacityRule> {
         let shares = match (self.devices, self.device_speeds.as_slice()) {
-            (None, []) => Shares::PerExpert { profile: self.profile, seed: self.seed },
+            (None, []) => Shares::PerExpert { profile: self.profile.unwrap_or(Profile::Uniform), seed: self.seed },
             (Some(devices), []) => Shares::PerDevice { speeds: vec![1.0; devices] },
             (devices, speeds) => {
                 if let Some(devices) = devices.filter(|&devices| devices != speeds.len()) {
@@ -194,13 +258,14 @@ impl CapacityOptions {
                 Shares::PerDevice { speeds: speeds.to_vec() }
             }
         };
-        if matches!(shares, Shares::PerDevice { .. }) && self.profile != Profile::Uniform {
+        if matches!(shares, Shares::PerDevice { .. }) && self.profile.is_some_and(|profile| profile != Profile::Uniform)
+        {
             let message = "--profile is for limits per expert: with --devices, give --device-speeds";
             return Err(UserMistake(message.into()).into());
         }
         let rounding = match self.capacity {
-            RoundingName::Exact => Rounding::Exact,
-            RoundingName::Ceil => Rounding::Ceil,
+            None | Some(RoundingName::Exact) => Rounding::Exact,
+            Some(RoundingName::Ceil) => Rounding::Ceil,
         };
         Ok(CapacityRule { rounding, shares, ..CapacityRule::per_expert(factor) })
     }
@@ -224,6 +289,13 @@ pub fn set_routing(
     }
     model.decoder_mut().set_router(Arc::from(router.build(seed)), rule);
     Ok(())
+}
+
+/// Reads a text file.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    let text = String::from_utf8(bytes);
+    Ok(text.map_err(|_| UserMistake(format!("{}: expected UTF-8 text, got other bytes", path.display())))?)
 }
 
 /// A clap parser from `FromStr` with our own error text.

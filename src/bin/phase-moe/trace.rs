@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::eval::trace::{GateTrace, LayerTrace};
+use phase_moe::eval::trace::GateTrace;
 
 use crate::options::{Global, ModelOptions, TextOptions};
 
@@ -26,36 +26,12 @@ impl Trace {
     pub fn run(self, global: &Global) -> Result<()> {
         let model = self.model.load()?;
         let (_, batches) = self.text.batches(&model)?;
-        let (decoder, moe) = (model.decoder(), &model.decoder().spec().moe);
-        let bias = |layer: &phase_moe::layer::MoeLayer| layer.gate().selection_bias().map(<[f32]>::to_vec);
-        let mut layers: Vec<LayerTrace> = decoder
-            .moe_layers()
-            .enumerate()
-            .map(|(layer, moe)| LayerTrace { layer, logits: Vec::new(), selection_bias: bias(moe) })
-            .collect();
-        let mut token_ids = Vec::new();
-        let bar = global.progress(batches.len() as u64);
+        let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
-        for batch in &batches {
-            let live = |token: &usize| !batch.padding().is_some_and(|padding| padding[*token]);
-            token_ids.extend((0..batch.ids().len()).filter(live).map(|token| batch.ids()[token]));
-            decoder.forward(batch, &mut decoder.batch_state(), |layer, routing| {
-                let values = routing.logits.flatten_all()?.to_vec1::<f32>()?;
-                let rows = values.chunks_exact(moe.experts).enumerate().filter(|(token, _)| live(token));
-                layers[layer].logits.extend(rows.flat_map(|(_, row)| row));
-                Ok(())
-            })?;
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
         let trace = GateTrace {
             model: Some(model.name().to_owned()),
-            experts: moe.experts,
-            top_k: moe.top_k,
-            scoring: moe.scoring,
             batch_tokens: Some(self.text.batch_tokens),
-            token_ids: Some(token_ids),
-            layers,
+            ..GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?
         };
         Ok(trace.write(&self.out)?)
     }

@@ -1,0 +1,310 @@
+//! Routing captured gate logits without the model: what a router does with a layer of a [`GateTrace`], batch by batch.
+//!
+//! `logits [tokens, experts] → scores → router → experts and weights [tokens, top_k]`, with the slots there was room for and
+//! the figures of the whole layer. Router states (prices) are carried from batch to batch, as in the model.
+//!
+//! Knows nothing of transformers, options or tables.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::trace::{GateTrace, LayerTrace};
+use crate::error::{Error, Result};
+use crate::routing::capacity::{Capacity, CapacityRule, Placement, Shares};
+use crate::routing::logits::Logits;
+use crate::routing::metrics::RouteMetrics;
+use crate::routing::phase::PhaseRouter;
+use crate::routing::registry::RouterKind;
+use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+
+/// Where the room of each batch comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Room {
+    /// There is room for everything.
+    Unlimited,
+    /// A rule, from the size of the batch.
+    Rule(CapacityRule),
+    /// The same slots in every batch.
+    Given(Capacity),
+}
+
+impl Room {
+    fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
+        match self {
+            Self::Unlimited => Capacity::unlimited(experts),
+            Self::Rule(rule) => rule.capacity(tokens, experts, top_k),
+            Self::Given(capacity) => Ok(capacity.clone()),
+        }
+    }
+
+    /// Where experts live, if limits are per device, also in batches that a rule sets no limit for.
+    fn placement(&self, experts: usize) -> Result<Option<Placement>> {
+        match self {
+            Self::Rule(CapacityRule { shares: Shares::PerDevice { speeds }, .. }) => {
+                Placement::contiguous(experts, speeds.len()).map(Some)
+            }
+            Self::Given(capacity) => Ok(capacity.placement().cloned()),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// How captured logits are routed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OfflineRouter {
+    /// Who routes.
+    pub router: RouterKind,
+    /// For routers that draw.
+    pub seed: u64,
+    /// Experts per token.
+    pub top_k: usize,
+    /// How much room each batch has.
+    pub room: Room,
+    /// Tokens per batch; `None` takes the whole trace as one.
+    pub batch_tokens: Option<usize>,
+}
+
+/// One layer, routed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RoutedLayer {
+    /// Expert ids, `[tokens, top_k]`; −1 where dropped.
+    pub experts: Vec<i32>,
+    /// Combine weights, `[tokens, top_k]`; 0 where dropped.
+    pub weights: Vec<f32>,
+    /// Slots per expert, or per device, over all batches: limits and, in a batch without one, what could be used at most.
+    pub capacities: Vec<u32>,
+    /// True when [`RoutedLayer::capacities`] are per device.
+    pub per_device: bool,
+    /// Batches for which the rule set no limit, because they are below [`CapacityRule::minimum_mean`].
+    pub batches_below_minimum: usize,
+    /// What the routing did.
+    pub figures: LayerFigures,
+}
+
+/// Figures of a routed layer: sums and shares over its batches; violation and spread are means over them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct LayerFigures {
+    /// Index of the layer in the model.
+    pub layer: usize,
+    /// Tokens routed.
+    pub tokens: usize,
+    /// Experts of the layer.
+    pub experts: usize,
+    /// Slots asked for.
+    pub demand: u64,
+    /// Sum of [`RoutedLayer::capacities`]; `None` without any limit.
+    pub capacity_total: Option<u64>,
+    /// Slots with an expert.
+    pub kept: u64,
+    /// Kept slots / slots.
+    pub survival: f64,
+    /// The largest survival possible under these capacities.
+    pub feasible_survival: f64,
+    /// Kept gate mass / gate mass of unconstrained top-k.
+    pub gate_mass: f64,
+    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit.
+    pub gate_mass_vs_bound: Option<f64>,
+    /// Largest load, of a device where limits are per device and else of an expert, over its share, minus 1.
+    pub max_violation: f64,
+    /// Standard deviation of the experts' loads over their mean.
+    pub load_cv: f64,
+    /// Median time in the router, nanoseconds a token, of calls that follow one on the same batch.
+    pub route_nanos_per_token: f64,
+}
+
+/// Calls per batch that are timed, after the one that counts.
+const TIMED_CALLS: usize = 5;
+
+impl OfflineRouter {
+    /// Routes one layer of a trace.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for `batch_tokens` 0 and whatever scoring, the capacity rule or the router reports.
+    pub fn route(&self, trace: &GateTrace, layer: &LayerTrace) -> Result<RoutedLayer> {
+        let (tokens, experts, top_k) = (layer.logits.len() / trace.experts.max(1), trace.experts, self.top_k);
+        let batch_tokens = match self.batch_tokens {
+            Some(0) => return Err(Error::parameter("batch tokens", 0, "at least 1")),
+            Some(batch_tokens) => batch_tokens,
+            None => tokens.max(1),
+        };
+        let router = self.router.build(self.seed);
+        let mut slots = SlotSums::new(experts, self.room.placement(experts)?);
+        let (mut state, mut certifier) = (RouteState::default(), RouteState::default());
+        let (mut ids, mut weights, mut nanos) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut sums, mut bound_sum, mut batches) = (MassSums::default(), Some(0.0), 0usize);
+        let mut figures = LayerFigures { layer: layer.layer, tokens, experts, ..LayerFigures::default() };
+        for start in (0..tokens).step_by(batch_tokens) {
+            let rows = batch_tokens.min(tokens - start);
+            let logits = Logits::new(&layer.logits[start * experts..(start + rows) * experts], rows, experts)?;
+            let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref())?;
+            let capacity = self.room.capacity(rows, experts, top_k)?;
+            let token_ids = trace.token_ids.as_ref().map(|ids| &ids[start..start + rows]);
+            let context = RouteContext { layer: layer.layer, token_ids, padding: None };
+            let request = RouteRequest::new(&scores, top_k, &capacity, context)?;
+
+            let before = state.clone();
+            let assignment = router.route(&request, &mut state)?;
+            for _ in 0..TIMED_CALLS {
+                let mut again = before.clone();
+                let started = Instant::now();
+                std::hint::black_box(router.route(&request, &mut again)?);
+                nanos.push(started.elapsed().as_nanos() as f64 / rows as f64);
+            }
+
+            // The phase router fills all the room there is and proves its bound: it is its own certificate.
+            let (feasible, bound) = match self.router {
+                RouterKind::Phase => (assignment.kept(), assignment.gate_mass_bound()),
+                _ => {
+                    let certified = PhaseRouter::default().route(&request, &mut certifier)?;
+                    (certified.kept(), certified.gate_mass_bound())
+                }
+            };
+            let metrics = RouteMetrics::new(&request, &assignment);
+            bound_sum = bound_sum.zip(bound.filter(|_| router.respects_capacity())).map(|(sum, bound)| sum + bound);
+            (figures.demand, figures.kept) = (figures.demand + metrics.demand, figures.kept + metrics.kept);
+            sums.feasible += feasible as u64;
+            sums.top_k += metrics.top_k_gate_mass;
+            sums.kept += metrics.gate_mass;
+            figures.max_violation += metrics.devices.unwrap_or(metrics.experts).max_violation;
+            figures.load_cv += metrics.experts.cv;
+            batches += 1;
+            ids.extend(assignment.ids());
+            weights.extend_from_slice(assignment.weights());
+            slots.add(&capacity, rows, top_k);
+        }
+        nanos.sort_by(f64::total_cmp);
+        let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 1.0 };
+        figures.capacity_total = (self.room != Room::Unlimited).then_some(slots.total);
+        figures.survival = share(figures.kept as f64, figures.demand as f64);
+        figures.feasible_survival = share(sums.feasible as f64, figures.demand as f64);
+        figures.gate_mass = share(sums.kept, sums.top_k);
+        figures.gate_mass_vs_bound = bound_sum.map(|bound| share(sums.kept, bound));
+        figures.max_violation /= batches.max(1) as f64;
+        figures.load_cv /= batches.max(1) as f64;
+        figures.route_nanos_per_token = nanos.get(nanos.len() / 2).copied().unwrap_or(0.0);
+        Ok(RoutedLayer {
+            experts: ids,
+            weights,
+            per_device: slots.placement.is_some(),
+            capacities: slots.pools,
+            batches_below_minimum: if self.room == Room::Unlimited { 0 } else { slots.unlimited_batches },
+            figures,
+        })
+    }
+}
+
+#[derive(Default)]
+struct MassSums {
+    feasible: u64,
+    top_k: f64,
+    kept: f64,
+}
+
+/// Slots per pool (expert or device) over batches.
+struct SlotSums {
+    placement: Option<Placement>,
+    /// Experts in each pool.
+    sizes: Vec<usize>,
+    pools: Vec<u32>,
+    total: u64,
+    unlimited_batches: usize,
+}
+
+impl SlotSums {
+    fn new(experts: usize, placement: Option<Placement>) -> Self {
+        let sizes = match &placement {
+            None => vec![1; experts],
+            Some(placement) => {
+                let mut sizes = vec![0; placement.devices()];
+                placement.device_of().iter().for_each(|&device| sizes[usize::from(device)] += 1);
+                sizes
+            }
+        };
+        Self { placement, pools: vec![0; sizes.len()], sizes, total: 0, unlimited_batches: 0 }
+    }
+
+    /// Adds the limits of a batch; without one, a pool could take every token as often as it has experts, `top_k` at most.
+    fn add(&mut self, capacity: &Capacity, rows: usize, top_k: usize) {
+        self.unlimited_batches += usize::from(capacity.limits().is_none());
+        for (pool, (sum, size)) in self.pools.iter_mut().zip(&self.sizes).enumerate() {
+            let slots = match capacity.limits() {
+                Some(limits) => u64::from(limits[pool]),
+                None => rows as u64 * top_k.min(*size) as u64,
+            };
+            self.total += slots;
+            *sum = sum.saturating_add(u32::try_from(slots).unwrap_or(u32::MAX));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::scores::Scoring;
+
+    /// Tokens that all like low expert ids best.
+    fn trace(tokens: usize, experts: usize) -> GateTrace {
+        let logits = (0..tokens * experts).map(|at| -((at % experts) as f32) - (at % 7) as f32 * 0.01).collect();
+        GateTrace {
+            model: None,
+            experts,
+            top_k: 2,
+            scoring: Scoring::softmax(),
+            batch_tokens: None,
+            token_ids: None,
+            layers: vec![LayerTrace { layer: 3, logits, selection_bias: None }],
+        }
+    }
+
+    fn route(trace: &GateTrace, router: RouterKind, room: Room, batch_tokens: usize) -> RoutedLayer {
+        let offline = OfflineRouter { router, seed: 1, top_k: 2, room, batch_tokens: Some(batch_tokens) };
+        offline.route(trace, &trace.layers[0]).unwrap()
+    }
+
+    #[test]
+    fn a_tail_below_the_minimum_adds_what_its_devices_could_use() {
+        // Batches of 16, 16 and 3 tokens; 6 slots on 3 devices of 3, 3 and 2 experts are below 4 a device.
+        let (trace, rule) = (trace(35, 8), CapacityRule::per_device(1.0, 3));
+        let routed = route(&trace, RouterKind::Phase, Room::Rule(rule), 16);
+        assert!(routed.per_device);
+        assert_eq!(routed.capacities, [11 + 11 + 6, 11 + 11 + 6, 10 + 10 + 6]);
+        assert_eq!((routed.figures.capacity_total, routed.batches_below_minimum), (Some(82), 1));
+        assert_eq!((routed.figures.kept, routed.figures.survival), (70, 1.0));
+    }
+
+    #[test]
+    fn a_tail_below_the_minimum_adds_its_tokens_to_each_expert() {
+        let routed = route(&trace(17, 4), RouterKind::Phase, Room::Rule(CapacityRule::per_expert(1.0)), 16);
+        assert_eq!((routed.per_device, routed.capacities), (false, vec![8 + 1; 4]));
+        assert_eq!(routed.figures.capacity_total, Some(36));
+        let free = route(&trace(17, 4), RouterKind::TopK, Room::Unlimited, 16);
+        assert_eq!((free.figures.capacity_total, free.batches_below_minimum), (None, 0));
+        assert_eq!(free.capacities, [17; 4]);
+    }
+
+    #[test]
+    fn parts_and_figures_tell_the_same() {
+        let room = || Room::Given(Capacity::per_expert(vec![4, 8, 0, 2]).unwrap());
+        for router in RouterKind::ALL {
+            let routed = route(&trace(32, 4), router, room(), 16);
+            let kept = routed.experts.iter().filter(|&&expert| expert >= 0).count() as u64;
+            assert_eq!(kept, routed.figures.kept, "{router:?}");
+            assert!(routed.experts.iter().zip(&routed.weights).all(|(&expert, &weight)| expert >= 0 || weight == 0.0));
+            // Both batches: min(16, 4) + min(16, 8) + 0 + min(16, 2) of 32 slots.
+            assert_eq!((routed.figures.feasible_survival, routed.figures.capacity_total), (28.0 / 64.0, Some(28)));
+            assert_eq!(routed.figures.gate_mass_vs_bound.is_none(), router == RouterKind::TopK);
+            assert!(routed.figures.route_nanos_per_token > 0.0);
+        }
+    }
+
+    #[test]
+    fn batches_of_no_tokens_are_an_error() {
+        let trace = trace(4, 4);
+        let batch_tokens = Some(0);
+        let offline =
+            OfflineRouter { router: RouterKind::Phase, seed: 0, top_k: 2, room: Room::Unlimited, batch_tokens };
+        let error = offline.route(&trace, &trace.layers[0]).unwrap_err();
+        assert_eq!(error.to_string(), "batch tokens is 0: expected at least 1");
+    }
+}
