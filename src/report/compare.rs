@@ -50,7 +50,8 @@ pub struct CompareReport {
     pub model: ModelSummary,
     /// Which text.
     pub text: TextSummary,
-    /// Relative speeds of the devices that share a limit; `None` where all are alike.
+    /// Relative speeds of the devices that share a limit; `None`, and no key in JSON, where all are alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub device_speeds: Option<Vec<f64>>,
     /// The model without any limit.
     pub dropless: Dropless,

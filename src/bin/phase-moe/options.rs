@@ -51,24 +51,27 @@ pub struct Global {
 impl Global {
     /// Sets how many threads compute.
     ///
-    /// Rayon's pool could be built in place, but Candle's matrix products take their number of threads from the environment
-    /// alone. Setting variables of a running process is unsafe, so the process starts over with them set.
+    /// Candle takes its numbers of threads from the environment alone: matrix products from one variable, its spinning pool
+    /// for everything else from another. That pool stays off: on tensors of this size waiting costs more than it gains.
+    /// Setting variables of a running process is unsafe, so the process starts over with them set.
     pub fn apply(&self) -> Result<()> {
-        let Some(threads) = self.threads else { return Ok(()) };
-        if !(1..=MAX_THREADS).contains(&threads) {
+        if let Some(threads) = self.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
             let message = format!("--threads is {threads}: expected at least 1 and at most {MAX_THREADS}");
             return Err(UserMistake(message).into());
         }
-        let (names, threads) = (["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"], threads.to_string());
-        if names.iter().all(|name| std::env::var(name).is_ok_and(|value| value == threads)) {
+        let (products, rest) = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS");
+        let wanted = self.threads.map(|threads| threads.to_string());
+        let set = std::env::var(products).ok();
+        if set.is_some() && (wanted.is_none() || wanted == set) {
             return Ok(());
         }
-        let mut again = Command::new(std::env::current_exe().context("--threads")?);
-        again.args(std::env::args_os().skip(1)).envs(names.map(|name| (name, &threads)));
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from).to_string();
+        let mut again = Command::new(std::env::current_exe().context("own executable")?);
+        again.args(std::env::args_os().skip(1)).env(products, wanted.unwrap_or_else(cores)).env(rest, "1");
         #[cfg(unix)]
-        return Err(std::os::unix::process::CommandExt::exec(&mut again)).context("--threads");
+        return Err(std::os::unix::process::CommandExt::exec(&mut again)).context("starting over");
         #[cfg(not(unix))]
-        std::process::exit(again.status().context("--threads")?.code().unwrap_or(1));
+        std::process::exit(again.status().context("starting over")?.code().unwrap_or(1));
     }
 
     /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
