@@ -3,8 +3,11 @@
 //! Every operation here has a backward pass, and none takes a view of a stacked variable: this is the path that trains,
 //! that runs on any device, and the oracle for faster ones. Knows nothing of how slots were assigned.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Module, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
+use rayon::prelude::*;
 
 use super::ROUTING_DTYPE;
 use super::expert::SwiGlu;
@@ -47,11 +50,17 @@ pub(super) fn slot_weights(
 /// The weighted sum over slots, `[tokens, hidden]` in `f32`; tokens without slots get 0.
 pub(super) fn forward(tokens: &Tensor, experts: &[SwiGlu], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
     let (device, sum) = (tokens.device(), Tensor::zeros(tokens.shape(), ROUTING_DTYPE, tokens.device())?);
-    let mut outputs = Vec::new();
-    for (expert, range) in plan.busy_experts() {
+    let run = |(expert, range): (usize, Range<usize>)| -> Result<Tensor> {
         let rows = Tensor::from_slice(&plan.tokens()[range.clone()], range.len(), device)?;
-        outputs.push(experts[expert].forward(&tokens.index_select(&rows, 0)?)?);
-    }
+        Ok(experts[expert].forward(&tokens.index_select(&rows, 0)?)?)
+    };
+    // On the CPU a thread per expert beats threads within products this small. Other devices order their own work, and
+    // training brings its own threads, one per part of a batch.
+    let busy: Vec<_> = plan.busy_experts().collect();
+    let outputs: Vec<Tensor> = match device.is_cpu() && !tokens.track_op() {
+        true => busy.into_par_iter().map(run).collect::<Result<_>>()?,
+        false => busy.into_iter().map(run).collect::<Result<_>>()?,
+    };
     if outputs.is_empty() {
         return Ok(sum);
     }
