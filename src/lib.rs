@@ -1,4 +1,5 @@
-//! Mixture-of-Experts routing for Candle.
+#![cfg_attr(feature = "candle", doc = include_str!("../README.md"))]
+#![cfg_attr(not(feature = "candle"), doc = "Mixture-of-Experts routing, without any tensor framework.")]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
