@@ -43,7 +43,7 @@ impl ExpertId {
 ///
 /// # Errors
 /// [`Error::ExpertCount`] when there are none, or more than [`ExpertId::MAX_EXPERTS`].
-pub fn check_expert_count(experts: usize) -> Result<()> {
+pub(crate) fn check_expert_count(experts: usize) -> Result<()> {
     if experts == 0 || experts > ExpertId::MAX_EXPERTS {
         return Err(Error::ExpertCount { experts });
     }

@@ -81,3 +81,15 @@ fn the_core_names_no_tensor_framework_and_unsafe_is_nowhere() {
         assert!(!code.iter().any(|line| line.contains("unsafe ")), "{inside}");
     }
 }
+
+#[test]
+fn the_table_has_no_circle() {
+    let mut placed: Vec<&str> = Vec::new();
+    while placed.len() < MAY_IMPORT.len() {
+        let ready = |&&(part, imports): &&(&'static str, &[&str])| {
+            !placed.contains(&part) && imports.iter().all(|import| placed.contains(import))
+        };
+        let next = MAY_IMPORT.iter().find(ready).expect("the remaining parts import each other");
+        placed.push(next.0);
+    }
+}

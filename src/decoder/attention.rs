@@ -3,6 +3,7 @@
 //! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`.
 
 use candle_core::{D, DType, Module, Tensor};
+use candle_nn::kv_cache::KvCache;
 use candle_nn::ops::{softmax, softmax_last_dim};
 use candle_nn::{Init, Linear, VarBuilder};
 
@@ -10,28 +11,6 @@ use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
 use crate::spec::ModelSpec;
-
-/// Keys and values of the positions seen, `[batch, kv_heads, positions, head_dim]` each.
-#[derive(Clone, Debug, Default)]
-pub struct KvCache(Option<(Tensor, Tensor)>);
-
-impl KvCache {
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.0.as_ref().and_then(|(keys, _)| keys.dim(2).ok()).unwrap_or(0)
-    }
-
-    fn append(&mut self, keys: Tensor, values: Tensor) -> Result<(Tensor, Tensor)> {
-        let all = match &self.0 {
-            None => (keys, values),
-            Some((old_keys, old_values)) => {
-                (Tensor::cat(&[old_keys, &keys], 2)?, Tensor::cat(&[old_values, &values], 2)?)
-            }
-        };
-        self.0 = Some(all.clone());
-        Ok(all)
-    }
-}
 
 #[derive(Clone, Debug)]
 pub(super) struct Attention {
@@ -90,7 +69,7 @@ impl Attention {
         let mut key = rotary.apply(&split(key, self.kv_heads)?)?;
         let mut value = split(value, self.kv_heads)?.contiguous()?;
         if let Some(cache) = cache {
-            (key, value) = cache.append(key, value)?;
+            (key, value) = cache.append(&key, &value)?;
         }
         let (key, value) = (self.repeat(key)?, self.repeat(value)?);
 

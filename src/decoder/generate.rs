@@ -44,13 +44,12 @@ impl Generation {
     }
 
     fn step(&mut self, model: &Model, ids: &[u32], state: &mut DecoderState, sampler: &mut Sampler) -> Result<u32> {
-        let logits = model.decoder().forward(&Batch::new(&[ids])?, state, |_, routing: Routing| {
+        let logits = model.decoder().forward_last(&Batch::new(&[ids])?, state, |_, routing: Routing| {
             self.slots += (routing.assignment.tokens() * routing.assignment.top_k()) as u64;
             self.kept_slots += routing.assignment.kept() as u64;
             Ok(())
         })?;
-        let last = logits.dim(1)? - 1;
-        sampler.next(&logits.narrow(1, last, 1)?.flatten_all()?)
+        sampler.next(&logits.squeeze(0)?)
     }
 }
 

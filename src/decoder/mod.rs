@@ -14,9 +14,10 @@ pub mod weights;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
-use crate::decoder::attention::{Attention, KvCache};
+use crate::decoder::attention::Attention;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
@@ -86,7 +87,7 @@ impl Batch {
 }
 
 /// What a decoder carries from one forward pass to the next: keys and values per layer, router state per layer.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct DecoderState {
     /// `None` keeps no keys and values: each forward pass is a text of its own.
     kv: Option<Vec<KvCache>>,
@@ -96,7 +97,7 @@ pub struct DecoderState {
 impl DecoderState {
     /// Positions seen so far.
     pub fn position(&self) -> usize {
-        self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len)
+        self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::current_seq_len)
     }
 }
 
@@ -187,7 +188,8 @@ impl Decoder {
 
     /// A fresh state that keeps keys and values, for generating one text token by token.
     pub fn generation_state(&self) -> DecoderState {
-        DecoderState { kv: Some(vec![KvCache::default(); self.blocks.len()]), ..self.batch_state() }
+        let caches = self.blocks.iter().map(|_| KvCache::new(POSITION_DIM, KV_POSITIONS)).collect();
+        DecoderState { kv: Some(caches), ..self.batch_state() }
     }
 
     /// A fresh state that keeps none, for batches of independent texts.
@@ -202,6 +204,30 @@ impl Decoder {
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
     /// [`Error::Shape`] for padding together with kept keys and values or for the state of a decoder with other layers; whatever a layer or `observe` reports.
     pub fn forward(
+        &self,
+        batch: &Batch,
+        state: &mut DecoderState,
+        observe: impl FnMut(usize, Routing) -> Result<()>,
+    ) -> Result<Tensor> {
+        Ok(self.output.forward(&self.hidden_states(batch, state, observe)?)?)
+    }
+
+    /// Logits `[sequences, vocab]` of the last position of `batch` alone: what generation needs of a prompt.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn forward_last(
+        &self,
+        batch: &Batch,
+        state: &mut DecoderState,
+        observe: impl FnMut(usize, Routing) -> Result<()>,
+    ) -> Result<Tensor> {
+        let hidden = self.hidden_states(batch, state, observe)?;
+        Ok(self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?)
+    }
+
+    /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
+    fn hidden_states(
         &self,
         batch: &Batch,
         state: &mut DecoderState,
@@ -236,9 +262,15 @@ impl Decoder {
             observe(layer, routing)?;
             hidden = (hidden + output)?;
         }
-        Ok(self.output.forward(&self.norm.forward(&hidden)?)?)
+        Ok(self.norm.forward(&hidden)?)
     }
 }
+
+/// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
+const POSITION_DIM: usize = 2;
+
+/// Positions that a cache of keys and values grows by.
+const KV_POSITIONS: usize = 256;
 
 /// 0 where a position may look, −∞ where it may not: `[positions, start + positions]`; `None` for a single position.
 fn causal_mask(positions: usize, start: usize, dtype: DType, device: &Device) -> Result<Option<Tensor>> {

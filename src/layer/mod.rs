@@ -1,7 +1,8 @@
 //! The MoE layer for Candle: gate, router, experts, weighted sum.
 //!
 //! `y = Σ_slots weight · down(silu(gate_proj(x)) ⊙ up_proj(x))`, input `[.., hidden]`, output the same shape and dtype.
-//! Routing and the weighted sum are in `f32` whatever the dtype of the weights. Under `Var`s the layer is differentiable:
+//! Scores, routing and the weighted sum are in `f32` whatever the dtype of the weights; the gate's product is in theirs, as
+//! in transformers. Under `Var`s the layer is differentiable:
 //! gradients reach the gate through the combine weights and the experts through the dispatch.
 //!
 //! ```
@@ -22,7 +23,7 @@
 //!
 //! Knows nothing of attention, checkpoints or model families.
 
-pub mod dispatch;
+mod dispatch;
 pub mod expert;
 pub mod gate;
 pub mod loss;
@@ -235,5 +236,5 @@ fn check_weight(operand: &str, weight: &Tensor, expected: [usize; 2]) -> Result<
     Ok(())
 }
 
-/// The dtype all routing arithmetic is in.
+/// The dtype of scores, combine weights and the sum over slots.
 const ROUTING_DTYPE: DType = DType::F32;

@@ -14,4 +14,5 @@ pub mod plan;
 pub mod registry;
 pub mod router;
 pub mod scores;
+mod stream;
 pub mod topk;

@@ -13,11 +13,11 @@ use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
 use crate::routing::assignment::{Assignment, EMPTY, check_top_k};
 use crate::routing::drop::{DropRule, keep_within};
-use crate::routing::hash::layer_seed;
 use crate::routing::metrics::expert_shares;
 use crate::routing::phase::draws::permutations;
 use crate::routing::phase::kernel::{Kernel, PhaseSide};
 use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::stream::layer_seed;
 
 /// The published fused phase kernel in its many-tokens form.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -117,12 +117,12 @@ impl Router for PhaseRouter {
     fn route(&self, request: &RouteRequest<'_>, state: &mut RouteState) -> Result<Assignment> {
         let unlimited = vec![u32::MAX; request.scores().experts()];
         let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited));
-        Ok(Routing::new(self, request, &problem).run(state))
+        Ok(Run::new(self, request, &problem).run(state))
     }
 }
 
 /// One batch on its way through the steps.
-struct Routing<'a> {
+struct Run<'a> {
     router: &'a PhaseRouter,
     request: &'a RouteRequest<'a>,
     problem: &'a Problem<'a>,
@@ -132,7 +132,7 @@ struct Routing<'a> {
     bound: f64,
 }
 
-impl<'a> Routing<'a> {
+impl<'a> Run<'a> {
     fn new(router: &'a PhaseRouter, request: &'a RouteRequest<'a>, problem: &'a Problem<'a>) -> Self {
         let rows: Vec<u32> = (0..problem.rows() as u32).collect();
         let claims = Claims::new(problem.rows(), problem.top_k);

@@ -27,8 +27,8 @@
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::capacity::Capacity;
-use crate::routing::hash::{Stream, layer_seed};
 use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::stream::{Stream, layer_seed};
 
 /// Tokens in a block, about.
 const BLOCK: usize = 64;
