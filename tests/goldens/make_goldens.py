@@ -3,17 +3,22 @@
 The Rust decoder is compared with this file tensor by tensor, so a mistake is found at the stage that makes it.
 Run by hand; the results are committed and the tests need no Python.
 
-    python -m venv /tmp/hf
-    /tmp/hf/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
-    /tmp/hf/bin/python make_goldens.py CHECKPOINT_DIR OUT.safetensors --ids 1,2,3      # or --ids @ids.txt
-    /tmp/hf/bin/python make_goldens.py --random DIR --set norm_topk_prob=true          # writes DIR, then its goldens
+    python -m venv venv
+    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
+    venv/bin/python make_goldens.py CHECKPOINT_DIR OUT.safetensors --ids 1,2,3      # or --ids @ids.txt
+    venv/bin/python make_goldens.py --random DIR --set norm_topk_prob=true          # writes DIR, then its goldens
 
-The two committed fixtures:
+The two committed random fixtures:
 
     make_goldens.py --random olmoe_random
     make_goldens.py --random olmoe_random_norm --seed 2 --set norm_topk_prob=true tie_word_embeddings=true \\
         clip_qkv=1.25 num_key_value_heads=6 num_experts=6 num_experts_per_tok=3 rms_norm_eps=1e-3 \\
         'rope_parameters={"rope_type":"default","rope_theta":500.0}'
+
+The bundled model's goldens:
+
+    make_goldens.py ../../models/tiny-moe tiny_moe.safetensors --logit-every 8 --ids 370,397,758,309,891,12,339,199,631,28,52,30,348,363,\\
+867,333,431,777,292,314,300,260,1320,312,271,1895,1080
 
 Written, with T tokens at positions 0, 1, ..., hidden size H, E experts, k per token, vocabulary V:
 
