@@ -225,6 +225,11 @@ fn an_expert_that_the_configuration_does_not_have_is_named() {
             format!("model.safetensors: tensor `{extra}`: expected experts 0 to 7 as the configuration says, got {id}");
         assert_eq!(copy.checkpoint_error(), expected);
     }
+    let block = "model.layers.2.mlp.experts.0.up_proj.weight";
+    let copy = Copy::with_tensors(|tensors| drop(tensors.insert(block.into(), tensors[UP_PROJ].clone())));
+    let expected =
+        format!("model.safetensors: tensor `{block}`: expected blocks 0 to 1 as the configuration says, got 2");
+    assert_eq!(copy.checkpoint_error(), expected);
     // Other tensors that nobody asks for are left alone: checkpoints carry rotary tables and heads for more tokens ahead.
     let copy = Copy::with_tensors(|tensors| {
         let spare = tensors["model.norm.weight"].clone();

@@ -350,6 +350,9 @@ fn routes_under_given_capacities_drop_what_has_no_room() {
     for (expert, weight) in words(&routed, "layer.0.experts").into_iter().zip(words(&routed, "layer.0.weights")) {
         assert_eq!(i32::from_le_bytes(expert) == -1, f32::from_le_bytes(weight) == 0.0);
     }
+    let itself = run(&["route", "--logits", &trace, "--out", &trace]);
+    assert_eq!(itself.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&itself.stderr).contains("expected another file than --logits"));
     let wrong = run(&["route", "--logits", &trace, "--capacities", "1,2"]);
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("expected 32 values, one per expert, got 2"));
@@ -365,7 +368,10 @@ fn a_batch_below_the_minimum_has_no_limit_and_its_room_is_counted() {
     let arguments = ["route", "--logits", &trace, "--devices", "4", "--capacity-factor", "1", "--batch-tokens", "300"];
     let output = run(&[&arguments[..], &["--out", &routes, "--json"]].concat());
     let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(message, "no limit in 1 of 3 batches: fewer than 4 slots per device on average\n");
+    assert_eq!(
+        message,
+        "capacity factor 1.0 per device: no limit in 1 of 3 batches, which have fewer than 4 slots per device on average\n"
+    );
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let routed = Checkpoint::open_files(&[&routes]).unwrap();
     for layer in 0..4 {
@@ -440,4 +446,14 @@ fn generate_is_repeatable_and_reports_itself() {
     for key in ["hit_rate", "expert_bytes_read", "peak_resident_expert_bytes"] {
         assert!(first.as_object().unwrap().contains_key(key) && first[key].is_null(), "{key}");
     }
+}
+
+#[test]
+fn a_limit_that_small_batches_switch_off_is_told() {
+    let arguments =
+        ["compare", "--tokens", "64", "--batch-tokens", "8", "--router", "phase", "--capacity-factor", "1.0"];
+    let output = run(&arguments);
+    assert!(output.status.success());
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.starts_with("capacity factor 1.0 per expert: no limit in 9 of 9 batches"), "{told}");
 }

@@ -16,20 +16,25 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
     VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
 }
 
-/// Checks that the checkpoint has no expert beyond those of `spec`: one that has contradicts its configuration, and would
-/// load as another model than the one that was trained. (Missing ones are found when they are asked for.)
+/// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
+/// configuration, and would load as another model than the one that was trained. (Missing ones are found when they are
+/// asked for.)
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
 pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     let experts = format!("mlp.{}.", spec.moe.names.experts);
+    let ids = |name: &str| -> Option<(usize, usize)> {
+        let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let (expert, _) = rest.strip_prefix(&experts)?.split_once('.')?;
+        Some((block.parse().ok()?, expert.parse().ok()?))
+    };
     for (name, entry) in checkpoint.tensors() {
-        let in_block = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
-        let in_experts = in_block.and_then(|(_, rest)| rest.strip_prefix(&experts)?.split_once('.'));
-        let id = in_experts.and_then(|(id, _)| id.parse::<usize>().ok());
-        if let Some(id) = id.filter(|&id| id >= spec.moe.experts) {
-            let last = spec.moe.experts - 1;
-            let detail = format!("tensor `{name}`: expected experts 0 to {last} as the configuration says, got {id}");
+        let Some((block, expert)) = ids(name) else { continue };
+        let parts = [("blocks", block, spec.layers), ("experts", expert, spec.moe.experts)];
+        if let Some((what, id, count)) = parts.into_iter().find(|&(_, id, count)| id >= count) {
+            let last = count - 1;
+            let detail = format!("tensor `{name}`: expected {what} 0 to {last} as the configuration says, got {id}");
             return Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail });
         }
     }

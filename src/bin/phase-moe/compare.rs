@@ -9,7 +9,7 @@ use phase_moe::report::compare::{CompareReport, ModelSummary, TextSummary};
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::RouterKind;
 
-use crate::options::{CapacityOptions, Global, ModelOptions, TextOptions, parse, print_json};
+use crate::options::{CapacityOptions, Global, ModelOptions, TextOptions, parse, print_json, warn_unlimited};
 
 /// Runs the model over text with each router at each capacity and prints one table.
 ///
@@ -52,6 +52,14 @@ impl Compare {
         }
         let (files, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
+        for rule in &rules {
+            let mut unlimited = 0;
+            for batch in &batches {
+                let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, moe.top_k)?;
+                unlimited += usize::from(capacity.limits().is_none());
+            }
+            warn_unlimited(rule, unlimited, batches.len());
+        }
         let settings = self.settings(&rules);
         let bar = global.progress(tokens * (1 + settings.len() as u64));
 

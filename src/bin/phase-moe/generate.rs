@@ -9,7 +9,9 @@ use phase_moe::decoder::sampling::Sampler;
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
-use crate::options::{CapacityOptions, Global, ModelOptions, UserMistake, parse, print_json, set_routing};
+use crate::options::{
+    CapacityOptions, Global, ModelOptions, UserMistake, parse, print_json, set_routing, warn_unlimited,
+};
 
 /// Continues a prompt with a chosen router and prints statistics at the end.
 ///
@@ -65,10 +67,15 @@ impl Generate {
         let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         let mut model = self.model.load()?;
-        set_routing(&mut model, self.router, rule, self.top_k, self.capacity.seed)?;
+        set_routing(&mut model, self.router, rule.clone(), self.top_k, self.capacity.seed)?;
         let prompt = model.encode(&self.prompt)?;
         if prompt.is_empty() {
             return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());
+        }
+        if let Some(rule) = &rule {
+            let moe = &model.decoder().spec().moe;
+            let capacity = rule.capacity(prompt.len(), moe.experts, moe.top_k)?;
+            warn_unlimited(rule, usize::from(capacity.limits().is_none()), 1);
         }
         let bar = global.progress(self.new_tokens as u64);
         bar.set_message("generating");
@@ -87,6 +94,10 @@ impl Generate {
         };
         if self.json {
             return print_json(&output);
+        }
+        let positions = model.decoder().spec().max_positions;
+        if output.new_tokens < self.new_tokens && output.prompt_tokens + output.new_tokens >= positions {
+            eprintln!("stopped at the model's {positions} positions");
         }
         let mut out = std::io::stdout();
         // On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.

@@ -87,7 +87,7 @@ impl Inspect {
             bytes(output.expert_bytes),
             bytes(output.other_bytes)
         )?;
-        writeln!(out, "  memory for the weights, with this share of the experts resident:")?;
+        writeln!(out, "  memory for the weights in {}, with this share of the experts resident:", output.dtype)?;
         for percent in [100, 50, 25] {
             let resident = output.experts * percent / 100;
             let needed = output.other_bytes + output.bytes_per_expert * (resident * output.moe_layers) as u64;

@@ -312,3 +312,18 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(value)?)?;
     Ok(())
 }
+
+/// Says on standard error that a limit was asked for and not applied, because batches were too small for it.
+pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
+    if unlimited > 0 {
+        let pool = match rule.shares {
+            Shares::PerExpert { .. } => "expert",
+            Shares::PerDevice { .. } => "device",
+        };
+        eprintln!(
+            "capacity factor {:?} per {pool}: no limit in {unlimited} of {batches} batches, which have fewer than {} slots per \
+             {pool} on average",
+            rule.factor, rule.minimum_mean
+        );
+    }
+}

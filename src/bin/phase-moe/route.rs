@@ -8,11 +8,11 @@ use clap::Args;
 use phase_moe::checkpoint::{NamedTensor, write_tensors};
 use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
 use phase_moe::eval::trace::GateTrace;
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement};
+use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
-use crate::options::{CapacityOptions, UserMistake, parse, print_json};
+use crate::options::{CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
 ///
@@ -60,6 +60,12 @@ impl Route {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
+        let same = |out: &PathBuf| {
+            out.canonicalize().is_ok_and(|out| self.logits.canonicalize().is_ok_and(|logits| logits == out))
+        };
+        if self.out.as_ref().is_some_and(same) {
+            return Err(UserMistake("--out: expected another file than --logits, got the same".into()).into());
+        }
         let trace = GateTrace::read(&self.logits)?;
         let top_k = self.top_k.unwrap_or(trace.top_k);
         let router = OfflineRouter {
@@ -79,11 +85,12 @@ impl Route {
             tensors.extend(self.out.iter().flat_map(|_| named(&routed, top_k)));
             layers.push(routed.figures);
         }
-        if unlimited > 0 {
-            let batches = trace.tokens().div_ceil(self.batch_tokens.unwrap_or(trace.tokens()));
-            let (pool, minimum) =
-                (if self.capacity.is_per_device() { "device" } else { "expert" }, CapacityRule::DEFAULT_MINIMUM_MEAN);
-            eprintln!("no limit in {unlimited} of {batches} batches: fewer than {minimum} slots per {pool} on average");
+        if let Room::Rule(rule) = &router.room {
+            warn_unlimited(
+                rule,
+                unlimited,
+                trace.tokens().div_ceil(self.batch_tokens.unwrap_or(trace.tokens()).max(1)),
+            );
         }
         if let Some(out) = &self.out {
             write_tensors(out, &tensors, None)?;
