@@ -213,14 +213,7 @@ struct SlotSums {
 
 impl SlotSums {
     fn new(experts: usize, placement: Option<Placement>) -> Self {
-        let sizes = match &placement {
-            None => vec![1; experts],
-            Some(placement) => {
-                let mut sizes = vec![0; placement.devices()];
-                placement.device_of().iter().for_each(|&device| sizes[usize::from(device)] += 1);
-                sizes
-            }
-        };
+        let sizes = placement.as_ref().map_or_else(|| vec![1; experts], Placement::sizes);
         Self { placement, pools: vec![0; sizes.len()], sizes, total: 0, unlimited_batches: 0 }
     }
 

@@ -76,6 +76,13 @@ impl Placement {
         self.devices
     }
 
+    /// Experts on each device, `[devices]`.
+    pub fn sizes(&self) -> Vec<usize> {
+        let mut sizes = vec![0; self.devices];
+        self.device_of.iter().for_each(|&device| sizes[usize::from(device)] += 1);
+        sizes
+    }
+
     /// Device of each expert, `[experts]`.
     pub fn device_of(&self) -> &[u16] {
         &self.device_of
@@ -166,11 +173,7 @@ impl Capacity {
     /// Experts in each pool, `[pools]`.
     pub fn pool_sizes(&self) -> Vec<usize> {
         match &self.0 {
-            Room::PerDevice { placement, limits } => {
-                let mut sizes = vec![0; limits.len()];
-                placement.device_of.iter().for_each(|&device| sizes[usize::from(device)] += 1);
-                sizes
-            }
+            Room::PerDevice { placement, .. } => placement.sizes(),
             _ => vec![1; self.experts()],
         }
     }
