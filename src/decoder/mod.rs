@@ -82,7 +82,7 @@ impl Batch {
 
     /// What routers may know of this batch in layer `layer`.
     pub fn context(&self, layer: usize) -> RouteContext<'_> {
-        RouteContext { layer, token_ids: Some(&self.ids), padding: self.padding() }
+        RouteContext { layer, token_ids: Some(&self.ids), padding: self.padding(), ..RouteContext::default() }
     }
 }
 

@@ -140,7 +140,7 @@ impl OfflineRouter {
             let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref())?;
             let capacity = self.room.capacity(rows, experts, top_k)?;
             let token_ids = trace.token_ids.as_ref().map(|ids| &ids[start..start + rows]);
-            let context = RouteContext { layer: layer.layer, token_ids, padding: None };
+            let context = RouteContext { layer: layer.layer, token_ids, ..RouteContext::default() };
             let request = RouteRequest::new(&scores, top_k, &capacity, context)?;
 
             let before = state.clone();

@@ -14,7 +14,7 @@ use crate::routing::scores::Scores;
 pub(crate) const EMPTY: u16 = u16::MAX;
 
 /// Experts and combine weights of every token, `[tokens, top_k]`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Assignment {
     tokens: usize,
     experts: usize,

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::capacity::Capacity;
 use crate::routing::drop::{DropRule, keep_within};
-use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::{Stream, layer_seed};
 
 /// Experts with integer weights, ready to be drawn from: `ends[i]` is the sum of the weights up to and with entry i.
@@ -113,9 +113,16 @@ impl Router for Hash {
         "hash"
     }
 
-    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let chosen = hash_choice(request, &vec![1; request.scores().experts()], self.seed);
-        Ok(within_capacity(request, chosen))
+        *assignment = within_capacity(request, chosen);
+        Ok(())
     }
 }
 
@@ -133,8 +140,15 @@ impl Router for WeightedHash {
         "weighted-hash"
     }
 
-    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let chosen = hash_choice(request, &capacity_weights(request.capacity()), self.seed);
-        Ok(within_capacity(request, chosen))
+        *assignment = within_capacity(request, chosen);
+        Ok(())
     }
 }

@@ -3,7 +3,11 @@
 //! `route` is a pure function of its request, the state and the router's own configuration: same input, same output, on
 //! any number of threads. Knows nothing of any particular router.
 
+use std::any::Any;
+use std::fmt;
+
 use crate::error::{Error, Result};
+use crate::expert::ExpertSet;
 use crate::routing::assignment::{Assignment, check_slots, check_top_k};
 use crate::routing::capacity::Capacity;
 use crate::routing::scores::Scores;
@@ -17,6 +21,10 @@ pub struct RouteContext<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// True for padding tokens: they get no expert and take no room.
     pub padding: Option<&'a [bool]>,
+    /// Number of this forward pass, or of the token in decode: what recent use is measured in.
+    pub step: u64,
+    /// Experts of this layer that are in fast memory, by the logical cache; `None` where nobody keeps one.
+    pub resident: Option<&'a ExpertSet>,
 }
 
 /// A checked request: scores, slots per token, room, context.
@@ -33,7 +41,7 @@ impl<'a> RouteRequest<'a> {
     ///
     /// # Errors
     /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Shape`] for 2^32 slots or more, when the capacity is for another number of
-    /// experts, or token ids or padding for another number of tokens.
+    /// experts, the resident set of another layer, or token ids or padding for another number of tokens.
     pub fn new(scores: &'a Scores, top_k: usize, capacity: &'a Capacity, context: RouteContext<'a>) -> Result<Self> {
         check_top_k(top_k, scores.experts())?;
         check_slots(scores.tokens(), top_k)?;
@@ -50,6 +58,13 @@ impl<'a> RouteRequest<'a> {
             if let Some(length) = length.filter(|&length| length != scores.tokens()) {
                 return Err(Error::shape(operand, format!("{} tokens", scores.tokens()), format!("{length} values")));
             }
+        }
+        if let Some(resident) = context.resident.filter(|resident| resident.experts() != scores.experts()) {
+            return Err(Error::shape(
+                "resident experts",
+                format!("a set of {} experts", scores.experts()),
+                format!("one of {}", resident.experts()),
+            ));
         }
         Ok(Self { scores, top_k, capacity, context })
     }
@@ -99,6 +114,32 @@ impl RouteState {
     }
 }
 
+/// Buffers that routers reuse from call to call; one serves any number of layers and routers, one call at a time.
+/// What it holds never decides anything.
+#[derive(Default)]
+pub struct Scratch(Vec<Box<dyn Any + Send>>);
+
+impl Scratch {
+    /// The buffers of type `T`, made at the first call.
+    pub fn of<T: Any + Default + Send>(&mut self) -> &mut T {
+        let known = self.0.iter().position(|buffers| buffers.is::<T>());
+        let at = known.unwrap_or_else(|| {
+            self.0.push(Box::<T>::default());
+            self.0.len() - 1
+        });
+        match self.0[at].downcast_mut() {
+            Some(buffers) => buffers,
+            None => unreachable!("buffers were found by their type"),
+        }
+    }
+}
+
+impl fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Scratch({} kinds of buffers)", self.0.len())
+    }
+}
+
 /// Chooses experts for the tokens of a batch.
 pub trait Router: Send + Sync {
     /// Its name on the command line.
@@ -109,9 +150,27 @@ pub trait Router: Send + Sync {
         true
     }
 
-    /// Routes one batch of one layer; `state` is that layer's.
+    /// Routes one batch of one layer into `assignment`, whatever that held before; `state` is that layer's.
+    ///
+    /// With an assignment and a scratch that have seen a batch as large, the routers of a hot path allocate nothing.
     ///
     /// # Errors
     /// What a particular router cannot do with a valid request; most can do everything.
-    fn route(&self, request: &RouteRequest<'_>, state: &mut RouteState) -> Result<Assignment>;
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()>;
+
+    /// Routes one batch of one layer; `state` is that layer's.
+    ///
+    /// # Errors
+    /// Those of [`Router::route_into`].
+    fn route(&self, request: &RouteRequest<'_>, state: &mut RouteState) -> Result<Assignment> {
+        let mut assignment = Assignment::default();
+        self.route_into(request, state, &mut Scratch::default(), &mut assignment)?;
+        Ok(assignment)
+    }
 }

@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::drop::{DropRule, keep_within};
-use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 
 /// Writes the ids of the `chosen.len()` largest values of `row` into `chosen`, largest first, and returns how many there
 /// were: −∞ is never chosen. Unused places get [`EMPTY`].
@@ -64,10 +64,17 @@ impl Router for TopK {
         self.drop.is_some()
     }
 
-    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let chosen = gate_choice(request);
         let kept = self.drop.map(|rule| keep_within(rule, &chosen, request));
-        Ok(Assignment::from_selection(request.scores(), request.top_k(), chosen, kept.as_deref()))
+        *assignment = Assignment::from_selection(request.scores(), request.top_k(), chosen, kept.as_deref());
+        Ok(())
     }
 }
 

@@ -16,7 +16,7 @@ use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::metrics::expert_shares;
 use crate::routing::phase::draws::permutations;
 use crate::routing::phase::kernel::{Kernel, PhaseSide};
-use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::layer_seed;
 
 /// The published fused phase kernel in its many-tokens form.
@@ -118,7 +118,13 @@ impl Router for PhaseKernel {
         "phase-kernel"
     }
 
-    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
         let live: Vec<usize> = (0..scores.tokens()).filter(|&token| !request.is_padding(token)).collect();
         let shares = expert_shares(request.capacity());
@@ -130,7 +136,8 @@ impl Router for PhaseKernel {
             chosen[token * top_k..(token + 1) * top_k].copy_from_slice(row);
         }
         let kept = keep_within(DropRule::Arrival, &chosen, request);
-        Ok(Assignment::from_selection(scores, top_k, chosen, Some(&kept)))
+        *assignment = Assignment::from_selection(scores, top_k, chosen, Some(&kept));
+        Ok(())
     }
 }
 

@@ -57,7 +57,7 @@ use self::price::{Claims, Lens};
 use self::problem::Problem;
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY};
-use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 
 /// One row in so many is in the sample that cold prices start from.
 const SAMPLE: usize = 8;
@@ -114,10 +114,17 @@ impl Router for PhaseRouter {
         "phase"
     }
 
-    fn route(&self, request: &RouteRequest<'_>, state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let unlimited = vec![u32::MAX; request.scores().experts()];
         let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited));
-        Ok(Run::new(self, request, &problem).run(state))
+        *assignment = Run::new(self, request, &problem).run(state);
+        Ok(())
     }
 }
 

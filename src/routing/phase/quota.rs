@@ -27,7 +27,7 @@
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::capacity::Capacity;
-use crate::routing::router::{RouteRequest, RouteState, Router};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::{Stream, layer_seed};
 
 /// Tokens in a block, about.
@@ -45,7 +45,13 @@ impl Router for PhaseQuota {
         "quota"
     }
 
-    fn route(&self, request: &RouteRequest<'_>, _state: &mut RouteState) -> Result<Assignment> {
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
         let mut chosen = vec![EMPTY; scores.tokens() * top_k];
         let live: Vec<usize> = (0..scores.tokens()).filter(|&token| !request.is_padding(token)).collect();
@@ -66,7 +72,8 @@ impl Router for PhaseQuota {
         if masked {
             give_room(request, &mut chosen);
         }
-        Ok(Assignment::from_selection(scores, top_k, chosen, None))
+        *assignment = Assignment::from_selection(scores, top_k, chosen, None);
+        Ok(())
     }
 }
 
