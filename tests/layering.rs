@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Part, and the parts it may import beside itself.
-const MAY_IMPORT: [(&str, &[&str]); 12] = [
+const MAY_IMPORT: [(&str, &[&str]); 13] = [
     ("error", &[]),
+    ("simd", &[]),
     ("expert", &["error"]),
     ("checkpoint", &["error"]),
-    ("routing", &["error", "expert"]),
+    ("routing", &["error", "expert", "simd"]),
     ("spec", &["error", "expert", "routing"]),
     ("zoo", &["error", "routing", "spec"]),
     ("layer", &["error", "routing", "spec"]),

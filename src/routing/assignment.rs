@@ -31,16 +31,7 @@ impl Assignment {
     pub(crate) fn from_selection(scores: &Scores, top_k: usize, mut chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
         let mut weights = vec![0f32; chosen.len()];
         for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
-            let gate = scores.gate(token);
-            let filled = || chosen.iter().filter(|&&expert| expert != EMPTY);
-            let sum: f32 = filled().map(|&expert| gate[usize::from(expert)]).sum();
-            let factor = match scores.normalize() {
-                true if sum > 0.0 => scores.scale() / sum,
-                _ => scores.scale(),
-            };
-            for (weight, &expert) in weights.iter_mut().zip(chosen) {
-                *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
-            }
+            weigh(scores, scores.gate(token), chosen, weights);
         }
         let dropped = |kept: &&[bool]| kept.iter().zip(&chosen).any(|(kept, &expert)| !kept && expert != EMPTY);
         let kept = kept.filter(dropped);
@@ -51,6 +42,16 @@ impl Assignment {
         }
         let (tokens, experts) = (scores.tokens(), scores.experts());
         Self { tokens, experts, top_k, chosen, selection, weights, gate_mass_bound: None }
+    }
+
+    /// Makes it one for `scores` with nothing dropped, and lends its ids and weights (`[tokens, top_k]`, whatever they held
+    /// before) to be written.
+    pub(crate) fn refill(&mut self, scores: &Scores, top_k: usize) -> (&mut [u16], &mut [f32]) {
+        (self.tokens, self.experts, self.top_k) = (scores.tokens(), scores.experts(), top_k);
+        (self.selection, self.gate_mass_bound) = (None, None);
+        self.chosen.resize(self.tokens * top_k, EMPTY);
+        self.weights.resize(self.tokens * top_k, 0.0);
+        (&mut self.chosen, &mut self.weights)
     }
 
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
@@ -184,6 +185,22 @@ impl Assignment {
     pub fn gate_mass_bound(&self) -> Option<f64> {
         self.gate_mass_bound
     }
+}
+
+/// Combine weights of one token's selection, before drops.
+#[inline(always)]
+pub(crate) fn weigh(scores: &Scores, gate: &[f32], chosen: &[u16], weights: &mut [f32]) {
+    for (weight, &expert) in weights.iter_mut().zip(chosen) {
+        *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] };
+    }
+    let factor = match scores.normalize() {
+        true => match weights.iter().sum::<f32>() {
+            sum if sum > 0.0 => scores.scale() / sum,
+            _ => scores.scale(),
+        },
+        false => scores.scale(),
+    };
+    weights.iter_mut().for_each(|weight| *weight *= factor);
 }
 
 /// Checks that the slots of a batch can be counted in 32 bits, as plans do.

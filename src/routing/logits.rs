@@ -18,6 +18,8 @@
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
+use crate::simd::score::all_allowed;
+use crate::simd::{Isa, Kernel, Lanes};
 
 /// A checked view of gate logits, `[tokens, experts]` row-major.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +44,10 @@ impl<'a> Logits<'a> {
                 format!("{} values", values.len()),
             ));
         }
-        if let Some(at) = values.iter().position(|value| value.is_nan() || *value == f32::INFINITY) {
+        let wrong = |value: &f32| value.is_nan() || *value == f32::INFINITY;
+        if !Isa::detect().run(Check(values))
+            && let Some(at) = values.iter().position(wrong)
+        {
             return Err(Error::NonFiniteLogit { token: at / experts, expert: at % experts, value: values[at] });
         }
         Ok(Self { values, tokens, experts })
@@ -69,6 +74,18 @@ impl<'a> Logits<'a> {
     /// When `token` is not below [`Logits::tokens`].
     pub fn row(&self, token: usize) -> &'a [f32] {
         &self.values[token * self.experts..(token + 1) * self.experts]
+    }
+}
+
+/// Whether no value is NaN or +∞.
+struct Check<'a>(&'a [f32]);
+
+impl Kernel for Check<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> bool {
+        all_allowed(lanes, self.0)
     }
 }
 

@@ -14,5 +14,6 @@ pub mod plan;
 pub mod registry;
 pub mod router;
 pub mod scores;
+pub(crate) mod select;
 mod stream;
 pub mod topk;

@@ -1,6 +1,7 @@
 //! Gate scores: what the gate thinks each expert is worth to each token, `[tokens, experts]` in `f32`.
 //!
-//! softmax: `score = exp(logit − max) / Σ exp(logit − max)`, sigmoid: `score = 1 / (1 + exp(−logit))`.
+//! softmax: `score = exp(logit − max) / Σ exp(logit − max)`, sigmoid: `score = 1 / (1 + exp(−logit))`, both the same bits on
+//! every CPU. A score below 2^−126 is 0.
 //! Two numbers per pair matter: the **gate score** is what combine weights are made of; the **selection score** is what
 //! decides who is chosen. They differ where a model adds a selection bias (DeepSeek-V3, arXiv 2408.15664) or limits a
 //! token to some groups of experts (DeepSeek-V2, arXiv 2405.04434): experts outside are masked with −∞.
@@ -21,6 +22,8 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::routing::logits::Logits;
+use crate::simd::score::{any_masked, sigmoid, softmax};
+use crate::simd::{Isa, Kernel, Lanes};
 
 /// How a logit becomes a score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -89,7 +92,57 @@ impl Scoring {
     /// [`Error::Shape`] for a bias of another length, [`Error::Parameter`] for a bias or a scale that is not finite and for
     /// groups that do not divide the experts or are more than there are.
     pub fn scores(&self, logits: &Logits<'_>, bias: Option<&[f32]>) -> Result<Scores> {
+        let mut scores = Scores::default();
+        self.scores_into(logits, bias, &mut scores)?;
+        Ok(scores)
+    }
+
+    /// The same into `scores`, whatever that held before; nothing is allocated once it has held as many.
+    ///
+    /// # Errors
+    /// Those of [`Scoring::scores`]; `scores` is then as it was.
+    pub fn scores_into(&self, logits: &Logits<'_>, bias: Option<&[f32]>, scores: &mut Scores) -> Result<()> {
         let experts = logits.experts();
+        self.check(experts, bias)?;
+        (scores.tokens, scores.experts) = (logits.tokens(), experts);
+        (scores.normalize, scores.scale) = (self.normalize, self.scale);
+        scores.gate.resize(logits.values().len(), 0.0);
+        let isa = Isa::detect();
+        let parallel = logits.values().len() >= PARALLEL_VALUES && rayon::current_num_threads() > 1;
+        let rows =
+            |gate: &mut [f32], logits: &[f32]| isa.run(ScoreRows { function: self.function, experts, logits, gate });
+        scores.masked = if parallel {
+            let chunk = experts * (PARALLEL_VALUES / 4).div_ceil(experts);
+            let chunks = scores.gate.par_chunks_mut(chunk).zip(logits.values().par_chunks(chunk));
+            chunks.map(|(gate, logits)| rows(gate, logits)).reduce(|| false, |a, b| a | b)
+        } else {
+            rows(&mut scores.gate, logits.values())
+        };
+
+        scores.adjusted = scores.masked || bias.is_some() || self.groups.is_some();
+        if scores.adjusted {
+            scores.selection.resize(scores.gate.len(), 0.0);
+            scores.selection.copy_from_slice(&scores.gate);
+            let Scores { selection, groups, .. } = scores;
+            for (selection, logits) in selection.chunks_exact_mut(experts).zip(logits.values().chunks_exact(experts)) {
+                if let Some(bias) = bias {
+                    selection.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                }
+                for (score, &logit) in selection.iter_mut().zip(logits) {
+                    if logit == f32::NEG_INFINITY {
+                        *score = f32::NEG_INFINITY;
+                    }
+                }
+                if let Some(limit) = self.groups {
+                    mask_groups(selection, limit, groups);
+                }
+            }
+            scores.masked |= self.groups.is_some_and(|limit| limit.top_groups < limit.groups && logits.tokens() > 0);
+        }
+        Ok(())
+    }
+
+    fn check(&self, experts: usize, bias: Option<&[f32]>) -> Result<()> {
         if !self.scale.is_finite() {
             return Err(Error::parameter("scale", self.scale, "a finite number"));
         }
@@ -113,64 +166,39 @@ impl Scoring {
                 return Err(Error::parameter("top_groups", limit.top_groups, format!("1 to groups {}", limit.groups)));
             }
         }
-
-        let mut gate = vec![0f32; logits.values().len()];
-        let score = |(gate, logits): (&mut [f32], &[f32])| score_row(self.function, logits, gate);
-        if gate.len() < PARALLEL_VALUES {
-            gate.chunks_exact_mut(experts).zip(logits.values().chunks_exact(experts)).for_each(score);
-        } else {
-            gate.par_chunks_exact_mut(experts).zip(logits.values().par_chunks_exact(experts)).for_each(score);
-        }
-
-        let masked = logits.values().contains(&f32::NEG_INFINITY);
-        let selection = (masked || bias.is_some() || self.groups.is_some()).then(|| {
-            let mut selection = gate.clone();
-            for (selection, logits) in selection.chunks_exact_mut(experts).zip(logits.values().chunks_exact(experts)) {
-                if let Some(bias) = bias {
-                    selection.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                }
-                for (score, &logit) in selection.iter_mut().zip(logits) {
-                    if logit == f32::NEG_INFINITY {
-                        *score = f32::NEG_INFINITY;
-                    }
-                }
-                if let Some(limit) = self.groups {
-                    mask_groups(selection, limit);
-                }
-            }
-            selection
-        });
-        Ok(Scores { gate, selection, tokens: logits.tokens(), experts, normalize: self.normalize, scale: self.scale })
+        Ok(())
     }
 }
 
-/// One row: logits to scores. A masked expert gets 0; a row with nothing else is all 0.
-fn score_row(function: ScoreFunction, logits: &[f32], scores: &mut [f32]) {
-    match function {
-        ScoreFunction::Sigmoid => {
-            for (score, &logit) in scores.iter_mut().zip(logits) {
-                *score = 1.0 / (1.0 + (-logit).exp());
+/// Scores a run of rows; true when some logit is masked.
+struct ScoreRows<'a> {
+    function: ScoreFunction,
+    experts: usize,
+    logits: &'a [f32],
+    gate: &'a mut [f32],
+}
+
+impl Kernel for ScoreRows<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> bool {
+        let mut masked = false;
+        for (logits, gate) in self.logits.chunks_exact(self.experts).zip(self.gate.chunks_exact_mut(self.experts)) {
+            masked |= any_masked(lanes, logits);
+            match self.function {
+                ScoreFunction::Softmax => softmax(lanes, logits, gate),
+                ScoreFunction::Sigmoid => sigmoid(lanes, logits, gate),
             }
         }
-        ScoreFunction::Softmax => {
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            if max == f32::NEG_INFINITY {
-                return scores.fill(0.0);
-            }
-            let mut sum = 0.0;
-            for (score, &logit) in scores.iter_mut().zip(logits) {
-                *score = (logit - max).exp();
-                sum += *score;
-            }
-            scores.iter_mut().for_each(|score| *score /= sum);
-        }
+        masked
     }
 }
 
 /// Masks every group but the best `top_groups` (ties to the lower group).
-fn mask_groups(selection: &mut [f32], limit: GroupLimit) {
+fn mask_groups(selection: &mut [f32], limit: GroupLimit, ranked: &mut Vec<(f32, usize)>) {
     let width = selection.len() / limit.groups;
-    let mut ranked: Vec<(f32, usize)> = selection
+    let scored = selection
         .chunks_exact(width)
         .map(|group| {
             let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
@@ -186,24 +214,31 @@ fn mask_groups(selection: &mut [f32], limit: GroupLimit) {
                 _ => first,
             }
         })
-        .zip(0..)
-        .collect();
-    ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        .zip(0..);
+    ranked.clear();
+    ranked.extend(scored);
+    ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     for &(_, group) in &ranked[limit.top_groups..] {
         selection[group * width..(group + 1) * width].fill(f32::NEG_INFINITY);
     }
 }
 
 /// Gate scores of a batch, with what selection and combine weights need to know beside them.
-#[derive(Clone, Debug)]
+///
+/// The default holds none, and grows with the first [`Scoring::scores_into`].
+#[derive(Clone, Debug, Default)]
 pub struct Scores {
     gate: Vec<f32>,
-    /// Only where it differs from `gate`.
-    selection: Option<Vec<f32>>,
+    /// Meant only where `adjusted` is set: else selection scores are the gate scores.
+    selection: Vec<f32>,
+    adjusted: bool,
+    masked: bool,
     tokens: usize,
     experts: usize,
     normalize: bool,
     scale: f32,
+    /// Room to rank groups in.
+    groups: Vec<(f32, usize)>,
 }
 
 impl Scores {
@@ -230,7 +265,7 @@ impl Scores {
     /// # Panics
     /// When `token` is not below [`Scores::tokens`].
     pub fn selection(&self, token: usize) -> &[f32] {
-        let all = self.selection.as_ref().unwrap_or(&self.gate);
+        let all = if self.adjusted { &self.selection } else { &self.gate };
         &all[token * self.experts..(token + 1) * self.experts]
     }
 
@@ -244,7 +279,7 @@ impl Scores {
 
     /// True when some expert is masked for some token.
     pub fn has_masks(&self) -> bool {
-        self.selection.as_ref().is_some_and(|selection| selection.contains(&f32::NEG_INFINITY))
+        self.masked
     }
 
     /// Whether combine weights are divided by their sum over the selection.

@@ -1,45 +1,76 @@
-//! Selection of the k best of a row, and the router that does just that: [`TopK`].
+//! The gate's own choice: the k best experts of every token, and the router that does just that: [`TopK`].
 //!
 //! Knows nothing of prices or devices; ties go to the lowest expert id.
 
+use rayon::prelude::*;
+
 use crate::error::Result;
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::select::Selector;
+use crate::simd::{Isa, Kernel, Lanes};
 
-/// Writes the ids of the `chosen.len()` largest values of `row` into `chosen`, largest first, and returns how many there
-/// were: −∞ is never chosen. Unused places get [`EMPTY`].
-///
-/// Insertion into a short sorted list: O(experts · k) at worst, close to O(experts) on rows where few values rise late.
-pub(crate) fn select_top_k(row: &[f32], chosen: &mut [u16]) -> usize {
-    let k = chosen.len();
-    let mut count = 0;
-    for (expert, &value) in row.iter().enumerate() {
-        if value == f32::NEG_INFINITY || (count == k && value <= row[usize::from(chosen[k - 1])]) {
-            continue;
-        }
-        let mut at = if count < k { count } else { k - 1 };
-        while at > 0 && row[usize::from(chosen[at - 1])] < value {
-            chosen[at] = chosen[at - 1];
-            at -= 1;
-        }
-        chosen[at] = expert as u16;
-        count = (count + 1).min(k);
-    }
-    chosen[count..].fill(EMPTY);
-    count
-}
+/// Rows · experts below which a selection stays on the calling thread.
+const PARALLEL_VALUES: usize = 1 << 16;
+
+/// Rows a thread takes at a time.
+const CHUNK: usize = 256;
 
 /// The gate's own choice of every token, `[tokens, top_k]`; padding tokens choose nothing.
 pub(crate) fn gate_choice(request: &RouteRequest<'_>) -> Vec<u16> {
-    let top_k = request.top_k();
-    let mut chosen = vec![EMPTY; request.scores().tokens() * top_k];
-    for (token, chosen) in chosen.chunks_exact_mut(top_k).enumerate() {
-        if !request.is_padding(token) {
-            select_top_k(request.scores().selection(token), chosen);
+    let mut chosen = vec![EMPTY; request.scores().tokens() * request.top_k()];
+    choose(request, &mut Selector::default(), &mut chosen, &mut []);
+    chosen
+}
+
+/// Writes the gate's own choice of every token and, where `weights` is not empty, its combine weights.
+fn choose(request: &RouteRequest<'_>, selector: &mut Selector, chosen: &mut [u16], weights: &mut [f32]) {
+    let (top_k, scores) = (request.top_k(), request.scores());
+    let isa = Isa::detect();
+    let few = scores.tokens() * scores.experts() < PARALLEL_VALUES || rayon::current_num_threads() == 1;
+    if few || weights.is_empty() {
+        return isa.run(Choose { request, selector, first: 0, chosen, weights });
+    }
+    let chunks = chosen.par_chunks_mut(CHUNK * top_k).zip(weights.par_chunks_mut(CHUNK * top_k)).enumerate();
+    chunks.for_each_init(Selector::default, |selector, (chunk, (chosen, weights))| {
+        isa.run(Choose { request, selector, first: chunk * CHUNK, chosen, weights });
+    });
+}
+
+/// The choice of a run of tokens from `first` on.
+struct Choose<'a, 'r> {
+    request: &'a RouteRequest<'r>,
+    selector: &'a mut Selector,
+    first: usize,
+    chosen: &'a mut [u16],
+    weights: &'a mut [f32],
+}
+
+impl Kernel for Choose<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { request, selector, first, chosen, weights } = self;
+        let (scores, top_k) = (request.scores(), request.top_k());
+        selector.prepare(scores.experts(), top_k);
+        let mut weights = weights.chunks_exact_mut(top_k);
+        for (token, chosen) in (first..).zip(chosen.chunks_exact_mut(top_k)) {
+            let count = if request.is_padding(token) {
+                0
+            } else {
+                let mut unknown = f32::NAN;
+                selector.select_on(lanes, scores.selection(token), None, &mut unknown);
+                chosen[..selector.count()].copy_from_slice(selector.ids());
+                selector.count()
+            };
+            chosen[count..].fill(EMPTY);
+            if let Some(weights) = weights.next() {
+                weigh(scores, scores.gate(token), chosen, weights);
+            }
         }
     }
-    chosen
 }
 
 /// Top-k routing (Shazeer et al. 2017, arXiv 1701.06538): each token takes its k best experts. Dropless without a
@@ -68,41 +99,17 @@ impl Router for TopK {
         &self,
         request: &RouteRequest<'_>,
         _state: &mut RouteState,
-        _scratch: &mut Scratch,
+        scratch: &mut Scratch,
         assignment: &mut Assignment,
     ) -> Result<()> {
+        let Some(rule) = self.drop else {
+            let (chosen, weights) = assignment.refill(request.scores(), request.top_k());
+            choose(request, scratch.of(), chosen, weights);
+            return Ok(());
+        };
         let chosen = gate_choice(request);
-        let kept = self.drop.map(|rule| keep_within(rule, &chosen, request));
-        *assignment = Assignment::from_selection(request.scores(), request.top_k(), chosen, kept.as_deref());
+        let kept = keep_within(rule, &chosen, request);
+        *assignment = Assignment::from_selection(request.scores(), request.top_k(), chosen, Some(&kept));
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// The oracle: sort everything.
-    fn naive(row: &[f32], k: usize) -> Vec<u16> {
-        let mut order: Vec<u16> = (0..row.len() as u16).filter(|&e| row[usize::from(e)] > f32::NEG_INFINITY).collect();
-        order.sort_by(|&a, &b| row[usize::from(b)].partial_cmp(&row[usize::from(a)]).unwrap().then(a.cmp(&b)));
-        order.truncate(k);
-        order.resize(k, EMPTY);
-        order
-    }
-
-    proptest! {
-        #[test]
-        fn selection_matches_a_full_sort(
-            row in prop::collection::vec(prop_oneof![Just(f32::NEG_INFINITY), Just(0.0f32), Just(-0.0f32), Just(1.0f32), -2.0f32..2.0], 1..40),
-            k in 1usize..12,
-        ) {
-            let k = k.min(row.len());
-            let mut chosen = vec![0; k];
-            let count = select_top_k(&row, &mut chosen);
-            prop_assert_eq!(&chosen, &naive(&row, k));
-            prop_assert_eq!(count, chosen.iter().filter(|&&e| e != EMPTY).count());
-        }
     }
 }

@@ -45,7 +45,6 @@ mod place;
 mod price;
 mod problem;
 pub mod quota;
-mod select;
 
 pub use certify::gate_mass_bound;
 

@@ -13,7 +13,8 @@
 use rayon::prelude::*;
 
 use super::problem::{Problem, UNIT};
-use super::select::Selector;
+use crate::routing::select::Selector;
+use crate::simd::{Isa, Kernel, Lanes};
 
 /// Refused experts that a sweep looks at beyond the last held one.
 pub(super) const BEYOND: usize = 3;
@@ -143,7 +144,8 @@ pub(super) fn sweep(
         .zip(claims.refused[..count].par_chunks_mut(CHUNK))
         .zip(claims.thresholds[..count].par_chunks_mut(CHUNK))
         .map(|(((rows, chosen), refused), thresholds)| Run { rows, chosen, refused, thresholds });
-    let tally = |run: Run<'_>| sweep_run(problem, run, &price, lens, drops);
+    let isa = Isa::detect();
+    let tally = |run: Run<'_>| isa.run(Sweep { problem, run, price: &price, lens, drops });
     let none = || Tally::new(problem.room.len());
     if count * price.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1 {
         let whole = Run {
@@ -157,17 +159,37 @@ pub(super) fn sweep(
     runs.map(tally).reduce(none, Tally::add)
 }
 
-fn sweep_run(problem: &Problem<'_>, run: Run<'_>, price: &[f32], lens: Lens, drops: bool) -> Tally {
+/// A run of rows at the prices of a sweep.
+struct Sweep<'a> {
+    problem: &'a Problem<'a>,
+    run: Run<'a>,
+    price: &'a [f32],
+    lens: Lens,
+    drops: bool,
+}
+
+impl Kernel for Sweep<'_> {
+    type Output = Tally;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> Tally {
+        let Self { problem, run, price, lens, drops } = self;
+        sweep_run(lanes, problem, run, price, lens, drops)
+    }
+}
+
+#[inline(always)]
+fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f32], lens: Lens, drops: bool) -> Tally {
     let top_k = problem.top_k;
     let mut tally = Tally::new(problem.room.len());
     let mut selector = Selector::new(price.len(), (top_k + BEYOND).min(price.len()));
-    let mut latest = 0.0;
+    let mut latest = f32::NAN;
     let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.thresholds);
     for (&row, ((chosen, refused), threshold)) in run.rows.iter().zip(lines) {
         if threshold.is_nan() {
             *threshold = latest;
         }
-        selector.select(problem.selection(row as usize), price, threshold);
+        selector.select_on(lanes, problem.selection(row as usize), Some(price), threshold);
         latest = *threshold;
         let (ids, values) = (selector.ids(), selector.values());
         let held = selector.count().min(top_k);

@@ -1,0 +1,147 @@
+//! Sixteen lanes in two AVX2 registers.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Lanes};
+
+/// Proof that the CPU has AVX2.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The proof, where the CPU gives it.
+    #[inline]
+    pub(crate) fn new() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt");
+        has.then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+        fn compiled<K: Kernel>(lanes: Avx2, kernel: K) -> K::Output {
+            kernel.run(lanes)
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { compiled(self, kernel) }
+    }
+}
+
+/// Lanes 0 to 7 and 8 to 15.
+type Pair = (__m256, __m256);
+
+// SAFETY of every block below: `self` proves that the CPU has the instructions; the intrinsics that touch memory get
+// references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
+impl Lanes for Avx2 {
+    type Vector = Pair;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))) }
+    }
+
+    #[inline(always)]
+    fn store(self, vector: Pair, into: &mut [f32; LANES]) {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_ps(into.as_mut_ptr(), vector.0);
+            _mm256_storeu_ps(into.as_mut_ptr().add(8), vector.1);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn ge(self, a: Pair, b: Pair) -> u16 {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a.0, b.0));
+            let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a.1, b.1));
+            (low | high << 8) as u16
+        }
+    }
+
+    #[inline(always)]
+    fn keep(self, mask: u16, vector: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let spread = |mask: u16| {
+                let all = _mm256_set1_epi32(i32::from(mask));
+                _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, bits), bits))
+            };
+            (_mm256_and_ps(vector.0, spread(mask)), _mm256_and_ps(vector.1, spread(mask >> 8)))
+        }
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, shifted: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let one = _mm256_set1_epi32(1.0f32.to_bits() as i32);
+            let power = |half| {
+                let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(half));
+                _mm256_castsi256_ps(_mm256_add_epi32(exponent, one))
+            };
+            (power(shifted.0), power(shifted.1))
+        }
+    }
+
+    #[inline(always)]
+    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]) {
+        let all = self.load(values);
+        // SAFETY: see above.
+        unsafe {
+            let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+            for &other in &values[..count] {
+                // A true comparison is −1 in every bit.
+                let other = _mm256_set1_ps(other);
+                low = _mm256_sub_epi32(low, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(all.0, other)));
+                high = _mm256_sub_epi32(high, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(all.1, other)));
+            }
+            _mm256_storeu_si256(ranks.as_mut_ptr().cast(), low);
+            _mm256_storeu_si256(ranks.as_mut_ptr().add(8).cast(), high);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Vector code: sixteen `f32` lanes on whatever the CPU has, and the kernels written once on top of them.
+//!
+//! [`Lanes`] is what an instruction set can do with sixteen floats. A value of a type that implements it proves that the
+//! CPU has the instructions: only detection makes one ([`Isa::detect`]). A [`Kernel`] is written once, over any `Lanes`;
+//! [`Isa::run`] compiles it for each set. [`Scalar`] is the twin of all: no lane operation fuses or reorders, so every set
+//! gives the same bits.
+//!
+//! The only room with `unsafe` in it. Knows nothing of routing.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+pub(crate) mod score;
+pub(crate) mod select;
+#[cfg(test)]
+mod tests;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use scalar::Scalar;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen floats side by side on one instruction set. A mask has bit `i` for lane `i`.
+///
+/// Each operation rounds once, as `f32` arithmetic does: implementations never fuse a product into a sum.
+pub(crate) trait Lanes: Copy {
+    /// Sixteen floats.
+    type Vector: Copy;
+
+    /// The same value in every lane.
+    fn splat(self, value: f32) -> Self::Vector;
+    /// Lanes from memory.
+    fn load(self, from: &[f32; LANES]) -> Self::Vector;
+    /// Lanes to memory.
+    fn store(self, vector: Self::Vector, into: &mut [f32; LANES]);
+    /// `a + b`.
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a − b`.
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a · b`.
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a / b`.
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The larger of each pair of numbers; which zero of two is not defined, nor anything with NaN.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// Where `a ≥ b`.
+    fn ge(self, a: Self::Vector, b: Self::Vector) -> u16;
+    /// `vector` where the mask is set, 0 elsewhere.
+    fn keep(self, mask: u16, vector: Self::Vector) -> Self::Vector;
+    /// `2^n` where a lane holds `n + 1.5 · 2^23`, for whole `n` from −126 to 127.
+    fn power_of_two(self, shifted: Self::Vector) -> Self::Vector;
+    /// The lanes of the mask, first lane first, and their ids counted from `first`, to the front of the two arrays; what
+    /// comes after them there is not defined.
+    #[inline(always)]
+    fn compress(self, mask: u16, vector: Self::Vector, first: u32, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
+        let mut all = [0.0; LANES];
+        self.store(vector, &mut all);
+        let (mut left, mut at) = (mask, 0);
+        while left != 0 {
+            let lane = left.trailing_zeros();
+            values[at] = all[lane as usize];
+            ids[at] = first + lane;
+            (at, left) = (at + 1, left & (left - 1));
+        }
+    }
+
+    /// How many of the first `count` values are larger, for each of the sixteen.
+    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]);
+
+    /// The first lanes from a slice of at most sixteen values, `fill` in the others.
+    #[inline(always)]
+    fn load_part(self, from: &[f32], fill: f32) -> Self::Vector {
+        let mut whole = [fill; LANES];
+        whole[..from.len()].copy_from_slice(from);
+        self.load(&whole)
+    }
+
+    /// The first lanes to a slice of at most sixteen values.
+    #[inline(always)]
+    fn store_part(self, vector: Self::Vector, into: &mut [f32]) {
+        let mut whole = [0.0; LANES];
+        self.store(vector, &mut whole);
+        into.copy_from_slice(&whole[..into.len()]);
+    }
+}
+
+/// Code that [`Isa::run`] compiles for every instruction set; `run` must be `#[inline(always)]` to be part of it.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Runs on `lanes`.
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output;
+}
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isa {
+    /// Plain Rust.
+    Scalar(Scalar),
+    /// AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512 (F, BW, DQ, VL).
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+}
+
+impl Isa {
+    /// The widest set there is.
+    #[inline]
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = Avx512::new() {
+                return Self::Avx512(lanes);
+            }
+            if let Some(lanes) = Avx2::new() {
+                return Self::Avx2(lanes);
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        if let Some(lanes) = Neon::new() {
+            return Self::Neon(lanes);
+        }
+        Self::Scalar(Scalar)
+    }
+
+    /// All sets of this CPU, plain Rust first.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = vec![Self::Scalar(Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx2::new().map(Self::Avx2));
+            all.extend(Avx512::new().map(Self::Avx512));
+        }
+        #[cfg(target_arch = "aarch64")]
+        all.extend(Neon::new().map(Self::Neon));
+        all
+    }
+
+    /// Runs a kernel as compiled for this set.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Scalar(lanes) => kernel.run(lanes),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(lanes) => lanes.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(lanes) => lanes.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(lanes) => lanes.run(kernel),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The best few of one row at given prices, best first: `rank (score − price)`.
+//!
+//! A threshold that a dozen values reach splits the row; those are pushed together and ranked by counting, for each, the
+//! larger ones. The threshold comes from a guess (the row's last one, in a sweep) or from the largest value of each of the
+//! sixteen lanes: the width-th best of those is reached by at least `width` values, and a somewhat better one by about as
+//! many as are wanted. The result depends on neither. Ties go to the lowest id; −∞ is never selected.
+
+use super::{LANES, Lanes};
+
+/// Thresholds tried before the row is given up.
+const TRIES: usize = 12;
+
+/// The best of a row, best first.
+#[derive(Clone, Debug)]
+pub(crate) struct Best {
+    /// Their values after the price; the first `count` count.
+    pub(crate) values: [f32; LANES],
+    /// Their places in the row.
+    pub(crate) ids: [u32; LANES],
+    /// How many there are.
+    pub(crate) count: usize,
+}
+
+impl Default for Best {
+    fn default() -> Self {
+        Self { values: [0.0; LANES], ids: [0; LANES], count: 0 }
+    }
+}
+
+/// Where to look for the threshold first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Guess {
+    /// Nothing is known: start from the lanes' largest values, at this rank among them.
+    Lanes(usize),
+    /// About here, and how far to step when that is wrong.
+    About(f32, f32),
+}
+
+impl Guess {
+    /// For rows of `experts` values of which `width` are wanted: the rank that about as many values reach as may be, if
+    /// values are spread evenly over the lanes.
+    pub(crate) fn cold(experts: usize, width: usize) -> Self {
+        let rows = experts.div_ceil(LANES) as f64;
+        let reached = |rank: usize| {
+            let below = (LANES as f64 - rank as f64 - 0.5) / LANES as f64;
+            LANES as f64 * rows * (1.0 - below.powf(1.0 / rows))
+        };
+        let wanted = 0.5 * (width + LANES) as f64;
+        Self::Lanes((0..width).rev().find(|&rank| reached(rank) <= wanted).unwrap_or(0))
+    }
+}
+
+/// Ranks the best `width ≤ 16` of `row − price`; false when no threshold leaves at most sixteen (too many equal values).
+///
+/// `adjusted` is room for the row, in whole vectors.
+#[inline(always)]
+pub(crate) fn best<L: Lanes>(
+    lanes: L,
+    (row, price): (&[f32], Option<&[f32]>),
+    width: usize,
+    guess: Guess,
+    adjusted: &mut [[f32; LANES]],
+    best: &mut Best,
+) -> bool {
+    let mut most = lanes.splat(f32::NEG_INFINITY);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    match price {
+        Some(price) => {
+            let (prices, price_rest) = price.as_chunks::<LANES>();
+            for ((row, price), adjusted) in whole.iter().zip(prices).zip(adjusted.iter_mut()) {
+                let value = lanes.sub(lanes.load(row), lanes.load(price));
+                most = lanes.max(most, value);
+                lanes.store(value, adjusted);
+            }
+            if !rest.is_empty() {
+                let value = lanes.sub(lanes.load_part(rest, f32::NEG_INFINITY), lanes.load_part(price_rest, 0.0));
+                most = lanes.max(most, value);
+                lanes.store(value, &mut adjusted[whole.len()]);
+            }
+        }
+        None => {
+            for (row, adjusted) in whole.iter().zip(adjusted.iter_mut()) {
+                let value = lanes.load(row);
+                most = lanes.max(most, value);
+                lanes.store(value, adjusted);
+            }
+            if !rest.is_empty() {
+                let value = lanes.load_part(rest, f32::NEG_INFINITY);
+                most = lanes.max(most, value);
+                lanes.store(value, &mut adjusted[whole.len()]);
+            }
+        }
+    }
+    let split = match adjusted.len() {
+        1 => f32::MIN,
+        _ => match threshold(lanes, adjusted, most, width, guess) {
+            Some(split) => split,
+            None => return false,
+        },
+    };
+    let (mut values, mut ids) = ([0.0; 2 * LANES], [0; 2 * LANES]);
+    let mut found = 0;
+    for (part, adjusted) in adjusted.iter().enumerate() {
+        let vector = lanes.load(adjusted);
+        let mask = lanes.ge(vector, lanes.splat(split));
+        if let (Some(values), Some(ids)) = (values[found..].first_chunk_mut(), ids[found..].first_chunk_mut()) {
+            lanes.compress(mask, vector, (part * LANES) as u32, values, ids);
+        }
+        // At most sixteen in all: that is what the threshold was chosen for.
+        found = (found + mask.count_ones() as usize).min(LANES);
+    }
+    if let (Some(values), Some(ids)) = (values.first_chunk_mut(), ids.first_chunk()) {
+        values[found..].fill(f32::NEG_INFINITY);
+        order(lanes, values, ids, found, best);
+    }
+    best.count = found.min(width);
+    true
+}
+
+/// A value that at least `width` of the row reach (all that are not −∞, where there are fewer) and at most sixteen.
+#[inline(always)]
+fn threshold<L: Lanes>(
+    lanes: L,
+    adjusted: &[[f32; LANES]],
+    most: L::Vector,
+    width: usize,
+    guess: Guess,
+) -> Option<f32> {
+    let reached = |at: f32| {
+        let at = lanes.splat(at);
+        adjusted.iter().map(|values| lanes.ge(lanes.load(values), at).count_ones() as usize).sum::<usize>()
+    };
+    let (mut low, mut high) = (f32::MIN, f32::MAX);
+    let (mut at, mut step);
+    match guess {
+        Guess::About(value, by) => {
+            at = (value - by).clamp(f32::MIN, f32::MAX);
+            step = by;
+        }
+        Guess::Lanes(start) => {
+            let mut largest = Best::default();
+            let mut all = [0.0; LANES];
+            lanes.store(most, &mut all);
+            order(lanes, &all, &[0; LANES], LANES, &mut largest);
+            let (mut rank, mut upwards, mut downwards) = (start, true, true);
+            while upwards || downwards {
+                let value = largest.values[rank].max(f32::MIN);
+                match reached(value) {
+                    count if count < width => {
+                        if value == f32::MIN {
+                            return Some(value);
+                        }
+                        high = value;
+                        // The last rank is reached by all that are wanted, unless there are fewer.
+                        if !downwards || rank + 1 >= width {
+                            break;
+                        }
+                        (rank, upwards) = (rank + 1, false);
+                    }
+                    count if count > LANES => {
+                        low = value;
+                        if !upwards || rank == 0 {
+                            break;
+                        }
+                        (rank, downwards) = (rank - 1, false);
+                    }
+                    _ => return Some(value),
+                }
+            }
+            at = 0.5 * low + 0.5 * high.min(largest.values[0]);
+            step = 0.0;
+        }
+    }
+    for _ in 0..TRIES {
+        match reached(at) {
+            count if count < width => {
+                if at == f32::MIN {
+                    return Some(at);
+                }
+                high = at;
+                at = if low > f32::MIN { 0.5 * low + 0.5 * high } else { at - step };
+            }
+            count if count > LANES => {
+                low = at;
+                at = if high < f32::MAX { 0.5 * low + 0.5 * high } else { at + step };
+            }
+            _ => return Some(at),
+        }
+        at = at.clamp(f32::MIN, f32::MAX);
+        step *= 2.0;
+    }
+    None
+}
+
+/// Sorts the first `count` of `values` (−∞ behind them), largest first; equals stay in the order they stand in.
+#[inline(always)]
+fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES], count: usize, best: &mut Best) {
+    let mut ranks = [0; LANES];
+    lanes.ranks(values, count, &mut ranks);
+    let mut taken = 0u32;
+    for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
+        let rank = rank as usize % LANES;
+        best.values[rank] = value;
+        best.ids[rank] = id;
+        taken |= 1 << rank;
+    }
+    if taken.count_ones() as usize != count {
+        // Equals have one rank between them; each takes the next free one.
+        taken = 0;
+        for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
+            let rank = (rank + (!(taken >> rank)).trailing_zeros()) as usize % LANES;
+            best.values[rank] = value;
+            best.ids[rank] = id;
+            taken |= 1 << rank;
+        }
+    }
+}
