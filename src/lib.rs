@@ -15,6 +15,6 @@ pub mod layer;
 #[cfg(feature = "candle")]
 pub mod report;
 pub mod routing;
-mod simd;
+pub mod simd;
 pub mod spec;
 pub mod zoo;

@@ -19,7 +19,7 @@ use std::ops::Range;
 use crate::routing::assignment::{Assignment, EMPTY};
 
 /// Kept slots sorted by expert.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DispatchPlan {
     offsets: Vec<u32>,
     tokens: Vec<u32>,
@@ -30,25 +30,40 @@ pub struct DispatchPlan {
 impl DispatchPlan {
     /// Sorts the kept slots of `assignment` by expert, then by token.
     pub fn new(assignment: &Assignment) -> Self {
-        let (chosen, top_k) = (assignment.raw(), assignment.top_k() as u32);
-        let mut offsets = vec![0u32; assignment.experts() + 1];
+        let mut plan = Self::default();
+        plan.refill(assignment);
+        plan
+    }
+
+    /// The same in place of what the plan held before; nothing is allocated once it has held as many slots and experts.
+    pub fn refill(&mut self, assignment: &Assignment) {
+        let Self { offsets, tokens, slots, weights } = self;
+        let (chosen, top_k) = (assignment.raw(), assignment.top_k());
+        // Two places further on than in the end: counts become starts in one of them and, as slots are placed, ends.
+        offsets.clear();
+        offsets.resize(assignment.experts() + 2, 0);
         for &expert in chosen.iter().filter(|&&expert| expert != EMPTY) {
-            offsets[usize::from(expert) + 1] += 1;
+            offsets[usize::from(expert) + 2] += 1;
         }
-        for expert in 1..offsets.len() {
+        for expert in 2..offsets.len() {
             offsets[expert] += offsets[expert - 1];
         }
         let kept = offsets.last().copied().unwrap_or(0) as usize;
-        let (mut tokens, mut slots, mut weights) = (vec![0; kept], vec![0; kept], vec![0.0; kept]);
-        let mut next = offsets.clone();
-        for (slot, (&expert, &weight)) in chosen.iter().zip(assignment.weights()).enumerate() {
-            if expert != EMPTY {
-                let at = next[usize::from(expert)] as usize;
-                next[usize::from(expert)] += 1;
-                (tokens[at], slots[at], weights[at]) = (slot as u32 / top_k, slot as u32, weight);
+        tokens.resize(kept, 0);
+        slots.resize(kept, 0);
+        weights.resize(kept, 0.0);
+        let rows = chosen.chunks_exact(top_k.max(1)).zip(assignment.weights().chunks_exact(top_k.max(1)));
+        for ((token, slot), (chosen, values)) in (0u32..).zip((0u32..).step_by(top_k.max(1))).zip(rows) {
+            for ((slot, &expert), &weight) in (slot..).zip(chosen).zip(values) {
+                if expert != EMPTY {
+                    let next = &mut offsets[usize::from(expert) + 1];
+                    let at = *next as usize;
+                    *next += 1;
+                    (tokens[at], slots[at], weights[at]) = (token, slot, weight);
+                }
             }
         }
-        Self { offsets, tokens, slots, weights }
+        offsets.pop();
     }
 
     /// Where each expert's slots begin, `[experts + 1]`; the last is the number of kept slots.

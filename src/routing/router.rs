@@ -11,6 +11,7 @@ use crate::expert::ExpertSet;
 use crate::routing::assignment::{Assignment, check_slots, check_top_k};
 use crate::routing::capacity::Capacity;
 use crate::routing::scores::Scores;
+use crate::simd::Isa;
 
 /// What a router may know of a batch beside its scores.
 #[derive(Clone, Copy, Debug, Default)]
@@ -117,17 +118,30 @@ impl RouteState {
 /// Buffers that routers reuse from call to call; one serves any number of layers and routers, one call at a time.
 /// What it holds never decides anything.
 #[derive(Default)]
-pub struct Scratch(Vec<Box<dyn Any + Send>>);
+pub struct Scratch {
+    isa: Isa,
+    buffers: Vec<Box<dyn Any + Send>>,
+}
 
 impl Scratch {
+    /// Scratch of routers that are to run on `isa` rather than on the widest instructions there are.
+    pub fn on(isa: Isa) -> Self {
+        Self { isa, buffers: Vec::new() }
+    }
+
+    /// The instructions that routers run on.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
     /// The buffers of type `T`, made at the first call.
     pub fn of<T: Any + Default + Send>(&mut self) -> &mut T {
-        let known = self.0.iter().position(|buffers| buffers.is::<T>());
+        let known = self.buffers.iter().position(|buffers| buffers.is::<T>());
         let at = known.unwrap_or_else(|| {
-            self.0.push(Box::<T>::default());
-            self.0.len() - 1
+            self.buffers.push(Box::<T>::default());
+            self.buffers.len() - 1
         });
-        match self.0[at].downcast_mut() {
+        match self.buffers[at].downcast_mut() {
             Some(buffers) => buffers,
             None => unreachable!("buffers were found by their type"),
         }
@@ -136,7 +150,7 @@ impl Scratch {
 
 impl fmt::Debug for Scratch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Scratch({} kinds of buffers)", self.0.len())
+        write!(f, "Scratch({}, {} kinds of buffers)", self.isa, self.buffers.len())
     }
 }
 

@@ -107,7 +107,7 @@ impl Scoring {
         (scores.tokens, scores.experts) = (logits.tokens(), experts);
         (scores.normalize, scores.scale) = (self.normalize, self.scale);
         scores.gate.resize(logits.values().len(), 0.0);
-        let isa = Isa::detect();
+        let isa = scores.isa;
         let parallel = logits.values().len() >= PARALLEL_VALUES && rayon::current_num_threads() > 1;
         let rows =
             |gate: &mut [f32], logits: &[f32]| isa.run(ScoreRows { function: self.function, experts, logits, gate });
@@ -237,11 +237,17 @@ pub struct Scores {
     experts: usize,
     normalize: bool,
     scale: f32,
+    isa: Isa,
     /// Room to rank groups in.
     groups: Vec<(f32, usize)>,
 }
 
 impl Scores {
+    /// None yet, to be made on `isa` rather than on the widest instructions there are.
+    pub fn on(isa: Isa) -> Self {
+        Self { isa, ..Self::default() }
+    }
+
     /// Rows.
     pub fn tokens(&self) -> usize {
         self.tokens

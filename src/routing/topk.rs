@@ -20,14 +20,13 @@ const CHUNK: usize = 256;
 /// The gate's own choice of every token, `[tokens, top_k]`; padding tokens choose nothing.
 pub(crate) fn gate_choice(request: &RouteRequest<'_>) -> Vec<u16> {
     let mut chosen = vec![EMPTY; request.scores().tokens() * request.top_k()];
-    choose(request, &mut Selector::default(), &mut chosen, &mut []);
+    choose(request, Isa::detect(), &mut Selector::default(), &mut chosen, &mut []);
     chosen
 }
 
 /// Writes the gate's own choice of every token and, where `weights` is not empty, its combine weights.
-fn choose(request: &RouteRequest<'_>, selector: &mut Selector, chosen: &mut [u16], weights: &mut [f32]) {
+fn choose(request: &RouteRequest<'_>, isa: Isa, selector: &mut Selector, chosen: &mut [u16], weights: &mut [f32]) {
     let (top_k, scores) = (request.top_k(), request.scores());
-    let isa = Isa::detect();
     let few = scores.tokens() * scores.experts() < PARALLEL_VALUES || rayon::current_num_threads() == 1;
     if few || weights.is_empty() {
         return isa.run(Choose { request, selector, first: 0, chosen, weights });
@@ -104,7 +103,7 @@ impl Router for TopK {
     ) -> Result<()> {
         let Some(rule) = self.drop else {
             let (chosen, weights) = assignment.refill(request.scores(), request.top_k());
-            choose(request, scratch.of(), chosen, weights);
+            choose(request, scratch.isa(), scratch.of(), chosen, weights);
             return Ok(());
         };
         let chosen = gate_choice(request);

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has AVX2.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
@@ -103,7 +103,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn keep(self, mask: u16, vector: Pair) -> Pair {
+    fn blend(self, mask: u16, a: Pair, b: Pair) -> Pair {
         // SAFETY: see above.
         unsafe {
             let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -111,7 +111,7 @@ impl Lanes for Avx2 {
                 let all = _mm256_set1_epi32(i32::from(mask));
                 _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, bits), bits))
             };
-            (_mm256_and_ps(vector.0, spread(mask)), _mm256_and_ps(vector.1, spread(mask >> 8)))
+            (_mm256_blendv_ps(b.0, a.0, spread(mask)), _mm256_blendv_ps(b.1, a.1, spread(mask >> 8)))
         }
     }
 

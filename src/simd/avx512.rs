@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx512(());
 
 impl Avx512 {
@@ -95,9 +95,9 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn keep(self, mask: u16, vector: __m512) -> __m512 {
+    fn blend(self, mask: u16, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
-        unsafe { _mm512_maskz_mov_ps(mask, vector) }
+        unsafe { _mm512_mask_blend_ps(mask, b, a) }
     }
 
     #[inline(always)]

@@ -20,12 +20,12 @@ pub(crate) mod select;
 mod tests;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx2::Avx2;
+use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::Avx512;
+use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
-pub(crate) use neon::Neon;
-pub(crate) use scalar::Scalar;
+use neon::Neon;
+use scalar::Scalar;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -55,8 +55,8 @@ pub(crate) trait Lanes: Copy {
     fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// Where `a ≥ b`.
     fn ge(self, a: Self::Vector, b: Self::Vector) -> u16;
-    /// `vector` where the mask is set, 0 elsewhere.
-    fn keep(self, mask: u16, vector: Self::Vector) -> Self::Vector;
+    /// `a` where the mask is set, `b` elsewhere.
+    fn blend(self, mask: u16, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `2^n` where a lane holds `n + 1.5 · 2^23`, for whole `n` from −126 to 127.
     fn power_of_two(self, shifted: Self::Vector) -> Self::Vector;
     /// The lanes of the mask, first lane first, and their ids counted from `first`, to the front of the two arrays; what
@@ -94,7 +94,8 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
-/// Code that [`Isa::run`] compiles for every instruction set; `run` must be `#[inline(always)]` to be part of it.
+/// Code that [`Isa::run`] compiles for every instruction set. `run` and all that touches lanes must be `#[inline(always)]`
+/// functions, not closures: what is not part of the compiled function has no vector instructions.
 pub(crate) trait Kernel {
     /// What it returns.
     type Output;
@@ -103,67 +104,83 @@ pub(crate) trait Kernel {
     fn run<L: Lanes>(self, lanes: L) -> Self::Output;
 }
 
-/// An instruction set that this CPU has.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Isa {
-    /// Plain Rust.
+/// An instruction set that this CPU has. Results are the same bits on all of them, only times differ.
+///
+/// ```
+/// use phase_moe::simd::Isa;
+///
+/// assert!(Isa::all().any(|isa| isa == Isa::scalar()));
+/// println!("{}", Isa::detect());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
     Scalar(Scalar),
-    /// AVX2.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
-    /// AVX-512 (F, BW, DQ, VL).
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
-    /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
 }
 
 impl Isa {
     /// The widest set there is.
-    #[inline]
-    pub(crate) fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = Avx512::new() {
-                return Self::Avx512(lanes);
-            }
-            if let Some(lanes) = Avx2::new() {
-                return Self::Avx2(lanes);
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        if let Some(lanes) = Neon::new() {
-            return Self::Neon(lanes);
-        }
-        Self::Scalar(Scalar)
+    pub fn detect() -> Self {
+        let mut widest = Self::scalar();
+        Self::all().for_each(|isa| widest = isa);
+        widest
     }
 
-    /// All sets of this CPU, plain Rust first.
-    #[cfg(test)]
-    pub(crate) fn all() -> Vec<Self> {
-        let mut all = vec![Self::Scalar(Scalar)];
+    /// Plain Rust, which every CPU has.
+    pub fn scalar() -> Self {
+        Self(Set::Scalar(Scalar))
+    }
+
+    /// All sets of this CPU, plain Rust first, the widest last.
+    pub fn all() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
-        {
-            all.extend(Avx2::new().map(Self::Avx2));
-            all.extend(Avx512::new().map(Self::Avx512));
-        }
+        let wide = Avx2::new().map(Set::Avx2).into_iter().chain(Avx512::new().map(Set::Avx512));
         #[cfg(target_arch = "aarch64")]
-        all.extend(Neon::new().map(Self::Neon));
-        all
+        let wide = Neon::new().map(Set::Neon).into_iter();
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let wide = std::iter::empty();
+        std::iter::once(Set::Scalar(Scalar)).chain(wide).map(Self)
     }
 
     /// Runs a kernel as compiled for this set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self {
-            Self::Scalar(lanes) => kernel.run(lanes),
+        match self.0 {
+            Set::Scalar(lanes) => kernel.run(lanes),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(lanes) => lanes.run(kernel),
+            Set::Avx2(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(lanes) => lanes.run(kernel),
+            Set::Avx512(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon(lanes) => lanes.run(kernel),
+            Set::Neon(lanes) => lanes.run(kernel),
         }
+    }
+}
+
+impl Default for Isa {
+    fn default() -> Self {
+        Self::detect()
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.0 {
+            Set::Scalar(_) => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon(_) => "neon",
+        })
     }
 }

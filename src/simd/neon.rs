@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has NEON.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Neon(());
 
 impl Neon {
@@ -98,13 +98,13 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn keep(self, mask: u16, vector: Quad) -> Quad {
+    fn blend(self, mask: u16, a: Quad, b: Quad) -> Quad {
         const BITS: [u32; 4] = [1, 2, 4, 8];
         std::array::from_fn(|part| {
             // SAFETY: see above; `BITS` has four values.
             unsafe {
                 let set = vtstq_u32(vdupq_n_u32(u32::from(mask >> (4 * part))), vld1q_u32(BITS.as_ptr()));
-                vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(vector[part]), set))
+                vbslq_f32(set, a[part], b[part])
             }
         })
     }

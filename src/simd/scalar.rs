@@ -3,7 +3,7 @@
 use super::{LANES, Lanes};
 
 /// Plain Rust; every CPU has it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scalar;
 
 /// One operation on each pair of lanes.
@@ -61,8 +61,8 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
-    fn keep(self, mask: u16, vector: Self::Vector) -> Self::Vector {
-        std::array::from_fn(|lane| if mask >> lane & 1 == 1 { vector[lane] } else { 0.0 })
+    fn blend(self, mask: u16, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        std::array::from_fn(|lane| if mask >> lane & 1 == 1 { a[lane] } else { b[lane] })
     }
 
     #[inline(always)]

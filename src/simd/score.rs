@@ -13,8 +13,7 @@ const LEAST: f32 = -87.33;
 const SHIFT: f32 = 12_582_912.0;
 
 /// Coefficients of `(exp(r) − 1 − r) / r²`, highest power first.
-const COEFFICIENTS: [f32; 6] =
-    [1.987_569_2e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+const COEFFICIENTS: [f32; 6] = [1.987_569_2e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
 
 /// `exp(x)` of every lane, for `x ≤ 0` or −∞.
 #[inline(always)]
@@ -31,12 +30,12 @@ pub(crate) fn exp<L: Lanes>(lanes: L, x: L::Vector) -> L::Vector {
         sum = lanes.add(lanes.mul(sum, r), lanes.splat(*coefficient));
     }
     let sum = lanes.add(lanes.add(lanes.mul(sum, lanes.mul(r, r)), r), lanes.splat(1.0));
-    lanes.keep(normal, lanes.mul(sum, lanes.power_of_two(shifted)))
+    lanes.blend(normal, lanes.mul(sum, lanes.power_of_two(shifted)), lanes.splat(0.0))
 }
 
 /// The largest of all lanes.
 #[inline(always)]
-fn fold_max<L: Lanes>(lanes: L, vector: L::Vector) -> f32 {
+pub(crate) fn fold_max<L: Lanes>(lanes: L, vector: L::Vector) -> f32 {
     fold(lanes, vector, |a, b| if a > b { a } else { b })
 }
 
@@ -98,22 +97,22 @@ pub(crate) fn softmax<L: Lanes>(lanes: L, logits: &[f32], scores: &mut [f32]) {
 /// `scores = 1 / (1 + exp(−logits))`; −∞ gives 0.
 #[inline(always)]
 pub(crate) fn sigmoid<L: Lanes>(lanes: L, logits: &[f32], scores: &mut [f32]) {
-    let one = lanes.splat(1.0);
-    let score = |x: L::Vector| {
-        let zero = lanes.splat(0.0);
-        let power = exp(lanes, lanes.sub(zero, lanes.max(x, lanes.sub(zero, x))));
-        let rising = lanes.ge(x, zero);
-        let top = lanes.add(lanes.keep(rising, one), lanes.keep(!rising, power));
-        lanes.div(top, lanes.add(one, power))
-    };
     let (whole, rest) = logits.as_chunks::<LANES>();
     let (into, into_rest) = scores.as_chunks_mut::<LANES>();
     for (logits, scores) in whole.iter().zip(into) {
-        lanes.store(score(lanes.load(logits)), scores);
+        lanes.store(logistic(lanes, lanes.load(logits)), scores);
     }
     if !rest.is_empty() {
-        lanes.store_part(score(lanes.load_part(rest, f32::NEG_INFINITY)), into_rest);
+        lanes.store_part(logistic(lanes, lanes.load_part(rest, f32::NEG_INFINITY)), into_rest);
     }
+}
+
+/// `1 / (1 + exp(−x))` of every lane, by the exponential of `−|x|`.
+#[inline(always)]
+fn logistic<L: Lanes>(lanes: L, x: L::Vector) -> L::Vector {
+    let (zero, one) = (lanes.splat(0.0), lanes.splat(1.0));
+    let power = exp(lanes, lanes.sub(zero, lanes.max(x, lanes.sub(zero, x))));
+    lanes.div(lanes.blend(lanes.ge(x, zero), one, power), lanes.add(one, power))
 }
 
 /// True when no value is NaN or +∞.

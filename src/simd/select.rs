@@ -5,6 +5,7 @@
 //! sixteen lanes: the width-th best of those is reached by at least `width` values, and a somewhat better one by about as
 //! many as are wanted. The result depends on neither. Ties go to the lowest id; −∞ is never selected.
 
+use super::score::fold_max;
 use super::{LANES, Lanes};
 
 /// Thresholds tried before the row is given up.
@@ -117,6 +118,53 @@ pub(crate) fn best<L: Lanes>(
     true
 }
 
+/// The largest `row − price` below `below`, and its place (the first of equals); `None` where there is none above −∞.
+#[inline(always)]
+pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], below: f32) -> Option<(u32, f32)> {
+    let least = lanes.splat(f32::NEG_INFINITY);
+    let limit = lanes.splat(below);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let (prices, price_rest) = price.as_chunks::<LANES>();
+    let last = match rest {
+        [] => least,
+        rest => under(lanes, lanes.load_part(rest, f32::NEG_INFINITY), lanes.load_part(price_rest, 0.0), limit),
+    };
+    let mut most = last;
+    for (row, price) in whole.iter().zip(prices) {
+        most = lanes.max(most, under(lanes, lanes.load(row), lanes.load(price), limit));
+    }
+    let most = fold_max(lanes, most);
+    if most == f32::NEG_INFINITY {
+        return None;
+    }
+    let wanted = lanes.splat(most);
+    for (part, (row, price)) in whole.iter().zip(prices).enumerate() {
+        let at = lanes.ge(under(lanes, lanes.load(row), lanes.load(price), limit), wanted);
+        if at != 0 {
+            return Some(((part * LANES) as u32 + at.trailing_zeros(), most));
+        }
+    }
+    Some(((whole.len() * LANES) as u32 + lanes.ge(last, wanted).trailing_zeros(), most))
+}
+
+/// `row − price` where that is below the limit, −∞ elsewhere.
+#[inline(always)]
+fn under<L: Lanes>(lanes: L, row: L::Vector, price: L::Vector, limit: L::Vector) -> L::Vector {
+    let value = lanes.sub(row, price);
+    lanes.blend(lanes.ge(value, limit), lanes.splat(f32::NEG_INFINITY), value)
+}
+
+/// How many values are at least `at`.
+#[inline(always)]
+fn reached<L: Lanes>(lanes: L, values: &[[f32; LANES]], at: f32) -> usize {
+    let at = lanes.splat(at);
+    let mut count = 0;
+    for values in values {
+        count += lanes.ge(lanes.load(values), at).count_ones() as usize;
+    }
+    count
+}
+
 /// A value that at least `width` of the row reach (all that are not −∞, where there are fewer) and at most sixteen.
 #[inline(always)]
 fn threshold<L: Lanes>(
@@ -126,10 +174,6 @@ fn threshold<L: Lanes>(
     width: usize,
     guess: Guess,
 ) -> Option<f32> {
-    let reached = |at: f32| {
-        let at = lanes.splat(at);
-        adjusted.iter().map(|values| lanes.ge(lanes.load(values), at).count_ones() as usize).sum::<usize>()
-    };
     let (mut low, mut high) = (f32::MIN, f32::MAX);
     let (mut at, mut step);
     match guess {
@@ -145,7 +189,7 @@ fn threshold<L: Lanes>(
             let (mut rank, mut upwards, mut downwards) = (start, true, true);
             while upwards || downwards {
                 let value = largest.values[rank].max(f32::MIN);
-                match reached(value) {
+                match reached(lanes, adjusted, value) {
                     count if count < width => {
                         if value == f32::MIN {
                             return Some(value);
@@ -172,7 +216,7 @@ fn threshold<L: Lanes>(
         }
     }
     for _ in 0..TRIES {
-        match reached(at) {
+        match reached(lanes, adjusted, at) {
             count if count < width => {
                 if at == f32::MIN {
                     return Some(at);

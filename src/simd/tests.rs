@@ -80,7 +80,7 @@ proptest! {
 
     #[test]
     fn scores_are_the_same_bits_everywhere(row in values()) {
-        let expected = Isa::Scalar(super::Scalar).run(ScoreAll(&row));
+        let expected = Isa::scalar().run(ScoreAll(&row));
         for isa in Isa::all() {
             prop_assert_eq!(&isa.run(ScoreAll(&row)), &expected, "{:?}", isa);
         }

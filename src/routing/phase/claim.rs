@@ -11,12 +11,14 @@ use std::collections::BinaryHeap;
 
 use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
+use crate::simd::select::largest_below;
+use crate::simd::{Isa, Kernel, Lanes};
 
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
 
 /// Claimants per slot too many that are looked at first.
-const NEAR: usize = 4;
+const NEAR: usize = 2;
 
 /// Who holds what, and the room that is left.
 pub(super) struct Holding<'a> {
@@ -61,6 +63,45 @@ fn key(value: f32) -> u32 {
     if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
 
+/// For each row the best expert with room that it does not hold, and its value.
+struct Ways<'h, 'a> {
+    holding: &'h Holding<'a>,
+    open: &'h [u16],
+    refused: &'h [f32],
+}
+
+/// A row that no expert with room is left for.
+const NO_WAY: (u16, f32) = (EMPTY, f32::NEG_INFINITY);
+
+impl Kernel for Ways<'_, '_> {
+    type Output = Vec<(u16, f32)>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output {
+        let Self { holding, open, refused } = self;
+        let (problem, top_k) = (holding.problem, holding.problem.top_k);
+        let mut price = vec![f32::INFINITY; problem.pool_of.len()];
+        open.iter().for_each(|&expert| price[usize::from(expert)] = holding.price[usize::from(expert)]);
+        let mut ways = Vec::with_capacity(refused.len());
+        for (row, (chosen, &refused)) in holding.chosen.chunks_exact(top_k).zip(refused).enumerate() {
+            // Claims are the best of the row: what it does not hold is worth less than the last of them.
+            let last = match chosen[top_k - 1] {
+                EMPTY => f32::NEG_INFINITY,
+                expert => holding.value(row, expert),
+            };
+            ways.push(if refused == last && refused > f32::NEG_INFINITY {
+                holding.best_free(row, open).unwrap_or(NO_WAY)
+            } else {
+                match largest_below(lanes, problem.selection(row), &price, last) {
+                    Some((expert, value)) => (expert as u16, value),
+                    None => NO_WAY,
+                }
+            });
+        }
+        ways
+    }
+}
+
 impl<'a> Holding<'a> {
     /// Everything claimed is held, however full the pools.
     pub(super) fn new(problem: &'a Problem<'a>, chosen: Vec<u16>, prices: &[f32]) -> Self {
@@ -101,24 +142,32 @@ impl<'a> Holding<'a> {
     }
 
     /// Lets over-full pools overflow into those with room, then drops what found none. Afterwards no pool is over-full.
-    pub(super) fn overflow(&mut self, refused: &[f32]) {
+    ///
+    /// `refused` is the value of the best expert that each row did not claim.
+    pub(super) fn overflow(&mut self, isa: Isa, refused: &[f32]) {
         let (problem, top_k) = (self.problem, self.problem.top_k);
+        let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
+        if over == 0 {
+            return;
+        }
         let claimed = self.kept.iter().filter(|&&kept| kept).count() as u64;
         let mut drops = claimed.saturating_sub(problem.total_room());
+        let floor = |drops: u64| if drops > 0 { 0.0 } else { f32::NEG_INFINITY };
         let mut open: Vec<u16> =
             (0..problem.pool_of.len() as u16).filter(|&expert| self.left[problem.pool(expert)] > 0).collect();
+        let mut ways = isa.run(Ways { holding: self, open: &open, refused });
 
-        // What a row was refused is worth at least what it will find: a loss can only turn out larger than its key.
-        let floor = |drops: u64| if drops > 0 { 0.0 } else { f32::NEG_INFINITY };
         let mut near = Vec::new();
-        for (slot, &expert) in self.chosen.iter().enumerate() {
-            if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
-                let best = refused[slot / top_k].max(floor(drops));
-                near.push(Reverse((key(self.value(slot / top_k, expert) - best), slot)));
+        for (row, chosen) in self.chosen.chunks_exact(top_k).enumerate() {
+            let best = ways[row].1.max(floor(drops));
+            for (slot, &expert) in (row * top_k..).zip(chosen) {
+                if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
+                    near.push(Reverse((key(self.value(row, expert) - best), slot)));
+                }
             }
         }
-        let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
-        // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs.
+        // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs. Losses only grow,
+        // as pools fill up.
         let first = NEAR * over as usize + FEW;
         let mut far = if first < near.len() {
             near.select_nth_unstable_by(first, |a, b| b.cmp(a));
@@ -143,7 +192,10 @@ impl<'a> Holding<'a> {
                 if self.left[pool] >= 0 {
                     continue;
                 }
-                let free = self.best_free(row, &open).filter(|&(_, value)| value > floor(drops) || drops == 0);
+                if ways[row].0 != EMPTY && self.left[problem.pool(ways[row].0)] <= 0 {
+                    ways[row] = self.best_free(row, &open).unwrap_or(NO_WAY);
+                }
+                let free = Some(ways[row]).filter(|way| way.0 != EMPTY && (way.1 > floor(drops) || drops == 0));
                 let best = match free {
                     Some((_, value)) => value,
                     None if drops > 0 => 0.0,
@@ -164,6 +216,7 @@ impl<'a> Holding<'a> {
                         if self.left[entered] == 0 {
                             open.retain(|&expert| problem.pool(expert) != entered);
                         }
+                        ways[row] = self.best_free(row, &open).unwrap_or(NO_WAY);
                     }
                     None => {
                         self.kept[slot] = false;

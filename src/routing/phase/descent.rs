@@ -10,6 +10,7 @@
 use super::margin::margins;
 use super::price::{Claims, Lens, Tally, sweep};
 use super::problem::{Problem, UNIT};
+use crate::simd::{Kernel, Lanes};
 
 /// Steps of conjugate gradients at most; pools are few and the system is well conditioned by its diagonal.
 const SOLVER_STEPS: usize = 40;
@@ -77,9 +78,10 @@ impl<'a> Descent<'a> {
         let eager = self.room.len() == self.problem.pool_of.len();
         while made < sweeps {
             let overload = self.overload(&best);
-            let step = solve(&best.tally, f64::from(best.bandwidth), &overload, |pool| {
-                best.prices[pool] > 0.0 || overload[pool] > 0.0
-            });
+            let free: Vec<bool> =
+                best.prices.iter().zip(&overload).map(|(&price, &over)| price > 0.0 || over > 0.0).collect();
+            let bandwidth = f64::from(best.bandwidth);
+            let step = self.problem.isa.run(Solve { tally: &best.tally, bandwidth, overload: &overload, free: &free });
             let promise: f64 = overload.iter().zip(&step).map(|(over, step)| over * step).sum();
             let beyond = !self.drops && best.prices.iter().any(|&price| price >= self.problem.ceiling);
             if beyond || promise <= tolerance * best.value.abs() {
@@ -140,50 +142,70 @@ impl<'a> Descent<'a> {
 }
 
 /// Solves `(L / bandwidth + ε) step = overload` over the pools that are `free`; the others do not move.
-fn solve(tally: &Tally, bandwidth: f64, overload: &[f64], free: impl Fn(usize) -> bool) -> Vec<f64> {
-    let pools = overload.len();
-    let free: Vec<bool> = (0..pools).map(free).collect();
-    let mean = tally.degree.iter().map(|&degree| f64::from(degree)).sum::<f64>() / pools as f64;
-    // Pools that no row is undecided about would move without bound: lend every pool a little of the mean.
-    let diagonal: Vec<f64> =
-        tally.degree.iter().map(|&degree| (f64::from(degree) + 0.02 * mean + 0.5) / bandwidth).collect();
-    let apply = |x: &[f64], out: &mut [f64]| {
-        for (pool, out) in out.iter_mut().enumerate() {
-            let mut sum = diagonal[pool] * x[pool];
-            if !tally.pairs.is_empty() {
-                let row = &tally.pairs[pool * pools..(pool + 1) * pools];
-                sum -= row.iter().zip(x).map(|(&count, x)| f64::from(count) * x).sum::<f64>() / bandwidth;
+struct Solve<'a> {
+    tally: &'a Tally,
+    bandwidth: f64,
+    overload: &'a [f64],
+    free: &'a [bool],
+}
+
+impl Kernel for Solve<'_> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _lanes: L) -> Vec<f64> {
+        let Self { tally, bandwidth, overload, free } = self;
+        let pools = overload.len();
+        let mean = tally.degree.iter().map(|&degree| f64::from(degree)).sum::<f64>() / pools as f64;
+        // Pools that no row is undecided about would move without bound: lend every pool a little of the mean.
+        let diagonal: Vec<f64> =
+            tally.degree.iter().map(|&degree| (f64::from(degree) + 0.02 * mean + 0.5) / bandwidth).collect();
+        // Whole rows are added up, so that neither order nor vectors change a sum: the matrix is symmetric.
+        let apply = |x: &[f64], out: &mut [f64]| {
+            out.iter_mut().zip(diagonal.iter().zip(x)).for_each(|(out, (d, x))| *out = d * x);
+            for (row, &x) in tally.pairs.chunks_exact(pools).zip(x) {
+                let x = x / bandwidth;
+                out.iter_mut().zip(row).for_each(|(out, &count)| *out -= f64::from(count) * x);
             }
-            *out = if free[pool] { sum } else { 0.0 };
+            out.iter_mut().zip(free).for_each(|(out, &free)| *out = if free { *out } else { 0.0 });
+        };
+        let mut x = vec![0.0; pools];
+        let mut residual: Vec<f64> =
+            overload.iter().zip(free).map(|(&over, &free)| if free { over } else { 0.0 }).collect();
+        let mut scaled: Vec<f64> = residual.iter().zip(&diagonal).map(|(r, d)| r / d).collect();
+        let mut direction = scaled.clone();
+        let mut image = vec![0.0; pools];
+        let mut energy = dot(&residual, &scaled);
+        let enough = 1e-6 * energy;
+        for _ in 0..SOLVER_STEPS {
+            if energy <= enough {
+                break;
+            }
+            apply(&direction, &mut image);
+            let curvature = dot(&direction, &image);
+            if curvature <= 0.0 {
+                break;
+            }
+            let along = energy / curvature;
+            x.iter_mut().zip(&direction).for_each(|(x, d)| *x += along * d);
+            residual.iter_mut().zip(&image).for_each(|(r, i)| *r -= along * i);
+            scaled.iter_mut().zip(residual.iter().zip(&diagonal)).for_each(|(s, (r, d))| *s = r / d);
+            let next = dot(&residual, &scaled);
+            direction.iter_mut().zip(&scaled).for_each(|(d, s)| *d = s + next / energy * *d);
+            energy = next;
         }
-    };
-    let mut x = vec![0.0; pools];
-    let mut residual: Vec<f64> =
-        overload.iter().zip(&free).map(|(&over, &free)| if free { over } else { 0.0 }).collect();
-    let mut scaled: Vec<f64> = residual.iter().zip(&diagonal).map(|(r, d)| r / d).collect();
-    let mut direction = scaled.clone();
-    let mut image = vec![0.0; pools];
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let mut energy = dot(&residual, &scaled);
-    let enough = 1e-6 * energy;
-    for _ in 0..SOLVER_STEPS {
-        if energy <= enough {
-            break;
-        }
-        apply(&direction, &mut image);
-        let curvature = dot(&direction, &image);
-        if curvature <= 0.0 {
-            break;
-        }
-        let along = energy / curvature;
-        x.iter_mut().zip(&direction).for_each(|(x, d)| *x += along * d);
-        residual.iter_mut().zip(&image).for_each(|(r, i)| *r -= along * i);
-        scaled.iter_mut().zip(residual.iter().zip(&diagonal)).for_each(|(s, (r, d))| *s = r / d);
-        let next = dot(&residual, &scaled);
-        direction.iter_mut().zip(&scaled).for_each(|(d, s)| *d = s + next / energy * *d);
-        energy = next;
+        x
     }
-    x
+}
+
+/// `Σ a · b`, in eight sums that are added up last.
+#[inline(always)]
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut sums = [0.0; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a * b);
+    }
+    sums.iter().sum()
 }
 
 impl Tally {

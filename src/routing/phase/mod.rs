@@ -117,11 +117,11 @@ impl Router for PhaseRouter {
         &self,
         request: &RouteRequest<'_>,
         state: &mut RouteState,
-        _scratch: &mut Scratch,
+        scratch: &mut Scratch,
         assignment: &mut Assignment,
     ) -> Result<()> {
         let unlimited = vec![u32::MAX; request.scores().experts()];
-        let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited));
+        let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited), scratch.isa());
         *assignment = Run::new(self, request, &problem).run(state);
         Ok(())
     }
@@ -179,7 +179,7 @@ impl<'a> Run<'a> {
             left = left.saturating_sub(made);
             self.certify(&point);
             let mut holding = Holding::new(problem, self.claims.chosen.clone(), &point.prices);
-            holding.overflow(&self.claims.refused);
+            holding.overflow(problem.isa, &self.claims.refused);
             place(&mut holding);
             holding.refill();
             let mass = self.mass(&holding);

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::problem::{Problem, UNIT};
 use crate::routing::select::Selector;
-use crate::simd::{Isa, Kernel, Lanes};
+use crate::simd::{Kernel, Lanes};
 
 /// Refused experts that a sweep looks at beyond the last held one.
 pub(super) const BEYOND: usize = 3;
@@ -25,8 +25,8 @@ const DENSE_POOLS: usize = 2048;
 /// Rows · experts below which a sweep stays on the calling thread.
 const PARALLEL_VALUES: usize = 1 << 15;
 
-/// Rows a thread takes at a time.
-const CHUNK: usize = 512;
+/// Runs of rows per thread: each has counts of its own to be added up.
+const CHUNKS: usize = 2;
 
 /// What one sweep counts. All integers: sums in any order are the same sums.
 #[derive(Clone)]
@@ -138,14 +138,14 @@ pub(super) fn sweep(
     let price: Vec<f32> = problem.pool_of.iter().map(|&pool| prices[usize::from(pool)]).collect();
     let top_k = problem.top_k;
     let count = rows.len();
+    let chunk = count.div_ceil(CHUNKS * rayon::current_num_threads()).max(1);
     let runs = rows
-        .par_chunks(CHUNK)
-        .zip(claims.chosen[..count * top_k].par_chunks_mut(CHUNK * top_k))
-        .zip(claims.refused[..count].par_chunks_mut(CHUNK))
-        .zip(claims.thresholds[..count].par_chunks_mut(CHUNK))
+        .par_chunks(chunk)
+        .zip(claims.chosen[..count * top_k].par_chunks_mut(chunk * top_k))
+        .zip(claims.refused[..count].par_chunks_mut(chunk))
+        .zip(claims.thresholds[..count].par_chunks_mut(chunk))
         .map(|(((rows, chosen), refused), thresholds)| Run { rows, chosen, refused, thresholds });
-    let isa = Isa::detect();
-    let tally = |run: Run<'_>| isa.run(Sweep { problem, run, price: &price, lens, drops });
+    let tally = |run: Run<'_>| problem.isa.run(Sweep { problem, run, price: &price, lens, drops });
     let none = || Tally::new(problem.room.len());
     if count * price.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1 {
         let whole = Run {

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use crate::routing::mass::row_mass;
 use crate::routing::router::RouteRequest;
 use crate::routing::scores::Scores;
+use crate::simd::Isa;
 
 /// Sums that decide something are kept in integers of this fraction, so that their order does not matter.
 pub(super) const UNIT: f64 = (1u64 << 40) as f64;
@@ -29,11 +30,12 @@ pub(super) struct Problem<'a> {
     pub(super) by_gate: bool,
     /// A price that none needs to exceed: the spread of selection scores, or twice it.
     pub(super) ceiling: f32,
+    pub(super) isa: Isa,
     order: OnceLock<Vec<u32>>,
 }
 
 impl<'a> Problem<'a> {
-    pub(super) fn new(request: &RouteRequest<'a>, limits: &[u32]) -> Self {
+    pub(super) fn new(request: &RouteRequest<'a>, limits: &[u32], isa: Isa) -> Self {
         let (scores, capacity) = (request.scores(), request.capacity());
         let tokens: Vec<u32> =
             (0..scores.tokens()).filter(|&token| !request.is_padding(token)).map(|token| token as u32).collect();
@@ -48,6 +50,7 @@ impl<'a> Problem<'a> {
             by_gate,
             ceiling: if by_gate { 1.0 } else { spread(scores) },
             tokens,
+            isa,
             order: OnceLock::new(),
         }
     }

@@ -1,0 +1,238 @@
+//! The speed of the routing core on this machine: nanoseconds per token of selection, quotas, the phase router and plans,
+//! beside the same code without vector instructions.
+//!
+//! Everything is timed after a warm-up, into buffers that exist. `nanos_per_token` is the median of repeated calls; where
+//! one token is routed at a time, `p50` and `p99` are those of batches of 16 calls. Peers and thread counts are timed in
+//! turns, so that a busy neighbour meets all of them.
+//!
+//! ```text
+//! cargo run --release --no-default-features --example router_table            # a table
+//! cargo run --release --no-default-features --example router_table -- --json  # one JSON document
+//! cargo run --release --no-default-features --example router_table -- plan    # one kind of cell
+//! ```
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::capacity::{Capacity, CapacityRule};
+use phase_moe::routing::logits::Logits;
+use phase_moe::routing::phase::PhaseRouter;
+use phase_moe::routing::phase::quota::PhaseQuota;
+use phase_moe::routing::plan::DispatchPlan;
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
+use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::topk::TopK;
+use phase_moe::simd::Isa;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+type Failure = Box<dyn std::error::Error>;
+
+/// What is timed, at which size.
+struct Cell {
+    what: &'static str,
+    experts: usize,
+    top_k: usize,
+    tokens: usize,
+    threads: usize,
+}
+
+/// Nanoseconds per token.
+struct Times {
+    median: f64,
+    p50: Option<f64>,
+    p99: Option<f64>,
+    scalar: f64,
+}
+
+/// Logits `[tokens, experts]` of a gate that likes some experts more: the busiest gets 4 to 7 times the mean.
+fn skewed(tokens: usize, experts: usize, seed: u64) -> Vec<f32> {
+    let mut offsets = ChaCha8Rng::seed_from_u64(7);
+    let popularity: Vec<f32> = (0..experts).map(|_| offsets.random_range(-1.7..1.7)).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..tokens * experts).map(|at| popularity[at % experts] + rng.random_range(-2.0..2.0)).collect()
+}
+
+/// Everything a cell works on, on one instruction set.
+struct Bed {
+    values: Vec<f32>,
+    scores: Scores,
+    capacity: Capacity,
+    state: RouteState,
+    scratch: Scratch,
+    assignment: Assignment,
+    plan: DispatchPlan,
+}
+
+impl Bed {
+    fn new(cell: &Cell, isa: Isa) -> Result<Self, Failure> {
+        let limited = matches!(cell.what, "phase-cold" | "phase-warm" | "quota");
+        let capacity = match limited {
+            true => CapacityRule::per_expert(1.0).capacity(cell.tokens, cell.experts, cell.top_k)?,
+            false => Capacity::unlimited(cell.experts)?,
+        };
+        let mut bed = Self {
+            values: skewed(cell.tokens, cell.experts, 2),
+            scores: Scores::on(isa),
+            capacity,
+            state: RouteState::default(),
+            scratch: Scratch::on(isa),
+            assignment: Assignment::default(),
+            plan: DispatchPlan::default(),
+        };
+        // Warm prices are those of another batch.
+        bed.score(cell)?;
+        bed.route(cell, &mut RouteState::default())?;
+        if cell.what == "phase-warm" {
+            let mut state = RouteState::default();
+            bed.route(cell, &mut state)?;
+            bed.state = state;
+        }
+        bed.values = skewed(cell.tokens, cell.experts, 1);
+        bed.score(cell)?;
+        Ok(bed)
+    }
+
+    fn score(&mut self, cell: &Cell) -> Result<(), Failure> {
+        let logits = Logits::new(black_box(&self.values), cell.tokens, cell.experts)?;
+        Ok(Scoring::softmax().scores_into(&logits, None, &mut self.scores)?)
+    }
+
+    fn route(&mut self, cell: &Cell, state: &mut RouteState) -> Result<(), Failure> {
+        let Self { scores, capacity, scratch, assignment, .. } = self;
+        let request = RouteRequest::new(scores, cell.top_k, capacity, RouteContext::default())?;
+        let router: &dyn Router = match cell.what {
+            "quota" => &PhaseQuota { seed: 1 },
+            "phase-cold" | "phase-warm" => &PhaseRouter::default(),
+            _ => &TopK { drop: None },
+        };
+        Ok(router.route_into(black_box(&request), state, scratch, assignment)?)
+    }
+
+    /// What the cell times, once.
+    fn once(&mut self, cell: &Cell) -> Result<(), Failure> {
+        match cell.what {
+            "plan" => self.plan.refill(black_box(&self.assignment)),
+            "select-one" | "select-batch" => {
+                self.score(cell)?;
+                self.route(cell, &mut RouteState::default())?;
+            }
+            _ => {
+                let mut state = self.state.clone();
+                self.route(cell, &mut state)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn nanos(calls: usize, tokens: usize, mut call: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
+    let start = Instant::now();
+    for _ in 0..calls {
+        call()?;
+    }
+    Ok(start.elapsed().as_nanos() as f64 / (calls * tokens) as f64)
+}
+
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+}
+
+fn measure(cell: &Cell, budget: Duration) -> Result<Times, Failure> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(cell.threads).build()?;
+    let (mut ours, mut scalar) = (Bed::new(cell, Isa::detect())?, Bed::new(cell, Isa::scalar())?);
+    let single = cell.tokens == 1;
+    let calls = if single { 16 } else { 1 };
+    let (mut times, mut twins) = (Vec::new(), Vec::new());
+    let mut run = |times: &mut Vec<f64>, twins: &mut Vec<f64>| -> Result<(), String> {
+        let start = Instant::now();
+        while start.elapsed() < budget || times.len() < 5 {
+            let time = |bed: &mut Bed| nanos(calls, cell.tokens, || bed.once(cell)).map_err(|error| error.to_string());
+            // Short calls run in runs, so that what the twin leaves in the caches is not what is timed.
+            for _ in 0..if single { 64 } else { 3 } {
+                times.push(time(&mut ours)?);
+            }
+            for _ in 0..if single { 16 } else { 1 } {
+                twins.push(time(&mut scalar)?);
+            }
+        }
+        Ok(())
+    };
+    // One thread is the caller's own: entering a pool costs more than a short call.
+    match cell.threads {
+        1 if single => run(&mut times, &mut twins)?,
+        _ => pool.install(|| run(&mut times, &mut twins))?,
+    }
+    times.sort_by(f64::total_cmp);
+    twins.sort_by(f64::total_cmp);
+    Ok(Times {
+        median: percentile(&times, 0.5),
+        p50: single.then(|| percentile(&times, 0.5)),
+        p99: single.then(|| percentile(&times, 0.99)),
+        scalar: percentile(&twins, 0.5),
+    })
+}
+
+fn main() -> Result<(), Failure> {
+    let (mut json, mut budget, mut only) = (false, Duration::from_millis(1500), None);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--json" => json = true,
+            "--smoke" => budget = Duration::from_millis(10),
+            name if !name.starts_with('-') && only.is_none() => only = Some(name.to_owned()),
+            unknown => {
+                return Err(format!("unknown argument {unknown}: expected --json, --smoke or what to time").into());
+            }
+        }
+    }
+    let cell = |what, experts, top_k, tokens, threads| Cell { what, experts, top_k, tokens, threads };
+    let mut cells = vec![cell("select-one", 128, 8, 1, 1), cell("select-one", 8, 2, 1, 1)];
+    for threads in [1, 2] {
+        cells.push(cell("select-batch", 128, 8, 4096, threads));
+    }
+    cells.push(cell("quota", 64, 8, 4096, 1));
+    for threads in [1, 2] {
+        cells.push(cell("phase-cold", 64, 8, 4096, threads));
+        cells.push(cell("phase-warm", 64, 8, 4096, threads));
+    }
+    cells.push(cell("plan", 128, 8, 4096, 1));
+    for tokens in [64, 256, 1024, 16_384, 65_536] {
+        cells.push(cell("phase-cold", 64, 8, tokens, 1));
+    }
+    cells.retain(|cell| only.as_ref().is_none_or(|only| cell.what == only));
+    if cells.is_empty() {
+        return Err(format!("nothing is called {}", only.unwrap_or_default()).into());
+    }
+
+    if !json {
+        println!("instructions: {}; nanoseconds per token", Isa::detect());
+        println!("| what | experts | top_k | tokens | threads | median | p50 | p99 | scalar | scalar / median |");
+        println!("|---|---|---|---|---|---|---|---|---|---|");
+    }
+    let mut rows = Vec::new();
+    for cell in &cells {
+        let times = measure(cell, budget)?;
+        let Cell { what, experts, top_k, tokens, threads } = cell;
+        let shown = |time: Option<f64>| time.map_or("–".into(), |time| format!("{time:.1}"));
+        if !json {
+            println!(
+                "| {what} | {experts} | {top_k} | {tokens} | {threads} | {:.1} | {} | {} | {:.1} | {:.1} |",
+                times.median,
+                shown(times.p50),
+                shown(times.p99),
+                times.scalar,
+                times.scalar / times.median
+            );
+        }
+        rows.push(serde_json::json!({
+            "what": what, "experts": experts, "top_k": top_k, "tokens": tokens, "threads": threads,
+            "nanos_per_token": times.median, "p50_nanos": times.p50, "p99_nanos": times.p99,
+            "scalar_nanos_per_token": times.scalar,
+        }));
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "cells": rows }))?);
+    }
+    Ok(())
+}
