@@ -157,33 +157,37 @@ impl<'a> Holding<'a> {
             (0..problem.pool_of.len() as u16).filter(|&expert| self.left[problem.pool(expert)] > 0).collect();
         let mut ways = isa.run(Ways { holding: self, open: &open, refused });
 
-        let mut near = Vec::new();
+        let mut far = Vec::new();
         for (row, chosen) in self.chosen.chunks_exact(top_k).enumerate() {
             let best = ways[row].1.max(floor(drops));
             for (slot, &expert) in (row * top_k..).zip(chosen) {
                 if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
-                    near.push(Reverse((key(self.value(row, expert) - best), slot)));
+                    far.push((key(self.value(row, expert) - best), slot));
                 }
             }
         }
         // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs. Losses only grow,
         // as pools fill up.
-        let first = NEAR * over as usize + FEW;
-        let mut far = if first < near.len() {
-            near.select_nth_unstable_by(first, |a, b| b.cmp(a));
-            near.split_off(first)
-        } else {
-            Vec::new()
-        };
-        let mut far_least = far.first().map(|Reverse((least, _))| *least);
-        let mut heap = BinaryHeap::from(near);
+        let mut far_least = Some(0);
+        let mut heap = BinaryHeap::new();
         let mut equals = Vec::new();
         while over > 0 {
             if let Some(least) = far_least
                 && heap.peek().is_none_or(|Reverse((key, _))| *key >= least)
             {
-                heap.extend(far.drain(..));
-                far_least = None;
+                far.retain(|&(_, slot): &(u32, usize)| self.left[problem.pool(self.chosen[slot])] < 0);
+                let next = NEAR * over as usize + FEW;
+                let near = if next < far.len() {
+                    let at = far.len() - next;
+                    let (_, least, _) = far.select_nth_unstable_by(at, |a, b| b.cmp(a));
+                    far_least = Some(least.0);
+                    at
+                } else {
+                    far_least = None;
+                    0
+                };
+                heap.extend(far.drain(near..).map(Reverse));
+                continue;
             }
             let Some(least) = pop_equals(problem, &mut heap, &mut equals, |slot| slot / top_k) else { break };
             for &slot in &equals {
