@@ -264,7 +264,7 @@ fn forward_ids(tokens: usize) -> Vec<Vec<i32>> {
         let live = |token: usize| !batch.padding().is_some_and(|padding| padding[token]);
         let observe = |layer: usize, routing: Routing| {
             let chosen: Vec<i32> = routing.assignment.ids().collect();
-            let rows = chosen.chunks(routing.assignment.top_k()).enumerate().filter(|(token, _)| live(*token));
+            let rows = chosen.chunks(routing.assignment.width()).enumerate().filter(|(token, _)| live(*token));
             ids[layer].extend(rows.flat_map(|(_, row)| row));
             Ok(())
         };

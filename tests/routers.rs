@@ -37,6 +37,7 @@ fn route(kind: RouterKind, seed: u64, request: &RouteRequest<'_>) -> Assignment 
 fn check(request: &RouteRequest<'_>, assignment: &Assignment) {
     let (scores, capacity) = (request.scores(), request.capacity());
     assert_eq!((assignment.tokens(), assignment.top_k()), (scores.tokens(), request.top_k()));
+    assert_eq!(assignment.ids().count(), scores.tokens() * assignment.width());
     let mut pools = vec![0u32; capacity.pool_sizes().len()];
     for (expert, load) in assignment.load().into_iter().enumerate() {
         pools[capacity.pool_of(expert as u16)] += load;
@@ -62,12 +63,12 @@ fn check(request: &RouteRequest<'_>, assignment: &Assignment) {
 
 /// The plan is a permutation of the kept slots, sorted by expert and then by token, each with its own weight.
 fn check_plan(assignment: &Assignment) {
-    let (plan, top_k) = (DispatchPlan::new(assignment), assignment.top_k());
+    let (plan, width) = (DispatchPlan::new(assignment), assignment.width());
     let ids: Vec<i32> = assignment.ids().collect();
     let mut expected: Vec<usize> = (0..ids.len()).filter(|&slot| ids[slot] >= 0).collect();
     expected.sort_by_key(|&slot| (ids[slot], slot));
     assert_eq!(plan.slots().iter().map(|&slot| slot as usize).collect::<Vec<_>>(), expected);
-    assert!(plan.tokens().iter().zip(&expected).all(|(&token, &slot)| token as usize == slot / top_k));
+    assert!(plan.tokens().iter().zip(&expected).all(|(&token, &slot)| token as usize == slot / width));
     assert!(plan.weights().iter().zip(&expected).all(|(&weight, &slot)| weight == assignment.weights()[slot]));
     let load: Vec<u32> = plan.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert_eq!(load, assignment.load());
@@ -108,7 +109,15 @@ proptest! {
                     check(&request, &assignment);
                     prop_assert_eq!(&assignment, &route(kind, seed, &request));
                     let metrics = RouteMetrics::new(&request, &assignment);
-                    prop_assert!(metrics.kept <= metrics.demand);
+                    if kind.build(seed).keeps_top_k() {
+                        prop_assert_eq!(assignment.width(), top_k);
+                        prop_assert!(metrics.kept <= metrics.demand);
+                    } else {
+                        prop_assert_eq!(kind, RouterKind::ExpertChoice);
+                        let most = (0..tokens).map(|token| assignment.slots(token).count()).max().unwrap_or(0);
+                        prop_assert_eq!(assignment.width(), most.max(top_k));
+                        prop_assert_eq!(assignment.gate_mass_bound(), None);
+                    }
                     if let Some(bound) = assignment.gate_mass_bound() {
                         prop_assert!(metrics.gate_mass <= bound * (1.0 + 1e-9));
                     }

@@ -30,7 +30,7 @@ pub struct DispatchPlan {
 impl DispatchPlan {
     /// Sorts the kept slots of `assignment` by expert, then by token.
     pub fn new(assignment: &Assignment) -> Self {
-        let (chosen, top_k) = (assignment.raw(), assignment.top_k() as u32);
+        let (chosen, width) = (assignment.raw(), assignment.width() as u32);
         let mut offsets = vec![0u32; assignment.experts() + 1];
         for &expert in chosen.iter().filter(|&&expert| expert != EMPTY) {
             offsets[usize::from(expert) + 1] += 1;
@@ -45,7 +45,7 @@ impl DispatchPlan {
             if expert != EMPTY {
                 let at = next[usize::from(expert)] as usize;
                 next[usize::from(expert)] += 1;
-                (tokens[at], slots[at], weights[at]) = (slot as u32 / top_k, slot as u32, weight);
+                (tokens[at], slots[at], weights[at]) = (slot as u32 / width, slot as u32, weight);
             }
         }
         Self { offsets, tokens, slots, weights }
@@ -61,7 +61,7 @@ impl DispatchPlan {
         &self.tokens
     }
 
-    /// Position of each sorted slot in the assignment, `token · top_k + slot`.
+    /// Position of each sorted slot in the assignment, `token · width + slot`.
     pub fn slots(&self) -> &[u32] {
         &self.slots
     }

@@ -1,0 +1,401 @@
+//! Auction routing: balanced assignment by Bertsekas's auction (BASE layers, Lewis et al. 2021, arXiv 2103.16716).
+//!
+//! `maximise Σ score of kept slots  subject to  load of pool ≤ limit,  ≤ top_k distinct allowed experts a token`.
+//! A pool sells as many units as its limit; its price is that of its cheapest unit. A token bids for the experts that are
+//! worth most to it after their price, each time as much as it would rather pay than take the best it does not bid for:
+//! `bid = score − (best score − price elsewhere) + ε`. Where all units are sold the cheapest one changes hands, and who lost
+//! it bids again. When nobody bids any more, every token holds, within ε, what is best for it at the prices.
+//!
+//! - Several slots a token and units a pool as in Bertsekas and Castañon's auction for transportation (1989). A unit belongs
+//!   to a pool, so the experts of a device compete for one price.
+//! - ε-scaling: a coarse ε first, then from its prices with finer ones; the last is a stated share of the spread of scores.
+//! - Units left over at a price above 0 mean that the coarse prices were too high: they are offered at 0 again, whoever holds
+//!   something worse lets go of it, and bidding goes on.
+//! - It ends on every input: bids are counted, and past a limit (or where masks or distinctness leave slots behind) the rest
+//!   is handed out greedily wherever there is room.
+//! - Where all slots have room every slot is sold, as in BASE. Where they have not, or experts are masked, a slot drops out
+//!   when the price of everything exceeds its score.
+//! - Without limits everybody gets what it wants: the gate's own choice.
+//!
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. It is slow, it is exact up to ε, and it runs on one
+//! thread. Tokens bid in the order of their source mass and content, so their place in the batch does not matter.
+//!
+//! Knows nothing of bounds: how close it came is for others to say.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use crate::error::{Error, Result};
+use crate::routing::admission::Precedence;
+use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::topk::gate_choice;
+
+/// How much finer each ε is than the one before.
+const FINER: f64 = 5.0;
+
+/// Bids per slot, over all rounds, after which the rest is handed out greedily.
+const BIDS_PER_SLOT: u64 = 400;
+
+/// Times that left-over units are offered again.
+const OFFERS: usize = 64;
+
+/// Balanced assignment by auction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Auction {
+    accuracy: f64,
+}
+
+impl Auction {
+    /// Ends with bids in steps of `accuracy` times the spread of the scores: each slot may be worth that much less than in
+    /// the best assignment.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for an accuracy that is not between 1e-9 and 1.
+    pub fn new(accuracy: f64) -> Result<Self> {
+        match (1e-9..=1.0).contains(&accuracy) {
+            true => Ok(Self { accuracy }),
+            false => Err(Error::parameter("accuracy", accuracy, "1e-9 to 1")),
+        }
+    }
+}
+
+impl Default for Auction {
+    /// An accuracy of 1e-4.
+    fn default() -> Self {
+        Self { accuracy: 1e-4 }
+    }
+}
+
+impl Router for Auction {
+    fn name(&self) -> &'static str {
+        "auction"
+    }
+
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        _state: &mut RouteState,
+        _scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
+        let (scores, top_k) = (request.scores(), request.top_k());
+        let Some(limits) = request.capacity().limits() else {
+            *assignment = Assignment::from_selection(scores, top_k, gate_choice(request), None);
+            return Ok(());
+        };
+        let mut market = Market::new(request, limits);
+        market.sell(self.accuracy);
+        market.hand_out();
+        let mut chosen = vec![EMPTY; scores.tokens() * top_k];
+        for (&token, held) in market.rows.iter().zip(market.held.chunks_exact(top_k)) {
+            chosen[token * top_k..(token + 1) * top_k].copy_from_slice(held);
+        }
+        let kept = chosen.iter().map(|&expert| expert != EMPTY).collect();
+        *assignment = super::assignment(request, chosen, kept);
+        Ok(())
+    }
+}
+
+/// The units of one pool.
+#[derive(Clone, Debug, Default)]
+struct Pool {
+    units: u32,
+    free: u32,
+    /// Price of the units that nobody holds.
+    asked: f64,
+    /// Units sold: price (its bits order as the price does, it is never negative) and who holds it. The cheapest is on top,
+    /// among equals that of the row that loses first.
+    sold: BinaryHeap<(Reverse<u64>, u32)>,
+}
+
+impl Pool {
+    fn price(&self) -> f64 {
+        match self.sold.peek() {
+            _ if self.free > 0 => self.asked,
+            Some(&(Reverse(price), _)) => f64::from_bits(price),
+            None => f64::INFINITY,
+        }
+    }
+}
+
+/// Who holds what at which price. Rows are tokens in the order in which they bid, those who lose last first.
+struct Market<'a> {
+    request: &'a RouteRequest<'a>,
+    rows: Vec<usize>,
+    pool_of: Vec<usize>,
+    pools: Vec<Pool>,
+    /// Experts of each row, `[rows, top_k]`; [`EMPTY`] where it holds none.
+    held: Vec<u16>,
+    waiting: VecDeque<u32>,
+    is_waiting: Vec<bool>,
+    /// Spread of the scores.
+    spread: f64,
+    /// A slot worth less than this after the price stays out.
+    least: f64,
+    step: f64,
+    bids_left: u64,
+    is_held: Vec<bool>,
+    offers: Vec<(f64, u16)>,
+}
+
+impl<'a> Market<'a> {
+    fn new(request: &'a RouteRequest<'a>, limits: &[u32]) -> Self {
+        let (scores, capacity, top_k) = (request.scores(), request.capacity(), request.top_k());
+        let mut rows: Vec<usize> = (0..scores.tokens()).filter(|&token| !request.is_padding(token)).collect();
+        let precedence = Precedence::new(request);
+        rows.sort_unstable_by_key(|&token| Reverse(precedence.rank()[token]));
+        let most = |size: usize| rows.len() as u64 * size as u64;
+        let room = limits.iter().zip(capacity.pool_sizes());
+        let units = room.map(|(&limit, size)| u64::from(limit).min(most(size)) as u32);
+        let pools: Vec<Pool> = units.map(|units| Pool { units, ..Pool::default() }).collect();
+
+        let (mut lowest, mut highest) = (f64::INFINITY, f64::NEG_INFINITY);
+        for &token in &rows {
+            for &score in scores.selection(token).iter().filter(|score| **score > f32::NEG_INFINITY) {
+                (lowest, highest) = (lowest.min(score.into()), highest.max(score.into()));
+            }
+        }
+        let spread = if lowest < highest { highest - lowest } else { 1.0 };
+        let all_fit =
+            !scores.has_masks() && capacity.feasible_slots(rows.len(), top_k) == rows.len() as u64 * top_k as u64;
+        // No price has to rise above a chain of moves through all pools when every slot can be sold.
+        let least = match all_fit {
+            true => lowest - 2.0 * spread * (pools.len() as f64 + 2.0),
+            false => lowest.min(0.0),
+        };
+        Self {
+            request,
+            pool_of: (0..scores.experts()).map(|expert| capacity.pool_of(expert as u16)).collect(),
+            pools,
+            held: vec![EMPTY; rows.len() * top_k],
+            waiting: VecDeque::new(),
+            is_waiting: vec![false; rows.len()],
+            spread,
+            least,
+            step: spread,
+            bids_left: BIDS_PER_SLOT * (rows.len() * top_k) as u64,
+            is_held: vec![false; scores.experts()],
+            offers: Vec::new(),
+            rows,
+        }
+    }
+
+    fn value(&self, row: usize, expert: u16) -> f64 {
+        f64::from(self.request.scores().selection(self.rows[row])[usize::from(expert)])
+    }
+
+    /// Experts that `row` holds.
+    fn holds(&self, row: usize) -> impl Iterator<Item = u16> + '_ {
+        let top_k = self.request.top_k();
+        self.held[row * top_k..(row + 1) * top_k].iter().copied().filter(|&expert| expert != EMPTY)
+    }
+
+    /// The auction: from coarse steps to fine ones, and left-over units once more.
+    fn sell(&mut self, accuracy: f64) {
+        let last = accuracy * self.spread;
+        let mut step = self.spread / FINER;
+        loop {
+            self.step = step.max(last);
+            self.open();
+            self.run();
+            if step <= last {
+                break;
+            }
+            step /= FINER;
+        }
+        for _ in 0..OFFERS {
+            if self.bids_left == 0 || !self.offer_again() {
+                break;
+            }
+            self.run();
+        }
+    }
+
+    /// Takes everything back and offers it at the prices reached.
+    fn open(&mut self) {
+        for pool in &mut self.pools {
+            let price = pool.price();
+            pool.asked = if price.is_finite() { price } else { 0.0 };
+            pool.free = pool.units;
+            pool.sold.clear();
+        }
+        self.held.fill(EMPTY);
+        (0..self.rows.len()).for_each(|row| self.wait(row));
+    }
+
+    fn wait(&mut self, row: usize) {
+        if !std::mem::replace(&mut self.is_waiting[row], true) {
+            self.waiting.push_back(row as u32);
+        }
+    }
+
+    fn run(&mut self) {
+        while self.bids_left > 0 {
+            let Some(row) = self.waiting.pop_front() else { return };
+            self.is_waiting[row as usize] = false;
+            self.bid(row as usize);
+        }
+    }
+
+    /// Lets a row bid for everything it lacks.
+    fn bid(&mut self, row: usize) {
+        let top_k = self.request.top_k();
+        let lacks = top_k - self.holds(row).count();
+        if lacks == 0 {
+            return;
+        }
+        let mut offers = std::mem::take(&mut self.offers);
+        self.offers_for(row, &mut offers);
+        let falling = |a: &(f64, u16), b: &(f64, u16)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let wanted = lacks.min(offers.len());
+        if wanted < offers.len() {
+            offers.select_nth_unstable_by(wanted, falling);
+        }
+        let (wanted, others) = offers.split_at_mut(wanted);
+        wanted.sort_unstable_by(falling);
+        // What else there is: the best of all, and the best in another pool than that.
+        let (mut best, mut elsewhere) = ((self.least, usize::MAX), self.least);
+        for &(net, expert) in others.iter() {
+            let pool = self.pool_of[usize::from(expert)];
+            if net > best.0 {
+                if pool != best.1 {
+                    elsewhere = best.0;
+                }
+                best = (net, pool);
+            } else if pool != best.1 && net > elsewhere {
+                elsewhere = net;
+            }
+        }
+        let mut outdone = false;
+        for &mut (net, expert) in wanted.iter_mut() {
+            if net < self.least {
+                break;
+            }
+            self.bids_left = self.bids_left.saturating_sub(1);
+            let pool = self.pool_of[usize::from(expert)];
+            let otherwise = if pool == best.1 { elsewhere } else { best.0 };
+            let bid = self.value(row, expert) - otherwise + self.step;
+            // The row's own bids of a moment ago may have raised the price of the pool.
+            match bid > self.pools[pool].price() {
+                true => self.buy(row, expert, pool, bid),
+                false => outdone = true,
+            }
+        }
+        self.offers = offers;
+        if outdone {
+            self.wait(row);
+        }
+    }
+
+    /// What each expert that `row` may have and does not hold is worth to it after its price.
+    fn offers_for(&mut self, row: usize, offers: &mut Vec<(f64, u16)>) {
+        let top_k = self.request.top_k();
+        let held = &self.held[row * top_k..(row + 1) * top_k];
+        let mark = |is_held: &mut [bool], as_held: bool| {
+            held.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| is_held[usize::from(expert)] = as_held);
+        };
+        mark(&mut self.is_held, true);
+        offers.clear();
+        for (expert, &score) in self.request.scores().selection(self.rows[row]).iter().enumerate() {
+            if score > f32::NEG_INFINITY && !self.is_held[expert] {
+                let price = self.pools[self.pool_of[expert]].price();
+                if price < f64::INFINITY {
+                    offers.push((f64::from(score) - price, expert as u16));
+                }
+            }
+        }
+        mark(&mut self.is_held, false);
+    }
+
+    /// Gives `expert` to `row`, from who holds the cheapest unit if all are sold.
+    fn buy(&mut self, row: usize, expert: u16, pool: usize, price: f64) {
+        let top_k = self.request.top_k();
+        if let Some(slot) = self.held[row * top_k..(row + 1) * top_k].iter_mut().find(|slot| **slot == EMPTY) {
+            *slot = expert;
+        }
+        let market = &mut self.pools[pool];
+        let loser = match market.free {
+            0 => market.sold.pop(),
+            _ => {
+                market.free -= 1;
+                None
+            }
+        };
+        market.sold.push((Reverse(price.max(0.0).to_bits()), row as u32));
+        if let Some((_, loser)) = loser {
+            self.lose(loser as usize, pool);
+        }
+    }
+
+    /// Takes a unit of `pool` from `row`: units are alike, so it parts with what is worth least to it there.
+    fn lose(&mut self, row: usize, pool: usize) {
+        let top_k = self.request.top_k();
+        let in_pool = |&slot: &usize| self.held[slot] != EMPTY && self.pool_of[usize::from(self.held[slot])] == pool;
+        let value = |slot: usize| self.value(row, self.held[slot]);
+        let worst = (row * top_k..(row + 1) * top_k)
+            .filter(in_pool)
+            .min_by(|&a, &b| value(a).total_cmp(&value(b)).then(self.held[b].cmp(&self.held[a])));
+        if let Some(slot) = worst {
+            self.held[slot] = EMPTY;
+        }
+        self.wait(row);
+    }
+
+    /// Offers units at 0 that are left over above it; rows that now hold something worse let go. False when all is settled.
+    fn offer_again(&mut self) -> bool {
+        let mut fell = false;
+        for pool in self.pools.iter_mut().filter(|pool| pool.free > 0 && pool.asked > 0.0) {
+            (pool.asked, fell) = (0.0, true);
+        }
+        if !fell {
+            return false;
+        }
+        let mut offers = std::mem::take(&mut self.offers);
+        for row in 0..self.rows.len() {
+            self.offers_for(row, &mut offers);
+            let best = offers.iter().map(|offer| offer.0).fold(f64::NEG_INFINITY, f64::max);
+            let net = |expert: u16| {
+                let pool = self.pool_of[usize::from(expert)];
+                (self.value(row, expert) - self.pools[pool].price(), pool)
+            };
+            let worst = self.holds(row).map(net).min_by(|a, b| a.0.total_cmp(&b.0));
+            let lacks = self.holds(row).count() < self.request.top_k();
+            match worst {
+                Some((net, pool)) if best > net + self.step => {
+                    let market = &mut self.pools[pool];
+                    let price = market.price();
+                    let mut gone = false;
+                    market.sold.retain(|unit| gone || unit.1 != row as u32 || !std::mem::replace(&mut gone, true));
+                    if market.free == 0 {
+                        market.asked = price;
+                    }
+                    market.free += 1;
+                    self.lose(row, pool);
+                }
+                _ if lacks => self.wait(row),
+                _ => {}
+            }
+        }
+        self.offers = offers;
+        true
+    }
+
+    /// Fills what is still empty with the best experts that have room, rows that lose last first.
+    fn hand_out(&mut self) {
+        let top_k = self.request.top_k();
+        let mut offers = std::mem::take(&mut self.offers);
+        for row in 0..self.rows.len() {
+            while self.holds(row).count() < top_k {
+                self.offers_for(row, &mut offers);
+                let open = offers.iter().map(|offer| offer.1);
+                let open = open.filter(|&expert| self.pools[self.pool_of[usize::from(expert)]].free > 0);
+                let better = |&a: &u16, &b: &u16| {
+                    self.value(row, a).total_cmp(&self.value(row, b)).then(b.cmp(&a))
+                };
+                let Some(expert) = open.max_by(better) else { break };
+                self.buy(row, expert, self.pool_of[usize::from(expert)], 0.0);
+            }
+        }
+    }
+}
