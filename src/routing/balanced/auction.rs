@@ -9,8 +9,8 @@
 //! - Several slots a token and units a pool as in Bertsekas and Castañon's auction for transportation (1989). A unit belongs
 //!   to a pool, so the experts of a device compete for one price.
 //! - ε-scaling: a coarse ε first, then from its prices with finer ones; the last is a stated share of the spread of scores.
-//! - Units left over at a price above 0 mean that the coarse prices were too high: they are offered at 0 again, whoever holds
-//!   something worse lets go of it, and bidding goes on.
+//!   That is sound only where every unit is sold in the end (a unit left over must cost nothing), so with more room than slots,
+//!   less, or masks, prices start at 0 with the fine ε, and a coarser one is taken only when bids run out.
 //! - It ends on every input: bids are counted, and past a limit (or where masks or distinctness leave slots behind) the rest
 //!   is handed out greedily wherever there is room.
 //! - Where all slots have room every slot is sold, as in BASE. Where they have not, or experts are masked, a slot drops out
@@ -34,11 +34,8 @@ use crate::routing::topk::gate_choice;
 /// How much finer each ε is than the one before.
 const FINER: f64 = 5.0;
 
-/// Bids per slot, over all rounds, after which the rest is handed out greedily.
-const BIDS_PER_SLOT: u64 = 400;
-
-/// Times that left-over units are offered again.
-const OFFERS: usize = 64;
+/// Bids per slot in steps of one size, after which steps get coarser or the rest is handed out greedily.
+const BIDS_PER_SLOT: u64 = 60;
 
 /// Balanced assignment by auction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,8 +126,10 @@ struct Market<'a> {
     held: Vec<u16>,
     waiting: VecDeque<u32>,
     is_waiting: Vec<bool>,
-    /// Spread of the scores.
+    /// Spread of the scores; 0 where all are equal.
     spread: f64,
+    /// Whether there are as many slots as units, all of which can be sold.
+    all_sold: bool,
     /// A slot worth less than this after the price stays out.
     least: f64,
     step: f64,
@@ -156,27 +155,31 @@ impl<'a> Market<'a> {
                 (lowest, highest) = (lowest.min(score.into()), highest.max(score.into()));
             }
         }
-        let spread = if lowest < highest { highest - lowest } else { 1.0 };
-        let all_fit =
-            !scores.has_masks() && capacity.feasible_slots(rows.len(), top_k) == rows.len() as u64 * top_k as u64;
+        let spread = if lowest < highest { highest - lowest } else { 0.0 };
+        if lowest > highest {
+            lowest = 0.0;
+        }
+        let demand = rows.len() as u64 * top_k as u64;
+        let all_fit = !scores.has_masks() && capacity.feasible_slots(rows.len(), top_k) == demand;
         // No price has to rise above a chain of moves through all pools when every slot can be sold.
         let least = match all_fit {
-            true => lowest - 2.0 * spread * (pools.len() as f64 + 2.0),
+            true => lowest - 2.0 * spread.max(1.0) * (pools.len() as f64 + 2.0),
             false => lowest.min(0.0),
         };
         Self {
             request,
             pool_of: (0..scores.experts()).map(|expert| capacity.pool_of(expert as u16)).collect(),
-            pools,
             held: vec![EMPTY; rows.len() * top_k],
             waiting: VecDeque::new(),
             is_waiting: vec![false; rows.len()],
             spread,
+            all_sold: all_fit && demand == pools.iter().map(|pool| u64::from(pool.units)).sum::<u64>(),
             least,
-            step: spread,
-            bids_left: BIDS_PER_SLOT * (rows.len() * top_k) as u64,
+            step: 1.0,
+            bids_left: 0,
             is_held: vec![false; scores.experts()],
             offers: Vec::new(),
+            pools,
             rows,
         }
     }
@@ -191,29 +194,30 @@ impl<'a> Market<'a> {
         self.held[row * top_k..(row + 1) * top_k].iter().copied().filter(|&expert| expert != EMPTY)
     }
 
-    /// The auction: from coarse steps to fine ones, and left-over units once more.
+    /// The auction. Where every unit will be sold, prices may start anywhere: from coarse steps to fine ones. Where units may be
+    /// left over they must be so at 0: from 0 in fine steps, and in coarser ones only if that takes too many bids.
     fn sell(&mut self, accuracy: f64) {
-        let last = accuracy * self.spread;
-        let mut step = self.spread / FINER;
-        loop {
-            self.step = step.max(last);
-            self.open();
-            self.run();
-            if step <= last {
-                break;
+        // Where all scores are equal any step will do.
+        let (fine, coarse) = match self.spread {
+            0.0 => (1.0, 1.0),
+            spread => (accuracy * spread, spread / FINER),
+        };
+        if self.all_sold {
+            let mut step = coarse;
+            while self.bid_in_steps_of(step.max(fine)) && step > fine {
+                step /= FINER;
             }
-            step /= FINER;
+            return;
         }
-        for _ in 0..OFFERS {
-            if self.bids_left == 0 || !self.offer_again() {
-                break;
-            }
-            self.run();
+        let mut step = fine;
+        while !self.bid_in_steps_of(step) && step < coarse {
+            self.pools.iter_mut().for_each(|pool| *pool = Pool { units: pool.units, ..Pool::default() });
+            step *= FINER;
         }
     }
 
-    /// Takes everything back and offers it at the prices reached.
-    fn open(&mut self) {
+    /// Takes everything back, offers it at the prices reached and lets all bid; false when bids ran out.
+    fn bid_in_steps_of(&mut self, step: f64) -> bool {
         for pool in &mut self.pools {
             let price = pool.price();
             pool.asked = if price.is_finite() { price } else { 0.0 };
@@ -221,20 +225,20 @@ impl<'a> Market<'a> {
             pool.sold.clear();
         }
         self.held.fill(EMPTY);
+        self.step = step;
+        self.bids_left = BIDS_PER_SLOT * self.held.len() as u64;
         (0..self.rows.len()).for_each(|row| self.wait(row));
+        while self.bids_left > 0 {
+            let Some(row) = self.waiting.pop_front() else { return true };
+            self.is_waiting[row as usize] = false;
+            self.bid(row as usize);
+        }
+        false
     }
 
     fn wait(&mut self, row: usize) {
         if !std::mem::replace(&mut self.is_waiting[row], true) {
             self.waiting.push_back(row as u32);
-        }
-    }
-
-    fn run(&mut self) {
-        while self.bids_left > 0 {
-            let Some(row) = self.waiting.pop_front() else { return };
-            self.is_waiting[row as usize] = false;
-            self.bid(row as usize);
         }
     }
 
@@ -340,45 +344,6 @@ impl<'a> Market<'a> {
             self.held[slot] = EMPTY;
         }
         self.wait(row);
-    }
-
-    /// Offers units at 0 that are left over above it; rows that now hold something worse let go. False when all is settled.
-    fn offer_again(&mut self) -> bool {
-        let mut fell = false;
-        for pool in self.pools.iter_mut().filter(|pool| pool.free > 0 && pool.asked > 0.0) {
-            (pool.asked, fell) = (0.0, true);
-        }
-        if !fell {
-            return false;
-        }
-        let mut offers = std::mem::take(&mut self.offers);
-        for row in 0..self.rows.len() {
-            self.offers_for(row, &mut offers);
-            let best = offers.iter().map(|offer| offer.0).fold(f64::NEG_INFINITY, f64::max);
-            let net = |expert: u16| {
-                let pool = self.pool_of[usize::from(expert)];
-                (self.value(row, expert) - self.pools[pool].price(), pool)
-            };
-            let worst = self.holds(row).map(net).min_by(|a, b| a.0.total_cmp(&b.0));
-            let lacks = self.holds(row).count() < self.request.top_k();
-            match worst {
-                Some((net, pool)) if best > net + self.step => {
-                    let market = &mut self.pools[pool];
-                    let price = market.price();
-                    let mut gone = false;
-                    market.sold.retain(|unit| gone || unit.1 != row as u32 || !std::mem::replace(&mut gone, true));
-                    if market.free == 0 {
-                        market.asked = price;
-                    }
-                    market.free += 1;
-                    self.lose(row, pool);
-                }
-                _ if lacks => self.wait(row),
-                _ => {}
-            }
-        }
-        self.offers = offers;
-        true
     }
 
     /// Fills what is still empty with the best experts that have room, rows that lose last first.

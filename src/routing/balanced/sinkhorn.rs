@@ -115,7 +115,7 @@ struct Matrix<'a> {
 /// Scales at which the plan is balanced.
 struct Balance {
     of_expert: Vec<f64>,
-    #[cfg(test)]
+    /// The most that a column is off, as a share of its marginal, at the last look.
     error: f64,
 }
 
@@ -192,11 +192,8 @@ impl Sinkhorn {
                 *scale = (*scale / largest).max(LEAST_SCALE);
             }
         }
-        let _ = error;
         Balance {
-            of_expert: spread(&of_pool),
-            #[cfg(test)]
-            error,
+            of_expert: spread(&of_pool), error
         }
     }
 }
