@@ -1,5 +1,5 @@
-//! What must hold for every router under a limit, and for those that do not look at the gate: hash, weighted hash, phase
-//! kernel, phase quota.
+//! What must hold for every router under a limit, for those that do not look at the gate (hash, weighted hash, phase kernel,
+//! phase quota) and for the published baselines that see the whole batch.
 
 use std::collections::HashSet;
 
@@ -279,6 +279,46 @@ fn the_most_experts_there_can_be_are_fine() {
     for kind in limited() {
         check(&request, &route(kind, 7, &request));
     }
+}
+
+#[test]
+fn the_place_in_the_batch_does_not_matter_to_those_that_see_the_whole_of_it() {
+    let (tokens, experts, top_k) = (96, 8, 3);
+    // Many equal scores, and rows that differ.
+    let row = |token: usize| (0..experts).map(move |expert| ((token / 2 * 31 + expert * 17) % (7 + token % 3)) as f32);
+    let straight: Vec<f32> = (0..tokens).flat_map(row).collect();
+    let turned: Vec<f32> = (0..tokens).rev().flat_map(row).collect();
+    for rule in [CapacityRule::per_expert(1.0), CapacityRule::per_expert(0.8), CapacityRule::per_device(1.0, 3)] {
+        let capacity = rule.capacity(tokens, experts, top_k).unwrap();
+        for kind in [RouterKind::ExpandedDrop, RouterKind::ExpertChoice, RouterKind::Sinkhorn, RouterKind::Auction] {
+            let sets = |values: &[f32]| {
+                let scores = scores_of(values, experts);
+                let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+                let assignment = route(kind, 0, &request);
+                let row = |token: usize| {
+                    let content: Vec<u32> = scores.gate(token).iter().map(|score| score.to_bits()).collect();
+                    (content, assignment.slots(token).map(|(expert, _)| expert.index()).collect::<Vec<_>>())
+                };
+                let mut sets: Vec<_> = (0..tokens).map(row).collect();
+                sets.sort();
+                sets
+            };
+            assert_eq!(sets(&straight), sets(&turned), "{}", kind.name());
+        }
+    }
+}
+
+#[test]
+fn expert_choice_can_keep_more_than_was_asked_for() {
+    let (tokens, experts, top_k) = (64, 8, 2);
+    let values: Vec<f32> = (0..tokens * experts).map(|at| (at * 29 % 101) as f32 / 40.0).collect();
+    let scores = scores_of(&values, experts);
+    let capacity = CapacityRule::per_expert(1.5).capacity(tokens, experts, top_k).unwrap();
+    let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+    let assignment = route(RouterKind::ExpertChoice, 0, &request);
+    check(&request, &assignment);
+    assert_eq!(assignment.load(), vec![24; experts]);
+    assert_eq!(RouteMetrics::new(&request, &assignment).survival(), 1.5);
 }
 
 /// The published benchmark's square form: N tokens, N experts, density 0.3, ⌈capacity⌉; survival of one seed.

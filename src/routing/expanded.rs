@@ -200,7 +200,8 @@ mod tests {
                     refused.push(((token, expert), home));
                 }
             }
-            waiting = order.into_iter().filter(|ask| refused.contains(ask)).map(|((token, _), home)| (token, home)).collect();
+            waiting =
+                order.into_iter().filter(|ask| refused.contains(ask)).map(|((token, _), home)| (token, home)).collect();
         }
         held.iter_mut().for_each(|held| held.sort_unstable());
         held

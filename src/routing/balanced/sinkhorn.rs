@@ -84,7 +84,7 @@ impl Router for Sinkhorn {
             return Ok(());
         };
         let matrix = Matrix::new(request, limits);
-        let scale = self.balance(&matrix).of_expert;
+        let scale = self.balance(&matrix);
         let mut chosen = vec![EMPTY; scores.tokens() * top_k];
         let mut row: Vec<(f64, u16)> = Vec::new();
         for &token in &matrix.rows {
@@ -110,13 +110,6 @@ struct Matrix<'a> {
     pool_of: Vec<usize>,
     /// What each pool's column should sum to when every row sums to 1.
     marginals: Vec<f64>,
-}
-
-/// Scales at which the plan is balanced.
-struct Balance {
-    of_expert: Vec<f64>,
-    /// The most that a column is off, as a share of its marginal, at the last look.
-    error: f64,
 }
 
 impl<'a> Matrix<'a> {
@@ -169,18 +162,17 @@ impl<'a> Matrix<'a> {
 }
 
 impl Sinkhorn {
-    fn balance(&self, matrix: &Matrix<'_>) -> Balance {
+    /// The scale of every expert's column at which the plan is balanced, as far as it can be.
+    fn balance(&self, matrix: &Matrix<'_>) -> Vec<f64> {
         let start = |&marginal: &f64| if marginal > 0.0 { 1.0 } else { 0.0 };
         let mut of_pool: Vec<f64> = matrix.marginals.iter().map(start).collect();
         let spread = |of_pool: &[f64]| matrix.pool_of.iter().map(|&pool| of_pool[pool]).collect::<Vec<f64>>();
-        let mut error = f64::INFINITY;
         for _ in 0..self.max_sweeps {
             let columns = matrix.columns(&spread(&of_pool));
             let filled = |column: u64| column.max(1) as f64 / UNIT;
             let off = |(&column, &marginal): (&u64, &f64)| (filled(column) / marginal - 1.0).abs();
             let pools = columns.iter().zip(&matrix.marginals).filter(|(_, marginal)| **marginal > 0.0);
-            error = pools.map(off).fold(0.0, f64::max);
-            if error <= self.tolerance {
+            if pools.map(off).fold(0.0, f64::max) <= self.tolerance {
                 break;
             }
             for ((scale, &column), &marginal) in of_pool.iter_mut().zip(&columns).zip(&matrix.marginals) {
@@ -192,8 +184,83 @@ impl Sinkhorn {
                 *scale = (*scale / largest).max(LEAST_SCALE);
             }
         }
-        Balance {
-            of_expert: spread(&of_pool), error
+        spread(&of_pool)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::capacity::{Capacity, Placement};
+    use crate::routing::logits::Logits;
+    use crate::routing::router::RouteContext;
+    use crate::routing::scores::Scoring;
+    use crate::routing::topk::TopK;
+    use proptest::prelude::*;
+
+    /// The oracle: `exp(logit)` scaled by rows and columns in turn, in plain floats, until nothing moves.
+    fn naive(logits: &[f32], marginals: &[f64], pool_of: &[usize]) -> Vec<f64> {
+        let experts = pool_of.len();
+        let mut plan: Vec<f64> = logits.iter().map(|&logit| f64::from(logit).exp()).collect();
+        for _ in 0..5000 {
+            for row in plan.chunks_exact_mut(experts) {
+                let sum: f64 = row.iter().sum();
+                row.iter_mut().for_each(|value| *value /= sum);
+            }
+            for (pool, marginal) in marginals.iter().enumerate() {
+                let in_pool = |at: usize| pool_of[at % experts] == pool;
+                let sum: f64 = (0..plan.len()).filter(|&at| in_pool(at)).map(|at| plan[at]).sum();
+                (0..plan.len()).filter(|&at| in_pool(at)).for_each(|at| plan[at] *= marginal / sum);
+            }
         }
+        plan
+    }
+
+    proptest! {
+        #[test]
+        fn the_plan_has_the_marginals_and_is_that_of_plain_scaling(
+            values in prop::collection::vec(-3.0f32..3.0, 5 * 16), limits in prop::collection::vec(1u32..16, 5), devices: bool,
+        ) {
+            let scores = Scoring::softmax().scores(&Logits::new(&values, 16, 5).unwrap(), None).unwrap();
+            let capacity = match devices {
+                true => Capacity::per_device(Placement::contiguous(5, 2).unwrap(), limits[..2].to_vec()).unwrap(),
+                false => Capacity::per_expert(limits.clone()).unwrap(),
+            };
+            let request = RouteRequest::new(&scores, 2, &capacity, RouteContext::default()).unwrap();
+            let limits = capacity.limits().unwrap();
+            let matrix = Matrix::new(&request, limits);
+            let router = Sinkhorn::new(1e-6, 5000).unwrap();
+            let scale = router.balance(&matrix);
+            let total: u32 = limits.iter().sum();
+            for ((&column, &marginal), &limit) in matrix.columns(&scale).iter().zip(&matrix.marginals).zip(limits) {
+                prop_assert!((marginal - f64::from(limit) / f64::from(total) * 16.0).abs() < 1e-9);
+                prop_assert!((column as f64 / UNIT / marginal - 1.0).abs() < 1e-5);
+            }
+            let plan = naive(&values, &matrix.marginals, &matrix.pool_of);
+            for token in 0..16 {
+                let row: Vec<f64> = matrix.entries(token, &scale).map(|(_, value)| value).collect();
+                let sum: f64 = row.iter().sum();
+                for (ours, theirs) in row.iter().zip(&plan[token * 5..]) {
+                    prop_assert!((ours / sum - theirs).abs() < 1e-4, "{ours} / {sum}, {theirs}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_limit_leaves_the_gate_its_choice() {
+        let logits: Vec<f32> = (0..40).map(|at| (at * 7 % 11) as f32).collect();
+        let scores = Scoring::softmax().scores(&Logits::new(&logits, 8, 5).unwrap(), None).unwrap();
+        let capacity = Capacity::unlimited(5).unwrap();
+        let request = RouteRequest::new(&scores, 2, &capacity, RouteContext::default()).unwrap();
+        let ours = Sinkhorn::default().route(&request, &mut RouteState::default()).unwrap();
+        assert_eq!(ours, TopK::default().route(&request, &mut RouteState::default()).unwrap());
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        let message = |tolerance, sweeps| Sinkhorn::new(tolerance, sweeps).unwrap_err().to_string();
+        assert_eq!(message(0.0, 1), "tolerance is 0: expected a positive finite number");
+        assert_eq!(message(1e-3, 0), "max_sweeps is 0: expected at least 1");
     }
 }
