@@ -2,19 +2,21 @@
 //! Inference, He et al. 2025, arXiv 2503.05066).
 //!
 //! 1. Every token chooses its top-k; a full pool keeps the highest gate scores and lets the others overflow.
-//! 2. In rounds, every overflowed slot asks for the best expert *of its own device* that has room and that its token does not
-//!    hold; where a pool is asked by more slots than it has room for, the highest gate scores get in. Who is in stays in.
+//! 2. In rounds, every overflowed slot asks for the best expert *of its own device* that has room and that its
+//!    token does not hold; where a pool is asked by more slots than it has room for, the highest gate scores get in.
+//!    Who is in stays in.
 //! 3. A slot that finds no expert to ask is dropped.
 //!
-//! **Own device** means the device of the expert that the slot overflowed from, so that no token is sent anywhere it was not
-//! sent already. Where experts live is [`ExpandedDrop::placement`]; without one all experts count as local, as on one
-//! machine. That is apart from whose limit it is: with limits per device a full device has no expert with room, so the
-//! device itself has nothing to offer. Then, as the authors' code does where its limits are per device, slots look at all
-//! experts, unless a placement says otherwise; with the placement of the limits themselves only the drop by score remains.
+//! **Own device** means the device of the expert that the slot overflowed from, so that no token is sent anywhere it
+//! was not sent already. Where experts live is [`ExpandedDrop::placement`]; without one all experts count as local,
+//! as on one machine. That is apart from whose limit it is: with limits per device a full device has no expert with
+//! room, so the device itself has nothing to offer. Then, as the authors' code does where its limits are per device,
+//! slots look at all experts, unless a placement says otherwise; with the placement of the limits themselves only the
+//! drop by score remains.
 //!
-//! The paper adds a stated number of local experts to every token's candidates and cuts back to top-k after the drop; here a
-//! slot may ask all local experts, and only slots that overflowed ask, so that nobody's own choice makes way for another's
-//! substitute.
+//! The paper adds a stated number of local experts to every token's candidates and cuts back to top-k after the drop;
+//! here a slot may ask all local experts, and only slots that overflowed ask, so that nobody's own choice makes way
+//! for another's substitute.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. Without limits it is top-k, bit for bit.
 //!
@@ -153,8 +155,8 @@ mod tests {
     use crate::routing::topk::TopK;
     use proptest::prelude::*;
 
-    /// The oracle: one slot at a time. The highest score among the next wishes of all waiting slots is served first; scores
-    /// are distinct, so within a round nothing else can come of it.
+    /// The oracle: one slot at a time. The highest score among the next wishes of all waiting slots is served first;
+    /// scores are distinct, so within a round nothing else can come of it.
     fn naive(scores: &Scores, top_k: usize, limits: &[u32], device_of: &[u16]) -> Vec<Vec<usize>> {
         let mut room = limits.to_vec();
         let mut held: Vec<Vec<usize>> = vec![Vec::new(); scores.tokens()];

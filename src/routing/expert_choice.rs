@@ -1,20 +1,22 @@
 //! Expert choice: the experts pick their tokens, not the tokens their experts (Zhou et al. 2022, arXiv 2202.09368).
 //!
-//! `picks of expert e = the C_e tokens with the highest score(token, e)`. Every expert is exactly full where it has tokens
-//! enough, and a token gets any number of experts from none to all.
+//! `picks of expert e = the C_e tokens with the highest score(token, e)`. Every expert is exactly full where it has
+//! tokens enough, and a token gets any number of experts from none to all.
 //!
 //! - Limits per device: the limit goes to the highest scores in the columns of the device's experts.
-//! - Without limits all experts share room for `tokens · top_k`, which goes to the highest scores of the whole matrix: the
-//!   paper's budget, without the equal shares that a limit would ask for. A single token so gets its own top-k.
-//! - Who picks goes by selection scores. Combine weights are gate scores, normalised over what the token got where the model
-//!   normalises.
-//! - **Not causal**: whether an expert picks a token depends on all tokens of the batch, later ones included, and here that
-//!   decides how *many* experts a token gets. The gate was trained for this, or it was not: with the gate of a top-k model
-//!   it is a baseline of balance, not of quality.
-//! - A token may hold more than `top_k` experts, so no bound on the gate mass of `top_k` experts applies, and the kept mass
-//!   can exceed that of unconstrained top-k.
+//! - Without limits all experts share room for `tokens · top_k`, which goes to the highest scores of the whole
+//!   matrix: the paper's budget, without the equal shares that a limit would ask for. A single token so gets its own
+//!   top-k.
+//! - Who picks goes by selection scores. Combine weights are gate scores, normalised over what the token got where
+//!   the model normalises.
+//! - **Not causal**: whether an expert picks a token depends on all tokens of the batch, later ones included, and
+//!   here that decides how *many* experts a token gets. The gate was trained for this, or it was not: with the gate
+//!   of a top-k model it is a baseline of balance, not of quality.
+//! - A token may hold more than `top_k` experts, so no bound on the gate mass of `top_k` experts applies, and the
+//!   kept mass can exceed that of unconstrained top-k.
 //!
-//! Shapes: scores `[tokens, experts]` → assignment `[tokens, width]`, width the most experts of any token, at least `top_k`.
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, width]`, width the most experts of any token, at least
+//! `top_k`.
 //!
 //! ```
 //! use phase_moe::routing::{capacity::Capacity, expert_choice::ExpertChoice, logits::Logits, scores::Scoring};
@@ -52,8 +54,8 @@ impl Router for ExpertChoice {
     }
 
     /// # Errors
-    /// [`Error::Shape`](crate::error::Error::Shape) when one token gets so many experts that the table, as wide for all,
-    /// would have 2^32 slots.
+    /// [`Error::Shape`](crate::error::Error::Shape) when one token gets so many experts that the table, as wide for
+    /// all, would have 2^32 slots.
     fn route_into(
         &self,
         request: &RouteRequest<'_>,

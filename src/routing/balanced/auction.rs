@@ -1,24 +1,26 @@
 //! Auction routing: balanced assignment by Bertsekas's auction (BASE layers, Lewis et al. 2021, arXiv 2103.16716).
 //!
 //! `maximise Σ score of kept slots  subject to  load of pool ≤ limit,  ≤ top_k distinct allowed experts a token`.
-//! A pool sells as many units as its limit; its price is that of its cheapest unit. A token bids for the experts that are
-//! worth most to it after their price, each time as much as it would rather pay than take the best it does not bid for:
-//! `bid = score − (best score − price elsewhere) + ε`. Where all units are sold the cheapest one changes hands, and who lost
-//! it bids again. When nobody bids any more, every token holds, within ε, what is best for it at the prices.
+//! A pool sells as many units as its limit; its price is that of its cheapest unit. A token bids for the experts that
+//! are worth most to it after their price, each time as much as it would rather pay than take the best it does not
+//! bid for: `bid = score − (best score − price elsewhere) + ε`. Where all units are sold the cheapest one changes
+//! hands, and who lost it bids again. When nobody bids any more, every token holds, within ε, what is best for it at
+//! the prices.
 //!
-//! - Several slots a token and units a pool as in Bertsekas and Castañon's auction for transportation (1989). A unit belongs
-//!   to a pool, so the experts of a device compete for one price.
-//! - ε-scaling: a coarse ε first, then from its prices with finer ones; the last is a stated share of the spread of scores.
-//!   That is sound only where every unit is sold in the end (a unit left over must cost nothing), so with more room than slots,
-//!   less, or masks, prices start at 0 with the fine ε, and a coarser one is taken only when bids run out.
-//! - It ends on every input: bids are counted, and past a limit (or where masks or distinctness leave slots behind) the rest
-//!   is handed out greedily wherever there is room.
-//! - Where all slots have room every slot is sold, as in BASE. Where they have not, or experts are masked, a slot drops out
-//!   when the price of everything exceeds its score.
+//! - Several slots a token and units a pool as in Bertsekas and Castañon's auction for transportation (1989). A
+//!   unit belongs to a pool, so the experts of a device compete for one price.
+//! - ε-scaling: a coarse ε first, then from its prices with finer ones; the last is a stated share of the spread of
+//!   scores. That is sound only where every unit is sold in the end (a unit left over must cost nothing), so with
+//!   more room than slots, less, or masks, prices start at 0 with the fine ε, and a coarser one is taken only when
+//!   bids run out.
+//! - It ends on every input: bids are counted, and past a limit (or where masks or distinctness leave slots behind)
+//!   the rest is handed out greedily wherever there is room.
+//! - Where all slots have room every slot is sold, as in BASE. Where they have not, or experts are masked, a slot
+//!   drops out when the price of everything exceeds its score.
 //! - Without limits everybody gets what it wants: the gate's own choice.
 //!
-//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. It is slow, it is exact up to ε, and it runs on one
-//! thread. Tokens bid in the order of their source mass and content, so their place in the batch does not matter.
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. It is slow, it is exact up to ε, and it runs on
+//! one thread. Tokens bid in the order of their source mass and content, so their place in the batch does not matter.
 //!
 //! Knows nothing of bounds: how close it came is for others to say.
 
@@ -44,8 +46,8 @@ pub struct Auction {
 }
 
 impl Auction {
-    /// Ends with bids in steps of `accuracy` times the spread of the scores: each slot may be worth that much less than in
-    /// the best assignment.
+    /// Ends with bids in steps of `accuracy` times the spread of the scores: each slot may be worth that much less
+    /// than in the best assignment.
     ///
     /// # Errors
     /// [`Error::Parameter`] for an accuracy that is not between 1e-9 and 1.
@@ -101,8 +103,8 @@ struct Pool {
     free: u32,
     /// Price of the units that nobody holds.
     asked: f64,
-    /// Units sold: price (its bits order as the price does, it is never negative) and who holds it. The cheapest is on top,
-    /// among equals that of the row that loses first.
+    /// Units sold: price (its bits order as the price does, it is never negative) and who holds it. The cheapest is
+    /// on top, among equals that of the row that loses first.
     sold: BinaryHeap<(Reverse<u64>, u32)>,
 }
 
@@ -194,8 +196,9 @@ impl<'a> Market<'a> {
         self.held[row * top_k..(row + 1) * top_k].iter().copied().filter(|&expert| expert != EMPTY)
     }
 
-    /// The auction. Where every unit will be sold, prices may start anywhere: from coarse steps to fine ones. Where units may be
-    /// left over they must be so at 0: from 0 in fine steps, and in coarser ones only if that takes too many bids.
+    /// The auction. Where every unit will be sold, prices may start anywhere: from coarse steps to fine ones. Where
+    /// units may be left over they must be so at 0: from 0 in fine steps, and in coarser ones only if that takes too
+    /// many bids.
     fn sell(&mut self, accuracy: f64) {
         // Where all scores are equal any step will do.
         let (fine, coarse) = match self.spread {
@@ -374,7 +377,8 @@ mod tests {
     use crate::routing::topk::TopK;
     use proptest::prelude::*;
 
-    /// The oracle: tries every set of at most `top_k` experts for every token in turn. Most slots first, then most mass.
+    /// The oracle: tries every set of at most `top_k` experts for every token in turn. Most slots first, then most
+    /// mass.
     fn best(scores: &Scores, token: usize, top_k: usize, capacity: &Capacity, room: &mut [u32]) -> (usize, f64) {
         if token == scores.tokens() {
             return (0, 0.0);

@@ -1,8 +1,8 @@
-//! Balanced assignment, as published: [`sinkhorn`] (S-BASE) and [`auction`] (BASE layers), the baselines that see the whole
-//! batch.
+//! Balanced assignment, as published: [`sinkhorn`] (S-BASE) and [`auction`] (BASE layers), the baselines that see the
+//! whole batch.
 //!
-//! Both look for what the phase router looks for, an assignment of high score within the limits. Neither says how close it
-//! came.
+//! Both look for what the phase router looks for, an assignment of high score within the limits. Neither says how
+//! close it came.
 
 use crate::routing::admission::lay_out;
 use crate::routing::assignment::{Assignment, EMPTY};

@@ -2,20 +2,22 @@
 //! 2202.01169).
 //!
 //! `plan(i, e) = u_i · gate(i, e) · v_pool(e)`, with `Σ_e plan(i, e) = 1` for every token and
-//! `Σ_i Σ_{e in p} plan(i, e) ∝ limit_p` for every pool p. Rows and columns are scaled in turn until the columns are within
-//! a tolerance; each token takes the top-k of its row of the plan; what still exceeds a limit is dropped, the lowest gate
-//! scores first. Combine weights are the unadjusted gate scores.
+//! `Σ_i Σ_{e in p} plan(i, e) ∝ limit_p` for every pool p. Rows and columns are scaled in turn until the columns are
+//! within a tolerance; each token takes the top-k of its row of the plan; what still exceeds a limit is dropped, the
+//! lowest gate scores first. Combine weights are the unadjusted gate scores.
 //!
-//! - The paper scales `exp(logit)`. For softmax that is the gate score up to a factor per row, which the row's own scale
-//!   swallows: the plan is the paper's. For sigmoid there is no such identity, and the gate score itself is scaled.
-//! - Column marginals are the limits, so experts may be unequal, and devices: all experts of a device share one scale. A limit
-//!   above what the batch could use counts as what it could use.
-//! - The plan is balanced, the top-k of its rows is only nearly so: that is why slots are dropped even where all have room.
+//! - The paper scales `exp(logit)`. For softmax that is the gate score up to a factor per row, which the row's own
+//!   scale swallows: the plan is the paper's. For sigmoid there is no such identity, and the gate score itself is
+//!   scaled.
+//! - Column marginals are the limits, so experts may be unequal, and devices: all experts of a device share one
+//!   scale. A limit above what the batch could use counts as what it could use.
+//! - The plan is balanced, the top-k of its rows is only nearly so: that is why slots are dropped even where all
+//!   have room.
 //! - Without limits there is nothing to balance: the gate's own choice.
 //! - A model's selection bias is left out (it is another balancing of the same scores); its groups are masks as ever.
 //!
-//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. A sweep is O(tokens · experts). Columns are summed in
-//! integers, so neither threads nor the order of the batch change anything.
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. A sweep is O(tokens · experts). Columns are
+//! summed in integers, so neither threads nor the order of the batch change anything.
 //!
 //! Knows nothing of prices of other batches: every batch is balanced from the start.
 
@@ -130,8 +132,8 @@ impl<'a> Matrix<'a> {
         Self { request, rows, pool_of, marginals }
     }
 
-    /// The entries of a row that are not 0, each times its column's scale. A score that underflowed counts as the least there
-    /// is: allowed is allowed.
+    /// The entries of a row that are not 0, each times its column's scale. A score that underflowed counts as the
+    /// least there is: allowed is allowed.
     fn entries(&self, token: usize, scale: &'a [f64]) -> impl Iterator<Item = (usize, f64)> {
         let (gate, selection) = (self.request.scores().gate(token), self.request.scores().selection(token));
         let columns = gate.iter().zip(selection).zip(scale).enumerate();
@@ -219,7 +221,8 @@ mod tests {
     proptest! {
         #[test]
         fn the_plan_has_the_marginals_and_is_that_of_plain_scaling(
-            values in prop::collection::vec(-3.0f32..3.0, 5 * 16), limits in prop::collection::vec(1u32..16, 5), devices: bool,
+            values in prop::collection::vec(-3.0f32..3.0, 5 * 16),
+            limits in prop::collection::vec(1u32..16, 5), devices: bool,
         ) {
             let scores = Scoring::softmax().scores(&Logits::new(&values, 16, 5).unwrap(), None).unwrap();
             let capacity = match devices {
