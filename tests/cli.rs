@@ -164,6 +164,11 @@ fn compare_json_has_the_documented_keys_and_consistent_figures() {
             assert_eq!((number(row, "gate_mass"), number(row, "perplexity_increase")), (1.0, 0.0));
         } else {
             assert!(number(row, "max_violation") < 1e-9, "a load exceeds its limit: {row}");
+            // A token may have more than top_k experts there, so the bound says nothing.
+            if row["router"] == "expert-choice" {
+                assert!(row["gate_mass_vs_bound"].is_null());
+                continue;
+            }
             let certified = number(row, "gate_mass_vs_bound");
             assert!(certified <= 1.0 + 1e-9 && certified > 0.0, "{row}");
         }
