@@ -1,5 +1,5 @@
-//! The phase router on skewed and on hostile batches, cold and warm, beside the quota ring, the published kernel and plain
-//! top-k on the same scores.
+//! The phase router on skewed and on hostile batches, cold and warm, beside the published baselines, the quota ring, the published
+//! kernel and plain top-k on the same scores.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -13,6 +13,18 @@ use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
 use phase_moe::routing::scores::{Scores, Scoring};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// Who routes the same scores, beside the phase router.
+const PEERS: [RouterKind; 8] = [
+    RouterKind::Auction,
+    RouterKind::Sinkhorn,
+    RouterKind::ExpertChoice,
+    RouterKind::ExpandedDrop,
+    RouterKind::TopKScore,
+    RouterKind::PhaseQuota,
+    RouterKind::PhaseKernel,
+    RouterKind::TopK,
+];
 
 fn scores(tokens: usize, experts: usize, mut logit: impl FnMut(usize) -> f32) -> Scores {
     let values: Vec<f32> = (0..tokens * experts).map(|at| logit(at % experts)).collect();
@@ -73,7 +85,7 @@ fn ordinary(criterion: &mut Criterion) {
         let name = format!("tokens={tokens},experts={experts},top_k={top_k},{pools}");
         bench(criterion, RouterKind::Phase, &name, &now, None);
         bench(criterion, RouterKind::Phase, &name, &now, Some(&before));
-        for kind in [RouterKind::TopKScore, RouterKind::PhaseQuota, RouterKind::PhaseKernel, RouterKind::TopK] {
+        for kind in PEERS {
             bench(criterion, kind, &name, &now, None);
         }
     }

@@ -164,6 +164,11 @@ fn compare_json_has_the_documented_keys_and_consistent_figures() {
             assert_eq!((number(row, "gate_mass"), number(row, "perplexity_increase")), (1.0, 0.0));
         } else {
             assert!(number(row, "max_violation") < 1e-9, "a load exceeds its limit: {row}");
+            // A token may have more than top_k experts there, so the bound says nothing.
+            if row["router"] == "expert-choice" {
+                assert!(row["gate_mass_vs_bound"].is_null());
+                continue;
+            }
             let certified = number(row, "gate_mass_vs_bound");
             assert!(certified <= 1.0 + 1e-9 && certified > 0.0, "{row}");
         }
@@ -264,7 +269,7 @@ fn forward_ids(tokens: usize) -> Vec<Vec<i32>> {
         let live = |token: usize| !batch.padding().is_some_and(|padding| padding[token]);
         let observe = |layer: usize, routing: Routing| {
             let chosen: Vec<i32> = routing.assignment.ids().collect();
-            let rows = chosen.chunks(routing.assignment.top_k()).enumerate().filter(|(token, _)| live(*token));
+            let rows = chosen.chunks(routing.assignment.width()).enumerate().filter(|(token, _)| live(*token));
             ids[layer].extend(rows.flat_map(|(_, row)| row));
             Ok(())
         };

@@ -1,5 +1,5 @@
-//! What must hold for every router under a limit, and for those that do not look at the gate: hash, weighted hash, phase
-//! kernel, phase quota.
+//! What must hold for every router under a limit, for those that do not look at the gate (hash, weighted hash, phase kernel,
+//! phase quota) and for the published baselines that see the whole batch.
 
 use std::collections::HashSet;
 
@@ -37,6 +37,7 @@ fn route(kind: RouterKind, seed: u64, request: &RouteRequest<'_>) -> Assignment 
 fn check(request: &RouteRequest<'_>, assignment: &Assignment) {
     let (scores, capacity) = (request.scores(), request.capacity());
     assert_eq!((assignment.tokens(), assignment.top_k()), (scores.tokens(), request.top_k()));
+    assert_eq!(assignment.ids().count(), scores.tokens() * assignment.width());
     let mut pools = vec![0u32; capacity.pool_sizes().len()];
     for (expert, load) in assignment.load().into_iter().enumerate() {
         pools[capacity.pool_of(expert as u16)] += load;
@@ -62,12 +63,12 @@ fn check(request: &RouteRequest<'_>, assignment: &Assignment) {
 
 /// The plan is a permutation of the kept slots, sorted by expert and then by token, each with its own weight.
 fn check_plan(assignment: &Assignment) {
-    let (plan, top_k) = (DispatchPlan::new(assignment), assignment.top_k());
+    let (plan, width) = (DispatchPlan::new(assignment), assignment.width());
     let ids: Vec<i32> = assignment.ids().collect();
     let mut expected: Vec<usize> = (0..ids.len()).filter(|&slot| ids[slot] >= 0).collect();
     expected.sort_by_key(|&slot| (ids[slot], slot));
     assert_eq!(plan.slots().iter().map(|&slot| slot as usize).collect::<Vec<_>>(), expected);
-    assert!(plan.tokens().iter().zip(&expected).all(|(&token, &slot)| token as usize == slot / top_k));
+    assert!(plan.tokens().iter().zip(&expected).all(|(&token, &slot)| token as usize == slot / width));
     assert!(plan.weights().iter().zip(&expected).all(|(&weight, &slot)| weight == assignment.weights()[slot]));
     let load: Vec<u32> = plan.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert_eq!(load, assignment.load());
@@ -108,7 +109,15 @@ proptest! {
                     check(&request, &assignment);
                     prop_assert_eq!(&assignment, &route(kind, seed, &request));
                     let metrics = RouteMetrics::new(&request, &assignment);
-                    prop_assert!(metrics.kept <= metrics.demand);
+                    if kind.build(seed).keeps_top_k() {
+                        prop_assert_eq!(assignment.width(), top_k);
+                        prop_assert!(metrics.kept <= metrics.demand);
+                    } else {
+                        prop_assert_eq!(kind, RouterKind::ExpertChoice);
+                        let most = (0..tokens).map(|token| assignment.slots(token).count()).max().unwrap_or(0);
+                        prop_assert_eq!(assignment.width(), most.max(top_k));
+                        prop_assert_eq!(assignment.gate_mass_bound(), None);
+                    }
                     if let Some(bound) = assignment.gate_mass_bound() {
                         prop_assert!(metrics.gate_mass <= bound * (1.0 + 1e-9));
                     }
@@ -270,6 +279,46 @@ fn the_most_experts_there_can_be_are_fine() {
     for kind in limited() {
         check(&request, &route(kind, 7, &request));
     }
+}
+
+#[test]
+fn the_place_in_the_batch_does_not_matter_to_those_that_see_the_whole_of_it() {
+    let (tokens, experts, top_k) = (96, 8, 3);
+    // Many equal scores, and rows that differ.
+    let row = |token: usize| (0..experts).map(move |expert| ((token / 2 * 31 + expert * 17) % (7 + token % 3)) as f32);
+    let straight: Vec<f32> = (0..tokens).flat_map(row).collect();
+    let turned: Vec<f32> = (0..tokens).rev().flat_map(row).collect();
+    for rule in [CapacityRule::per_expert(1.0), CapacityRule::per_expert(0.8), CapacityRule::per_device(1.0, 3)] {
+        let capacity = rule.capacity(tokens, experts, top_k).unwrap();
+        for kind in [RouterKind::ExpandedDrop, RouterKind::ExpertChoice, RouterKind::Sinkhorn, RouterKind::Auction] {
+            let sets = |values: &[f32]| {
+                let scores = scores_of(values, experts);
+                let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+                let assignment = route(kind, 0, &request);
+                let row = |token: usize| {
+                    let content: Vec<u32> = scores.gate(token).iter().map(|score| score.to_bits()).collect();
+                    (content, assignment.slots(token).map(|(expert, _)| expert.index()).collect::<Vec<_>>())
+                };
+                let mut sets: Vec<_> = (0..tokens).map(row).collect();
+                sets.sort();
+                sets
+            };
+            assert_eq!(sets(&straight), sets(&turned), "{}", kind.name());
+        }
+    }
+}
+
+#[test]
+fn expert_choice_can_keep_more_than_was_asked_for() {
+    let (tokens, experts, top_k) = (64, 8, 2);
+    let values: Vec<f32> = (0..tokens * experts).map(|at| (at * 29 % 101) as f32 / 40.0).collect();
+    let scores = scores_of(&values, experts);
+    let capacity = CapacityRule::per_expert(1.5).capacity(tokens, experts, top_k).unwrap();
+    let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+    let assignment = route(RouterKind::ExpertChoice, 0, &request);
+    check(&request, &assignment);
+    assert_eq!(assignment.load(), vec![24; experts]);
+    assert_eq!(RouteMetrics::new(&request, &assignment).survival(), 1.5);
 }
 
 /// The published benchmark's square form: N tokens, N experts, density 0.3, ⌈capacity⌉; survival of one seed.

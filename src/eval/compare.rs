@@ -46,9 +46,9 @@ pub struct RouterFigures {
     pub devices: Option<usize>,
     /// Largest load of a device over its share, minus 1.
     pub device_max_violation: Option<f64>,
-    /// Kept slots / slots.
+    /// Kept slots / slots asked for; above 1 where tokens get more experts than they asked for.
     pub survival: f64,
-    /// Dropped slots in all layers and batches together.
+    /// Dropped slots in all layers and batches together; 0 where more were kept than asked for.
     pub dropped_slots: u64,
     /// Tokens that got no expert in a layer, all layers and batches together.
     pub tokens_without_expert: u64,
@@ -56,7 +56,8 @@ pub struct RouterFigures {
     pub demand_max_violation: f64,
     /// Kept gate mass / gate mass of unconstrained top-k.
     pub gate_mass: f64,
-    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit.
+    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit or gives
+    /// tokens more experts than they asked for.
     pub gate_mass_vs_bound: Option<f64>,
     /// Perplexity of the model with this router.
     pub perplexity: f64,
@@ -149,13 +150,14 @@ pub fn run(
 /// Certified bounds on gate mass, from the router itself or, for those that know none, from the phase router's prices on
 /// the same scores.
 struct BoundTracker {
-    /// `None` where the router exceeds its capacity: no bound applies.
+    /// `None` where the router exceeds its capacity or top_k: no bound applies.
     states: Option<Vec<RouteState>>,
 }
 
 impl BoundTracker {
     fn new(router: &dyn Router, layers: usize) -> Self {
-        Self { states: router.respects_capacity().then(|| vec![RouteState::default(); layers]) }
+        let bounded = router.respects_capacity() && router.keeps_top_k();
+        Self { states: bounded.then(|| vec![RouteState::default(); layers]) }
     }
 
     fn bound(&mut self, routing: &Routing, context: RouteContext<'_>) -> Result<Option<f64>> {
@@ -259,7 +261,7 @@ impl Sums {
             devices,
             device_max_violation: self.device_max_violation.map(|sum| sum / balanced),
             survival: if self.demand == 0 { 1.0 } else { self.kept as f64 / self.demand as f64 },
-            dropped_slots: self.demand - self.kept,
+            dropped_slots: self.demand.saturating_sub(self.kept),
             tokens_without_expert: self.tokens_without_expert,
             demand_max_violation: self.demand_max_violation / balanced,
             gate_mass: self.gate_mass / count,

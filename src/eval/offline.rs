@@ -1,6 +1,6 @@
 //! Routing captured gate logits without the model: what a router does with a layer of a [`GateTrace`], batch by batch.
 //!
-//! `logits [tokens, experts] → scores → router → experts and weights [tokens, top_k]`, with the slots there was room for and
+//! `logits [tokens, experts] → scores → router → experts and weights [tokens, width]`, with the slots there was room for and
 //! the figures of the whole layer. Router states (prices) are carried from batch to batch, as in the model.
 //!
 //! Knows nothing of transformers, options or tables.
@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::trace::{GateTrace, LayerTrace};
 use crate::error::{Error, Result};
+use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule, Placement, Shares};
 use crate::routing::logits::Logits;
 use crate::routing::metrics::RouteMetrics;
@@ -68,9 +69,11 @@ pub struct OfflineRouter {
 /// One layer, routed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RoutedLayer {
-    /// Expert ids, `[tokens, top_k]`; −1 where dropped.
+    /// Slots in a row: top_k, or more where some token got more experts than it asked for.
+    pub width: usize,
+    /// Expert ids, `[tokens, width]`; −1 where dropped.
     pub experts: Vec<i32>,
-    /// Combine weights, `[tokens, top_k]`; 0 where dropped.
+    /// Combine weights, `[tokens, width]`; 0 where dropped.
     pub weights: Vec<f32>,
     /// Slots per expert, or per device, over all batches: limits and, in a batch without one, what could be used at most.
     pub capacities: Vec<u32>,
@@ -97,13 +100,14 @@ pub struct LayerFigures {
     pub capacity_total: Option<u64>,
     /// Slots with an expert.
     pub kept: u64,
-    /// Kept slots / slots.
+    /// Kept slots / slots asked for; above 1 where tokens get more experts than they asked for.
     pub survival: f64,
     /// The largest survival possible under these capacities.
     pub feasible_survival: f64,
     /// Kept gate mass / gate mass of unconstrained top-k.
     pub gate_mass: f64,
-    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit.
+    /// Kept gate mass / certified upper bound under these capacities; `None` where the router knows no limit or gives
+    /// tokens more experts than they asked for.
     pub gate_mass_vs_bound: Option<f64>,
     /// Largest load, of a device where limits are per device and else of an expert, over its share, minus 1.
     pub max_violation: f64,
@@ -129,9 +133,10 @@ impl OfflineRouter {
             None => tokens.max(1),
         };
         let router = self.router.build(self.seed);
+        let bounded = router.respects_capacity() && router.keeps_top_k();
         let mut slots = SlotSums::new(experts, self.room.placement(experts)?);
         let (mut state, mut certifier) = (RouteState::default(), RouteState::default());
-        let (mut ids, mut weights, mut nanos) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut assignments, mut nanos) = (Vec::new(), Vec::new());
         let (mut sums, mut bound_sum, mut batches) = (MassSums::default(), Some(0.0), 0usize);
         let mut figures = LayerFigures { layer: layer.layer, tokens, experts, ..LayerFigures::default() };
         for start in (0..tokens).step_by(batch_tokens) {
@@ -161,7 +166,7 @@ impl OfflineRouter {
                 }
             };
             let metrics = RouteMetrics::new(&request, &assignment);
-            bound_sum = bound_sum.zip(bound.filter(|_| router.respects_capacity())).map(|(sum, bound)| sum + bound);
+            bound_sum = bound_sum.zip(bound.filter(|_| bounded)).map(|(sum, bound)| sum + bound);
             (figures.demand, figures.kept) = (figures.demand + metrics.demand, figures.kept + metrics.kept);
             sums.feasible += feasible as u64;
             sums.top_k += metrics.top_k_gate_mass;
@@ -169,8 +174,7 @@ impl OfflineRouter {
             figures.max_violation += metrics.devices.unwrap_or(metrics.experts).max_violation;
             figures.load_cv += metrics.experts.cv;
             batches += 1;
-            ids.extend(assignment.ids());
-            weights.extend_from_slice(assignment.weights());
+            assignments.push(assignment);
             slots.add(&capacity, rows, top_k);
         }
         nanos.sort_by(f64::total_cmp);
@@ -183,8 +187,11 @@ impl OfflineRouter {
         figures.max_violation /= batches.max(1) as f64;
         figures.load_cv /= batches.max(1) as f64;
         figures.route_nanos_per_token = nanos.get(nanos.len() / 2).copied().unwrap_or(0.0);
+        let width = assignments.iter().map(Assignment::width).max().unwrap_or(top_k);
+        let (experts, weights) = in_rows(&assignments, width);
         Ok(RoutedLayer {
-            experts: ids,
+            width,
+            experts,
             weights,
             per_device: slots.placement.is_some(),
             capacities: slots.pools,
@@ -192,6 +199,24 @@ impl OfflineRouter {
             figures,
         })
     }
+}
+
+/// Ids and weights of all batches, `[tokens, width]`; narrower rows end in empty slots.
+fn in_rows(assignments: &[Assignment], width: usize) -> (Vec<i32>, Vec<f32>) {
+    let tokens = assignments.iter().map(Assignment::tokens).sum::<usize>();
+    let (mut ids, mut weights) = (Vec::with_capacity(tokens * width), Vec::with_capacity(tokens * width));
+    for assignment in assignments {
+        let of_batch: Vec<i32> = assignment.ids().collect();
+        for row in of_batch.chunks_exact(assignment.width()) {
+            ids.extend_from_slice(row);
+            ids.resize(ids.len() + width - row.len(), -1);
+        }
+        for row in assignment.weights().chunks_exact(assignment.width()) {
+            weights.extend_from_slice(row);
+            weights.resize(weights.len() + width - row.len(), 0.0);
+        }
+    }
+    (ids, weights)
 }
 
 #[derive(Default)]
@@ -286,7 +311,9 @@ mod tests {
             assert!(routed.experts.iter().zip(&routed.weights).all(|(&expert, &weight)| expert >= 0 || weight == 0.0));
             // Both batches: min(16, 4) + min(16, 8) + 0 + min(16, 2) of 32 slots.
             assert_eq!((routed.figures.feasible_survival, routed.figures.capacity_total), (28.0 / 64.0, Some(28)));
-            assert_eq!(routed.figures.gate_mass_vs_bound.is_none(), router == RouterKind::TopK);
+            let bounded = !matches!(router, RouterKind::TopK | RouterKind::ExpertChoice);
+            assert_eq!(routed.figures.gate_mass_vs_bound.is_some(), bounded, "{router:?}");
+            assert_eq!(routed.experts.len(), 32 * routed.width, "{router:?}");
             assert!(routed.figures.route_nanos_per_token > 0.0);
         }
     }

@@ -28,7 +28,7 @@ pub(super) fn slot_weights(
     if !logits.track_op() {
         return Ok(Tensor::from_slice(plan.weights(), (kept, 1), device)?);
     }
-    let (tokens, top_k) = (assignment.tokens(), assignment.top_k());
+    let (tokens, width) = (assignment.tokens(), assignment.width());
     let selection = assignment.raw_selection();
     let ids: Vec<u32> = selection.iter().map(|&expert| if expert == EMPTY { 0 } else { expert.into() }).collect();
     let filled: Vec<f32> = selection.iter().map(|&expert| if expert == EMPTY { 0.0 } else { 1.0 }).collect();
@@ -36,14 +36,14 @@ pub(super) fn slot_weights(
         ScoreFunction::Softmax => softmax(logits, D::Minus1)?,
         ScoreFunction::Sigmoid => sigmoid(logits)?,
     };
-    let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, top_k), device)?, 1)?;
-    let chosen = (chosen * Tensor::from_vec(filled, (tokens, top_k), device)?)?;
+    let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, width), device)?, 1)?;
+    let chosen = (chosen * Tensor::from_vec(filled, (tokens, width), device)?)?;
     let weights = match scoring.normalize {
         // A token without any slot has sum 0 and no slot that would read its weight.
         true => chosen.broadcast_div(&chosen.sum_keepdim(1)?.maximum(f64::from(f32::MIN_POSITIVE))?)?,
         false => chosen,
     };
-    let weights = (weights * f64::from(scoring.scale))?.reshape((tokens * top_k, 1))?;
+    let weights = (weights * f64::from(scoring.scale))?.reshape((tokens * width, 1))?;
     Ok(weights.index_select(&Tensor::from_slice(plan.slots(), kept, device)?, 0)?)
 }
 

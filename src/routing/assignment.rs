@@ -1,6 +1,7 @@
 //! The result of routing: [`Assignment`], which experts each token got and with which combine weights.
 //!
-//! Shape `[tokens, top_k]`. A slot without an expert was dropped: its weight is 0 and it is not given to its neighbours,
+//! Shape `[tokens, width]`; the width is the request's `top_k`, and more where a router gives a token more experts than it
+//! asked for. A slot without an expert was dropped: its weight is 0 and it is not given to its neighbours,
 //! because weights are made from the whole selection before drops:
 //! `weight = gate score · scale` or, where the model normalises, `gate score / Σ gate scores of the selection · scale`.
 //!
@@ -13,12 +14,13 @@ use crate::routing::scores::Scores;
 /// Marks a slot without an expert in compact tables of ids.
 pub(crate) const EMPTY: u16 = u16::MAX;
 
-/// Experts and combine weights of every token, `[tokens, top_k]`.
+/// Experts and combine weights of every token, `[tokens, width]`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Assignment {
     tokens: usize,
     experts: usize,
     top_k: usize,
+    width: usize,
     chosen: Vec<u16>,
     /// The selection before drops, only where some slot was dropped.
     selection: Option<Vec<u16>>,
@@ -27,31 +29,40 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    /// From a selection (`[tokens, top_k]` ids, [`EMPTY`] allowed) and which of its slots were kept (all, if `None`).
-    pub(crate) fn from_selection(scores: &Scores, top_k: usize, mut chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
-        let mut weights = vec![0f32; chosen.len()];
-        for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
+    /// From a selection (`[tokens, width]` ids, [`EMPTY`] allowed) and which of its slots were kept (all, if `None`).
+    pub(crate) fn from_selection(scores: &Scores, top_k: usize, chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
+        let (tokens, experts) = (scores.tokens(), scores.experts());
+        let width = chosen.len().checked_div(tokens).unwrap_or(top_k);
+        let weights = vec![0f32; chosen.len()];
+        let mut made = Self { tokens, experts, top_k, width, chosen, selection: None, weights, gate_mass_bound: None };
+        for (token, (chosen, weights)) in
+            made.chosen.chunks_exact(width).zip(made.weights.chunks_exact_mut(width)).enumerate()
+        {
             weigh(scores, scores.gate(token), chosen, weights);
         }
-        let dropped = |kept: &&[bool]| kept.iter().zip(&chosen).any(|(kept, &expert)| !kept && expert != EMPTY);
-        let kept = kept.filter(dropped);
-        let selection = kept.map(|_| chosen.clone());
-        for (slot, _) in kept.unwrap_or_default().iter().enumerate().filter(|(_, kept)| !**kept) {
-            chosen[slot] = EMPTY;
-            weights[slot] = 0.0;
-        }
-        let (tokens, experts) = (scores.tokens(), scores.experts());
-        Self { tokens, experts, top_k, chosen, selection, weights, gate_mass_bound: None }
+        made.drop_slots(kept.unwrap_or_default().iter().copied());
+        made
     }
 
     /// Makes it one for `scores` with nothing dropped, and lends its ids and weights (`[tokens, top_k]`, whatever they held
     /// before) to be written.
     pub(crate) fn refill(&mut self, scores: &Scores, top_k: usize) -> (&mut [u16], &mut [f32]) {
-        (self.tokens, self.experts, self.top_k) = (scores.tokens(), scores.experts(), top_k);
+        (self.tokens, self.experts) = (scores.tokens(), scores.experts());
+        (self.top_k, self.width) = (top_k, top_k);
         (self.selection, self.gate_mass_bound) = (None, None);
         self.chosen.resize(self.tokens * top_k, EMPTY);
         self.weights.resize(self.tokens * top_k, 0.0);
         (&mut self.chosen, &mut self.weights)
+    }
+
+    /// Empties the slots that are not `kept`; weights are made already, from the whole selection.
+    pub(crate) fn drop_slots(&mut self, kept: impl Iterator<Item = bool>) {
+        for (slot, _) in kept.enumerate().filter(|(_, kept)| !kept) {
+            if self.chosen[slot] != EMPTY {
+                self.selection.get_or_insert_with(|| self.chosen.clone());
+                (self.chosen[slot], self.weights[slot]) = (EMPTY, 0.0);
+            }
+        }
     }
 
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
@@ -100,7 +111,8 @@ impl Assignment {
             }
         }
         let tokens = ids.len() / top_k;
-        Ok(Self { tokens, experts, top_k, chosen, selection: None, weights: weights.to_vec(), gate_mass_bound: None })
+        let weights = weights.to_vec();
+        Ok(Self { tokens, experts, top_k, width: top_k, chosen, selection: None, weights, gate_mass_bound: None })
     }
 
     pub(crate) fn with_gate_mass_bound(self, bound: f64) -> Self {
@@ -117,9 +129,14 @@ impl Assignment {
         self.experts
     }
 
-    /// Slots per token.
+    /// Slots a token asked for.
     pub fn top_k(&self) -> usize {
         self.top_k
+    }
+
+    /// Slots in a row of the tables: [`Assignment::top_k`], or more where some token got more experts than it asked for.
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     /// Expert of a slot; `None` where it was dropped.
@@ -127,8 +144,8 @@ impl Assignment {
     /// # Panics
     /// When `token` or `slot` is out of range.
     pub fn expert(&self, token: usize, slot: usize) -> Option<ExpertId> {
-        assert!(slot < self.top_k, "slot {slot} of top_k {}", self.top_k);
-        let expert = self.chosen[token * self.top_k + slot];
+        assert!(slot < self.width, "slot {slot} of width {}", self.width);
+        let expert = self.chosen[token * self.width + slot];
         (expert != EMPTY).then(|| ExpertId::from_raw(expert))
     }
 
@@ -137,7 +154,7 @@ impl Assignment {
     /// # Panics
     /// When `token` is out of range.
     pub fn slots(&self, token: usize) -> impl Iterator<Item = (ExpertId, f32)> + '_ {
-        let range = token * self.top_k..(token + 1) * self.top_k;
+        let range = token * self.width..(token + 1) * self.width;
         self.chosen[range.clone()]
             .iter()
             .zip(&self.weights[range])
@@ -145,12 +162,12 @@ impl Assignment {
             .map(|(&expert, &weight)| (ExpertId::from_raw(expert), weight))
     }
 
-    /// Combine weights, `[tokens, top_k]` row-major; 0 where dropped.
+    /// Combine weights, `[tokens, width]` row-major; 0 where dropped.
     pub fn weights(&self) -> &[f32] {
         &self.weights
     }
 
-    /// Expert ids, `[tokens, top_k]` row-major; −1 where dropped.
+    /// Expert ids, `[tokens, width]` row-major; −1 where dropped.
     pub fn ids(&self) -> impl Iterator<Item = i32> + '_ {
         self.chosen.iter().map(|&expert| if expert == EMPTY { -1 } else { i32::from(expert) })
     }

@@ -104,28 +104,29 @@ impl RouteMetrics {
             demand,
             kept: assignment.kept() as u64,
             tokens_without_expert: (0..scores.tokens()).filter(without).count() as u64,
-            gate_mass: gate_mass(request, assignment.raw()),
-            top_k_gate_mass: gate_mass(request, &choice),
+            gate_mass: gate_mass(request, assignment.raw(), assignment.width()),
+            top_k_gate_mass: gate_mass(request, &choice, top_k),
             experts: Balance::new(&load, &expert_shares, demand),
             devices,
             demand_max_violation,
         }
     }
 
-    /// Kept slots over demand; 1 when nothing was asked for.
+    /// Kept slots over demand; 1 when nothing was asked for. Above 1 where tokens get more experts than they asked for.
     pub fn survival(&self) -> f64 {
         if self.demand == 0 { 1.0 } else { self.kept as f64 / self.demand as f64 }
     }
 
-    /// Kept gate mass over that of unconstrained top-k; 1 when there is none.
+    /// Kept gate mass over that of unconstrained top-k; 1 when there is none. Above 1 only where a model's selection bias
+    /// keeps top-k from its best, or tokens get more experts than they asked for.
     pub fn gate_mass_share(&self) -> f64 {
         if self.top_k_gate_mass == 0.0 { 1.0 } else { self.gate_mass / self.top_k_gate_mass }
     }
 }
 
-/// Sum of the gate scores of the slots in `chosen`, `[tokens, top_k]`.
-pub(crate) fn gate_mass(request: &RouteRequest<'_>, chosen: &[u16]) -> f64 {
-    let rows = chosen.chunks_exact(request.top_k()).enumerate();
+/// Sum of the gate scores of the slots in `chosen`, `[tokens, width]`.
+pub(crate) fn gate_mass(request: &RouteRequest<'_>, chosen: &[u16], width: usize) -> f64 {
+    let rows = chosen.chunks_exact(width).enumerate();
     rows.map(|(token, chosen)| {
         let gate = request.scores().gate(token);
         chosen

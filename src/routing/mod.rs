@@ -2,9 +2,13 @@
 //!
 //! `Logits → Scores → (Mass) → Router + Capacity → Assignment → DispatchPlan`, one file per noun.
 
+mod admission;
 pub mod assignment;
+pub mod balanced;
 pub mod capacity;
 pub mod drop;
+pub mod expanded;
+pub mod expert_choice;
 pub mod hash;
 pub mod logits;
 pub mod mass;

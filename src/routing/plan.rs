@@ -38,7 +38,7 @@ impl DispatchPlan {
     /// The same in place of what the plan held before; nothing is allocated once it has held as many slots and experts.
     pub fn refill(&mut self, assignment: &Assignment) {
         let Self { offsets, tokens, slots, weights } = self;
-        let (chosen, top_k) = (assignment.raw(), assignment.top_k());
+        let (chosen, width) = (assignment.raw(), assignment.width().max(1));
         // Two places further on than in the end: counts become starts in one of them and, as slots are placed, ends.
         offsets.clear();
         offsets.resize(assignment.experts() + 2, 0);
@@ -52,8 +52,8 @@ impl DispatchPlan {
         tokens.resize(kept, 0);
         slots.resize(kept, 0);
         weights.resize(kept, 0.0);
-        let rows = chosen.chunks_exact(top_k.max(1)).zip(assignment.weights().chunks_exact(top_k.max(1)));
-        for ((token, slot), (chosen, values)) in (0u32..).zip((0u32..).step_by(top_k.max(1))).zip(rows) {
+        let rows = chosen.chunks_exact(width).zip(assignment.weights().chunks_exact(width));
+        for ((token, slot), (chosen, values)) in (0u32..).zip((0u32..).step_by(width)).zip(rows) {
             for ((slot, &expert), &weight) in (slot..).zip(chosen).zip(values) {
                 if expert != EMPTY {
                     let next = &mut offsets[usize::from(expert) + 1];
@@ -76,7 +76,7 @@ impl DispatchPlan {
         &self.tokens
     }
 
-    /// Position of each sorted slot in the assignment, `token · top_k + slot`.
+    /// Position of each sorted slot in the assignment, `token · width + slot`.
     pub fn slots(&self) -> &[u32] {
         &self.slots
     }

@@ -11,7 +11,10 @@
 //! Knows nothing of what the routers do; each has its defaults, and further settings are made on its own type.
 
 use crate::error::{Error, Result};
+use crate::routing::balanced::{auction::Auction, sinkhorn::Sinkhorn};
 use crate::routing::drop::DropRule;
+use crate::routing::expanded::ExpandedDrop;
+use crate::routing::expert_choice::ExpertChoice;
 use crate::routing::hash::{Hash, WeightedHash};
 use crate::routing::phase::PhaseRouter;
 use crate::routing::phase::banded::PhaseKernel;
@@ -30,6 +33,14 @@ pub enum RouterKind {
     TopKRank,
     /// The same, dropping the lowest scores.
     TopKScore,
+    /// The same, overflow going to local experts with room.
+    ExpandedDrop,
+    /// Each expert picks its tokens.
+    ExpertChoice,
+    /// Scores balanced by entropy-regularised transport, then top-k.
+    Sinkhorn,
+    /// Balanced assignment by auction.
+    Auction,
     /// Uniform hash of the token id.
     Hash,
     /// Hash of the token id in proportion to capacity.
@@ -44,11 +55,15 @@ pub enum RouterKind {
 
 impl RouterKind {
     /// All routers, in the order in which tables list them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::TopK,
         Self::TopKArrival,
         Self::TopKRank,
         Self::TopKScore,
+        Self::ExpandedDrop,
+        Self::ExpertChoice,
+        Self::Sinkhorn,
+        Self::Auction,
         Self::Hash,
         Self::WeightedHash,
         Self::PhaseKernel,
@@ -68,6 +83,10 @@ impl RouterKind {
             Self::TopKArrival => Box::new(TopK { drop: Some(DropRule::Arrival) }),
             Self::TopKRank => Box::new(TopK { drop: Some(DropRule::Rank) }),
             Self::TopKScore => Box::new(TopK { drop: Some(DropRule::Score) }),
+            Self::ExpandedDrop => Box::new(ExpandedDrop::default()),
+            Self::ExpertChoice => Box::new(ExpertChoice),
+            Self::Sinkhorn => Box::new(Sinkhorn::default()),
+            Self::Auction => Box::new(Auction::default()),
             Self::Hash => Box::new(Hash { seed }),
             Self::WeightedHash => Box::new(WeightedHash { seed }),
             Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
@@ -100,8 +119,8 @@ mod tests {
         }
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
-            "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-rank, top-k-score, hash, weighted-hash, \
-             phase-kernel, quota, phase"
+            "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-rank, top-k-score, expanded-drop, \
+             expert-choice, sinkhorn, auction, hash, weighted-hash, phase-kernel, quota, phase"
         );
     }
 }

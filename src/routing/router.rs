@@ -164,6 +164,12 @@ pub trait Router: Send + Sync {
         true
     }
 
+    /// True when no token ever gets more experts than it asks for: only then does a bound on the gate mass of top_k experts
+    /// a token say anything.
+    fn keeps_top_k(&self) -> bool {
+        true
+    }
+
     /// Routes one batch of one layer into `assignment`, whatever that held before; `state` is that layer's.
     ///
     /// With an assignment and a scratch that have seen a batch as large, the routers of a hot path allocate nothing.

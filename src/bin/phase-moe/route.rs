@@ -82,7 +82,7 @@ impl Route {
         for layer in &trace.layers {
             let routed = router.route(&trace, layer)?;
             unlimited = unlimited.max(routed.batches_below_minimum);
-            tensors.extend(self.out.iter().flat_map(|_| named(&routed, top_k)));
+            tensors.extend(self.out.iter().flat_map(|_| named(&routed)));
             layers.push(routed.figures);
         }
         if let Room::Rule(rule) = &router.room {
@@ -143,12 +143,12 @@ impl Route {
 }
 
 /// The tensors of a routed layer.
-fn named(routed: &RoutedLayer, top_k: usize) -> [NamedTensor; 3] {
+fn named(routed: &RoutedLayer) -> [NamedTensor; 3] {
     let LayerFigures { layer, tokens, .. } = routed.figures;
     let capacities = if routed.per_device { "device_capacities" } else { "capacities" };
     [
-        NamedTensor::i32(format!("layer.{layer}.experts"), [tokens, top_k], &routed.experts),
-        NamedTensor::f32(format!("layer.{layer}.weights"), [tokens, top_k], &routed.weights),
+        NamedTensor::i32(format!("layer.{layer}.experts"), [tokens, routed.width], &routed.experts),
+        NamedTensor::f32(format!("layer.{layer}.weights"), [tokens, routed.width], &routed.weights),
         NamedTensor::u32(format!("layer.{layer}.{capacities}"), [routed.capacities.len()], &routed.capacities),
     ]
 }

@@ -1,0 +1,115 @@
+//! Admission: who gets in where slots compete for room, the same whatever place in the batch they have.
+//!
+//! The higher score goes first; equal scores go by the tokens' source mass, then by the content of their rows, then by
+//! expert. Only slots of identical rows are told apart by index.
+//!
+//! Knows nothing of how the slots came to want what they want.
+
+use std::cell::OnceCell;
+use std::cmp::Ordering;
+
+use crate::routing::assignment::EMPTY;
+use crate::routing::mass::Mass;
+use crate::routing::router::RouteRequest;
+
+/// One slot and the expert it asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Wish {
+    pub(crate) score: f32,
+    pub(crate) token: u32,
+    pub(crate) expert: u16,
+    /// Position in the table that the caller keeps.
+    pub(crate) slot: usize,
+}
+
+/// The order in which wishes of one batch are granted.
+pub(crate) struct Precedence<'a> {
+    request: &'a RouteRequest<'a>,
+    rank: OnceCell<Vec<u32>>,
+}
+
+impl<'a> Precedence<'a> {
+    pub(crate) fn new(request: &'a RouteRequest<'a>) -> Self {
+        Self { request, rank: OnceCell::new() }
+    }
+
+    /// Position of each token in the order in which tokens lose: the least source mass first.
+    ///
+    /// Made when first asked for: most batches have no equal scores.
+    pub(crate) fn rank(&self) -> &[u32] {
+        self.rank.get_or_init(|| {
+            let scores = self.request.scores();
+            let mass = Mass::new(scores, self.request.top_k());
+            let mut tokens: Vec<u32> = (0..scores.tokens() as u32).collect();
+            tokens.sort_unstable_by(|&a, &b| {
+                let (row, other) = (a as usize, b as usize);
+                mass.values()[row]
+                    .total_cmp(&mass.values()[other])
+                    .then_with(|| by_content(scores.selection(row), scores.selection(other)))
+                    .then_with(|| by_content(scores.gate(row), scores.gate(other)))
+                    .then(b.cmp(&a))
+            });
+            let mut rank = vec![0; tokens.len()];
+            tokens.iter().zip(0..).for_each(|(&token, place)| rank[token as usize] = place);
+            rank
+        })
+    }
+
+    /// [`Ordering::Less`] when `a` is granted before `b`.
+    pub(crate) fn compare(&self, a: &Wish, b: &Wish) -> Ordering {
+        // A sum with +0 makes the two zeros one.
+        (b.score + 0.0)
+            .total_cmp(&(a.score + 0.0))
+            .then_with(|| self.rank()[b.token as usize].cmp(&self.rank()[a.token as usize]))
+            .then(a.expert.cmp(&b.expert))
+    }
+
+    /// Grants `wishes` in order of precedence while their pools have room: takes it, and calls `granted` for each.
+    pub(crate) fn admit(&self, wishes: &mut [Wish], room: &mut [u32], mut granted: impl FnMut(&Wish)) {
+        wishes.sort_unstable_by(|a, b| self.compare(a, b));
+        for wish in wishes {
+            let room = &mut room[self.request.capacity().pool_of(wish.expert)];
+            if *room > 0 {
+                *room -= 1;
+                granted(wish);
+            }
+        }
+    }
+}
+
+fn by_content(a: &[f32], b: &[f32]) -> Ordering {
+    a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
+}
+
+/// Which slots of `chosen` (`[tokens, top_k]`, [`EMPTY`] allowed) stay within `room`, the highest gate scores first.
+pub(crate) fn keep_best(precedence: &Precedence<'_>, chosen: &[u16], room: &mut [u32]) -> Vec<bool> {
+    let (scores, top_k) = (precedence.request.scores(), precedence.request.top_k());
+    let filled = chosen.iter().enumerate().filter(|(_, expert)| **expert != EMPTY);
+    let mut wishes: Vec<Wish> = filled
+        .map(|(slot, &expert)| {
+            let token = slot / top_k;
+            Wish { score: scores.gate(token)[usize::from(expert)], token: token as u32, expert, slot }
+        })
+        .collect();
+    let mut kept = vec![false; chosen.len()];
+    precedence.admit(&mut wishes, room, |wish| kept[wish.slot] = true);
+    kept
+}
+
+/// Puts each token's slots in order of falling selection score, as top-k has them; empty ones last.
+pub(crate) fn lay_out(request: &RouteRequest<'_>, chosen: &mut [u16], kept: &mut [bool]) {
+    let top_k = request.top_k();
+    for (token, (chosen, kept)) in chosen.chunks_exact_mut(top_k).zip(kept.chunks_exact_mut(top_k)).enumerate() {
+        let selection = request.scores().selection(token);
+        let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
+        let before = |a: u16, b: u16| score(a) > score(b) || (score(a) == score(b) && a < b);
+        for slot in 1..top_k {
+            let mut place = slot;
+            while place > 0 && before(chosen[place], chosen[place - 1]) {
+                chosen.swap(place, place - 1);
+                kept.swap(place, place - 1);
+                place -= 1;
+            }
+        }
+    }
+}
