@@ -115,8 +115,8 @@ impl Assignment {
         Ok(Self { tokens, experts, top_k, width: top_k, chosen, selection: None, weights, gate_mass_bound: None })
     }
 
-    pub(crate) fn with_gate_mass_bound(self, bound: f64) -> Self {
-        Self { gate_mass_bound: Some(bound), ..self }
+    pub(crate) fn set_gate_mass_bound(&mut self, bound: f64) {
+        self.gate_mass_bound = Some(bound);
     }
 
     /// Rows.

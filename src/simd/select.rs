@@ -238,7 +238,7 @@ fn threshold<L: Lanes>(
 
 /// Sorts the first `count` of `values` (−∞ behind them), largest first; equals stay in the order they stand in.
 #[inline(always)]
-fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES], count: usize, best: &mut Best) {
+pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES], count: usize, best: &mut Best) {
     let mut ranks = [0; LANES];
     lanes.ranks(values, count, &mut ranks);
     let mut taken = 0u32;

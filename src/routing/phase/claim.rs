@@ -169,13 +169,16 @@ impl<'a> Holding<'a> {
         // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs. Losses only grow,
         // as pools fill up.
         let mut far_least = Some(0);
+        let mut first = true;
         let mut heap = BinaryHeap::new();
         let mut equals = Vec::new();
         while over > 0 {
             if let Some(least) = far_least
                 && heap.peek().is_none_or(|Reverse((key, _))| *key >= least)
             {
-                far.retain(|&(_, slot): &(u32, usize)| self.left[problem.pool(self.chosen[slot])] < 0);
+                if !std::mem::take(&mut first) {
+                    far.retain(|&(_, slot): &(u32, usize)| self.left[problem.pool(self.chosen[slot])] < 0);
+                }
                 let next = NEAR * over as usize + FEW;
                 let near = if next < far.len() {
                     let at = far.len() - next;

@@ -55,8 +55,10 @@ use self::place::place;
 use self::price::{Claims, Lens};
 use self::problem::Problem;
 use crate::error::{Error, Result};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::simd::select::{Best, order};
+use crate::simd::{Kernel, LANES, Lanes};
 
 /// One row in so many is in the sample that cold prices start from.
 const SAMPLE: usize = 8;
@@ -122,7 +124,7 @@ impl Router for PhaseRouter {
     ) -> Result<()> {
         let unlimited = vec![u32::MAX; request.scores().experts()];
         let problem = Problem::new(request, request.capacity().limits().unwrap_or(&unlimited), scratch.isa());
-        *assignment = Run::new(self, request, &problem).run(state);
+        Run::new(self, request, &problem).run(state, assignment);
         Ok(())
     }
 }
@@ -145,7 +147,7 @@ impl<'a> Run<'a> {
         Self { router, request, problem, rows, claims, bound: f64::INFINITY }
     }
 
-    fn run(mut self, state: &mut RouteState) -> Assignment {
+    fn run(mut self, state: &mut RouteState, assignment: &mut Assignment) {
         let problem = self.problem;
         let pools = problem.room.len();
         let nothing = Descent::new(problem, &self.rows, 0);
@@ -158,8 +160,8 @@ impl<'a> Run<'a> {
             if limited {
                 state.prices = zero.prices;
             }
-            let kept: Vec<bool> = self.claims.chosen.iter().map(|&expert| expert != EMPTY).collect();
-            return self.assignment(self.claims.chosen.clone(), kept);
+            let mut kept = vec![true; self.claims.chosen.len()];
+            return self.assign(&self.claims.chosen, &mut kept, assignment);
         }
 
         let rows = std::mem::take(&mut self.rows);
@@ -200,8 +202,8 @@ impl<'a> Run<'a> {
             tolerance *= 0.1;
         }
         state.prices = point.prices;
-        let (chosen, kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
-        self.assignment(chosen, kept)
+        let (chosen, mut kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
+        self.assign(&chosen, &mut kept, assignment);
     }
 
     /// Prices to start from: those of the last batch where they help, else those of a sample, else zero.
@@ -246,30 +248,83 @@ impl<'a> Run<'a> {
     }
 
     /// Rows back to tokens, each token's slots by selection score.
-    fn assignment(&self, chosen: Vec<u16>, kept: Vec<bool>) -> Assignment {
+    fn assign(&self, chosen: &[u16], kept: &mut [bool], assignment: &mut Assignment) {
         let (problem, top_k) = (self.problem, self.problem.top_k);
-        let tokens = problem.scores.tokens();
-        let mut all = (vec![EMPTY; tokens * top_k], vec![false; tokens * top_k]);
-        for (row, (chosen, kept)) in chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)).enumerate() {
-            let at = problem.tokens[row] as usize * top_k;
-            let (into, stays) = (&mut all.0[at..at + top_k], &mut all.1[at..at + top_k]);
-            into.copy_from_slice(chosen);
-            stays.copy_from_slice(kept);
-            let selection = problem.selection(row);
-            let before = |a: u16, b: u16| {
-                let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
-                score(a) > score(b) || (score(a) == score(b) && a < b)
-            };
-            for slot in 1..top_k {
-                let mut place = slot;
-                while place > 0 && before(into[place], into[place - 1]) {
-                    into.swap(place, place - 1);
-                    stays.swap(place, place - 1);
-                    place -= 1;
-                }
-            }
+        let (into, weights) = assignment.refill(problem.scores, top_k);
+        if problem.rows() < problem.scores.tokens() {
+            into.fill(EMPTY);
+            weights.fill(0.0);
         }
-        Assignment::from_selection(problem.scores, top_k, all.0, Some(&all.1)).with_gate_mass_bound(self.bound)
+        problem.isa.run(Arrange { problem, chosen, kept, into, weights });
+        if kept.contains(&false) {
+            let mut all = vec![false; problem.scores.tokens() * top_k];
+            for (&token, kept) in problem.tokens.iter().zip(kept.chunks_exact(top_k)) {
+                all[token as usize * top_k..][..top_k].copy_from_slice(kept);
+            }
+            assignment.drop_slots(all.into_iter());
+        }
+        assignment.set_gate_mass_bound(self.bound);
+    }
+}
+
+/// Writes the slots of every row to its token, best selection score first, with their weights; `kept` follows.
+struct Arrange<'a> {
+    problem: &'a Problem<'a>,
+    chosen: &'a [u16],
+    kept: &'a mut [bool],
+    into: &'a mut [u16],
+    weights: &'a mut [f32],
+}
+
+impl Kernel for Arrange<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { problem, chosen, kept, into, weights } = self;
+        let top_k = problem.top_k;
+        let mut best = Best::default();
+        for (row, (chosen, kept)) in chosen.chunks_exact(top_k).zip(kept.chunks_exact_mut(top_k)).enumerate() {
+            let at = problem.tokens[row] as usize * top_k;
+            let (into, weights) = (&mut into[at..at + top_k], &mut weights[at..at + top_k]);
+            let selection = problem.selection(row);
+            if top_k <= LANES {
+                let (mut values, mut slots) = ([f32::NEG_INFINITY; LANES], [0; LANES]);
+                for (slot, &expert) in chosen.iter().enumerate() {
+                    slots[slot] = slot as u32;
+                    values[slot] = selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
+                }
+                order(lanes, &values, &slots, top_k, &mut best);
+                let mut before = [false; LANES];
+                before[..top_k].copy_from_slice(kept);
+                for (slot, &from) in best.ids[..top_k].iter().enumerate() {
+                    (into[slot], kept[slot]) = (chosen[from as usize], before[from as usize % LANES]);
+                }
+            } else {
+                into.copy_from_slice(chosen);
+            }
+            settle_equals(selection, into, kept);
+            weigh(problem.scores, problem.gate(row), into, weights);
+        }
+    }
+}
+
+/// Sorts slots by selection score, equals by expert; cheap where they are nearly in order.
+#[inline(always)]
+fn settle_equals(selection: &[f32], chosen: &mut [u16], kept: &mut [bool]) {
+    let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
+    for slot in 1..chosen.len() {
+        let mut place = slot;
+        while place > 0 {
+            let (before, after) = (chosen[place - 1], chosen[place]);
+            let (high, low) = (score(before), score(after));
+            if high > low || (high == low && before <= after) {
+                break;
+            }
+            chosen.swap(place, place - 1);
+            kept.swap(place, place - 1);
+            place -= 1;
+        }
     }
 }
 
