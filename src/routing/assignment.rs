@@ -30,18 +30,7 @@ impl Assignment {
     /// From a selection (`[tokens, top_k]` ids, [`EMPTY`] allowed) and which of its slots were kept (all, if `None`).
     pub(crate) fn from_selection(scores: &Scores, top_k: usize, mut chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
         let mut weights = vec![0f32; chosen.len()];
-        for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
-            let gate = scores.gate(token);
-            let filled = || chosen.iter().filter(|&&expert| expert != EMPTY);
-            let sum: f32 = filled().map(|&expert| gate[usize::from(expert)]).sum();
-            let factor = match scores.normalize() {
-                true if sum > 0.0 => scores.scale() / sum,
-                _ => scores.scale(),
-            };
-            for (weight, &expert) in weights.iter_mut().zip(chosen) {
-                *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
-            }
-        }
+        weigh(scores, top_k, &chosen, &mut weights);
         let dropped = |kept: &&[bool]| kept.iter().zip(&chosen).any(|(kept, &expert)| !kept && expert != EMPTY);
         let kept = kept.filter(dropped);
         let selection = kept.map(|_| chosen.clone());
@@ -51,6 +40,19 @@ impl Assignment {
         }
         let (tokens, experts) = (scores.tokens(), scores.experts());
         Self { tokens, experts, top_k, chosen, selection, weights, gate_mass_bound: None }
+    }
+
+    /// Starts over for another batch in the same vectors: `fill` gets every slot [`EMPTY`], `[tokens, top_k]`, and writes the
+    /// selection, of which nothing is dropped; then come the weights.
+    pub(crate) fn refill(&mut self, scores: &Scores, top_k: usize, fill: impl FnOnce(&mut [u16])) {
+        (self.tokens, self.experts, self.top_k) = (scores.tokens(), scores.experts(), top_k);
+        (self.selection, self.gate_mass_bound) = (None, None);
+        let slots = self.tokens * top_k;
+        self.chosen.clear();
+        self.chosen.resize(slots, EMPTY);
+        self.weights.resize(slots, 0.0);
+        fill(&mut self.chosen);
+        weigh(scores, top_k, &self.chosen, &mut self.weights);
     }
 
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
@@ -165,7 +167,6 @@ impl Assignment {
     }
 
     /// Raw ids of the selection before drops, from which combine weights are made.
-    #[cfg(feature = "candle")]
     pub(crate) fn raw_selection(&self) -> &[u16] {
         self.selection.as_deref().unwrap_or(&self.chosen)
     }
@@ -183,6 +184,22 @@ impl Assignment {
     /// router computes one.
     pub fn gate_mass_bound(&self) -> Option<f64> {
         self.gate_mass_bound
+    }
+}
+
+/// Combine weights of a selection before drops: of every token's gate scores, normalised where the model does.
+fn weigh(scores: &Scores, top_k: usize, chosen: &[u16], weights: &mut [f32]) {
+    for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
+        let gate = scores.gate(token);
+        let filled = || chosen.iter().filter(|&&expert| expert != EMPTY);
+        let sum: f32 = filled().map(|&expert| gate[usize::from(expert)]).sum();
+        let factor = match scores.normalize() {
+            true if sum > 0.0 => scores.scale() / sum,
+            _ => scores.scale(),
+        };
+        for (weight, &expert) in weights.iter_mut().zip(chosen) {
+            *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! `Logits → Scores → (Mass) → Router + Capacity → Assignment → DispatchPlan`, one file per noun.
 
+pub mod affinity;
 pub mod assignment;
+pub mod cache_aware;
 pub mod capacity;
 pub mod drop;
 pub mod hash;
@@ -12,6 +14,7 @@ pub mod metrics;
 pub mod phase;
 pub mod plan;
 pub mod registry;
+pub mod requests;
 pub mod router;
 pub mod scores;
 mod stream;

@@ -11,6 +11,7 @@
 //! Knows nothing of what the routers do; each has its defaults, and further settings are made on its own type.
 
 use crate::error::{Error, Result};
+use crate::routing::cache_aware::CacheRouter;
 use crate::routing::drop::DropRule;
 use crate::routing::hash::{Hash, WeightedHash};
 use crate::routing::phase::PhaseRouter;
@@ -40,11 +41,15 @@ pub enum RouterKind {
     PhaseQuota,
     /// Gate-aware and exact: price, claim, place.
     Phase,
+    /// Prefers experts in fast memory, within a bound on lost gate mass; ignores capacity.
+    Cache,
+    /// The same on top of `phase`, within its limits.
+    CachePhase,
 }
 
 impl RouterKind {
     /// All routers, in the order in which tables list them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::TopK,
         Self::TopKArrival,
         Self::TopKRank,
@@ -54,6 +59,8 @@ impl RouterKind {
         Self::PhaseKernel,
         Self::PhaseQuota,
         Self::Phase,
+        Self::Cache,
+        Self::CachePhase,
     ];
 
     /// Its name on the command line.
@@ -73,6 +80,8 @@ impl RouterKind {
             Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
             Self::PhaseQuota => Box::new(PhaseQuota { seed }),
             Self::Phase => Box::new(PhaseRouter::default()),
+            Self::Cache => Box::new(CacheRouter::default()),
+            Self::CachePhase => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
         }
     }
 }
@@ -101,7 +110,7 @@ mod tests {
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
             "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-rank, top-k-score, hash, weighted-hash, \
-             phase-kernel, quota, phase"
+             phase-kernel, quota, phase, cache, cache+phase"
         );
     }
 }
