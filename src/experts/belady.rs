@@ -77,9 +77,9 @@ impl RequestLog {
         let (mut upcoming, mut next) = (vec![NEVER; most], vec![NEVER; self.experts.len()]);
         for step in (0..self.ends.len()).rev() {
             let start = if step == 0 { 0 } else { self.ends[step - 1] };
-            for at in start..self.ends[step] {
-                let expert = usize::from(self.experts[at]);
-                next[at] = std::mem::replace(&mut upcoming[expert], step);
+            let of_step = start..self.ends[step];
+            for (next, &expert) in next[of_step.clone()].iter_mut().zip(&self.experts[of_step]) {
+                *next = std::mem::replace(&mut upcoming[usize::from(expert)], step);
             }
         }
         next

@@ -38,7 +38,7 @@ impl Decay {
     /// [`Error::Parameter`] for NaN and for what is not above 0 and below 1 in 32 bits.
     pub fn new(decay: f64) -> Result<Self> {
         let value = decay as f32;
-        if !(value >= f32::MIN_POSITIVE && value < 1.0) {
+        if !(f32::MIN_POSITIVE..1.0).contains(&value) {
             return Err(Error::parameter("affinity decay", decay, "above 0 and below 1"));
         }
         Ok(Self(value))

@@ -70,6 +70,11 @@ impl RouterKind {
 
     /// The router with its defaults; `seed` is used by those that draw.
     pub fn build(self, seed: u64) -> Box<dyn Router> {
+        self.build_with(seed, &CacheRouter::default())
+    }
+
+    /// The same with the settings of `cache` where the router is memory-aware.
+    pub fn build_with(self, seed: u64, cache: &CacheRouter) -> Box<dyn Router> {
         match self {
             Self::TopK => Box::new(TopK { drop: None }),
             Self::TopKArrival => Box::new(TopK { drop: Some(DropRule::Arrival) }),
@@ -80,8 +85,8 @@ impl RouterKind {
             Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
             Self::PhaseQuota => Box::new(PhaseQuota { seed }),
             Self::Phase => Box::new(PhaseRouter::default()),
-            Self::Cache => Box::new(CacheRouter::default()),
-            Self::CachePhase => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
+            Self::Cache => Box::new(cache.clone()),
+            Self::CachePhase => Box::new(cache.clone().with_phase(PhaseRouter::default())),
         }
     }
 }

@@ -12,7 +12,7 @@ use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
-use crate::options::{CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
+use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
 ///
@@ -37,6 +37,8 @@ pub struct Route {
     capacities: Vec<u32>,
     #[command(flatten)]
     capacity: CapacityOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
     /// Tokens per batch [default: all]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
@@ -71,6 +73,7 @@ impl Route {
         let router = OfflineRouter {
             router: self.router,
             seed: self.capacity.seed,
+            cache: self.cache.settings(self.router)?,
             top_k,
             room: self.room(trace.experts)?,
             batch_tokens: self.batch_tokens,
