@@ -1,4 +1,4 @@
-//! The result of `replay`: what a router asked of the expert cache, beside plain top-k with the same policy.
+//! The result of `replay`: what a router asked of the expert cache, beside those that see no cache, with the same policy.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -28,9 +28,9 @@ pub struct ReplayReport {
     pub figures: ReplayFigures,
     /// Misses times the bytes of an expert; `None` where those are not known.
     pub bytes_read: Option<u64>,
-    /// Plain top-k under the same policy; `None` where that is what was replayed.
+    /// Routers that see no cache, by name, under the same policy; the last is what the router's saving is measured against.
     #[serde(skip)]
-    pub plain: Option<ReplayFigures>,
+    pub beside: Vec<(&'static str, ReplayFigures)>,
     /// Bytes of an expert, where they are known.
     #[serde(skip)]
     pub bytes_per_expert: Option<u64>,
@@ -46,15 +46,14 @@ impl Display for ReplayReport {
         }
         writeln!(
             f,
-            "\n  {:<14}{:>10}{:>10}{:>10}{:>10}{:>10}{:>11}{:>11}{:>12}",
+            "\n  {:<12}{:>10}{:>10}{:>10}{:>10}{:>11}{:>11}{:>10}{:>12}",
             "router", "requests", "misses", "hit rate", "Belady", "gate mass", "agreement", "saved", "read"
         )?;
-        let plain = self.plain.unwrap_or(self.figures);
-        if self.plain.is_some() {
-            self.row(f, "top-k", &plain, None)?;
+        for (router, figures) in &self.beside {
+            self.row(f, router, figures, None)?;
         }
-        let saved = self.plain.filter(|plain| plain.misses > 0);
-        let saved = saved.map(|plain| 1.0 - self.figures.misses as f64 / plain.misses as f64);
+        let against = self.beside.last().map(|(_, figures)| figures.misses).filter(|&misses| misses > 0);
+        let saved = against.map(|misses| 1.0 - self.figures.misses as f64 / misses as f64);
         self.row(f, self.router, &self.figures, saved)
     }
 }
@@ -64,7 +63,7 @@ impl ReplayReport {
         let read = self.bytes_per_expert.map(|bytes| bytes.saturating_mul(figures.misses));
         writeln!(
             f,
-            "  {router:<14}{:>10}{:>10}{:>10}{:>10}{:>10}{:>11}{:>11}{:>12}",
+            "  {router:<12}{:>10}{:>10}{:>10}{:>10}{:>11}{:>11}{:>10}{:>12}",
             figures.requests,
             figures.misses,
             percent(figures.hit_rate),

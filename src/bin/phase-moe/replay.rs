@@ -12,7 +12,6 @@ use phase_moe::eval::trace::GateTrace;
 use phase_moe::experts::residency::Policy;
 use phase_moe::report::replay::ReplayReport;
 use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::topk::TopK;
 
 use crate::inspect::Experts;
 use crate::options::{
@@ -23,7 +22,7 @@ use crate::options::{
 /// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.
 ///
 /// Without --logits the model runs over text first, as `trace` does. A step is one token (decode) unless --batch-tokens says
-/// otherwise; a request is a distinct expert of a layer and step. Beside the router stands plain top-k with the same policy.
+/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy: plain top-k, and phase for cache+phase.
 ///
 /// Example: phase-moe replay --cached-experts 16 --cache-bonus 0.2 --max-mass-loss 0.1
 #[derive(Args)]
@@ -105,11 +104,20 @@ impl Replay {
             cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
             policy: self.policy,
         };
-        let plain = (self.router != RouterKind::TopK).then_some(TopK { drop: None });
-        let bar = global.progress((tokens * layers * (1 + usize::from(plain.is_some()))) as u64);
+        let beside: &[RouterKind] = match self.router {
+            RouterKind::TopK => &[],
+            RouterKind::CachePhase => &[RouterKind::TopK, RouterKind::Phase],
+            _ => &[RouterKind::TopK],
+        };
+        let bar = global.progress((tokens * layers * (1 + beside.len())) as u64);
         bar.set_message("replaying");
         let figures = replay.run(&trace, |tokens| bar.inc(tokens))?;
-        let beside = plain.map(|router| Replayer { router: &router, ..replay }.run(&trace, |tokens| bar.inc(tokens)));
+        let blind = |kind: &RouterKind| -> Result<_> {
+            let router = kind.build(self.capacity.seed);
+            let figures = Replayer { router: router.as_ref(), ..replay }.run(&trace, |tokens| bar.inc(tokens))?;
+            Ok((kind.name(), figures))
+        };
+        let beside = beside.iter().map(blind).collect::<Result<_>>()?;
         drop(bar);
 
         let aware = matches!(self.router, RouterKind::Cache | RouterKind::CachePhase);
@@ -126,7 +134,7 @@ impl Replay {
             max_mass_loss: aware.then(|| settings.max_mass_loss()),
             figures,
             bytes_read: bytes_per_expert.map(|bytes| bytes.saturating_mul(figures.misses)),
-            plain: beside.transpose()?,
+            beside,
             bytes_per_expert,
         };
         match self.json {
