@@ -16,6 +16,8 @@ use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_js
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
 ///
+/// Nothing is in fast memory here: cache and cache+phase go by what the batch has to load in any case. See `replay`.
+///
 /// Example: phase-moe route --logits trace.safetensors --router phase --capacity-factor 1.0 --out routes.safetensors
 #[derive(Args)]
 pub struct Route {

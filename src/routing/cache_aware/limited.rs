@@ -64,9 +64,15 @@ impl<'a> Limited<'a> {
     pub(super) fn swap_twice(self, near: &mut [u64]) -> Option<Assignment> {
         let mut swapped = self.swap(near)?;
         if self.request.live_tokens() > 1 {
-            let kept = swapped.iter().zip(&self.kept).filter(|(_, kept)| **kept);
-            kept.for_each(|(&expert, _)| set_bit(near, expert));
-            swapped = self.swap(near)?;
+            let still_used = |chosen: &[u16]| -> Vec<u16> {
+                chosen.iter().zip(&self.kept).filter(|(_, kept)| **kept).map(|(&expert, _)| expert).collect()
+            };
+            still_used(&swapped).into_iter().for_each(|expert| set_bit(near, expert));
+            // Room goes to others this time; a pass that would bring a read back is not taken.
+            let second = self.swap(near).unwrap_or_else(|| self.base.clone());
+            if still_used(&second).into_iter().all(|expert| is_in(near, expert)) {
+                swapped = second;
+            }
         }
         Some(self.assignment(swapped))
     }

@@ -195,6 +195,7 @@ struct Buffers {
     near: Vec<u64>,
     used: Vec<u64>,
     before: Vec<u16>,
+    first: Vec<u16>,
     swaps: Swaps,
 }
 
@@ -274,7 +275,7 @@ fn gather_near(request: &RouteRequest<'_>, terms: &Terms, chosen: &[u16], near: 
 /// Swaps the misses of every token of `chosen`, `[tokens, top_k]`, where nothing limits an expert.
 fn swap_all(request: &RouteRequest<'_>, terms: &Terms, buffers: &mut Buffers, chosen: &mut [u16]) {
     let (scores, top_k) = (request.scores(), request.top_k());
-    let Buffers { near, before, swaps, .. } = buffers;
+    let Buffers { near, before, first, swaps, .. } = buffers;
     gather_near(request, terms, chosen, near);
     let mut pass = |near: &[u64], chosen: &mut [u16]| {
         let mut swapped = false;
@@ -298,7 +299,13 @@ fn swap_all(request: &RouteRequest<'_>, terms: &Terms, buffers: &mut Buffers, ch
         set_bit(near, expert);
     }
     if more {
+        first.clear();
+        first.extend_from_slice(chosen);
         chosen.copy_from_slice(before);
         pass(near, chosen);
+        // With a selection bias the cheapest by score need not be the cheapest in gate mass: no read may come back.
+        if chosen.iter().any(|&expert| expert != EMPTY && !is_in(near, expert)) {
+            chosen.copy_from_slice(first);
+        }
     }
 }
