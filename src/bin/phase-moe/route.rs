@@ -64,6 +64,7 @@ impl Route {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
+        let cache = self.cache.settings(self.router)?;
         let same = |out: &PathBuf| {
             out.canonicalize().is_ok_and(|out| self.logits.canonicalize().is_ok_and(|logits| logits == out))
         };
@@ -75,7 +76,7 @@ impl Route {
         let router = OfflineRouter {
             router: self.router,
             seed: self.capacity.seed,
-            cache: self.cache.settings(self.router)?,
+            cache,
             top_k,
             room: self.room(trace.experts)?,
             batch_tokens: self.batch_tokens,
