@@ -167,17 +167,16 @@ impl CacheRouter {
     /// After routing: use of the experts, and the controller's next bonus.
     fn learn(&self, request: &RouteRequest<'_>, state: &mut RouteState, used: &mut Vec<u64>, assignment: &Assignment) {
         let context = request.context();
-        used.clear();
-        used.resize(request.scores().experts().div_ceil(64), 0);
         let Some(affinity) = &mut state.affinity else { return };
-        for &expert in assignment.raw().iter().filter(|&&expert| expert != EMPTY) {
-            affinity.use_expert(ExpertId::from_raw(expert), context.step);
-            set_bit(used, expert);
-        }
+        let chosen = || assignment.raw().iter().copied().filter(|&expert| expert != EMPTY);
+        chosen().for_each(|expert| affinity.use_expert(ExpertId::from_raw(expert), context.step));
         let (Some(target), Some(bonus), Some(resident)) = (self.target_hit_rate, &mut state.bonus, context.resident)
         else {
             return;
         };
+        used.clear();
+        used.resize(resident.words().len(), 0);
+        chosen().for_each(|expert| set_bit(used, expert));
         let requests: u32 = used.iter().map(|word| word.count_ones()).sum();
         let hits: u32 = used.iter().zip(resident.words()).map(|(used, resident)| (used & resident).count_ones()).sum();
         if requests > 0 {
