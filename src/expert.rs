@@ -116,6 +116,16 @@ impl ExpertSet {
         self.words.iter().all(|&word| word == 0)
     }
 
+    /// The set as bits: expert `e` is bit `e % 64` of word `e / 64`; bits past the last expert are 0.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Removes all experts.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
     /// The experts of the set, lowest id first.
     pub fn iter(&self) -> impl Iterator<Item = ExpertId> + '_ {
         self.words.iter().enumerate().flat_map(|(index, &word)| {
@@ -152,5 +162,8 @@ mod tests {
         assert!(!set.remove(ExpertId::new(64, 130).unwrap()));
         assert_eq!(set.len(), 3);
         assert!(!set.insert(ExpertId::new(150, 200).unwrap()));
+        assert_eq!(set.words(), [1 | 1 << 63, 0, 2]);
+        set.clear();
+        assert!(set.is_empty());
     }
 }

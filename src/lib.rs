@@ -10,6 +10,7 @@ pub mod error;
 #[cfg(feature = "candle")]
 pub mod eval;
 pub mod expert;
+pub mod experts;
 #[cfg(feature = "candle")]
 pub mod layer;
 #[cfg(feature = "candle")]

@@ -1,6 +1,7 @@
 //! The command line: exit codes, messages, JSON and files, on the bundled model.
 #![cfg(feature = "cli")]
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -8,6 +9,7 @@ use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::layer::Routing;
+use phase_moe::routing::registry::RouterKind;
 use serde_json::Value;
 
 fn run(arguments: &[&str]) -> Output {
@@ -82,6 +84,20 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
         (&["route", "--logits", "t", "--capacities", "1", "--profile", "mild"], "cannot be used with"),
         (&["route", "--logits", "t", "--capacities", "1", "--capacity", "ceil"], "cannot be used with"),
         (&["route", "--logits", "t", "--capacities", "1", "--capacity-factor", "1"], "cannot be used with"),
+        (
+            &["route", "--logits", "t", "--keep-top", "2"],
+            "--keep-top is for the routers cache and cache+phase, not for phase",
+        ),
+        (&["replay", "--logits", nowhere], "no/such/file: No such file"),
+        (&["replay", "--logits", "t", "--tokens", "9"], "cannot be used with"),
+        (&["replay", "--cache-bonus", "nan"], "cache bonus is NaN: expected a finite number, at least 0"),
+        (&["replay", "--max-mass-loss", "-1"], "max mass loss is -1: expected 0 to 1"),
+        (&["replay", "--target-hit-rate", "2"], "target hit rate is 2: expected 0 to 1"),
+        (&["replay", "--policy", "fifo"], "unknown policy `fifo`: expected one of lru, lfu"),
+        (&["replay", "--batch-tokens", "0"], "--batch-tokens is 0: expected at least 1"),
+        (&["replay", "--capacity-factor", "1"], "--capacity-factor: cache knows no limit: use cache+phase"),
+        (&["replay", "--tokens", "64", "--cached-experts", "33"], "cached experts is 33: expected 0 to experts 32"),
+        (&["replay", "--tokens", "64", "--top-k", "33"], "top_k 33 exceeds experts 32"),
     ];
     for (arguments, expected) in cases {
         let output = run(arguments);
@@ -105,7 +121,7 @@ fn a_full_disk_ends_with_code_1() {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in ["compare", "generate", "trace", "route", "logits", "inspect"] {
+    for command in ["compare", "generate", "trace", "route", "replay", "logits", "inspect"] {
         let help = stdout(&run(&[command, "--help"]));
         assert!(help.contains(&format!("Example: phase-moe {command}")), "{command}");
     }
@@ -114,7 +130,10 @@ fn every_command_has_help_with_an_example() {
 #[test]
 fn compare_prints_every_router_within_100_columns() {
     let table = stdout(&run(&["compare", "--tokens", "1024", "--capacity-factor", "1.0"]));
-    for router in phase_moe::routing::registry::RouterKind::ALL {
+    for router in RouterKind::ALL {
+        if matches!(router, RouterKind::Cache | RouterKind::CachePhase) {
+            continue; // Without an expert cache they are run where they are named.
+        }
         assert!(table.contains(router.name()), "{table}");
     }
     assert!(table.lines().all(|line| line.chars().count() <= 100), "{table}");
@@ -392,6 +411,61 @@ fn a_batch_below_the_minimum_has_no_limit_and_its_room_is_counted() {
     assert_eq!(silent.status.code(), Some(2));
     let message = String::from_utf8(silent.stderr).unwrap();
     assert!(message.contains("--devices limits nothing by itself: add --capacity-factor or --capacities"), "{message}");
+}
+
+#[test]
+fn replay_counts_what_the_bonus_saves_on_the_bundled_model() {
+    let keys = [
+        "policy",
+        "cached_experts",
+        "cache_bonus",
+        "max_mass_loss",
+        "requests",
+        "hits",
+        "misses",
+        "hit_rate",
+        "belady_hit_rate",
+        "gate_mass_kept",
+        "agreement",
+        "bytes_read",
+    ];
+    let replay = |more: &[&str]| {
+        let report = json(&[&["replay", "--json"], more].concat());
+        assert_eq!(report.as_object().unwrap().keys().map(String::as_str).collect::<HashSet<_>>(), keys.into());
+        assert_eq!(number(&report, "hits") + number(&report, "misses"), number(&report, "requests"));
+        assert!(number(&report, "hit_rate") <= number(&report, "belady_hit_rate"), "{report}");
+        report
+    };
+    let text = ["--tokens", "900", "--cached-experts", "16"];
+    let plain = replay(&[&text[..], &["--router", "top-k"]].concat());
+    let cache = replay(&text);
+    assert!(plain["cache_bonus"].is_null() && plain["max_mass_loss"].is_null());
+    assert_eq!((number(&plain, "gate_mass_kept"), number(&plain, "agreement")), (1.0, 1.0));
+    assert_eq!(number(&plain, "requests"), 900.0 * 4.0 * 4.0);
+    assert!(number(&cache, "misses") < 0.6 * number(&plain, "misses"), "{cache} {plain}");
+    assert!(number(&cache, "gate_mass_kept") > 0.98, "{cache}");
+    let bytes = number(&json(&["inspect", "--json"]), "bytes_per_expert");
+    assert_eq!(number(&cache, "bytes_read"), bytes * number(&cache, "misses"));
+    let off = replay(&[&text[..], &["--cache-bonus", "0"]].concat());
+    assert_eq!(off["misses"], plain["misses"]);
+
+    // A bare trace does not know what an expert weighs.
+    let directory = tempfile::tempdir().unwrap();
+    let trace = directory.path().join("trace.safetensors").to_str().unwrap().to_owned();
+    assert!(run(&["trace", "--tokens", "900", "--out", &trace]).status.success());
+    let bare = replay(&["--logits", &trace, "--cached-experts", "16"]);
+    assert!(bare["bytes_read"].is_null());
+    assert_eq!((&bare["misses"], &bare["agreement"]), (&cache["misses"], &cache["agreement"]));
+    let limited = ["--logits", &trace, "--router", "cache+phase", "--batch-tokens", "64", "--devices", "4"];
+    let table = stdout(&run(&[&["replay"], &limited[..], &["--capacity-factor", "1.0"]].concat()));
+    for router in ["  top-k ", "  phase ", "  cache+phase "] {
+        assert!(table.contains(router), "{table}");
+    }
+    assert!(table.lines().all(|line| line.chars().count() <= 100 || line.contains("trace.safetensors")), "{table}");
+    let route = ["route", "--logits", &trace, "--router", "cache+phase", "--capacity-factor", "1.0", "--json"];
+    for layer in json(&route)["layers"].as_array().unwrap() {
+        assert_eq!(number(layer, "survival"), 1.0);
+    }
 }
 
 #[test]

@@ -4,17 +4,18 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Part, and the parts it may import beside itself.
-const MAY_IMPORT: [(&str, &[&str]); 13] = [
+const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("error", &[]),
     ("simd", &[]),
     ("expert", &["error"]),
     ("checkpoint", &["error"]),
     ("routing", &["error", "expert", "simd"]),
+    ("experts", &["error", "expert", "routing"]),
     ("spec", &["error", "expert", "routing"]),
     ("zoo", &["error", "routing", "spec"]),
     ("layer", &["error", "routing", "spec"]),
     ("decoder", &["checkpoint", "error", "layer", "routing", "spec", "zoo"]),
-    ("eval", &["checkpoint", "decoder", "error", "layer", "routing", "spec"]),
+    ("eval", &["checkpoint", "decoder", "error", "expert", "experts", "layer", "routing", "spec"]),
     ("report", &["eval", "routing", "spec"]),
     ("lib", &[]),
     ("bin", &[]),

@@ -15,9 +15,9 @@ use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
 use phase_moe::routing::scores::{Scores, Scoring};
 use proptest::prelude::*;
 
-/// All but plain top-k, which knows no limit.
+/// All but plain top-k and the memory-aware router on top of it, which know no limit.
 fn limited() -> impl Iterator<Item = RouterKind> {
-    RouterKind::ALL.into_iter().filter(|&kind| kind != RouterKind::TopK)
+    RouterKind::ALL.into_iter().filter(|kind| kind.build(0).respects_capacity())
 }
 
 fn scores_of(values: &[f32], experts: usize) -> Scores {

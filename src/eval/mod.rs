@@ -3,5 +3,6 @@
 pub mod compare;
 pub mod offline;
 pub mod perplexity;
+pub mod replay;
 pub mod text;
 pub mod trace;

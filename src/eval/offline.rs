@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::trace::{GateTrace, LayerTrace};
 use crate::error::{Error, Result};
 use crate::routing::assignment::Assignment;
+use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{Capacity, CapacityRule, Placement, Shares};
 use crate::routing::logits::Logits;
 use crate::routing::metrics::RouteMetrics;
@@ -31,7 +32,7 @@ pub enum Room {
 }
 
 impl Room {
-    fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
+    pub(super) fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
         match self {
             Self::Unlimited => Capacity::unlimited(experts),
             Self::Rule(rule) => rule.capacity(tokens, experts, top_k),
@@ -58,6 +59,8 @@ pub struct OfflineRouter {
     pub router: RouterKind,
     /// For routers that draw.
     pub seed: u64,
+    /// Settings of the memory-aware routers; offline there is no resident set, so only the batch union counts.
+    pub cache: CacheRouter,
     /// Experts per token.
     pub top_k: usize,
     /// How much room each batch has.
@@ -132,7 +135,7 @@ impl OfflineRouter {
             Some(batch_tokens) => batch_tokens,
             None => tokens.max(1),
         };
-        let router = self.router.build(self.seed);
+        let router = self.router.build_with(self.seed, &self.cache);
         let bounded = router.respects_capacity() && router.keeps_top_k();
         let mut slots = SlotSums::new(experts, self.room.placement(experts)?);
         let (mut state, mut certifier) = (RouteState::default(), RouteState::default());
@@ -145,7 +148,8 @@ impl OfflineRouter {
             let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref())?;
             let capacity = self.room.capacity(rows, experts, top_k)?;
             let token_ids = trace.token_ids.as_ref().map(|ids| &ids[start..start + rows]);
-            let context = RouteContext { layer: layer.layer, token_ids, ..RouteContext::default() };
+            let step = (start / batch_tokens) as u64;
+            let context = RouteContext { layer: layer.layer, token_ids, step, ..RouteContext::default() };
             let request = RouteRequest::new(&scores, top_k, &capacity, context)?;
 
             let before = state.clone();
@@ -159,7 +163,7 @@ impl OfflineRouter {
 
             // The phase router fills all the room there is and proves its bound: it is its own certificate.
             let (feasible, bound) = match self.router {
-                RouterKind::Phase => (assignment.kept(), assignment.gate_mass_bound()),
+                RouterKind::Phase | RouterKind::CachePhase => (assignment.kept(), assignment.gate_mass_bound()),
                 _ => {
                     let certified = PhaseRouter::default().route(&request, &mut certifier)?;
                     (certified.kept(), certified.gate_mass_bound())
@@ -276,7 +280,8 @@ mod tests {
     }
 
     fn route(trace: &GateTrace, router: RouterKind, room: Room, batch_tokens: usize) -> RoutedLayer {
-        let offline = OfflineRouter { router, seed: 1, top_k: 2, room, batch_tokens: Some(batch_tokens) };
+        let cache = CacheRouter::default();
+        let offline = OfflineRouter { router, seed: 1, cache, top_k: 2, room, batch_tokens: Some(batch_tokens) };
         offline.route(trace, &trace.layers[0]).unwrap()
     }
 
@@ -311,9 +316,13 @@ mod tests {
             assert!(routed.experts.iter().zip(&routed.weights).all(|(&expert, &weight)| expert >= 0 || weight == 0.0));
             // Both batches: min(16, 4) + min(16, 8) + 0 + min(16, 2) of 32 slots.
             assert_eq!((routed.figures.feasible_survival, routed.figures.capacity_total), (28.0 / 64.0, Some(28)));
-            let bounded = !matches!(router, RouterKind::TopK | RouterKind::ExpertChoice);
+            let built = router.build(0);
+            let bounded = built.respects_capacity() && built.keeps_top_k();
             assert_eq!(routed.figures.gate_mass_vs_bound.is_some(), bounded, "{router:?}");
             assert_eq!(routed.experts.len(), 32 * routed.width, "{router:?}");
+            if router == RouterKind::Cache {
+                continue; // Like top-k it ignores room.
+            }
             assert!(routed.figures.route_nanos_per_token > 0.0);
         }
     }
@@ -321,9 +330,9 @@ mod tests {
     #[test]
     fn batches_of_no_tokens_are_an_error() {
         let trace = trace(4, 4);
-        let batch_tokens = Some(0);
+        let (cache, batch_tokens) = (CacheRouter::default(), Some(0));
         let offline =
-            OfflineRouter { router: RouterKind::Phase, seed: 0, top_k: 2, room: Room::Unlimited, batch_tokens };
+            OfflineRouter { router: RouterKind::Phase, seed: 0, cache, top_k: 2, room: Room::Unlimited, batch_tokens };
         let error = offline.route(&trace, &trace.layers[0]).unwrap_err();
         assert_eq!(error.to_string(), "batch tokens is 0: expected at least 1");
     }

@@ -1,3 +1,4 @@
 //! What was measured, for people: tables at 100 columns. Figures for programs are the same structs as JSON.
 
 pub mod compare;
+pub mod replay;

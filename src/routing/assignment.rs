@@ -65,6 +65,16 @@ impl Assignment {
         }
     }
 
+    /// The same, with every slot [`EMPTY`] until `fill` writes the selection; then come the weights.
+    pub(crate) fn refill_with(&mut self, scores: &Scores, top_k: usize, fill: impl FnOnce(&mut [u16])) {
+        let (chosen, weights) = self.refill(scores, top_k);
+        chosen.fill(EMPTY);
+        fill(chosen);
+        for (token, (chosen, weights)) in chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate() {
+            weigh(scores, scores.gate(token), chosen, weights);
+        }
+    }
+
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
     ///
     /// # Errors
@@ -183,7 +193,6 @@ impl Assignment {
     }
 
     /// Raw ids of the selection before drops, from which combine weights are made.
-    #[cfg(feature = "candle")]
     pub(crate) fn raw_selection(&self) -> &[u16] {
         self.selection.as_deref().unwrap_or(&self.chosen)
     }

@@ -3,8 +3,10 @@
 //! `Logits → Scores → (Mass) → Router + Capacity → Assignment → DispatchPlan`, one file per noun.
 
 mod admission;
+pub mod affinity;
 pub mod assignment;
 pub mod balanced;
+pub mod cache_aware;
 pub mod capacity;
 pub mod drop;
 pub mod expanded;
@@ -16,6 +18,7 @@ pub mod metrics;
 pub mod phase;
 pub mod plan;
 pub mod registry;
+pub mod requests;
 pub mod router;
 pub mod scores;
 pub(crate) mod select;

@@ -12,6 +12,7 @@
 
 use crate::error::{Error, Result};
 use crate::routing::balanced::{auction::Auction, sinkhorn::Sinkhorn};
+use crate::routing::cache_aware::CacheRouter;
 use crate::routing::drop::DropRule;
 use crate::routing::expanded::ExpandedDrop;
 use crate::routing::expert_choice::ExpertChoice;
@@ -51,11 +52,15 @@ pub enum RouterKind {
     PhaseQuota,
     /// Gate-aware and exact: price, claim, place.
     Phase,
+    /// Prefers experts in fast memory, within a bound on lost gate mass; ignores capacity.
+    Cache,
+    /// The same on top of `phase`, within its limits.
+    CachePhase,
 }
 
 impl RouterKind {
     /// All routers, in the order in which tables list them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::TopK,
         Self::TopKArrival,
         Self::TopKRank,
@@ -69,6 +74,8 @@ impl RouterKind {
         Self::PhaseKernel,
         Self::PhaseQuota,
         Self::Phase,
+        Self::Cache,
+        Self::CachePhase,
     ];
 
     /// Its name on the command line.
@@ -78,6 +85,11 @@ impl RouterKind {
 
     /// The router with its defaults; `seed` is used by those that draw.
     pub fn build(self, seed: u64) -> Box<dyn Router> {
+        self.build_with(seed, &CacheRouter::default())
+    }
+
+    /// The same with the settings of `cache` where the router is memory-aware.
+    pub fn build_with(self, seed: u64, cache: &CacheRouter) -> Box<dyn Router> {
         match self {
             Self::TopK => Box::new(TopK { drop: None }),
             Self::TopKArrival => Box::new(TopK { drop: Some(DropRule::Arrival) }),
@@ -92,6 +104,8 @@ impl RouterKind {
             Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
             Self::PhaseQuota => Box::new(PhaseQuota { seed }),
             Self::Phase => Box::new(PhaseRouter::default()),
+            Self::Cache => Box::new(cache.clone()),
+            Self::CachePhase => Box::new(cache.clone().with_phase(PhaseRouter::default())),
         }
     }
 }
@@ -120,7 +134,7 @@ mod tests {
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),
             "unknown router `round-robin`: expected one of top-k, top-k-arrival, top-k-rank, top-k-score, expanded-drop, \
-             expert-choice, sinkhorn, auction, hash, weighted-hash, phase-kernel, quota, phase"
+             expert-choice, sinkhorn, auction, hash, weighted-hash, phase-kernel, quota, phase, cache, cache+phase"
         );
     }
 }

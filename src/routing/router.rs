@@ -8,6 +8,7 @@ use std::fmt;
 
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
+use crate::routing::affinity::Affinity;
 use crate::routing::assignment::{Assignment, check_slots, check_top_k};
 use crate::routing::capacity::Capacity;
 use crate::routing::scores::Scores;
@@ -106,12 +107,34 @@ impl<'a> RouteRequest<'a> {
 pub struct RouteState {
     /// Price per pool (expert or device) of the last batch; empty before the first.
     pub(crate) prices: Vec<f32>,
+    /// Running range of the selection scores; `None` before the first batch.
+    pub(crate) score_range: Option<f64>,
+    /// Recent use of the experts; `None` before the first batch.
+    pub(crate) affinity: Option<Affinity>,
+    /// What the bonus controller has come to; `None` where there is none.
+    pub(crate) bonus: Option<f64>,
 }
 
 impl RouteState {
     /// Price per expert or device that the last batch ended with; empty before the first.
     pub fn prices(&self) -> &[f32] {
         &self.prices
+    }
+
+    /// Running mean of the tokens' ranges of selection scores (best minus worst allowed one): the unit of the residency
+    /// bonus. `None` before a memory-aware router saw a batch.
+    pub fn score_range(&self) -> Option<f64> {
+        self.score_range
+    }
+
+    /// How much each expert was used of late; `None` before a memory-aware router saw a batch.
+    pub fn affinity(&self) -> Option<&Affinity> {
+        self.affinity.as_ref()
+    }
+
+    /// The residency bonus that the controller has come to, in units of [`RouteState::score_range`]; `None` without one.
+    pub fn bonus(&self) -> Option<f64> {
+        self.bonus
     }
 }
 

@@ -25,7 +25,13 @@ pub(crate) fn gate_choice(request: &RouteRequest<'_>) -> Vec<u16> {
 }
 
 /// Writes the gate's own choice of every token and, where `weights` is not empty, its combine weights.
-fn choose(request: &RouteRequest<'_>, isa: Isa, selector: &mut Selector, chosen: &mut [u16], weights: &mut [f32]) {
+pub(crate) fn choose(
+    request: &RouteRequest<'_>,
+    isa: Isa,
+    selector: &mut Selector,
+    chosen: &mut [u16],
+    weights: &mut [f32],
+) {
     let (top_k, scores) = (request.top_k(), request.scores());
     let few = scores.tokens() * scores.experts() < PARALLEL_VALUES || rayon::current_num_threads() == 1;
     if few || weights.is_empty() {

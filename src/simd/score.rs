@@ -65,6 +65,24 @@ pub(crate) fn largest<L: Lanes>(lanes: L, row: &[f32]) -> f32 {
     fold_max(lanes, most)
 }
 
+/// The smallest and the largest value above −∞; `None` where there is none.
+#[inline(always)]
+pub(crate) fn extremes<L: Lanes>(lanes: L, row: &[f32]) -> Option<(f32, f32)> {
+    let masked = lanes.splat(f32::NEG_INFINITY);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let last = lanes.load_part(rest, f32::NEG_INFINITY);
+    let (mut high, mut low) = (last, lanes.blend(lanes.ge(masked, last), masked, lanes.sub(lanes.splat(0.0), last)));
+    for values in whole {
+        let values = lanes.load(values);
+        high = lanes.max(high, values);
+        // The smallest is minus the largest of the negatives.
+        let negative = lanes.sub(lanes.splat(0.0), values);
+        low = lanes.max(low, lanes.blend(lanes.ge(masked, values), masked, negative));
+    }
+    let high = fold_max(lanes, high);
+    (high > f32::NEG_INFINITY).then(|| (-fold_max(lanes, low), high))
+}
+
 /// `scores = exp(logits − max) / Σ exp(logits − max)`; −∞ gives 0, and so does a row of nothing else.
 #[inline(always)]
 pub(crate) fn softmax<L: Lanes>(lanes: L, logits: &[f32], scores: &mut [f32]) {

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::score::{all_allowed, any_masked, exp, largest, sigmoid, softmax};
+use super::score::{all_allowed, any_masked, exp, extremes, largest, sigmoid, softmax};
 use super::select::{Best, Guess, best};
 use super::{Isa, Kernel, LANES, Lanes};
 
@@ -10,7 +10,7 @@ use super::{Isa, Kernel, LANES, Lanes};
 struct ScoreAll<'a>(&'a [f32]);
 
 impl Kernel for ScoreAll<'_> {
-    type Output = (Vec<u32>, f32, bool, bool);
+    type Output = (Vec<u32>, f32, bool, bool, Option<(f32, f32)>);
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Self::Output {
@@ -23,7 +23,7 @@ impl Kernel for ScoreAll<'_> {
             lanes.store_part(exp(lanes, lanes.load_part(&falling, 0.0)), out);
         }
         let bits = out.into_iter().map(f32::to_bits).collect();
-        (bits, largest(lanes, row), all_allowed(lanes, row), any_masked(lanes, row))
+        (bits, largest(lanes, row), all_allowed(lanes, row), any_masked(lanes, row), extremes(lanes, row))
     }
 }
 
@@ -87,6 +87,9 @@ proptest! {
         prop_assert!(expected.2);
         prop_assert_eq!(expected.3, row.contains(&f32::NEG_INFINITY));
         prop_assert_eq!(expected.1, row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let allowed = || row.iter().copied().filter(|&x| x > f32::NEG_INFINITY);
+        let least = allowed().reduce(f32::min);
+        prop_assert_eq!(expected.4, least.zip(allowed().reduce(f32::max)));
         // Against the definition in f64.
         let most = f64::from(expected.1);
         let sum: f64 = row.iter().map(|&x| (f64::from(x) - most).exp()).sum();

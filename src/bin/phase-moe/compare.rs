@@ -22,7 +22,7 @@ pub struct Compare {
     model: ModelOptions,
     #[command(flatten)]
     text: TextOptions,
-    /// Routers to compare [default: all]
+    /// Routers to compare [default: all but cache and cache+phase, for which only the batch union counts here]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = parse::<RouterKind>)]
     router: Vec<RouterKind>,
     /// Experts per token [default: the model's]
@@ -103,7 +103,7 @@ impl Compare {
 
     /// Unlimited top-k once, then every other router at every capacity.
     fn settings(&self, rules: &[CapacityRule]) -> Vec<Setting> {
-        let routers = if self.router.is_empty() { RouterKind::ALL.to_vec() } else { distinct(&self.router) };
+        let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
         let seed = self.capacity.seed;
         let unlimited = routers.iter().filter(|kind| !limited(kind));
         let mut settings: Vec<Setting> = unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
@@ -129,7 +129,13 @@ fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
     distinct
 }
 
+/// Every router but the memory-aware ones: without an expert cache they have little to go by.
+fn default_routers() -> Vec<RouterKind> {
+    let aware = |kind: &RouterKind| matches!(kind, RouterKind::Cache | RouterKind::CachePhase);
+    RouterKind::ALL.into_iter().filter(|kind| !aware(kind)).collect()
+}
+
 /// False for routers that know no capacity: one row says it all.
 fn limited(kind: &RouterKind) -> bool {
-    *kind != RouterKind::TopK
+    kind.build(0).respects_capacity()
 }

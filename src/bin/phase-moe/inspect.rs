@@ -98,15 +98,16 @@ impl Inspect {
 }
 
 /// What the experts take, every one that the configuration names being there in the shape it says.
-struct Experts {
+pub struct Experts {
     /// Of the first expert of the first layer.
-    bytes_per_expert: u64,
+    pub bytes_per_expert: u64,
     expert_bytes: u64,
     dtype: String,
 }
 
 impl Experts {
-    fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
+    /// Counts and checks them.
+    pub fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
         let (names, moe) = (&spec.moe.names, &spec.moe);
         let (wide, narrow) = ([moe.expert_width, moe.hidden], [moe.hidden, moe.expert_width]);
         let projections = [(&names.gate_proj, wide), (&names.up_proj, wide), (&names.down_proj, narrow)];

@@ -7,6 +7,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod options;
+mod replay;
 mod route;
 mod trace;
 
@@ -30,6 +31,7 @@ enum Command {
     Generate(generate::Generate),
     Trace(trace::Trace),
     Route(route::Route),
+    Replay(replay::Replay),
     Logits(logits::Logits),
     Inspect(inspect::Inspect),
 }
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
             Command::Generate(command) => command.run(&global),
             Command::Trace(command) => command.run(&global),
             Command::Route(command) => command.run(),
+            Command::Replay(command) => command.run(&global),
             Command::Logits(command) => command.run(),
             Command::Inspect(command) => command.run(),
         }

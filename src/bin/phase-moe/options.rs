@@ -13,6 +13,7 @@ use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
 use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::registry::RouterKind;
 
@@ -169,19 +170,22 @@ pub enum Batches {
 pub struct TextOptions {
     /// Text to run over, repeatable [default: the bundled held-out text of three kinds]
     #[arg(long, value_name = "FILE")]
-    text: Vec<PathBuf>,
+    pub text: Vec<PathBuf>,
     /// How many tokens of it, shared evenly over the texts [default: all]
     #[arg(long, value_name = "N")]
-    tokens: Option<usize>,
+    pub tokens: Option<usize>,
     /// Tokens per forward pass
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = Self::BATCH_TOKENS)]
     pub batch_tokens: usize,
     /// Whether a batch holds one text or all of them in turn
     #[arg(long, value_enum, default_value = "one-kind")]
-    batches: Batches,
+    pub batches: Batches,
 }
 
 impl TextOptions {
+    /// Tokens per forward pass where nobody says otherwise.
+    pub const BATCH_TOKENS: usize = 512;
+
     /// The texts' names and their batches.
     pub fn batches(&self, model: &Model) -> Result<(Vec<String>, Vec<Batch>)> {
         let read = |path: &PathBuf| -> Result<(String, String)> {
@@ -276,6 +280,49 @@ impl CapacityOptions {
     /// True when limits are per device.
     pub fn is_per_device(&self) -> bool {
         self.devices.is_some() || !self.device_speeds.is_empty()
+    }
+}
+
+#[derive(Args)]
+pub struct CacheOptions {
+    /// Bonus of an expert in fast memory, in score ranges [default: 0.1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    cache_bonus: Option<f64>,
+    /// Largest share of a token's gate mass that swaps for such experts may cost [default: 0.1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    max_mass_loss: Option<f64>,
+    /// Experts of a token that always stay [default: 1]
+    #[arg(long, value_name = "N")]
+    keep_top: Option<usize>,
+    /// Steer the bonus towards this share of hits
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    target_hit_rate: Option<f64>,
+}
+
+impl CacheOptions {
+    /// The settings of the memory-aware routers, for `router`; options that say nothing to it are a mistake.
+    pub fn settings(&self, router: RouterKind) -> Result<CacheRouter> {
+        let given = [
+            ("--cache-bonus", self.cache_bonus.is_some()),
+            ("--max-mass-loss", self.max_mass_loss.is_some()),
+            ("--keep-top", self.keep_top.is_some()),
+            ("--target-hit-rate", self.target_hit_rate.is_some()),
+        ];
+        let aware = matches!(router, RouterKind::Cache | RouterKind::CachePhase);
+        if let Some((option, _)) = given.into_iter().find(|(_, given)| *given && !aware) {
+            let message = format!("{option} is for the routers cache and cache+phase, not for {}", router.name());
+            return Err(UserMistake(message).into());
+        }
+        let default = CacheRouter::default();
+        let settings = CacheRouter::new(
+            self.cache_bonus.unwrap_or(default.bonus()),
+            self.max_mass_loss.unwrap_or(default.max_mass_loss()),
+        )?;
+        let settings = settings.with_keep_top(self.keep_top.unwrap_or(default.keep_top()));
+        Ok(match self.target_hit_rate {
+            Some(target) => settings.with_target_hit_rate(target)?,
+            None => settings,
+        })
     }
 }
 

@@ -12,9 +12,11 @@ use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
-use crate::options::{CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
+use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
+///
+/// Nothing is in fast memory here: cache and cache+phase go by what the batch has to load in any case. See `replay`.
 ///
 /// Example: phase-moe route --logits trace.safetensors --router phase --capacity-factor 1.0 --out routes.safetensors
 #[derive(Args)]
@@ -37,6 +39,8 @@ pub struct Route {
     capacities: Vec<u32>,
     #[command(flatten)]
     capacity: CapacityOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
     /// Tokens per batch [default: all]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
@@ -60,6 +64,7 @@ impl Route {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
+        let cache = self.cache.settings(self.router)?;
         let same = |out: &PathBuf| {
             out.canonicalize().is_ok_and(|out| self.logits.canonicalize().is_ok_and(|logits| logits == out))
         };
@@ -71,6 +76,7 @@ impl Route {
         let router = OfflineRouter {
             router: self.router,
             seed: self.capacity.seed,
+            cache,
             top_k,
             room: self.room(trace.experts)?,
             batch_tokens: self.batch_tokens,

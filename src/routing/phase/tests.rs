@@ -211,7 +211,7 @@ proptest! {
 
     #[test]
     fn slots_served_tokens_and_bound_are_exact(case in case()) {
-        case.with(|request| check(request, &mut RouteState { prices: case.prices.clone() }));
+        case.with(|request| check(request, &mut RouteState { prices: case.prices.clone(), ..RouteState::default() }));
     }
 
     #[test]
@@ -258,7 +258,7 @@ proptest! {
             let just = Capacity::per_expert(load).unwrap();
             let just = RouteRequest::new(request.scores(), case.top_k, &just, request.context()).unwrap();
             for request in [free, just] {
-                let mut state = RouteState { prices: case.prices.clone() };
+                let mut state = RouteState { prices: case.prices.clone(), ..RouteState::default() };
                 let ours = PhaseRouter::default().route(&request, &mut state).unwrap();
                 assert_eq!((ours.raw(), bits(&ours)), (gate.raw(), bits(&gate)));
                 if case.bias.is_none() {

@@ -1,0 +1,6 @@
+//! Where experts are: the logical resident set and the bound that no eviction policy can beat.
+//!
+//! Knows nothing of tensors, files or time: everything advances step by step, so that routing never depends on when a read arrives.
+
+pub mod belady;
+pub mod residency;
