@@ -1,0 +1,103 @@
+//! Against exact solvers: as many slots as can be, then as many tokens, then the most gate mass.
+
+use phase_moe::routing::metrics::RouteMetrics;
+use phase_moe::routing::phase::PhaseRouter;
+use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::router::{RouteRequest, RouteState, Router};
+use proptest::prelude::*;
+
+use crate::case::{cases, cold};
+use crate::flow::{best, best_by_trying, maximum_flow};
+use crate::invariants::{gate_mass, usable_slots};
+use crate::runner::{count, property};
+
+/// Slots there is room for when nothing is masked: each pool can take so many, and no expert one token twice.
+fn room_without_masks(request: &RouteRequest<'_>) -> u64 {
+    let (capacity, live) = (request.capacity(), request.live_tokens() as u64);
+    let demand = live * request.top_k() as u64;
+    let Some(limits) = capacity.limits() else { return demand };
+    let pools = limits.iter().zip(capacity.pool_sizes());
+    demand.min(pools.map(|(&limit, size)| u64::from(limit).min(live * size as u64)).sum())
+}
+
+#[test]
+fn kept_slots_are_the_maximum_flow() {
+    property("kept_slots_are_the_maximum_flow", cases(), |case| {
+        let batch = case.batch();
+        let request = batch.request();
+        let assignment = cold(&PhaseRouter::default(), &request);
+        let most = maximum_flow(&request);
+        assert_eq!(assignment.kept() as u64, most);
+        if !request.scores().has_masks() {
+            assert_eq!(most, room_without_masks(&request));
+            assert_eq!(most, batch.capacity.feasible_slots(request.live_tokens(), batch.top_k));
+        }
+        if most == usable_slots(&request) as u64 {
+            assert!((0..case.tokens).all(|token| {
+                let allowed = (0..case.experts).filter(|&expert| request.scores().is_allowed(token, expert)).count();
+                request.is_padding(token) || assignment.slots(token).count() == allowed.min(batch.top_k)
+            }));
+        }
+        // Augmenting paths never take a token's last slot: as many tokens are served as with one slot each.
+        let single = RouteRequest::new(&batch.scores, 1, &batch.capacity, request.context()).unwrap();
+        let without = RouteMetrics::new(&request, &assignment).tokens_without_expert;
+        assert_eq!(request.live_tokens() as u64 - without, maximum_flow(&single), "served tokens");
+    });
+}
+
+#[test]
+fn quota_keeps_all_that_has_room() {
+    property("quota_keeps_all_that_has_room", (cases(), any::<u64>()), |(case, seed)| {
+        let batch = case.batch();
+        let request = batch.request();
+        let assignment = cold(&*RouterKind::PhaseQuota.build(seed), &request);
+        let kept = assignment.kept() as u64;
+        if request.scores().has_masks() {
+            assert!(kept <= maximum_flow(&request));
+        } else {
+            assert_eq!(kept, room_without_masks(&request));
+            let live = (0..case.tokens).filter(|&token| !request.is_padding(token));
+            let counts: Vec<usize> = live.map(|token| assignment.slots(token).count()).collect();
+            let (least, most) = (counts.iter().min(), counts.iter().max());
+            assert!(most.is_none_or(|most| most - least.unwrap() <= 1), "{counts:?}");
+        }
+    });
+}
+
+#[test]
+fn the_solver_finds_what_trying_everything_finds() {
+    property("the_solver_finds_what_trying_everything_finds", cases(), |case| {
+        let batch = case.at_most(4, 4).batch();
+        let request = batch.request();
+        let (solved, tried) = (best(&request), best_by_trying(&request));
+        assert_eq!((solved.slots, solved.served), (tried.slots, tried.served));
+        assert_eq!(solved.slots, maximum_flow(&request));
+        assert!((solved.mass - tried.mass).abs() < 1e-5 && (solved.any_mass - tried.any_mass).abs() < 1e-5);
+    });
+}
+
+#[test]
+fn small_batches_are_as_good_as_can_be() {
+    let name = "small_batches_are_as_good_as_can_be";
+    let lost = std::cell::Cell::new((0.0, 0.0, 0.0f64));
+    property(name, cases(), |case| {
+        let batch = case.at_most(12, 7).batch();
+        let (request, mut state) = (batch.request(), RouteState::default());
+        let assignment = PhaseRouter::default().route(&request, &mut state).unwrap();
+        let (best, metrics) = (best(&request), RouteMetrics::new(&request, &assignment));
+        let (mass, bound) = (gate_mass(&request, &assignment), assignment.gate_mass_bound().unwrap());
+        assert_eq!(metrics.kept, best.slots, "slots");
+        assert_eq!(request.live_tokens() as u64 - metrics.tokens_without_expert, best.served, "served tokens");
+        assert!(mass <= best.mass + 1e-5, "{mass} above the optimum {}", best.mass);
+        assert!(best.any_mass <= bound * (1.0 + 1e-9) + 1e-5, "optimum {} above the bound {bound}", best.any_mass);
+        if batch.scores.selection(0.min(case.tokens)).is_empty() || case.bias != crate::case::Bias::None {
+            return;
+        }
+        let (sum, of, worst) = lost.get();
+        let share = if best.mass > 0.0 { 1.0 - mass / best.mass } else { 0.0 };
+        lost.set((sum + best.mass - mass, of + best.mass, worst.max(share)));
+    });
+    let (sum, of, worst) = lost.get();
+    eprintln!("{} cases: {:.5} of the gate mass lost, {worst:.3} in the worst", count(name), sum / of);
+    assert!(sum <= 0.02 * of);
+}
