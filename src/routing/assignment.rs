@@ -39,7 +39,12 @@ impl Assignment {
                 _ => scores.scale(),
             };
             for (weight, &expert) in weights.iter_mut().zip(chosen) {
-                *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] * factor };
+                *weight = match expert {
+                    EMPTY => 0.0,
+                    // Scores near the smallest number there is: their share is a number, the factor is not.
+                    _ if factor.is_infinite() => gate[usize::from(expert)] / sum * scores.scale(),
+                    _ => gate[usize::from(expert)] * factor,
+                };
             }
         }
         let dropped = |kept: &&[bool]| kept.iter().zip(&chosen).any(|(kept, &expert)| !kept && expert != EMPTY);

@@ -1,15 +1,17 @@
 //! Against exact solvers: as many slots as can be, then as many tokens, then the most gate mass.
 
+use std::cell::Cell;
+
 use phase_moe::routing::metrics::RouteMetrics;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteRequest, RouteState, Router};
 use proptest::prelude::*;
 
-use crate::case::{cases, cold};
+use crate::case::{Bias, cases, cold};
 use crate::flow::{best, best_by_trying, maximum_flow};
 use crate::invariants::{gate_mass, usable_slots};
-use crate::runner::{count, property};
+use crate::runner::property;
 
 /// Slots there is room for when nothing is masked: each pool can take so many, and no expert one token twice.
 fn room_without_masks(request: &RouteRequest<'_>) -> u64 {
@@ -79,7 +81,7 @@ fn the_solver_finds_what_trying_everything_finds() {
 #[test]
 fn small_batches_are_as_good_as_can_be() {
     let name = "small_batches_are_as_good_as_can_be";
-    let lost = std::cell::Cell::new((0.0, 0.0, 0.0f64));
+    let lost = Cell::new(Lost::default());
     property(name, cases(), |case| {
         let batch = case.at_most(12, 7).batch();
         let (request, mut state) = (batch.request(), RouteState::default());
@@ -90,14 +92,36 @@ fn small_batches_are_as_good_as_can_be() {
         assert_eq!(request.live_tokens() as u64 - metrics.tokens_without_expert, best.served, "served tokens");
         assert!(mass <= best.mass + 1e-5, "{mass} above the optimum {}", best.mass);
         assert!(best.any_mass <= bound * (1.0 + 1e-9) + 1e-5, "optimum {} above the bound {bound}", best.any_mass);
-        if batch.scores.selection(0.min(case.tokens)).is_empty() || case.bias != crate::case::Bias::None {
-            return;
+        // With a bias the gate mass is not what is aimed at.
+        if case.bias == Bias::None && best.mass > 0.0 {
+            let mut sums = lost.get();
+            sums.add(best.mass - mass, best.mass);
+            lost.set(sums);
         }
-        let (sum, of, worst) = lost.get();
-        let share = if best.mass > 0.0 { 1.0 - mass / best.mass } else { 0.0 };
-        lost.set((sum + best.mass - mass, of + best.mass, worst.max(share)));
     });
-    let (sum, of, worst) = lost.get();
-    eprintln!("{} cases: {:.5} of the gate mass lost, {worst:.3} in the worst", count(name), sum / of);
-    assert!(sum <= 0.02 * of);
+    let lost = lost.get();
+    eprintln!("{name}: {lost:?}");
+    // Mass is certified, not exact: what is lost is little on the whole, and in few batches.
+    assert!(lost.mass <= 0.005 * lost.of, "{lost:?}");
+    assert!(lost.batches_over_1_percent * 20 <= lost.batches, "{lost:?}");
+}
+
+/// Gate mass that `phase` kept less of than the best with as many slots and served tokens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lost {
+    mass: f64,
+    of: f64,
+    worst: f64,
+    batches: u32,
+    batches_over_1_percent: u32,
+}
+
+impl Lost {
+    fn add(&mut self, mass: f64, of: f64) {
+        self.mass += mass;
+        self.of += of;
+        self.worst = self.worst.max(mass / of);
+        self.batches += 1;
+        self.batches_over_1_percent += u32::from(mass > 0.01 * of);
+    }
 }
