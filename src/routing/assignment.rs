@@ -219,14 +219,15 @@ pub(crate) fn weigh(scores: &Scores, gate: &[f32], chosen: &[u16], weights: &mut
     for (weight, &expert) in weights.iter_mut().zip(chosen) {
         *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] };
     }
-    let factor = match scores.normalize() {
-        true => match weights.iter().sum::<f32>() {
-            sum if sum > 0.0 => scores.scale() / sum,
-            _ => scores.scale(),
-        },
-        false => scores.scale(),
-    };
-    weights.iter_mut().for_each(|weight| *weight *= factor);
+    let scale = scores.scale();
+    let sum: f32 = if scores.normalize() { weights.iter().sum() } else { 0.0 };
+    let factor = if sum > 0.0 { scale / sum } else { scale };
+    if factor.is_finite() {
+        weights.iter_mut().for_each(|weight| *weight *= factor);
+    } else {
+        // Scores near the smallest number there is: their share is a number, the factor is not.
+        weights.iter_mut().for_each(|weight| *weight = *weight / sum * scale);
+    }
 }
 
 /// Checks that the slots of a batch can be counted in 32 bits, as plans do.

@@ -348,11 +348,15 @@ impl CapacityRule {
                 weights.iter().map(share).collect()
             }
             Rounding::Exact => {
-                // A limit above u32 is no limit, so there is no more to share than that in every pool.
-                let most = weights.len() as f64 * f64::from(u32::MAX);
-                let total = (demand * self.factor + ROUNDING_SLACK).floor().min(most);
-                let shares = largest_remainder(&weights, total as u64).into_iter();
-                shares.map(|share| u32::try_from(share).unwrap_or(u32::MAX)).collect()
+                let total = (demand * self.factor + ROUNDING_SLACK).floor().min(f64::MAX);
+                if total > f64::from(u32::MAX) {
+                    // No batch has this many slots: remainders decide nothing, and a limit above u32 is no limit.
+                    let sum: f64 = weights.iter().sum();
+                    weights.iter().map(|weight| (weight / sum * total) as u32).collect()
+                } else {
+                    let shares = largest_remainder(&weights, total as u64).into_iter();
+                    shares.map(|share| u32::try_from(share).unwrap_or(u32::MAX)).collect()
+                }
             }
         };
         match placement {
@@ -446,6 +450,9 @@ mod tests {
                 assert_eq!(rule.capacity(100, 8, 2).unwrap().limits(), Some(&[u32::MAX; 8][..]), "{factor}");
             }
         }
+        let shares = Shares::PerDevice { speeds: vec![1e9, 1.0] };
+        let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1e12) }.capacity(100, 8, 2).unwrap();
+        assert_eq!(capacity.limits(), Some(&[u32::MAX, 199_999][..]));
         let shares = Shares::PerDevice { speeds: vec![1e308, 1e308, 1e308, 1.0] };
         let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1.0) }.capacity(100, 8, 3).unwrap();
         assert_eq!(capacity.limits(), Some(&[100, 100, 100, 0][..]));

@@ -144,6 +144,59 @@ impl Router for PhaseKernel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing::phase::kernel::tests::{cases, naive};
+    use proptest::prelude::*;
+
+    /// The oracle: the square kernel from its matrices, each column named by its band, repeats passed over.
+    fn naive_bands(kernel: PhaseKernel, tokens: usize, shares: &[f64], top_k: usize) -> Vec<i32> {
+        let experts = shares.len();
+        let mut padded = tokens;
+        while !padded.is_multiple_of(experts) {
+            padded += 1;
+        }
+        let (width, total) = (padded / experts, shares.iter().sum::<f64>());
+        if tokens == 0 || total == 0.0 {
+            return vec![-1; tokens * top_k];
+        }
+        let degree = |columns: f64| (columns.round() as u32).clamp(1, padded as u32);
+        let sources = vec![degree(kernel.density * padded as f64); padded];
+        let share = |column: usize| shares[column / width] / (total / experts as f64);
+        let targets: Vec<u32> =
+            (0..padded).map(|column| degree(share(column) * kernel.density * width as f64)).collect();
+        let [source_order, target_order] = permutations(padded as u32, kernel.seed);
+        let sampled = (top_k * kernel.oversample).max(top_k + 1).min(padded);
+        let columns = naive([&sources, &targets], [&source_order, &target_order], sampled, kernel.seed);
+        let row = |token: usize| {
+            let mut row: Vec<i32> = Vec::new();
+            for &column in columns[token * sampled..(token + 1) * sampled].iter().filter(|&&column| column >= 0) {
+                let expert = column / width as i32;
+                if !row.contains(&expert) {
+                    row.push(expert);
+                }
+            }
+            row.resize(row.len().max(top_k), -1);
+            row.truncate(top_k);
+            row
+        };
+        (0..tokens).flat_map(row).collect()
+    }
+
+    proptest! {
+        #![proptest_config(cases(1_000))]
+        #[test]
+        fn bands_match_the_matrices(
+            tokens in prop_oneof![3 => 0usize..65, 1 => 0usize..300],
+            shares in prop::collection::vec(prop_oneof![4 => 0.1f64..8.0, 2 => Just(1.0), 1 => Just(0.0)], 1..40),
+            top_k in 1usize..9,
+            density in prop_oneof![Just(0.3), 0.001f64..=1.0],
+            oversample in 1usize..6,
+            seed: u64,
+        ) {
+            let top_k = top_k.min(shares.len());
+            let kernel = PhaseKernel::new(seed).with_sampling(density, oversample).unwrap();
+            prop_assert_eq!(kernel.select(tokens, &shares, top_k).unwrap(), naive_bands(kernel, tokens, &shares, top_k));
+        }
+    }
 
     #[test]
     fn equal_shares_match_the_reference_bit_for_bit() {

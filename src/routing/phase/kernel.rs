@@ -270,13 +270,24 @@ fn reservoir(accepted: &[u64], chosen: &mut [i32], seed: u64) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::routing::phase::draws::{draw_u32, permutations};
     use proptest::prelude::*;
 
+    /// So many cases, times `PHASE_MOE_CASES`.
+    pub(in crate::routing::phase) fn cases(count: u32) -> ProptestConfig {
+        let times = std::env::var("PHASE_MOE_CASES").map_or(1, |times| times.parse::<u32>().unwrap());
+        ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(count * times) }
+    }
+
     /// The oracle: builds both bit matrices, row by row, permutes and rotates them, and intersects.
-    fn naive(degrees: [&[u32]; 2], orders: [&[u32]; 2], top_k: usize, seed: u64) -> Vec<i32> {
+    pub(in crate::routing::phase) fn naive(
+        degrees: [&[u32]; 2],
+        orders: [&[u32]; 2],
+        top_k: usize,
+        seed: u64,
+    ) -> Vec<i32> {
         let rows = degrees[0].len();
         let rotated = |degrees: &[u32]| {
             let mut matrix = vec![vec![false; rows]; rows];
@@ -288,13 +299,15 @@ mod tests {
             matrix
         };
         let (sources, targets) = (rotated(degrees[0]), rotated(degrees[1]));
+        let column_at = |position: usize| orders[0].iter().position(|&p| p as usize == position).unwrap();
+        let columns: Vec<usize> = (0..rows).map(column_at).collect();
         let mut chosen = vec![-1; rows * top_k];
         for token in 0..rows {
             let start = degrees[0][..token].iter().sum::<u32>() as usize;
             let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(token as u64));
             let mut count = 0;
             for position in (start..start + rows).map(|position| position % rows) {
-                let column = orders[0].iter().position(|&p| p as usize == position).unwrap();
+                let column = columns[position];
                 if sources[token][position] && targets[column][orders[1][token] as usize] {
                     let slot = if count < top_k { count } else { draw_u64(&mut rng, count as u64 + 1) as usize };
                     if slot < top_k {
@@ -307,10 +320,30 @@ mod tests {
         chosen
     }
 
+    /// A bit matrix with `degrees[row]` bits anywhere in each row.
+    fn bits_of(degrees: &[u32], rng: &mut ChaCha8Rng) -> Vec<u64> {
+        let words = degrees.len().div_ceil(64);
+        let mut bits = vec![0u64; degrees.len() * words];
+        for (row, &degree) in bits.chunks_exact_mut(words).zip(degrees) {
+            let mut columns: Vec<usize> = (0..degrees.len()).collect();
+            for at in 0..degree as usize {
+                let other = at + draw_u32(rng, (degrees.len() - at) as u32) as usize;
+                columns.swap(at, other);
+                row[columns[at] / 64] |= 1 << (columns[at] % 64);
+            }
+        }
+        bits
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(200))]
+        #![proptest_config(cases(2_000))]
         #[test]
-        fn routes_match_the_matrices(rows in 1usize..=64, top_k in 1usize..9, seed: u64, shape in 0u32..4) {
+        fn routes_match_the_matrices(
+            rows in prop_oneof![2 => 1usize..=64, 1 => 1usize..=300, 1 => prop::sample::select(vec![64usize, 65, 128, 192, 256, 300])],
+            top_k in prop_oneof![4 => 1usize..9, 1 => 1usize..320],
+            seed: u64,
+            shape in 0u32..4,
+        ) {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let mut degrees = |cut: u32| -> Vec<u32> {
                 (0..rows).map(|_| draw_u32(&mut rng, rows as u32 + 1) >> cut).collect()
@@ -319,8 +352,16 @@ mod tests {
             let [source_order, target_order] = permutations(rows as u32, seed);
             let oracle =
                 naive([&source_degrees, &target_degrees], [&source_order, &target_order], top_k, seed);
+            let from_bits = |degrees: &[u32], order: &[u32], rng: &mut ChaCha8Rng| {
+                PhaseSide::from_bits(&bits_of(degrees, rng), order.to_vec()).unwrap()
+            };
+            let source_bits = from_bits(&source_degrees, &source_order, &mut rng);
+            let target_bits = from_bits(&target_degrees, &target_order, &mut rng);
             let sources = PhaseSide::new(source_degrees, source_order).unwrap();
-            let kernel = Kernel::new(sources, PhaseSide::new(target_degrees, target_order).unwrap()).unwrap();
+            let targets = PhaseSide::new(target_degrees, target_order).unwrap();
+            prop_assert_eq!((&source_bits, &target_bits), (&sources, &targets));
+            prop_assert_eq!(&Kernel::new(source_bits, target_bits).unwrap().route(top_k, seed).unwrap(), &oracle);
+            let kernel = Kernel::new(sources, targets).unwrap();
             prop_assert_eq!(kernel.route(top_k, seed).unwrap(), oracle);
             // Both ways of listing columns, whichever the costs would have taken.
             let (mut walked, mut covered) = (Vec::new(), Vec::new());

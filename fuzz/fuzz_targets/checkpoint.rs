@@ -1,0 +1,46 @@
+//! Raw bytes as safetensors files and as a configuration: an error, or tensors that can be read whole.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use phase_moe::checkpoint::{ByteSource, Checkpoint};
+use phase_moe::zoo::parse_config;
+
+#[derive(Debug)]
+struct Memory(Vec<u8>);
+
+impl ByteSource for Memory {
+    fn len(&self) -> std::io::Result<u64> {
+        Ok(self.0.len() as u64)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let start = usize::try_from(offset).ok();
+        let range = start.and_then(|start| Some(start..start.checked_add(buffer.len())?));
+        match range.and_then(|range| self.0.get(range)) {
+            Some(bytes) => buffer.copy_from_slice(bytes),
+            None => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+        }
+        Ok(())
+    }
+}
+
+/// A file with `header` behind its own length, so that not every input ends at the first eight bytes.
+fn framed(header: &[u8], body: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header, body].concat()
+}
+
+fuzz_target!(|data: &[u8]| {
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = parse_config(text, "config.json");
+    }
+    let (header, body) = data.split_at(data.iter().position(|&byte| byte == 0).unwrap_or(data.len()));
+    for file in [data.to_vec(), framed(header, body)] {
+        let sources: Vec<(String, Box<dyn ByteSource>)> = vec![("fuzz".into(), Box::new(Memory(file)))];
+        let Ok(checkpoint) = Checkpoint::from_sources(sources) else { continue };
+        for name in checkpoint.tensors().keys() {
+            let bytes = checkpoint.read(name).expect("a checked header");
+            assert!(bytes.len() <= data.len());
+        }
+    }
+});

@@ -1,0 +1,141 @@
+//! What every answer of every router must satisfy. The fuzz targets include this file: it knows only the library.
+
+use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::metrics::RouteMetrics;
+use phase_moe::routing::phase::gate_mass_bound;
+use phase_moe::routing::plan::DispatchPlan;
+use phase_moe::routing::router::{RouteRequest, RouteState};
+
+/// Room for rounding in sums of `f32` scores.
+const RELATIVE: f64 = 1e-9;
+
+/// Numbers as small as this have too few bits to be compared by their ratio.
+const TINY: f64 = 1e-36;
+
+/// Slots that all live tokens together can use at most: top_k each, fewer where masks leave fewer.
+pub fn usable_slots(request: &RouteRequest<'_>) -> usize {
+    let (scores, top_k) = (request.scores(), request.top_k());
+    let allowed = |token: usize| (0..scores.experts()).filter(|&expert| scores.is_allowed(token, expert)).count();
+    (0..scores.tokens()).filter(|&token| !request.is_padding(token)).map(|token| allowed(token).min(top_k)).sum()
+}
+
+/// Kept slots per expert or device.
+pub fn pool_loads(request: &RouteRequest<'_>, assignment: &Assignment) -> Vec<u64> {
+    let capacity = request.capacity();
+    let mut pools = vec![0; capacity.pool_sizes().len()];
+    for (expert, load) in assignment.load().into_iter().enumerate() {
+        pools[capacity.pool_of(expert as u16)] += u64::from(load);
+    }
+    pools
+}
+
+/// Checks `assignment`, the answer to `request`; `limited` says that the router respects capacity.
+pub fn check(request: &RouteRequest<'_>, assignment: &Assignment, limited: bool) {
+    let (scores, capacity, top_k) = (request.scores(), request.capacity(), request.top_k());
+    let shape = (assignment.tokens(), assignment.experts(), assignment.top_k());
+    assert_eq!(shape, (scores.tokens(), scores.experts(), top_k));
+    let ids: Vec<i32> = assignment.ids().collect();
+    let dropped = ids.iter().filter(|&&id| id == -1).count();
+    assert_eq!(assignment.kept() + dropped, scores.tokens() * top_k, "kept + dropped");
+    assert!(assignment.kept() <= usable_slots(request), "more kept than can be used");
+
+    let load = assignment.load();
+    assert_eq!(load.iter().map(|&load| load as usize).sum::<usize>(), assignment.kept());
+    if let Some(limits) = capacity.limits().filter(|_| limited) {
+        let pools = pool_loads(request, assignment);
+        assert!(pools.iter().zip(limits).all(|(&load, &limit)| load <= u64::from(limit)), "{pools:?} over {limits:?}");
+    }
+    for token in 0..scores.tokens() {
+        check_token(request, assignment, &ids[token * top_k..(token + 1) * top_k], token);
+    }
+    check_plan(assignment);
+
+    let metrics = RouteMetrics::new(request, assignment);
+    assert_eq!(metrics.demand, request.live_tokens() as u64 * top_k as u64);
+    assert_eq!(metrics.kept, assignment.kept() as u64);
+    let mass = gate_mass(request, assignment);
+    assert!((metrics.gate_mass - mass).abs() <= 1e-6 * (1.0 + mass), "{} {mass}", metrics.gate_mass);
+    assert!(metrics.survival() <= 1.0);
+    if let Some(bound) = assignment.gate_mass_bound() {
+        assert!(bound.is_finite() && mass <= bound * (1.0 + RELATIVE) + RELATIVE, "mass {mass} above bound {bound}");
+    }
+}
+
+/// Distinct allowed experts, nothing for padding, weights made from gate scores.
+fn check_token(request: &RouteRequest<'_>, assignment: &Assignment, ids: &[i32], token: usize) {
+    let (scores, top_k) = (request.scores(), request.top_k());
+    let weights = &assignment.weights()[token * top_k..(token + 1) * top_k];
+    let gate = scores.gate(token);
+    let mut factors = Vec::new();
+    for (slot, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
+        assert_eq!(assignment.expert(token, slot).map(|expert| expert.index() as i32), (id >= 0).then_some(id));
+        assert!(weight.is_finite(), "token {token}: weight {weight} of expert {id}");
+        if id < 0 {
+            assert!(id == -1 && weight == 0.0, "token {token}: id {id}, weight {weight}");
+            continue;
+        }
+        let expert = id as usize;
+        assert!(expert < scores.experts() && scores.is_allowed(token, expert), "token {token}: expert {expert}");
+        assert!(!ids[..slot].contains(&id), "token {token}: {ids:?}");
+        assert!(!request.is_padding(token), "padding token {token}: {ids:?}");
+        if scores.normalize() {
+            // Scores this small have too few bits for a ratio to mean anything.
+            if gate[expert] > 1e-30 && weight.abs() > 1e-30 {
+                factors.push(f64::from(weight) / f64::from(gate[expert]));
+            }
+        } else {
+            assert_eq!(weight.to_bits(), (gate[expert] * scores.scale()).to_bits(), "token {token}: expert {expert}");
+        }
+    }
+    // One factor for the whole token; with all slots kept the weights sum to the scale.
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-5 * a.abs().max(b.abs());
+    assert!(factors.windows(2).all(|pair| near(pair[0], pair[1])), "token {token}: factors {factors:?}");
+    let (sum, scale) = (weights.iter().map(|&weight| f64::from(weight)).sum::<f64>(), f64::from(scores.scale()));
+    let held: f64 = ids.iter().filter(|&&id| id >= 0).map(|&id| f64::from(gate[id as usize])).sum();
+    if scores.normalize() && held > 0.0 {
+        assert!(sum.abs() <= scale.abs() * (1.0 + 1e-4) + TINY, "token {token}: weights sum to {sum} of {scale}");
+        if ids.iter().all(|&id| id >= 0) {
+            assert!(
+                near(sum, scale) || (sum - scale).abs() <= 1e-4 * scale.abs() + TINY,
+                "token {token}: {sum} of {scale}"
+            );
+        }
+    }
+}
+
+/// The plan is a permutation of the kept slots, sorted by expert and then by token, each with its own weight.
+pub fn check_plan(assignment: &Assignment) {
+    let (plan, top_k) = (DispatchPlan::new(assignment), assignment.top_k());
+    let ids: Vec<i32> = assignment.ids().collect();
+    let mut expected: Vec<usize> = (0..ids.len()).filter(|&slot| ids[slot] >= 0).collect();
+    expected.sort_by_key(|&slot| (ids[slot], slot));
+    assert_eq!(plan.slots().iter().map(|&slot| slot as usize).collect::<Vec<_>>(), expected);
+    assert_eq!([plan.tokens().len(), plan.weights().len()], [expected.len(); 2]);
+    for (at, &slot) in expected.iter().enumerate() {
+        assert_eq!(plan.tokens()[at] as usize, slot / top_k);
+        assert_eq!(plan.weights()[at].to_bits(), assignment.weights()[slot].to_bits());
+    }
+    let load: Vec<u32> = plan.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert_eq!((plan.offsets()[0], load), (0, assignment.load()));
+    let busy: Vec<(usize, usize)> = plan.busy_experts().map(|(expert, range)| (expert, range.len())).collect();
+    let loaded = |(expert, &load): (usize, &u32)| (load > 0).then_some((expert, load as usize));
+    assert_eq!(busy, assignment.load().iter().enumerate().filter_map(loaded).collect::<Vec<_>>());
+}
+
+/// Sum of the gate scores of the kept slots.
+pub fn gate_mass(request: &RouteRequest<'_>, assignment: &Assignment) -> f64 {
+    let held = |token: usize| {
+        let gate = request.scores().gate(token);
+        assignment.slots(token).map(|(expert, _)| f64::from(gate[expert.index()])).sum::<f64>()
+    };
+    (0..assignment.tokens()).map(held).sum()
+}
+
+/// Prices that a limited routing left: one per pool, usable as the next start, and a certificate by themselves.
+pub fn check_prices(request: &RouteRequest<'_>, state: &RouteState, mass: f64) {
+    let Some(limits) = request.capacity().limits() else { return };
+    assert_eq!(state.prices().len(), limits.len());
+    assert!(state.prices().iter().all(|price| price.is_finite() && *price >= 0.0), "{:?}", state.prices());
+    let bound = gate_mass_bound(request, state.prices()).expect("prices were checked");
+    assert!(mass <= bound * (1.0 + RELATIVE) + RELATIVE, "mass {mass} above bound {bound} of the prices left");
+}
