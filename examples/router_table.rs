@@ -14,12 +14,15 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::phase::quota::PhaseQuota;
 use phase_moe::routing::plan::DispatchPlan;
+use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::scores::{Scores, Scoring};
 use phase_moe::routing::topk::TopK;
@@ -54,85 +57,110 @@ fn skewed(tokens: usize, experts: usize, seed: u64) -> Vec<f32> {
     (0..tokens * experts).map(|at| popularity[at % experts] + rng.random_range(-2.0..2.0)).collect()
 }
 
+/// Inputs that take turns, so that no branch can be learnt by heart.
+const TURNS: usize = 64;
+
 /// Everything a cell works on, on one instruction set.
 struct Bed {
-    values: Vec<f32>,
+    inputs: Vec<Vec<f32>>,
+    turn: usize,
     scores: Scores,
     capacity: Capacity,
+    resident: ExpertSet,
+    router: Box<dyn Router>,
+    /// State that every call starts from; `None` where calls go on from the last one's.
+    start: Option<RouteState>,
     state: RouteState,
     scratch: Scratch,
     assignment: Assignment,
+    requests: Requests,
     plan: DispatchPlan,
 }
 
 impl Bed {
     fn new(cell: &Cell, isa: Isa) -> Result<Self, Failure> {
-        let limited = matches!(cell.what, "phase-cold" | "phase-warm" | "quota");
-        let capacity = match limited {
-            true => CapacityRule::per_expert(1.0).capacity(cell.tokens, cell.experts, cell.top_k)?,
-            false => Capacity::unlimited(cell.experts)?,
+        let Cell { what, experts, top_k, tokens, .. } = *cell;
+        let capacity = match what {
+            "phase-cold" | "phase-warm" | "quota" => CapacityRule::per_expert(1.0).capacity(tokens, experts, top_k)?,
+            "cache+phase" => CapacityRule::per_device(1.0, 4).capacity(tokens, experts, top_k)?,
+            _ => Capacity::unlimited(experts)?,
         };
+        let router: Box<dyn Router> = match what {
+            "quota" => Box::new(PhaseQuota { seed: 1 }),
+            "phase-cold" | "phase-warm" => Box::new(PhaseRouter::default()),
+            "cache" => Box::new(CacheRouter::default()),
+            "cache+phase" => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
+            // Without a bonus the memory-aware router takes the gate's choice, and keeps the books all the same.
+            "select-one" => Box::new(CacheRouter::new(0.0, 0.0)?),
+            _ => Box::new(TopK { drop: None }),
+        };
+        let mut resident = ExpertSet::new(experts)?;
+        for expert in (0..experts).step_by(2) {
+            resident.insert(ExpertId::new(expert, experts)?);
+        }
+        let turns = if tokens == 1 { TURNS } else { 2 };
         let mut bed = Self {
-            values: skewed(cell.tokens, cell.experts, 2),
+            inputs: (0..turns).map(|turn| skewed(tokens, experts, turn as u64)).collect(),
+            turn: 0,
             scores: Scores::on(isa),
             capacity,
+            resident,
+            router,
+            start: (what == "phase-cold").then(RouteState::default),
             state: RouteState::default(),
             scratch: Scratch::on(isa),
             assignment: Assignment::default(),
+            requests: Requests::default(),
             plan: DispatchPlan::default(),
         };
-        // Warm prices are those of another batch.
-        bed.score(cell)?;
-        bed.route(cell, &mut RouteState::default())?;
-        if cell.what == "phase-warm" {
-            let mut state = RouteState::default();
-            bed.route(cell, &mut state)?;
-            bed.state = state;
+        for _ in 0..turns {
+            bed.score(cell)?;
+            bed.route(cell)?;
         }
-        bed.values = skewed(cell.tokens, cell.experts, 1);
-        bed.score(cell)?;
         Ok(bed)
     }
 
+    /// Scores the next input.
     fn score(&mut self, cell: &Cell) -> Result<(), Failure> {
-        let logits = Logits::new(black_box(&self.values), cell.tokens, cell.experts)?;
+        self.turn = (self.turn + 1) % self.inputs.len();
+        let logits = Logits::new(black_box(&self.inputs[self.turn]), cell.tokens, cell.experts)?;
         Ok(Scoring::softmax().scores_into(&logits, None, &mut self.scores)?)
     }
 
-    fn route(&mut self, cell: &Cell, state: &mut RouteState) -> Result<(), Failure> {
-        let Self { scores, capacity, scratch, assignment, .. } = self;
-        let request = RouteRequest::new(scores, cell.top_k, capacity, RouteContext::default())?;
-        let router: &dyn Router = match cell.what {
-            "quota" => &PhaseQuota { seed: 1 },
-            "phase-cold" | "phase-warm" => &PhaseRouter::default(),
-            _ => &TopK { drop: None },
-        };
-        Ok(router.route_into(black_box(&request), state, scratch, assignment)?)
+    fn route(&mut self, cell: &Cell) -> Result<(), Failure> {
+        if let Some(start) = &self.start {
+            self.state.clone_from(start);
+        }
+        let context =
+            RouteContext { step: self.turn as u64, resident: Some(&self.resident), ..RouteContext::default() };
+        let request = RouteRequest::new(&self.scores, cell.top_k, &self.capacity, context)?;
+        let (state, scratch) = (&mut self.state, &mut self.scratch);
+        Ok(self.router.route_into(black_box(&request), state, scratch, &mut self.assignment)?)
     }
 
-    /// What the cell times, once.
-    fn once(&mut self, cell: &Cell) -> Result<(), Failure> {
-        match cell.what {
-            "plan" => self.plan.refill(black_box(&self.assignment)),
-            "select-one" | "select-batch" => {
-                self.score(cell)?;
-                self.route(cell, &mut RouteState::default())?;
-            }
-            _ => {
-                let mut state = self.state.clone();
-                self.route(cell, &mut state)?;
+    /// Nanoseconds of `calls` calls of what the cell times, each on the next input.
+    fn time(&mut self, cell: &Cell, calls: usize) -> Result<f64, Failure> {
+        let whole = matches!(cell.what, "select-one" | "select-batch" | "cache");
+        if !whole && cell.what != "plan" {
+            // From scores on; prices that are warm come from the other batch.
+            self.score(cell)?;
+        }
+        let start = Instant::now();
+        for _ in 0..calls {
+            match cell.what {
+                "plan" => self.plan.refill(black_box(&self.assignment)),
+                _ if whole => {
+                    self.score(cell)?;
+                    self.route(cell)?;
+                    if cell.what != "select-batch" {
+                        self.requests.refill(black_box(&self.assignment), Some(&self.resident))?;
+                    }
+                }
+                _ => self.route(cell)?,
             }
         }
-        Ok(())
+        Ok(start.elapsed().as_nanos() as f64)
     }
-}
-
-fn nanos(calls: usize, tokens: usize, mut call: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
-    let start = Instant::now();
-    for _ in 0..calls {
-        call()?;
-    }
-    Ok(start.elapsed().as_nanos() as f64 / (calls * tokens) as f64)
 }
 
 fn percentile(sorted: &[f64], share: f64) -> f64 {
@@ -148,7 +176,10 @@ fn measure(cell: &Cell, budget: Duration) -> Result<Times, Failure> {
     let mut run = |times: &mut Vec<f64>, twins: &mut Vec<f64>| -> Result<(), String> {
         let start = Instant::now();
         while start.elapsed() < budget || times.len() < 5 {
-            let time = |bed: &mut Bed| nanos(calls, cell.tokens, || bed.once(cell)).map_err(|error| error.to_string());
+            let time = |bed: &mut Bed| {
+                let nanos = bed.time(cell, calls).map_err(|error| error.to_string())?;
+                Ok::<f64, String>(nanos / (calls * cell.tokens) as f64)
+            };
             // Short calls run in runs, so that what the twin leaves in the caches is not what is timed.
             for _ in 0..if single { 64 } else { 3 } {
                 times.push(time(&mut ours)?);
@@ -197,6 +228,9 @@ fn main() -> Result<(), Failure> {
         cells.push(cell("phase-warm", 64, 8, 4096, threads));
     }
     cells.push(cell("plan", 128, 8, 4096, 1));
+    cells.push(cell("cache", 128, 8, 1, 1));
+    cells.push(cell("cache", 8, 2, 1, 1));
+    cells.push(cell("cache+phase", 64, 8, 4096, 1));
     for tokens in [64, 256, 1024, 16_384, 65_536] {
         cells.push(cell("phase-cold", 64, 8, tokens, 1));
     }

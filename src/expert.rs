@@ -61,7 +61,7 @@ pub(crate) fn check_expert_count(experts: usize) -> Result<()> {
 /// assert_eq!(resident.len(), 1);
 /// # Ok::<(), phase_moe::error::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpertSet {
     words: Vec<u64>,
     experts: usize,
@@ -75,6 +75,29 @@ impl ExpertSet {
     pub fn new(experts: usize) -> Result<Self> {
         check_expert_count(experts)?;
         Ok(Self { words: vec![0; experts.div_ceil(64)], experts })
+    }
+
+    /// Makes it the empty set in a layer of `experts`, in the same memory.
+    ///
+    /// # Errors
+    /// Those of [`ExpertSet::new`]; the set is then as it was.
+    pub fn reset(&mut self, experts: usize) -> Result<()> {
+        check_expert_count(experts)?;
+        self.words.clear();
+        self.words.resize(experts.div_ceil(64), 0);
+        self.experts = experts;
+        Ok(())
+    }
+
+    /// Adds the experts of `all` that are not in `without`; those of another, larger layer are ignored.
+    pub fn insert_missing(&mut self, all: &Self, without: Option<&Self>) {
+        let spare = self.words.len() * 64 - self.experts;
+        for (at, (word, all)) in self.words.iter_mut().zip(&all.words).enumerate() {
+            *word |= all & !without.and_then(|set| set.words.get(at)).copied().unwrap_or(0);
+        }
+        if let Some(last) = self.words.last_mut() {
+            *last &= u64::MAX >> spare;
+        }
     }
 
     /// Experts in the layer, in the set or not.

@@ -20,10 +20,10 @@
 
 use crate::error::Result;
 use crate::expert::{ExpertId, ExpertSet};
-use crate::routing::assignment::Assignment;
+use crate::routing::assignment::{Assignment, EMPTY};
 
 /// The experts that one step of one layer uses.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
     wanted: ExpertSet,
     missing: ExpertSet,
@@ -35,14 +35,23 @@ impl Requests {
     /// # Errors
     /// [`crate::error::Error::ExpertCount`] for an assignment that was never filled.
     pub fn new(assignment: &Assignment, resident: Option<&ExpertSet>) -> Result<Self> {
-        let mut wanted = ExpertSet::new(assignment.experts())?;
-        let mut missing = wanted.clone();
-        for id in (0..assignment.tokens()).flat_map(|token| assignment.slots(token)).map(|(expert, _)| expert) {
-            if wanted.insert(id) && !resident.is_some_and(|resident| resident.contains(id)) {
-                missing.insert(id);
-            }
+        let mut requests = Self::default();
+        requests.refill(assignment, resident)?;
+        Ok(requests)
+    }
+
+    /// The same in place of what it held before; nothing is allocated once it has held as many experts.
+    ///
+    /// # Errors
+    /// Those of [`Requests::new`].
+    pub fn refill(&mut self, assignment: &Assignment, resident: Option<&ExpertSet>) -> Result<()> {
+        self.wanted.reset(assignment.experts())?;
+        self.missing.reset(assignment.experts())?;
+        for &expert in assignment.raw().iter().filter(|&&expert| expert != EMPTY) {
+            self.wanted.insert(ExpertId::from_raw(expert));
         }
-        Ok(Self { wanted, missing })
+        self.missing.insert_missing(&self.wanted, resident);
+        Ok(())
     }
 
     /// Every expert that some token uses.
