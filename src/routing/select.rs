@@ -27,6 +27,8 @@ pub(crate) struct Selector {
     ids: Vec<u16>,
     values: Vec<f32>,
     count: usize,
+    /// Whether the row was sorted, rather than ranked by the kernel.
+    sorted: bool,
     step: f32,
 }
 
@@ -48,40 +50,42 @@ impl Selector {
         self.adjusted.clear();
         self.adjusted.resize(experts.div_ceil(LANES), [f32::NEG_INFINITY; LANES]);
         self.survivors.resize(experts, 0);
-        self.ids.resize(width.max(LANES), 0);
-        self.values.resize(width.max(LANES), 0.0);
+        self.ids.resize(width, 0);
+        self.values.resize(width, 0.0);
         (self.count, self.step) = (0, 0.05);
     }
 
-    /// Ranks `row − price`, on the instructions of the CPU. `threshold` is a guess of the last wanted value on entry (NaN
-    /// for none) and the value itself on return.
-    pub(crate) fn select(&mut self, row: &[f32], price: Option<&[f32]>, threshold: &mut f32) {
-        Isa::detect().run(Select { selector: self, row, price, threshold });
+    /// Ranks `row − price` on the instructions of the CPU; `guess` is one of the last wanted value, NaN for none.
+    pub(crate) fn select(&mut self, row: &[f32], price: Option<&[f32]>, guess: f32) {
+        Isa::detect().run(Select { selector: self, row, price, guess });
     }
 
     /// The same inside a kernel.
     #[inline(always)]
-    pub(crate) fn select_on<L: Lanes>(&mut self, lanes: L, row: &[f32], price: Option<&[f32]>, threshold: &mut f32) {
-        let guess = match self.cold {
-            Some(cold) if threshold.is_nan() => Some(cold),
-            Some(_) => Some(Guess::About(*threshold, self.step)),
+    pub(crate) fn select_on<L: Lanes>(&mut self, lanes: L, row: &[f32], price: Option<&[f32]>, guess: f32) {
+        let start = match self.cold {
+            Some(cold) if guess.is_nan() => Some(cold),
+            Some(_) => Some(Guess::About(guess, self.step)),
             None => None,
         };
-        match guess {
-            Some(guess) if best(lanes, (row, price), self.width, guess, &mut self.adjusted, &mut self.best) => {
-                self.count = self.best.count;
-                for (id, &best) in self.ids.iter_mut().zip(&self.best.ids) {
-                    *id = best as u16;
-                }
-                self.values[..LANES].copy_from_slice(&self.best.values);
+        match start {
+            Some(start) if best(lanes, (row, price), self.width, start, &mut self.adjusted, &mut self.best) => {
+                (self.count, self.sorted) = (self.best.count, false);
             }
-            _ => self.sort(row, price, *threshold),
+            _ => self.sort(row, price, guess),
         }
-        if self.count > 1 {
-            *threshold = self.values[self.count - 1];
-            let half = self.count / 2;
-            self.step = (AHEAD * (self.values[half] - *threshold) / (self.count - half) as f32).max(1e-6);
+    }
+
+    /// The last wanted value: a guess for a row that is much like this one. Learns how far off such guesses may be.
+    #[inline(always)]
+    pub(crate) fn threshold(&mut self) -> f32 {
+        if self.count < 2 {
+            return f32::NAN;
         }
+        let (half, last) = (self.count / 2, self.count - 1);
+        let (middle, least) = (self.values()[half], self.values()[last]);
+        self.step = (AHEAD * (middle - least) / (self.count - half) as f32).max(1e-6);
+        least
     }
 
     /// Ranks what a threshold leaves by sorting it.
@@ -99,7 +103,7 @@ impl Selector {
             self.survivors[found] = expert as u16;
             found += usize::from(value >= split);
         }
-        self.count = found.min(self.width);
+        (self.count, self.sorted) = (found.min(self.width), true);
         let value = |expert: u16| adjusted[usize::from(expert)];
         let falling =
             |a: &u16, b: &u16| value(*b).partial_cmp(&value(*a)).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(b));
@@ -123,13 +127,13 @@ impl Selector {
     /// Expert ids, best first.
     #[inline(always)]
     pub(crate) fn ids(&self) -> &[u16] {
-        &self.ids[..self.count]
+        if self.sorted { &self.ids[..self.count] } else { &self.best.ids[..self.count] }
     }
 
     /// Their values after the price, best first.
     #[inline(always)]
     pub(crate) fn values(&self) -> &[f32] {
-        &self.values[..self.count]
+        if self.sorted { &self.values[..self.count] } else { &self.best.values[..self.count] }
     }
 }
 
@@ -163,7 +167,7 @@ struct Select<'a> {
     selector: &'a mut Selector,
     row: &'a [f32],
     price: Option<&'a [f32]>,
-    threshold: &'a mut f32,
+    guess: f32,
 }
 
 impl Kernel for Select<'_> {
@@ -171,7 +175,7 @@ impl Kernel for Select<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        self.selector.select_on(lanes, self.row, self.price, self.threshold);
+        self.selector.select_on(lanes, self.row, self.price, self.guess);
     }
 }
 
@@ -202,9 +206,10 @@ mod tests {
         ) {
             let width = width.min(row.len());
             let mut selector = Selector::new(row.len(), width);
-            let mut threshold = guess;
+            let mut guess = guess;
             for price in [None, Some(vec![0.0; row.len()])] {
-                selector.select(&row, price.as_deref(), &mut threshold);
+                selector.select(&row, price.as_deref(), guess);
+                guess = selector.threshold();
                 prop_assert_eq!(selector.ids(), &naive(&row, width)[..]);
                 prop_assert_eq!(selector.count(), selector.ids().len());
                 prop_assert!(selector.ids().iter().zip(selector.values()).all(|(&id, &value)| row[usize::from(id)] == value));

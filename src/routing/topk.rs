@@ -65,8 +65,7 @@ impl Kernel for Choose<'_, '_> {
             let count = if request.is_padding(token) {
                 0
             } else {
-                let mut unknown = f32::NAN;
-                selector.select_on(lanes, scores.selection(token), None, &mut unknown);
+                selector.select_on(lanes, scores.selection(token), None, f32::NAN);
                 chosen[..selector.count()].copy_from_slice(selector.ids());
                 selector.count()
             };

@@ -129,12 +129,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]) {
+    fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         let all = self.load(values);
         // SAFETY: see above.
         unsafe {
             let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
-            for &other in &values[..count] {
+            for &other in values {
                 // A true comparison is −1 in every bit.
                 let other = _mm256_set1_ps(other);
                 low = _mm256_sub_epi32(low, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(all.0, other)));

@@ -122,22 +122,27 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]) {
+    fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         // SAFETY: see above.
         unsafe {
             let all = _mm512_loadu_ps(values.as_ptr());
             let one = _mm512_set1_epi32(1);
-            let (mut even, mut odd) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-            for pair in values[..count].chunks(2) {
-                let larger = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(all, _mm512_set1_ps(pair[0]));
-                even = _mm512_mask_add_epi32(even, larger, even, one);
-                if let Some(&second) = pair.get(1) {
-                    let larger = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(all, _mm512_set1_ps(second));
-                    odd = _mm512_mask_add_epi32(odd, larger, odd, one);
+            let mut sums = [_mm512_setzero_si512(); 4];
+            for four in values.as_chunks::<4>().0 {
+                for (sum, &other) in sums.iter_mut().zip(four) {
+                    let larger = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(all, _mm512_set1_ps(other));
+                    *sum = _mm512_mask_add_epi32(*sum, larger, *sum, one);
                 }
             }
-            _mm512_storeu_si512(ranks.as_mut_ptr().cast(), _mm512_add_epi32(even, odd));
+            let sum = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+            _mm512_storeu_si512(ranks.as_mut_ptr().cast(), sum);
         }
+    }
+
+    #[inline(always)]
+    fn equal(self, ranks: &[u32; LANES], rank: u32) -> u16 {
+        // SAFETY: see above.
+        unsafe { _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(ranks.as_ptr().cast()), _mm512_set1_epi32(rank as i32)) }
     }
 
     #[inline(always)]

@@ -119,12 +119,12 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]) {
+    fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         let all = self.load(values);
         // SAFETY: see above; a true comparison is all ones, which is −1.
         unsafe {
             let mut sums = [vdupq_n_u32(0); 4];
-            for &other in &values[..count] {
+            for &other in values {
                 let other = vdupq_n_f32(other);
                 for (sum, &part) in sums.iter_mut().zip(&all) {
                     *sum = vsubq_u32(*sum, vcgtq_f32(other, part));

@@ -71,9 +71,9 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
-    fn ranks(self, values: &[f32; LANES], count: usize, ranks: &mut [u32; LANES]) {
+    fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         *ranks = [0; LANES];
-        for &other in &values[..count] {
+        for &other in values {
             for (rank, &value) in ranks.iter_mut().zip(values) {
                 *rank += u32::from(other > value);
             }

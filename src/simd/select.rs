@@ -17,7 +17,7 @@ pub(crate) struct Best {
     /// Their values after the price; the first `count` count.
     pub(crate) values: [f32; LANES],
     /// Their places in the row.
-    pub(crate) ids: [u32; LANES],
+    pub(crate) ids: [u16; LANES],
     /// How many there are.
     pub(crate) count: usize,
 }
@@ -182,9 +182,14 @@ fn threshold<L: Lanes>(
             step = by;
         }
         Guess::Lanes(start) => {
-            let mut largest = Best::default();
-            let mut all = [0.0; LANES];
+            let (mut all, mut ranks) = ([0.0; LANES], [0; LANES]);
             lanes.store(most, &mut all);
+            lanes.ranks(&all, &mut ranks);
+            let first = all[lanes.equal(&ranks, start as u32).trailing_zeros() as usize % LANES].max(f32::MIN);
+            if (width..=LANES).contains(&reached(lanes, adjusted, first)) {
+                return Some(first);
+            }
+            let mut largest = Best::default();
             order(lanes, &all, &[0; LANES], LANES, &mut largest);
             let (mut rank, mut upwards, mut downwards) = (start, true, true);
             while upwards || downwards {
@@ -240,21 +245,23 @@ fn threshold<L: Lanes>(
 #[inline(always)]
 pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES], count: usize, best: &mut Best) {
     let mut ranks = [0; LANES];
-    lanes.ranks(values, count, &mut ranks);
+    lanes.ranks(values, &mut ranks);
+    // All sixteen, whatever the count, so that no branch depends on a value; the last first, so that nothing behind the count
+    // stays in front of it.
     let mut taken = 0u32;
-    for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
+    for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).rev() {
         let rank = rank as usize % LANES;
         best.values[rank] = value;
-        best.ids[rank] = id;
+        best.ids[rank] = id as u16;
         taken |= 1 << rank;
     }
-    if taken.count_ones() as usize != count {
+    if (taken & ((1 << count) - 1)).count_ones() as usize != count {
         // Equals have one rank between them; each takes the next free one.
         taken = 0;
         for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
             let rank = (rank + (!(taken >> rank)).trailing_zeros()) as usize % LANES;
             best.values[rank] = value;
-            best.ids[rank] = id;
+            best.ids[rank] = id as u16;
             taken |= 1 << rank;
         }
     }

@@ -42,7 +42,7 @@ impl Kernel for Rank<'_> {
         let mut adjusted = vec![[f32::NEG_INFINITY; LANES]; self.row.len().div_ceil(LANES)];
         let mut found = Best::default();
         let enough = best(lanes, (self.row, self.price), self.width, self.guess, &mut adjusted, &mut found);
-        enough.then(|| (0..found.count).map(|at| (found.ids[at], found.values[at].to_bits())).collect())
+        enough.then(|| (0..found.count).map(|at| (found.ids[at].into(), found.values[at].to_bits())).collect())
     }
 }
 

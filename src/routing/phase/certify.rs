@@ -47,7 +47,8 @@ pub fn gate_mass_bound(request: &RouteRequest<'_>, prices: &[f32]) -> Result<f64
         for (row, (&gate, &selection)) in row.iter_mut().zip(scores.gate(token).iter().zip(scores.selection(token))) {
             *row = if selection == f32::NEG_INFINITY { f32::NEG_INFINITY } else { gate };
         }
-        selector.select(&row, Some(&price), &mut threshold);
+        selector.select(&row, Some(&price), threshold);
+        threshold = selector.threshold();
         let best: f64 = selector.values().iter().map(|&value| f64::from(value.max(0.0))).sum();
         positive += i128::from((best * UNIT).ceil() as i64);
     }

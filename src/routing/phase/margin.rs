@@ -19,7 +19,8 @@ pub(super) fn margins(problem: &Problem<'_>, rows: &[u32], prices: &[f32], room:
     let floor = if drops { 0.0 } else { f32::NEG_INFINITY };
     for &row in rows {
         let selection = problem.selection(row as usize);
-        selector.select(selection, Some(&price), &mut threshold);
+        selector.select(selection, Some(&price), threshold);
+        threshold = selector.threshold();
         let values = selector.values();
         let held = values.get(top_k - 1).copied().unwrap_or(floor).max(floor);
         let refused = values.get(top_k).copied().unwrap_or(floor).max(floor);

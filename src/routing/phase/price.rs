@@ -186,10 +186,9 @@ fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f
     let mut latest = f32::NAN;
     let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.thresholds);
     for (&row, ((chosen, refused), threshold)) in run.rows.iter().zip(lines) {
-        if threshold.is_nan() {
-            *threshold = latest;
-        }
-        selector.select_on(lanes, problem.selection(row as usize), Some(price), threshold);
+        let guess = if threshold.is_nan() { latest } else { *threshold };
+        selector.select_on(lanes, problem.selection(row as usize), Some(price), guess);
+        *threshold = selector.threshold();
         latest = *threshold;
         let (ids, values) = (selector.ids(), selector.values());
         let held = selector.count().min(top_k);
