@@ -15,6 +15,18 @@ const AHEAD: f32 = 1.5;
 /// Thresholds tried before a row is sorted as it is.
 const TRIES: usize = 12;
 
+/// Where the last wanted value of a row may be, and how far off that is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hint {
+    at: f32,
+    step: f32,
+}
+
+impl Hint {
+    /// Nothing is known.
+    pub(crate) const NONE: Self = Self { at: f32::NAN, step: 0.05 };
+}
+
 /// Ranks rows of one width; holds the buffers, so that nothing is allocated per row.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Selector {
@@ -29,7 +41,6 @@ pub(crate) struct Selector {
     count: usize,
     /// Whether the row was sorted, rather than ranked by the kernel.
     sorted: bool,
-    step: f32,
 }
 
 impl Selector {
@@ -52,52 +63,65 @@ impl Selector {
         self.survivors.resize(experts, 0);
         self.ids.resize(width, 0);
         self.values.resize(width, 0.0);
-        (self.count, self.step) = (0, 0.05);
+        self.count = 0;
     }
 
-    /// Ranks `row − price` on the instructions of the CPU; `guess` is one of the last wanted value, NaN for none.
-    pub(crate) fn select(&mut self, row: &[f32], price: Option<&[f32]>, guess: f32) {
-        Isa::detect().run(Select { selector: self, row, price, guess });
+    /// Ranks `row − price` on the instructions of the CPU.
+    pub(crate) fn select(&mut self, row: &[f32], price: Option<&[f32]>, hint: Hint) {
+        Isa::detect().run(Select { selector: self, row, price, hint });
     }
 
     /// The same inside a kernel.
     #[inline(always)]
-    pub(crate) fn select_on<L: Lanes>(&mut self, lanes: L, row: &[f32], price: Option<&[f32]>, guess: f32) {
+    pub(crate) fn select_on<L: Lanes>(&mut self, lanes: L, row: &[f32], price: Option<&[f32]>, hint: Hint) {
         let start = match self.cold {
-            Some(cold) if guess.is_nan() => Some(cold),
-            Some(_) => Some(Guess::About(guess, self.step)),
+            Some(cold) if hint.at.is_nan() => Some(cold),
+            Some(_) => Some(Guess::About(hint.at, hint.step)),
             None => None,
         };
         match start {
             Some(start) if best(lanes, (row, price), self.width, start, &mut self.adjusted, &mut self.best) => {
                 (self.count, self.sorted) = (self.best.count, false);
             }
-            _ => self.sort(row, price, guess),
+            _ => self.sort(row, price, hint),
         }
     }
 
-    /// The last wanted value: a guess for a row that is much like this one. Learns how far off such guesses may be.
+    /// A hint for a row that is much like this one.
     #[inline(always)]
-    pub(crate) fn threshold(&mut self) -> f32 {
+    pub(crate) fn hint(&self) -> Hint {
         if self.count < 2 {
-            return f32::NAN;
+            return Hint::NONE;
         }
         let (half, last) = (self.count / 2, self.count - 1);
         let (middle, least) = (self.values()[half], self.values()[last]);
-        self.step = (AHEAD * (middle - least) / (self.count - half) as f32).max(1e-6);
-        least
+        Hint { at: least, step: (AHEAD * (middle - least) / (self.count - half) as f32).max(1e-6) }
+    }
+
+    /// The best sixteen values, of which [`Selector::count`] count; `None` where more were wanted.
+    #[inline(always)]
+    pub(crate) fn sixteen(&self) -> Option<[f32; LANES]> {
+        match self.sorted {
+            false => Some(self.best.values),
+            true if self.width <= LANES => {
+                let mut values = [f32::NEG_INFINITY; LANES];
+                values[..self.count].copy_from_slice(&self.values[..self.count]);
+                Some(values)
+            }
+            true => None,
+        }
     }
 
     /// Ranks what a threshold leaves by sorting it.
     #[inline(never)]
-    fn sort(&mut self, row: &[f32], price: Option<&[f32]>, guess: f32) {
+    fn sort(&mut self, row: &[f32], price: Option<&[f32]>, hint: Hint) {
         let adjusted = self.adjusted.as_flattened_mut();
         adjusted[..row.len()].copy_from_slice(row);
         for (adjusted, price) in adjusted.iter_mut().zip(price.unwrap_or_default()) {
             *adjusted -= price;
         }
         let adjusted = &adjusted[..row.len()];
-        let split = split(adjusted, self.width, guess, self.step);
+        let split = split(adjusted, self.width, hint);
         let mut found = 0;
         for (expert, &value) in adjusted.iter().enumerate() {
             self.survivors[found] = expert as u16;
@@ -137,14 +161,28 @@ impl Selector {
     }
 }
 
+/// Copies ids to the front of `into`, eight at a time rather than through a call.
+#[inline(always)]
+pub(crate) fn copy_ids(into: &mut [u16], ids: &[u16]) {
+    let into = &mut into[..ids.len()];
+    let ((whole, rest), (ids, ids_rest)) = (into.as_chunks_mut::<8>(), ids.as_chunks::<8>());
+    for (into, ids) in whole.iter_mut().zip(ids) {
+        *into = *ids;
+    }
+    for (into, &id) in rest.iter_mut().zip(ids_rest) {
+        *into = id;
+    }
+}
+
 /// A value that at least `width` of the row reach (all that are not masked, where there are fewer), and few more.
-fn split(adjusted: &[f32], width: usize, guess: f32, mut step: f32) -> f32 {
+fn split(adjusted: &[f32], width: usize, hint: Hint) -> f32 {
     let enough = width + LANES;
     if enough >= adjusted.len() {
         return f32::MIN;
     }
     let (mut low, mut high) = (f32::MIN, f32::MAX);
-    let mut at = if guess.is_nan() { 0.0 } else { (guess - step).clamp(f32::MIN, f32::MAX) };
+    let mut step = hint.step;
+    let mut at = if hint.at.is_nan() { 0.0 } else { (hint.at - step).clamp(f32::MIN, f32::MAX) };
     for _ in 0..TRIES {
         let reached = adjusted.iter().map(|&value| u32::from(value >= at)).sum::<u32>() as usize;
         if reached >= width {
@@ -167,7 +205,7 @@ struct Select<'a> {
     selector: &'a mut Selector,
     row: &'a [f32],
     price: Option<&'a [f32]>,
-    guess: f32,
+    hint: Hint,
 }
 
 impl Kernel for Select<'_> {
@@ -175,7 +213,7 @@ impl Kernel for Select<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        self.selector.select_on(lanes, self.row, self.price, self.guess);
+        self.selector.select_on(lanes, self.row, self.price, self.hint);
     }
 }
 
@@ -202,14 +240,14 @@ mod tests {
                 1..150,
             ),
             width in 1usize..100,
-            guess in prop_oneof![Just(f32::NAN), Just(f32::MIN), Just(f32::MAX), -3.0f32..3.0],
+            at in prop_oneof![Just(f32::NAN), Just(f32::MIN), Just(f32::MAX), -3.0f32..3.0],
         ) {
             let width = width.min(row.len());
             let mut selector = Selector::new(row.len(), width);
-            let mut guess = guess;
+            let mut hint = Hint { at, step: 0.05 };
             for price in [None, Some(vec![0.0; row.len()])] {
-                selector.select(&row, price.as_deref(), guess);
-                guess = selector.threshold();
+                selector.select(&row, price.as_deref(), hint);
+                hint = selector.hint();
                 prop_assert_eq!(selector.ids(), &naive(&row, width)[..]);
                 prop_assert_eq!(selector.count(), selector.ids().len());
                 prop_assert!(selector.ids().iter().zip(selector.values()).all(|(&id, &value)| row[usize::from(id)] == value));

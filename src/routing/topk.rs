@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use crate::routing::select::Selector;
+use crate::routing::select::{Hint, Selector, copy_ids};
 use crate::simd::{Isa, Kernel, Lanes};
 
 /// Rows · experts below which a selection stays on the calling thread.
@@ -65,8 +65,8 @@ impl Kernel for Choose<'_, '_> {
             let count = if request.is_padding(token) {
                 0
             } else {
-                selector.select_on(lanes, scores.selection(token), None, f32::NAN);
-                chosen[..selector.count()].copy_from_slice(selector.ids());
+                selector.select_on(lanes, scores.selection(token), None, Hint::NONE);
+                copy_ids(chosen, selector.ids());
                 selector.count()
             };
             chosen[count..].fill(EMPTY);

@@ -10,7 +10,7 @@ use super::problem::UNIT;
 use crate::error::{Error, Result};
 use crate::routing::assignment::EMPTY;
 use crate::routing::router::RouteRequest;
-use crate::routing::select::Selector;
+use crate::routing::select::{Hint, Selector};
 
 /// A value after a price is rounded to `f32` once, by at most one part in 2^24 of itself.
 const ROUNDING: f64 = 1.0 + 1.0 / (1u64 << 23) as f64;
@@ -42,13 +42,13 @@ pub fn gate_mass_bound(request: &RouteRequest<'_>, prices: &[f32]) -> Result<f64
     };
     let mut selector = Selector::new(price.len(), request.top_k());
     let mut row = vec![0.0; price.len()];
-    let (mut threshold, mut positive) = (f32::NAN, 0i128);
+    let (mut hint, mut positive) = (Hint::NONE, 0i128);
     for token in (0..scores.tokens()).filter(|&token| !request.is_padding(token)) {
         for (row, (&gate, &selection)) in row.iter_mut().zip(scores.gate(token).iter().zip(scores.selection(token))) {
             *row = if selection == f32::NEG_INFINITY { f32::NEG_INFINITY } else { gate };
         }
-        selector.select(&row, Some(&price), threshold);
-        threshold = selector.threshold();
+        selector.select(&row, Some(&price), hint);
+        hint = selector.hint();
         let best: f64 = selector.values().iter().map(|&value| f64::from(value.max(0.0))).sum();
         positive += i128::from((best * UNIT).ceil() as i64);
     }

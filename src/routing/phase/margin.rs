@@ -7,7 +7,7 @@
 //! Knows nothing of what other pools do meanwhile: going there with all prices at once overshoots.
 
 use super::problem::Problem;
-use crate::routing::select::Selector;
+use crate::routing::select::{Hint, Selector};
 
 /// The price at which each pool alone would fill its `room`, `[pools]`; 0 where it does not fill.
 pub(super) fn margins(problem: &Problem<'_>, rows: &[u32], prices: &[f32], room: &[f64], drops: bool) -> Vec<f32> {
@@ -15,12 +15,12 @@ pub(super) fn margins(problem: &Problem<'_>, rows: &[u32], prices: &[f32], room:
     let top_k = problem.top_k;
     let mut margins: Vec<Vec<f32>> = vec![Vec::new(); prices.len()];
     let mut selector = Selector::new(price.len(), (top_k + 1).min(price.len()));
-    let mut threshold = f32::NAN;
+    let mut hint = Hint::NONE;
     let floor = if drops { 0.0 } else { f32::NEG_INFINITY };
     for &row in rows {
         let selection = problem.selection(row as usize);
-        selector.select(selection, Some(&price), threshold);
-        threshold = selector.threshold();
+        selector.select(selection, Some(&price), hint);
+        hint = selector.hint();
         let values = selector.values();
         let held = values.get(top_k - 1).copied().unwrap_or(floor).max(floor);
         let refused = values.get(top_k).copied().unwrap_or(floor).max(floor);

@@ -13,8 +13,9 @@
 use rayon::prelude::*;
 
 use super::problem::{Problem, UNIT};
-use crate::routing::select::Selector;
-use crate::simd::{Kernel, Lanes};
+use crate::routing::assignment::EMPTY;
+use crate::routing::select::{Hint, Selector, copy_ids};
+use crate::simd::{Kernel, LANES, Lanes};
 
 /// Refused experts that a sweep looks at beyond the last held one.
 pub(super) const BEYOND: usize = 3;
@@ -101,19 +102,20 @@ impl Lens {
 
 /// Claims of every row at the prices of a sweep.
 pub(super) struct Claims {
-    /// The top_k experts of each row, best first, `[rows, top_k]`; [`EMPTY`](crate::routing::assignment::EMPTY) where masks leave fewer.
+    /// The top_k experts of each row, best first, `[rows, top_k]`; [`EMPTY`] where masks leave fewer.
     pub(super) chosen: Vec<u16>,
     /// Value of the best expert a row did not get; −∞ where there is none.
     pub(super) refused: Vec<f32>,
-    thresholds: Vec<f32>,
+    /// Where each row's ranking ended in the last sweep: of its own, so that no row waits for another.
+    hints: Vec<Hint>,
 }
 
 impl Claims {
     pub(super) fn new(rows: usize, top_k: usize) -> Self {
         Self {
-            chosen: vec![crate::routing::assignment::EMPTY; rows * top_k],
+            chosen: vec![EMPTY; rows * top_k],
             refused: vec![f32::NEG_INFINITY; rows],
-            thresholds: vec![f32::NAN; rows],
+            hints: vec![Hint::NONE; rows],
         }
     }
 }
@@ -123,7 +125,7 @@ struct Run<'a> {
     rows: &'a [u32],
     chosen: &'a mut [u16],
     refused: &'a mut [f32],
-    thresholds: &'a mut [f32],
+    hints: &'a mut [Hint],
 }
 
 /// Ranks `rows` at `prices` (per pool); what is undecided is seen through `lens`.
@@ -143,8 +145,8 @@ pub(super) fn sweep(
         .par_chunks(chunk)
         .zip(claims.chosen[..count * top_k].par_chunks_mut(chunk * top_k))
         .zip(claims.refused[..count].par_chunks_mut(chunk))
-        .zip(claims.thresholds[..count].par_chunks_mut(chunk))
-        .map(|(((rows, chosen), refused), thresholds)| Run { rows, chosen, refused, thresholds });
+        .zip(claims.hints[..count].par_chunks_mut(chunk))
+        .map(|(((rows, chosen), refused), hints)| Run { rows, chosen, refused, hints });
     let tally = |run: Run<'_>| problem.isa.run(Sweep { problem, run, price: &price, lens, drops });
     let none = || Tally::new(problem.room.len());
     if count * price.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1 {
@@ -152,7 +154,7 @@ pub(super) fn sweep(
             rows,
             chosen: &mut claims.chosen[..count * top_k],
             refused: &mut claims.refused[..count],
-            thresholds: &mut claims.thresholds[..count],
+            hints: &mut claims.hints[..count],
         };
         return tally(whole);
     }
@@ -183,20 +185,25 @@ fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f
     let top_k = problem.top_k;
     let mut tally = Tally::new(problem.room.len());
     let mut selector = Selector::new(price.len(), (top_k + BEYOND).min(price.len()));
-    let mut latest = f32::NAN;
-    let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.thresholds);
-    for (&row, ((chosen, refused), threshold)) in run.rows.iter().zip(lines) {
-        let guess = if threshold.is_nan() { latest } else { *threshold };
-        selector.select_on(lanes, problem.selection(row as usize), Some(price), guess);
-        *threshold = selector.threshold();
-        latest = *threshold;
+    let lines = run.chosen.chunks_exact_mut(top_k).zip(run.refused).zip(run.hints);
+    for (&row, ((chosen, refused), hint)) in run.rows.iter().zip(lines) {
+        selector.select_on(lanes, problem.selection(row as usize), Some(price), *hint);
+        *hint = selector.hint();
         let (ids, values) = (selector.ids(), selector.values());
         let held = selector.count().min(top_k);
-        chosen[..held].copy_from_slice(&ids[..held]);
-        chosen[held..].fill(crate::routing::assignment::EMPTY);
+        copy_ids(chosen, &ids[..held]);
+        chosen[held..].fill(EMPTY);
         *refused = values.get(top_k).copied().unwrap_or(f32::NEG_INFINITY);
 
-        let positive: f64 = values[..held].iter().map(|&value| f64::from(value.max(0.0))).sum();
+        let (claimed, positive) = match selector.sixteen() {
+            Some(sixteen) => sums(&sixteen, held),
+            None => values[..held].chunks(LANES).fold((0.0, 0.0), |(claimed, positive), part| {
+                let mut sixteen = [0.0; LANES];
+                sixteen[..part.len()].copy_from_slice(part);
+                let sums = sums(&sixteen, part.len());
+                (claimed + sums.0, positive + sums.1)
+            }),
+        };
         tally.positive += i128::from((positive * UNIT).ceil() as i64);
         let mut wanted = held;
         if drops {
@@ -205,7 +212,6 @@ fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f
             }
             tally.claimed = tally.positive;
         } else {
-            let claimed: f64 = values[..held].iter().map(|&value| f64::from(value)).sum();
             tally.claimed += i128::from((claimed * UNIT) as i64);
         }
         for &expert in &ids[..wanted] {
@@ -216,7 +222,28 @@ fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f
     tally
 }
 
+/// `Σ value` and `Σ max(0, value)` of the first `held`, added up in halves.
+#[inline(always)]
+fn sums(values: &[f32; LANES], held: usize) -> (f64, f64) {
+    let (mut claimed, mut positive) = ([0.0; LANES], [0.0; LANES]);
+    for lane in 0..LANES {
+        let value = if lane < held { f64::from(values[lane]) } else { 0.0 };
+        claimed[lane] = value;
+        positive[lane] = if value > 0.0 { value } else { 0.0 };
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            claimed[lane] += claimed[lane + half];
+            positive[lane] += positive[lane + half];
+        }
+        half /= 2;
+    }
+    (claimed[0], positive[0])
+}
+
 /// Counts the pools between which a row is close to changing its mind.
+#[inline(always)]
 fn undecided(
     problem: &Problem<'_>,
     tally: &mut Tally,
