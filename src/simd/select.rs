@@ -118,9 +118,9 @@ pub(crate) fn best<L: Lanes>(
     true
 }
 
-/// The largest `row − price` below `below`, and its place (the first of equals); `None` where there is none above −∞.
+/// The largest `row − price` below `below`, and its place (the first of equals); −∞ where there is none.
 #[inline(always)]
-pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], below: f32) -> Option<(u32, f32)> {
+pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], below: f32) -> (u32, f32) {
     let least = lanes.splat(f32::NEG_INFINITY);
     let limit = lanes.splat(below);
     let (whole, rest) = row.as_chunks::<LANES>();
@@ -134,17 +134,14 @@ pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], belo
         most = lanes.max(most, under(lanes, lanes.load(row), lanes.load(price), limit));
     }
     let most = fold_max(lanes, most);
-    if most == f32::NEG_INFINITY {
-        return None;
-    }
     let wanted = lanes.splat(most);
-    for (part, (row, price)) in whole.iter().zip(prices).enumerate() {
+    // From the end, without leaving early: where it is cannot be foreseen.
+    let mut place = (whole.len() * LANES) as u32 + lanes.ge(last, wanted).trailing_zeros();
+    for (part, (row, price)) in whole.iter().zip(prices).enumerate().rev() {
         let at = lanes.ge(under(lanes, lanes.load(row), lanes.load(price), limit), wanted);
-        if at != 0 {
-            return Some(((part * LANES) as u32 + at.trailing_zeros(), most));
-        }
+        place = if at != 0 { (part * LANES) as u32 + at.trailing_zeros() } else { place };
     }
-    Some(((whole.len() * LANES) as u32 + lanes.ge(last, wanted).trailing_zeros(), most))
+    (place, most)
 }
 
 /// `row − price` where that is below the limit, −∞ elsewhere.

@@ -8,6 +8,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
@@ -17,7 +18,7 @@ use crate::simd::{Isa, Kernel, Lanes};
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
 
-/// Claimants per slot too many that are looked at first.
+/// Claimants per slot too many that are looked at at a time.
 const NEAR: usize = 2;
 
 /// Who holds what, and the room that is left.
@@ -64,41 +65,165 @@ fn key(value: f32) -> u32 {
 }
 
 /// For each row the best expert with room that it does not hold, and its value.
-struct Ways<'h, 'a> {
-    holding: &'h Holding<'a>,
-    open: &'h [u16],
-    refused: &'h [f32],
+struct Ways<'c> {
+    isa: Isa,
+    /// Price of experts with room, +∞ of the others.
+    price: Vec<f32>,
+    open: Vec<u16>,
+    /// Value of the best expert that each row did not claim.
+    refused: &'c [f32],
+    best: Vec<(u16, f32)>,
+    /// Rows that no longer hold what they claimed.
+    changed: Vec<bool>,
 }
 
 /// A row that no expert with room is left for.
 const NO_WAY: (u16, f32) = (EMPTY, f32::NEG_INFINITY);
 
-impl Kernel for Ways<'_, '_> {
-    type Output = Vec<(u16, f32)>;
+impl<'c> Ways<'c> {
+    fn new(holding: &Holding<'_>, isa: Isa, refused: &'c [f32]) -> Self {
+        let problem = holding.problem;
+        let experts = 0..problem.pool_of.len() as u16;
+        let open: Vec<u16> = experts.filter(|&expert| holding.left[problem.pool(expert)] > 0).collect();
+        let mut price = vec![f32::INFINITY; problem.pool_of.len()];
+        open.iter().for_each(|&expert| price[usize::from(expert)] = holding.price[usize::from(expert)]);
+        let (best, changed) = (vec![NO_WAY; refused.len()], vec![false; refused.len()]);
+        let mut ways = Self { isa, price, open, refused, best, changed };
+        isa.run(FindAll { ways: &mut ways, holding });
+        ways
+    }
+
+    /// The way of a row, looked for again if its pool has filled up.
+    fn of(&mut self, holding: &Holding<'_>, row: usize) -> (u16, f32) {
+        let (expert, _) = self.best[row];
+        if expert != EMPTY && holding.left[holding.problem.pool(expert)] <= 0 {
+            self.best[row] = self.search(holding, row);
+        }
+        self.best[row]
+    }
+
+    fn search(&self, holding: &Holding<'_>, row: usize) -> (u16, f32) {
+        match self.changed[row] {
+            true => holding.best_free(row, &self.open).unwrap_or(NO_WAY),
+            false => self.isa.run(Find { ways: self, holding, row }),
+        }
+    }
+
+    /// Takes the experts of a pool that is full off the list.
+    fn close(&mut self, problem: &Problem<'_>, pool: usize) {
+        self.open.retain(|&expert| problem.pool(expert) != pool);
+        for (price, &of) in self.price.iter_mut().zip(&problem.pool_of) {
+            if usize::from(of) == pool {
+                *price = f32::INFINITY;
+            }
+        }
+    }
+
+    /// The way of a row that holds what it claimed: its best, so that what it does not hold is worth less than the last of it.
+    #[inline(always)]
+    fn find<L: Lanes>(&self, lanes: L, holding: &Holding<'_>, row: usize) -> (u16, f32) {
+        let last = match holding.chosen[(row + 1) * holding.problem.top_k - 1] {
+            EMPTY => return NO_WAY,
+            expert => holding.value(row, expert),
+        };
+        if self.refused[row] == last {
+            return holding.best_free(row, &self.open).unwrap_or(NO_WAY);
+        }
+        let (expert, value) = largest_below(lanes, holding.problem.selection(row), &self.price, last);
+        if value > f32::NEG_INFINITY { (expert as u16, value) } else { NO_WAY }
+    }
+}
+
+struct FindAll<'w, 'c, 'a> {
+    ways: &'w mut Ways<'c>,
+    holding: &'w Holding<'a>,
+}
+
+impl Kernel for FindAll<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        for row in 0..self.ways.best.len() {
+            self.ways.best[row] = self.ways.find(lanes, self.holding, row);
+        }
+    }
+}
+
+struct Find<'w, 'c, 'a> {
+    ways: &'w Ways<'c>,
+    holding: &'w Holding<'a>,
+    row: usize,
+}
+
+impl Kernel for Find<'_, '_, '_> {
+    type Output = (u16, f32);
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Self::Output {
-        let Self { holding, open, refused } = self;
+        self.ways.find(lanes, self.holding, self.row)
+    }
+}
+
+/// The slots of over-full pools with their losses, pool by pool. Few of them will leave: the rest waits outside the heap,
+/// which has an item for the least of it, the pool's number. Losses only grow, as pools fill up.
+struct Claimants {
+    /// Loss, and slot.
+    slots: Vec<(u32, u32)>,
+    /// What of `slots` still waits, per pool.
+    waiting: Vec<Range<usize>>,
+}
+
+impl Claimants {
+    fn new(holding: &Holding<'_>, ways: &Ways<'_>, floor: f32) -> Self {
         let (problem, top_k) = (holding.problem, holding.problem.top_k);
-        let mut price = vec![f32::INFINITY; problem.pool_of.len()];
-        open.iter().for_each(|&expert| price[usize::from(expert)] = holding.price[usize::from(expert)]);
-        let mut ways = Vec::with_capacity(refused.len());
-        for (row, (chosen, &refused)) in holding.chosen.chunks_exact(top_k).zip(refused).enumerate() {
-            // Claims are the best of the row: what it does not hold is worth less than the last of them.
-            let last = match chosen[top_k - 1] {
-                EMPTY => f32::NEG_INFINITY,
-                expert => holding.value(row, expert),
-            };
-            ways.push(if refused == last && refused > f32::NEG_INFINITY {
-                holding.best_free(row, open).unwrap_or(NO_WAY)
-            } else {
-                match largest_below(lanes, problem.selection(row), &price, last) {
-                    Some((expert, value)) => (expert as u16, value),
-                    None => NO_WAY,
+        let mut end = 0;
+        let mut waiting: Vec<Range<usize>> = (holding.left.iter().zip(&problem.room))
+            .map(|(&left, &room)| {
+                let from = end;
+                end += if left < 0 { (i64::from(room) - left) as usize } else { 0 };
+                from..from
+            })
+            .collect();
+        // What is not over-full goes to one place behind the rest, so that no branch depends on the pool.
+        let mut slots = vec![(0, 0); end + 1];
+        let mut next: Vec<(usize, usize)> = (holding.left.iter().zip(&waiting))
+            .map(|(&left, range)| if left < 0 { (range.start, 1) } else { (end, 0) })
+            .collect();
+        for (row, chosen) in holding.chosen.chunks_exact(top_k).enumerate() {
+            let best = ways.best[row].1.max(floor);
+            for (slot, &expert) in (row * top_k..).zip(chosen) {
+                if expert != EMPTY {
+                    let (at, step) = &mut next[problem.pool(expert)];
+                    slots[*at] = (key(holding.value(row, expert) - best), slot as u32);
+                    *at += *step;
                 }
-            });
+            }
         }
-        ways
+        waiting
+            .iter_mut()
+            .zip(next)
+            .for_each(|(range, (at, step))| range.end = if step > 0 { at } else { range.start });
+        Self { slots, waiting }
+    }
+
+    /// Brings the next few of a pool into the heap, if it is still over-full.
+    fn pull(&mut self, holding: &Holding<'_>, pool: usize, heap: &mut Losses) {
+        let over = (-holding.left[pool]).max(0) as usize;
+        let pools = self.waiting.len();
+        let waiting = &mut self.waiting[pool];
+        if over == 0 {
+            return;
+        }
+        let slots = &mut self.slots[waiting.clone()];
+        let count = NEAR * over + FEW;
+        if count < slots.len() {
+            let (_, &mut (least, _), _) = slots.select_nth_unstable(count);
+            heap.push(Reverse((least, pool)));
+        }
+        let count = count.min(slots.len());
+        heap.extend(slots[..count].iter().map(|&(loss, slot)| Reverse((loss, pools + slot as usize))));
+        waiting.start += count;
     }
 }
 
@@ -145,7 +270,7 @@ impl<'a> Holding<'a> {
     ///
     /// `refused` is the value of the best expert that each row did not claim.
     pub(super) fn overflow(&mut self, isa: Isa, refused: &[f32]) {
-        let (problem, top_k) = (self.problem, self.problem.top_k);
+        let (problem, top_k, pools) = (self.problem, self.problem.top_k, self.left.len());
         let mut over: i64 = self.left.iter().map(|&left| (-left).max(0)).sum();
         if over == 0 {
             return;
@@ -153,56 +278,28 @@ impl<'a> Holding<'a> {
         let claimed = self.kept.iter().filter(|&&kept| kept).count() as u64;
         let mut drops = claimed.saturating_sub(problem.total_room());
         let floor = |drops: u64| if drops > 0 { 0.0 } else { f32::NEG_INFINITY };
-        let mut open: Vec<u16> =
-            (0..problem.pool_of.len() as u16).filter(|&expert| self.left[problem.pool(expert)] > 0).collect();
-        let mut ways = isa.run(Ways { holding: self, open: &open, refused });
-
-        let mut far = Vec::new();
-        for (row, chosen) in self.chosen.chunks_exact(top_k).enumerate() {
-            let best = ways[row].1.max(floor(drops));
-            for (slot, &expert) in (row * top_k..).zip(chosen) {
-                if expert != EMPTY && self.left[problem.pool(expert)] < 0 {
-                    far.push((key(self.value(row, expert) - best), slot));
-                }
-            }
-        }
-        // Few of them will leave: the rest waits outside the heap until a loss reaches the least of theirs. Losses only grow,
-        // as pools fill up.
-        let mut far_least = Some(0);
-        let mut first = true;
+        let mut ways = Ways::new(self, isa, refused);
+        let mut claimants = Claimants::new(self, &ways, floor(drops));
         let mut heap = BinaryHeap::new();
+        (0..pools).for_each(|pool| claimants.pull(self, pool, &mut heap));
         let mut equals = Vec::new();
         while over > 0 {
-            if let Some(least) = far_least
-                && heap.peek().is_none_or(|Reverse((key, _))| *key >= least)
+            while let Some(&Reverse((_, pool))) = heap.peek()
+                && pool < pools
             {
-                if !std::mem::take(&mut first) {
-                    far.retain(|&(_, slot): &(u32, usize)| self.left[problem.pool(self.chosen[slot])] < 0);
-                }
-                let next = NEAR * over as usize + FEW;
-                let near = if next < far.len() {
-                    let at = far.len() - next;
-                    let (_, least, _) = far.select_nth_unstable_by(at, |a, b| b.cmp(a));
-                    far_least = Some(least.0);
-                    at
-                } else {
-                    far_least = None;
-                    0
-                };
-                heap.extend(far.drain(near..).map(Reverse));
-                continue;
+                heap.pop();
+                claimants.pull(self, pool, &mut heap);
             }
-            let Some(least) = pop_equals(problem, &mut heap, &mut equals, |slot| slot / top_k) else { break };
-            for &slot in &equals {
+            let Some(least) = pop_equals(problem, &mut heap, &mut equals, |item| (item - pools) / top_k) else { break };
+            for &item in &equals {
+                let slot = item - pools;
                 let (row, expert) = (slot / top_k, self.chosen[slot]);
                 let pool = problem.pool(expert);
                 if self.left[pool] >= 0 {
                     continue;
                 }
-                if ways[row].0 != EMPTY && self.left[problem.pool(ways[row].0)] <= 0 {
-                    ways[row] = self.best_free(row, &open).unwrap_or(NO_WAY);
-                }
-                let free = Some(ways[row]).filter(|way| way.0 != EMPTY && (way.1 > floor(drops) || drops == 0));
+                let way = ways.of(self, row);
+                let free = Some(way).filter(|way| way.0 != EMPTY && (way.1 > floor(drops) || drops == 0));
                 let best = match free {
                     Some((_, value)) => value,
                     None if drops > 0 => 0.0,
@@ -210,7 +307,7 @@ impl<'a> Holding<'a> {
                 };
                 let loss = key(self.value(row, expert) - best);
                 if loss > least {
-                    heap.push(Reverse((loss, slot)));
+                    heap.push(Reverse((loss, item)));
                     continue;
                 }
                 self.left[pool] += 1;
@@ -221,9 +318,10 @@ impl<'a> Holding<'a> {
                         let entered = problem.pool(expert);
                         self.left[entered] -= 1;
                         if self.left[entered] == 0 {
-                            open.retain(|&expert| problem.pool(expert) != entered);
+                            ways.close(problem, entered);
                         }
-                        ways[row] = self.best_free(row, &open).unwrap_or(NO_WAY);
+                        ways.changed[row] = true;
+                        ways.best[row] = ways.search(self, row);
                     }
                     None => {
                         self.kept[slot] = false;

@@ -300,10 +300,13 @@ impl Kernel for Arrange<'_> {
                 for (slot, &from) in best.ids[..top_k].iter().enumerate() {
                     (into[slot], kept[slot]) = (chosen[from as usize], before[from as usize % LANES]);
                 }
+                if best.values[..top_k].windows(2).any(|pair| pair[0] == pair[1]) {
+                    settle_equals(selection, into, kept);
+                }
             } else {
                 into.copy_from_slice(chosen);
+                settle_equals(selection, into, kept);
             }
-            settle_equals(selection, into, kept);
             weigh(problem.scores, problem.gate(row), into, weights);
         }
     }
