@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Listed, append_listed};
 
 /// Proof that the CPU has AVX2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,7 @@ type Pair = (__m256, __m256);
 // references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
 impl Lanes for Avx2 {
     type Vector = Pair;
+    type Few = Listed;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Pair {
@@ -126,6 +127,23 @@ impl Lanes for Avx2 {
             };
             (power(shifted.0), power(shifted.1))
         }
+    }
+
+    #[inline(always)]
+    fn none(self) -> Listed {
+        ([f32::NEG_INFINITY; LANES], [0; LANES])
+    }
+
+    #[inline(always)]
+    fn append(self, few: &mut Listed, count: usize, mask: u16, vector: Self::Vector, first: u32) {
+        let mut all = [0.0; LANES];
+        self.store(vector, &mut all);
+        append_listed(few, count, mask, &all, first);
+    }
+
+    #[inline(always)]
+    fn unpack(self, few: Listed, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
+        (*values, *ids) = few;
     }
 
     #[inline(always)]

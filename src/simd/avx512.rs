@@ -39,6 +39,7 @@ impl Avx512 {
 // references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
 impl Lanes for Avx512 {
     type Vector = __m512;
+    type Few = (__m512, __m512i);
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -110,14 +111,30 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn compress(self, mask: u16, vector: __m512, first: u32, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
-        // To a register and then to memory: compressing stores are slow on some CPUs.
+    fn none(self) -> Self::Few {
+        // SAFETY: see above.
+        unsafe { (_mm512_set1_ps(f32::NEG_INFINITY), _mm512_setzero_si512()) }
+    }
+
+    #[inline(always)]
+    fn append(self, few: &mut Self::Few, count: usize, mask: u16, vector: __m512, first: u32) {
+        // In registers: pieces that were stored one over the other could not be loaded again without waiting for all of them.
         // SAFETY: see above.
         unsafe {
             let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            let all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
-            _mm512_storeu_ps(values.as_mut_ptr(), _mm512_maskz_compress_ps(mask, vector));
-            _mm512_storeu_si512(ids.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(mask, all));
+            let ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
+            let places = (((1u64 << mask.count_ones()) - 1) << count.min(LANES)) as u16;
+            few.0 = _mm512_mask_expand_ps(few.0, places, _mm512_maskz_compress_ps(mask, vector));
+            few.1 = _mm512_mask_expand_epi32(few.1, places, _mm512_maskz_compress_epi32(mask, ids));
+        }
+    }
+
+    #[inline(always)]
+    fn unpack(self, few: Self::Few, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
+        // SAFETY: see above.
+        unsafe {
+            _mm512_storeu_ps(values.as_mut_ptr(), few.0);
+            _mm512_storeu_si512(ids.as_mut_ptr().cast(), few.1);
         }
     }
 

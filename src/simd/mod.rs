@@ -36,6 +36,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Lanes: Copy {
     /// Sixteen floats.
     type Vector: Copy;
+    /// Up to sixteen floats with an id each.
+    type Few: Copy;
 
     /// The same value in every lane.
     fn splat(self, value: f32) -> Self::Vector;
@@ -59,21 +61,13 @@ pub(crate) trait Lanes: Copy {
     fn blend(self, mask: u16, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `2^n` where a lane holds `n + 1.5 · 2^23`, for whole `n` from −126 to 127.
     fn power_of_two(self, shifted: Self::Vector) -> Self::Vector;
-    /// The lanes of the mask, first lane first, and their ids counted from `first`, to the front of the two arrays; what
-    /// comes after them there is not defined.
-    #[inline(always)]
-    fn compress(self, mask: u16, vector: Self::Vector, first: u32, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
-        let mut all = [0.0; LANES];
-        self.store(vector, &mut all);
-        let (mut left, mut at) = (mask, 0);
-        while left != 0 {
-            let lane = left.trailing_zeros();
-            values[at] = all[lane as usize];
-            ids[at] = first + lane;
-            (at, left) = (at + 1, left & (left - 1));
-        }
-    }
-
+    /// No values yet: −∞ in every place.
+    fn none(self) -> Self::Few;
+    /// Puts the lanes of the mask, first lane first, and their ids counted from `first`, behind the `count` that are there;
+    /// all together must be sixteen at most, or those beyond are lost.
+    fn append(self, few: &mut Self::Few, count: usize, mask: u16, vector: Self::Vector, first: u32);
+    /// Values and ids to memory.
+    fn unpack(self, few: Self::Few, values: &mut [f32; LANES], ids: &mut [u32; LANES]);
     /// For each of the sixteen values how many of them are larger.
     fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]);
     /// Where a count of `ranks` is `rank`.
@@ -100,6 +94,20 @@ pub(crate) trait Lanes: Copy {
         let mut whole = [0.0; LANES];
         self.store(vector, &mut whole);
         into.copy_from_slice(&whole[..into.len()]);
+    }
+}
+
+/// Floats with their ids in memory, for sets without an instruction that pushes lanes together.
+type Listed = ([f32; LANES], [u32; LANES]);
+
+/// [`Lanes::append`] in memory.
+#[inline(always)]
+fn append_listed(few: &mut Listed, count: usize, mask: u16, all: &[f32; LANES], first: u32) {
+    let (mut left, mut at) = (mask, count);
+    while left != 0 && at < LANES {
+        let lane = left.trailing_zeros();
+        (few.0[at], few.1[at]) = (all[lane as usize], first + lane);
+        (at, left) = (at + 1, left & (left - 1));
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Listed, append_listed};
 
 /// Proof that the CPU has NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,7 @@ type Quad = [float32x4_t; 4];
 // pointers to four values inside arrays of exactly sixteen.
 impl Lanes for Neon {
     type Vector = Quad;
+    type Few = Listed;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Quad {
@@ -116,6 +117,23 @@ impl Lanes for Neon {
             let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(part));
             vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(1.0f32.to_bits())))
         })
+    }
+
+    #[inline(always)]
+    fn none(self) -> Listed {
+        ([f32::NEG_INFINITY; LANES], [0; LANES])
+    }
+
+    #[inline(always)]
+    fn append(self, few: &mut Listed, count: usize, mask: u16, vector: Self::Vector, first: u32) {
+        let mut all = [0.0; LANES];
+        self.store(vector, &mut all);
+        append_listed(few, count, mask, &all, first);
+    }
+
+    #[inline(always)]
+    fn unpack(self, few: Listed, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
+        (*values, *ids) = few;
     }
 
     #[inline(always)]

@@ -99,21 +99,18 @@ pub(crate) fn best<L: Lanes>(
             None => return false,
         },
     };
-    let (mut values, mut ids) = ([0.0; 2 * LANES], [0; 2 * LANES]);
+    let mut few = lanes.none();
     let mut found = 0;
     for (part, adjusted) in adjusted.iter().enumerate() {
         let vector = lanes.load(adjusted);
         let mask = lanes.ge(vector, lanes.splat(split));
-        if let (Some(values), Some(ids)) = (values[found..].first_chunk_mut(), ids[found..].first_chunk_mut()) {
-            lanes.compress(mask, vector, (part * LANES) as u32, values, ids);
-        }
+        lanes.append(&mut few, found, mask, vector, (part * LANES) as u32);
         // At most sixteen in all: that is what the threshold was chosen for.
-        found = (found + mask.count_ones() as usize).min(LANES);
+        found += mask.count_ones() as usize;
     }
-    if let (Some(values), Some(ids)) = (values.first_chunk_mut(), ids.first_chunk()) {
-        values[found..].fill(f32::NEG_INFINITY);
-        order(lanes, values, ids, found, best);
-    }
+    let (mut values, mut ids) = ([0.0; LANES], [0; LANES]);
+    lanes.unpack(few, &mut values, &mut ids);
+    order(lanes, &values, &ids, found.min(LANES), best);
     best.count = found.min(width);
     true
 }
