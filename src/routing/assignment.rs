@@ -223,10 +223,11 @@ pub(crate) fn weigh(scores: &Scores, gate: &[f32], chosen: &[u16], weights: &mut
     let sum: f32 = if scores.normalize() { weights.iter().sum() } else { 0.0 };
     let factor = if sum > 0.0 { scale / sum } else { scale };
     if factor.is_finite() {
-        weights.iter_mut().for_each(|weight| *weight *= factor);
+        // Plus 0: an empty slot weighs 0, not −0, whatever the sign of the scale.
+        weights.iter_mut().for_each(|weight| *weight = *weight * factor + 0.0);
     } else {
         // Scores near the smallest number there is: their share is a number, the factor is not.
-        weights.iter_mut().for_each(|weight| *weight = *weight / sum * scale);
+        weights.iter_mut().for_each(|weight| *weight = *weight / sum * scale + 0.0);
     }
 }
 

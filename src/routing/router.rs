@@ -107,6 +107,8 @@ impl<'a> RouteRequest<'a> {
 pub struct RouteState {
     /// Price per pool (expert or device) of the last batch; empty before the first.
     pub(crate) prices: Vec<f32>,
+    /// How far apart the last held and the first refused expert of its rows were, in the mean.
+    pub(crate) gap: f64,
     /// Running range of the selection scores; `None` before the first batch.
     pub(crate) score_range: Option<f64>,
     /// Recent use of the experts; `None` before the first batch.

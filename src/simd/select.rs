@@ -148,6 +148,14 @@ fn under<L: Lanes>(lanes: L, row: L::Vector, price: L::Vector, limit: L::Vector)
     lanes.blend(lanes.ge(value, limit), lanes.splat(f32::NEG_INFINITY), value)
 }
 
+/// How many of a row are at least `at`, which is above −∞.
+#[inline(always)]
+pub(crate) fn reached_in<L: Lanes>(lanes: L, row: &[f32], at: f32) -> usize {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let last = lanes.ge(lanes.load_part(rest, f32::NEG_INFINITY), lanes.splat(at)).count_ones() as usize;
+    reached(lanes, whole, at) + last
+}
+
 /// How many values are at least `at`.
 #[inline(always)]
 fn reached<L: Lanes>(lanes: L, values: &[[f32; LANES]], at: f32) -> usize {

@@ -67,16 +67,14 @@ pub(super) fn bound(positive: i128, prices: &[f32], limits: &[u32]) -> f64 {
 }
 
 /// Gate mass of a selection, in [`UNIT`]s rounded down: the order of the rows does not matter.
-pub(super) fn kept_mass<'s>(rows: impl Iterator<Item = (&'s [f32], &'s [u16], &'s [bool])>) -> f64 {
-    let sum: i128 = rows
-        .map(|(gate, chosen, kept)| {
-            let held = chosen.iter().zip(kept).filter(|(expert, kept)| **kept && **expert != EMPTY);
-            let mut mass: i64 = 0;
-            for (&expert, _) in held {
-                mass += (f64::from(gate[usize::from(expert)]) * UNIT) as i64;
-            }
-            i128::from(mass)
-        })
-        .sum();
-    sum as f64 / UNIT
+pub(super) fn kept_mass<'s>(rows: impl Iterator<Item = (&'s [f32], &'s [u16], &'s [bool])>) -> i128 {
+    rows.map(|(gate, chosen, kept)| {
+        let held = chosen.iter().zip(kept).filter(|(expert, kept)| **kept && **expert != EMPTY);
+        let mut mass: i64 = 0;
+        for (&expert, _) in held {
+            mass += (f64::from(gate[usize::from(expert)]) * UNIT) as i64;
+        }
+        i128::from(mass)
+    })
+    .sum()
 }

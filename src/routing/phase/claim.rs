@@ -10,6 +10,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
 use crate::simd::select::largest_below;
@@ -17,6 +19,9 @@ use crate::simd::{Isa, Kernel, Lanes};
 
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
+
+/// Rows a thread takes at a time.
+const CHUNK: usize = 512;
 
 /// Claimants per slot too many that are looked at at a time.
 const NEAR: usize = 2;
@@ -89,7 +94,15 @@ impl<'c> Ways<'c> {
         open.iter().for_each(|&expert| price[usize::from(expert)] = holding.price[usize::from(expert)]);
         let (best, changed) = (vec![NO_WAY; refused.len()], vec![false; refused.len()]);
         let mut ways = Self { isa, price, open, refused, best, changed };
-        isa.run(FindAll { ways: &mut ways, holding });
+        let mut best = std::mem::take(&mut ways.best);
+        match problem.is_small() {
+            true => isa.run(FindAll { ways: &ways, holding, first: 0, best: &mut best }),
+            false => {
+                let parts = best.par_chunks_mut(CHUNK).enumerate();
+                parts.for_each(|(part, best)| isa.run(FindAll { ways: &ways, holding, first: part * CHUNK, best }));
+            }
+        }
+        ways.best = best;
         ways
     }
 
@@ -135,8 +148,10 @@ impl<'c> Ways<'c> {
 }
 
 struct FindAll<'w, 'c, 'a> {
-    ways: &'w mut Ways<'c>,
+    ways: &'w Ways<'c>,
     holding: &'w Holding<'a>,
+    first: usize,
+    best: &'w mut [(u16, f32)],
 }
 
 impl Kernel for FindAll<'_, '_, '_> {
@@ -144,8 +159,8 @@ impl Kernel for FindAll<'_, '_, '_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        for row in 0..self.ways.best.len() {
-            self.ways.best[row] = self.ways.find(lanes, self.holding, row);
+        for (row, best) in (self.first..).zip(self.best) {
+            *best = self.ways.find(lanes, self.holding, row);
         }
     }
 }

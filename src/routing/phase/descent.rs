@@ -92,7 +92,7 @@ impl<'a> Descent<'a> {
             let promised: f64 = overload.iter().zip(&clipped).map(|(over, step)| over * step).sum();
             let moved = best.prices.iter().zip(&clipped).map(|(&price, step)| (f64::from(price) + step) as f32);
             let prices = self.settle(moved.collect());
-            let next = self.look(prices, Lens::after(&best.tally, longest.min(radius)), claims);
+            let next = self.look(prices, Lens::after(best.tally.mean_gap(), longest.min(radius)), claims);
             made += 1;
             // A step that keeps what it promised may be longer next time; one that fails is tried shorter.
             let kept = (best.value - next.value)
@@ -111,7 +111,7 @@ impl<'a> Descent<'a> {
                 let halved = best.prices.iter().zip(&margins).map(|(&price, &margin)| 0.5 * (price + margin));
                 let prices = self.settle(halved.collect());
                 let moved = prices.iter().zip(&best.prices).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
-                let next = self.look(prices, Lens::after(&best.tally, f64::from(moved)), claims);
+                let next = self.look(prices, Lens::after(best.tally.mean_gap(), f64::from(moved)), claims);
                 made += 2;
                 latest = next.value < best.value;
                 if latest {

@@ -53,11 +53,13 @@ use self::claim::Holding;
 use self::descent::{Descent, Point};
 use self::place::place;
 use self::price::{Claims, Lens};
-use self::problem::Problem;
+use self::problem::{Problem, UNIT};
+use rayon::prelude::*;
+
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use crate::simd::select::{Best, order};
+use crate::simd::select::{Best, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
 /// One row in so many is in the sample that cold prices start from.
@@ -68,6 +70,12 @@ const SAMPLE_MEAN: usize = 16;
 
 /// How far the sample's descent goes; the sample itself is no closer to the batch.
 const SAMPLE_TOLERANCE: f64 = 2e-3;
+
+/// Rows a thread takes at a time where nothing is added up.
+const CHUNK: usize = 512;
+
+/// Old prices nearly fill the room when fewer than one slot in so many is too many.
+const NEARLY: u64 = 10;
 
 /// Gate-aware routing under exact limits: price, claim, place, certify.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -150,23 +158,68 @@ impl<'a> Run<'a> {
     fn run(mut self, state: &mut RouteState, assignment: &mut Assignment) {
         let problem = self.problem;
         let pools = problem.room.len();
+        let limited = self.request.capacity().limits().is_some();
+        let all = problem.rows() as u64 * problem.top_k as u64;
+        if let Some(point) = self.warm(state, all) {
+            return self.settle(point, None, all, state, assignment);
+        }
         let nothing = Descent::new(problem, &self.rows, 0);
         let zero = nothing.look(vec![0.0; pools], Lens { bandwidth: 0.0, deep: false }, &mut self.claims);
         self.certify(&zero);
-        let limited = self.request.capacity().limits().is_some();
         let claimed: u64 = zero.tally.load.iter().map(|&load| u64::from(load)).sum();
         let fits = zero.tally.load.iter().zip(&problem.room).all(|(load, room)| load <= room);
         if !limited || fits {
             if limited {
-                state.prices = zero.prices;
+                (state.prices, state.gap) = (zero.prices, zero.tally.mean_gap());
             }
             let mut kept = vec![true; self.claims.chosen.len()];
             return self.assign(&self.claims.chosen, &mut kept, assignment);
         }
+        let rows = std::mem::take(&mut self.rows);
+        let point = self.start(&Descent::new(problem, &rows, claimed), &zero, state, claimed);
+        self.rows = rows;
+        self.settle(point, Some(&zero), claimed, state, assignment);
+    }
 
+    /// The point at the last batch's prices, without a look at price 0, where that is sure to show nothing: some expert alone
+    /// is wanted by more rows than it has room for, and the old prices nearly fill the room.
+    fn warm(&mut self, state: &RouteState, all: u64) -> Option<Point> {
+        let problem = self.problem;
+        let prices = state.prices.as_slice();
+        let alone = problem.pool_of.len() == problem.room.len();
+        if !alone || problem.scores.has_masks() || !self.fit(prices) || state.gap <= 0.0 {
+            return None;
+        }
+        let dearest = (0..prices.len()).max_by(|&a, &b| prices[a].total_cmp(&prices[b]))?;
+        if problem.isa.run(Wanted { problem, expert: dearest }) <= problem.room[dearest] as usize {
+            return None;
+        }
+        let descent = Descent::new(problem, &self.rows, all);
+        let point = descent.look(prices.to_vec(), Lens::after(state.gap, 0.0), &mut self.claims);
+        let over = |(&load, &room): (&u32, &u32)| u64::from(load.saturating_sub(room));
+        let over: u64 = point.tally.load.iter().zip(&problem.room).map(over).sum();
+        (over * NEARLY <= all).then_some(point)
+    }
+
+    /// Whether prices are ones for this problem.
+    fn fit(&self, prices: &[f32]) -> bool {
+        prices.len() == self.problem.room.len() && prices.iter().all(|price| price.is_finite() && *price >= 0.0)
+    }
+
+    /// From a first point to the assignment.
+    fn settle(
+        mut self,
+        mut point: Point,
+        zero: Option<&Point>,
+        claimed: u64,
+        state: &mut RouteState,
+        assignment: &mut Assignment,
+    ) {
+        let problem = self.problem;
         let rows = std::mem::take(&mut self.rows);
         let mut descent = Descent::new(problem, &rows, claimed);
-        let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
+        let gap = zero.unwrap_or(&point).tally.mean_gap();
+        let mut left = self.router.max_sweeps;
         self.certify(&point);
         let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
@@ -189,7 +242,7 @@ impl<'a> Run<'a> {
             if !descent.drops && holding.kept.iter().filter(|&&kept| kept).count() as u64 != claimed {
                 // Masks leave less than the sum of the room: prices must be free to refuse a slot altogether.
                 descent.drops = true;
-                point = descent.look(point.prices, Lens::after(&zero.tally, f64::INFINITY), &mut self.claims);
+                point = descent.look(point.prices, Lens::after(gap, f64::INFINITY), &mut self.claims);
                 stalled = false;
             }
             if best.as_ref().is_none_or(|(most, ..)| mass > *most) {
@@ -201,17 +254,16 @@ impl<'a> Run<'a> {
             }
             tolerance *= 0.1;
         }
-        state.prices = point.prices;
+        (state.prices, state.gap) = (point.prices, point.tally.mean_gap());
         let (chosen, mut kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
         self.assign(&chosen, &mut kept, assignment);
     }
 
     /// Prices to start from: those of the last batch where they help, else those of a sample, else zero.
     fn start(&mut self, descent: &Descent<'_>, zero: &Point, state: &RouteState, claimed: u64) -> Point {
-        let problem = self.problem;
-        let valid = |price: &f32| price.is_finite() && *price >= 0.0;
-        if state.prices.len() == problem.room.len() && state.prices.iter().all(valid) {
-            let warm = descent.look(state.prices.clone(), Lens::after(&zero.tally, 0.0), &mut self.claims);
+        let (problem, gap) = (self.problem, zero.tally.mean_gap());
+        if self.fit(&state.prices) {
+            let warm = descent.look(state.prices.clone(), Lens::after(gap, 0.0), &mut self.claims);
             if warm.value < zero.value {
                 return warm;
             }
@@ -222,11 +274,11 @@ impl<'a> Run<'a> {
             let share = claimed as f64 * sample.len() as f64 / problem.rows() as f64;
             let part = Descent::new(problem, &sample, share as u64);
             let mut claims = Claims::new(sample.len(), problem.top_k);
-            let start = part.look(prices, Lens::after(&zero.tally, f64::INFINITY), &mut claims);
+            let start = part.look(prices, Lens::after(gap, f64::INFINITY), &mut claims);
             prices = part.descend(start, SAMPLE_TOLERANCE, self.router.max_sweeps, &mut claims).0.prices;
-            return descent.look(prices, Lens::after(&zero.tally, 0.0), &mut self.claims);
+            return descent.look(prices, Lens::after(gap, 0.0), &mut self.claims);
         }
-        descent.look(prices, Lens::after(&zero.tally, f64::INFINITY), &mut self.claims)
+        descent.look(prices, Lens::after(gap, f64::INFINITY), &mut self.claims)
     }
 
     /// Lowers the bound to that of the point's prices, if that is lower.
@@ -243,8 +295,16 @@ impl<'a> Run<'a> {
 
     fn mass(&self, holding: &Holding<'_>) -> f64 {
         let top_k = self.problem.top_k;
-        let rows = holding.chosen.chunks_exact(top_k).zip(holding.kept.chunks_exact(top_k)).enumerate();
-        kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.gate(row), chosen, kept)))
+        let part = |(first, (chosen, kept)): (usize, (&[u16], &[bool]))| {
+            let rows = (first * CHUNK..).zip(chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)));
+            kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.gate(row), chosen, kept)))
+        };
+        let chunks = holding.chosen.par_chunks(CHUNK * top_k).zip(holding.kept.par_chunks(CHUNK * top_k));
+        let sum: i128 = match self.problem.is_small() {
+            true => part((0, (&holding.chosen, &holding.kept))),
+            false => chunks.enumerate().map(part).sum(),
+        };
+        sum as f64 / UNIT
     }
 
     /// Rows back to tokens, each token's slots by selection score.
@@ -255,7 +315,18 @@ impl<'a> Run<'a> {
             into.fill(EMPTY);
             weights.fill(0.0);
         }
-        problem.isa.run(Arrange { problem, chosen, kept, into, weights });
+        match problem.is_small() || problem.rows() < problem.scores.tokens() {
+            true => problem.isa.run(Arrange { problem, first: 0, chosen, kept, into, weights }),
+            // Without padding the rows are the tokens, so that each part writes to a part.
+            false => {
+                let size = CHUNK * top_k;
+                let from = chosen.par_chunks(size).zip(kept.par_chunks_mut(size));
+                let parts = from.zip(into.par_chunks_mut(size).zip(weights.par_chunks_mut(size))).enumerate();
+                parts.for_each(|(part, ((chosen, kept), (into, weights)))| {
+                    problem.isa.run(Arrange { problem, first: part * CHUNK, chosen, kept, into, weights });
+                });
+            }
+        }
         if kept.contains(&false) {
             let mut all = vec![false; problem.scores.tokens() * top_k];
             for (&token, kept) in problem.tokens.iter().zip(kept.chunks_exact(top_k)) {
@@ -267,9 +338,31 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Counts rows that want an expert above all but `top_k − 1` others, at price 0.
+struct Wanted<'a> {
+    problem: &'a Problem<'a>,
+    expert: usize,
+}
+
+impl Kernel for Wanted<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> usize {
+        let mut wanted = 0;
+        for row in 0..self.problem.rows() {
+            let selection = self.problem.selection(row);
+            wanted += usize::from(reached_in(lanes, selection, selection[self.expert]) <= self.problem.top_k);
+        }
+        wanted
+    }
+}
+
 /// Writes the slots of every row to its token, best selection score first, with their weights; `kept` follows.
 struct Arrange<'a> {
     problem: &'a Problem<'a>,
+    /// The row that everything here begins with.
+    first: usize,
     chosen: &'a [u16],
     kept: &'a mut [bool],
     into: &'a mut [u16],
@@ -281,11 +374,12 @@ impl Kernel for Arrange<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let Self { problem, chosen, kept, into, weights } = self;
+        let Self { problem, first, chosen, kept, into, weights } = self;
         let top_k = problem.top_k;
         let mut best = Best::default();
-        for (row, (chosen, kept)) in chosen.chunks_exact(top_k).zip(kept.chunks_exact_mut(top_k)).enumerate() {
-            let at = problem.tokens[row] as usize * top_k;
+        let rows = chosen.chunks_exact(top_k).zip(kept.chunks_exact_mut(top_k));
+        for (row, (chosen, kept)) in (first..).zip(rows) {
+            let at = (problem.tokens[row] as usize - first) * top_k;
             let (into, weights) = (&mut into[at..at + top_k], &mut weights[at..at + top_k]);
             let selection = problem.selection(row);
             if top_k <= LANES {

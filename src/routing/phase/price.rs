@@ -23,8 +23,8 @@ pub(super) const BEYOND: usize = 3;
 /// Pools past which only the diagonal of the curvature is kept: the square of counts must stay small.
 const DENSE_POOLS: usize = 2048;
 
-/// Rows · experts below which a sweep stays on the calling thread.
-const PARALLEL_VALUES: usize = 1 << 15;
+/// Rows below which a part of a batch stays on the calling thread.
+const SMALL_PART: usize = 512;
 
 /// Runs of rows per thread: each has counts of its own to be added up.
 const CHUNKS: usize = 2;
@@ -92,9 +92,9 @@ pub(super) struct Lens {
 }
 
 impl Lens {
-    /// For a row's values after prices moved by `moved`: as wide as the move, within reason.
-    pub(super) fn after(tally: &Tally, moved: f64) -> Self {
-        let gap = tally.mean_gap();
+    /// For a row's values after prices moved by `moved`: as wide as the move, within reason of the mean `gap` between the last
+    /// held and the first refused.
+    pub(super) fn after(gap: f64, moved: f64) -> Self {
         let bandwidth = moved.clamp(0.5 * gap, 8.0 * gap).max(1e-6);
         Self { bandwidth: bandwidth as f32, deep: bandwidth >= 3.0 * gap }
     }
@@ -149,7 +149,7 @@ pub(super) fn sweep(
         .map(|(((rows, chosen), refused), hints)| Run { rows, chosen, refused, hints });
     let tally = |run: Run<'_>| problem.isa.run(Sweep { problem, run, price: &price, lens, drops });
     let none = || Tally::new(problem.room.len());
-    if count * price.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1 {
+    if problem.is_small() || count < SMALL_PART {
         let whole = Run {
             rows,
             chosen: &mut claims.chosen[..count * top_k],

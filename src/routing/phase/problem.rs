@@ -16,6 +16,9 @@ use crate::simd::Isa;
 /// Sums that decide something are kept in integers of this fraction, so that their order does not matter.
 pub(super) const UNIT: f64 = (1u64 << 40) as f64;
 
+/// Rows · experts below which all is done on the calling thread.
+const PARALLEL_VALUES: usize = 1 << 15;
+
 /// A request under limits.
 pub(super) struct Problem<'a> {
     pub(super) scores: &'a Scores,
@@ -53,6 +56,11 @@ impl<'a> Problem<'a> {
             isa,
             order: OnceLock::new(),
         }
+    }
+
+    /// Whether the batch stays on the calling thread: waking another costs more.
+    pub(super) fn is_small(&self) -> bool {
+        self.rows() * self.pool_of.len() < PARALLEL_VALUES || rayon::current_num_threads() == 1
     }
 
     pub(super) fn rows(&self) -> usize {
