@@ -39,9 +39,11 @@ mod certify;
 mod claim;
 mod descent;
 pub mod draws;
+mod exchange;
 pub mod kernel;
 mod margin;
 mod place;
+mod polish;
 mod price;
 mod problem;
 pub mod quota;
@@ -52,6 +54,7 @@ use self::certify::{bound, kept_mass};
 use self::claim::Holding;
 use self::descent::{Descent, Point};
 use self::place::place;
+use self::polish::polish;
 use self::price::{Claims, Lens};
 use self::problem::Problem;
 use crate::error::{Error, Result};
@@ -202,7 +205,16 @@ impl<'a> Run<'a> {
             tolerance *= 0.1;
         }
         state.prices = point.prices;
-        let (chosen, mut kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
+        let (most, mut chosen, mut kept) = best.unwrap_or_default();
+        if most < (1.0 - self.router.gap) * self.bound
+            && let Some(polished) = polish(problem, &chosen, &kept, &state.prices)
+        {
+            (chosen, kept) = (polished.chosen, polished.kept);
+            let bound = gate_mass_bound(self.request, &polished.prices).unwrap_or(f64::INFINITY);
+            if bound < self.bound {
+                (self.bound, state.prices) = (bound, polished.prices);
+            }
+        }
         self.assign(&chosen, &mut kept, assignment);
     }
 
