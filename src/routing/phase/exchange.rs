@@ -27,6 +27,9 @@ const NEVER: i64 = 1 << 62;
 /// Labels are starting points, and kept this small so that sums stay in range.
 const FAR: i64 = 1 << 58;
 
+/// In no list.
+const NOWHERE: u32 = u32::MAX;
+
 /// Nodes past which a graph is not worth its square.
 const NODES: usize = 1 << 11;
 
@@ -53,12 +56,16 @@ pub(super) struct Exchange<'p, 'a> {
     nodes: usize,
     cost: Vec<i64>,
     movers: Vec<Mover>,
-    /// Kept slots of each pool, in no order.
-    members: Vec<Vec<usize>>,
-    /// Rows with a dropped slot, in no order.
-    hungry: Vec<usize>,
+    /// Arcs whose mover has gone: the true cost is no less, and found only where the arc matters.
+    stale: Vec<bool>,
+    /// Kept slots of each pool, and last the rows with a dropped slot; in no order.
+    members: Vec<Vec<u32>>,
+    /// Where each slot, or row, stands among those.
+    places: Vec<u32>,
+    /// Rows that the last cycles moved.
+    moved: Vec<bool>,
     label: Vec<i64>,
-    work: u64,
+    pub(super) work: u64,
     /// For one row: which experts it holds, and the best it does not hold in each pool.
     held: Vec<bool>,
     best: Vec<(i64, u16)>,
@@ -88,8 +95,10 @@ impl<'p, 'a> Exchange<'p, 'a> {
             nodes,
             cost: vec![NEVER; nodes * nodes],
             movers: vec![NOBODY; nodes * nodes],
-            members: vec![Vec::new(); pools],
-            hungry: Vec::new(),
+            stale: vec![false; nodes * nodes],
+            members: vec![Vec::new(); pools + 1],
+            places: vec![NOWHERE; problem.rows() * (problem.top_k + 1)],
+            moved: vec![false; problem.rows()],
             label: Vec::new(),
             work: work - build,
             held: vec![false; experts],
@@ -102,12 +111,10 @@ impl<'p, 'a> Exchange<'p, 'a> {
             exchange.settle(row);
             for slot in exchange.holding.slots(row) {
                 if exchange.holding.kept[slot] {
-                    exchange.members[problem.pool(exchange.holding.chosen[slot])].push(slot);
+                    exchange.join(problem.pool(exchange.holding.chosen[slot]), slot);
                 }
             }
-            if exchange.wants(row) {
-                exchange.hungry.push(row);
-            }
+            exchange.queue(row);
             exchange.offer_all(row);
         }
         (0..pools).for_each(|pool| exchange.open(pool));
@@ -122,11 +129,36 @@ impl<'p, 'a> Exchange<'p, 'a> {
         self.nodes - 1
     }
 
+    /// Adds a slot to its pool.
+    fn join(&mut self, pool: usize, slot: usize) {
+        self.places[slot] = self.members[pool].len() as u32;
+        self.members[pool].push(slot as u32);
+    }
+
+    /// Takes a slot from its pool.
+    fn leave(&mut self, pool: usize, slot: usize) {
+        let place = std::mem::replace(&mut self.places[slot], NOWHERE) as usize;
+        self.members[pool].swap_remove(place);
+        if let Some(&other) = self.members[pool].get(place) {
+            self.places[other as usize] = place as u32;
+        }
+    }
+
+    /// Whether a row waits for a slot: numbers past those of the slots stand for rows.
+    fn queue(&mut self, row: usize) {
+        let number = self.problem.rows() * self.problem.top_k + row;
+        match (self.wants(row), self.places[number] == NOWHERE) {
+            (true, true) => self.join(self.dropped(), number),
+            (false, false) => self.leave(self.dropped(), number),
+            _ => {}
+        }
+    }
+
     /// From now on only score counts: *dropped* and *room* are one, and nothing is owed to served rows.
     pub(super) fn relax(&mut self) {
         self.free = true;
         let (dropped, room) = (self.dropped(), self.room());
-        for pool in 0..self.members.len() {
+        for pool in 0..dropped {
             self.look(pool, dropped);
             self.look(dropped, pool);
         }
@@ -150,7 +182,7 @@ impl<'p, 'a> Exchange<'p, 'a> {
     pub(super) fn prices(&self) -> Vec<f32> {
         let level = self.label[self.room()];
         let price = |&label: &i64| ((label - level).max(0) as f64 / self.scale) as f32;
-        self.label[..self.members.len()].iter().map(price).collect()
+        self.label[..self.dropped()].iter().map(price).collect()
     }
 
     /// A score in integer units; none where masked.
@@ -232,43 +264,46 @@ impl<'p, 'a> Exchange<'p, 'a> {
             return;
         }
         let rank = |mover: Mover| (self.order.get(mover.row as usize).copied(), mover.from, mover.to);
-        if cost < self.cost[arc] || rank(mover) < rank(self.movers[arc]) {
-            (self.cost[arc], self.movers[arc]) = (cost, mover);
+        if cost < self.cost[arc] || (!self.stale[arc] && rank(mover) < rank(self.movers[arc])) {
+            (self.cost[arc], self.movers[arc], self.stale[arc]) = (cost, mover, false);
         }
     }
 
-    /// Finds the cheapest move from a pool or *dropped* to a pool or *dropped* anew.
+    /// Finds the cheapest move from a pool or *dropped* to another of them anew.
     fn look(&mut self, from: usize, to: usize) {
-        let (dropped, arc) = (self.dropped(), from * self.nodes + to);
-        (self.cost[arc], self.movers[arc]) = (NEVER, NOBODY);
-        let sources = if from == dropped { &mut self.hungry } else { &mut self.members[from] };
-        // Nothing below looks at the list itself, so it is taken out to leave the rest free for changes.
-        let sources = std::mem::take(sources);
-        let width = if to == dropped { 1 } else { self.experts[to].len() };
-        self.work = self.work.saturating_sub((sources.len() * width) as u64);
-        for &source in &sources {
-            let (row, left) = match from == dropped {
-                true => (source, EMPTY),
-                false => (source / self.problem.top_k, self.holding.chosen[source]),
+        let (dropped, top_k, arc) = (self.dropped(), self.problem.top_k, from * self.nodes + to);
+        (self.cost[arc], self.movers[arc], self.stale[arc]) = (NEVER, NOBODY, false);
+        // Nothing below looks at the list, so it is taken out to leave the rest free for changes.
+        let members = std::mem::take(&mut self.members[from]);
+        let experts = self.experts.get_mut(to).map(std::mem::take).unwrap_or_default();
+        self.work = self.work.saturating_sub((members.len() * experts.len().max(1)) as u64);
+        for &member in &members {
+            let (row, left, worth) = if from == dropped {
+                let row = member as usize - self.problem.rows() * top_k;
+                (row, EMPTY, self.owed(self.holding.kept_of(row) == 0))
+            } else {
+                let (row, left) = (member as usize / top_k, self.holding.chosen[member as usize]);
+                (row, left, self.worth(row, left).unwrap_or_default())
             };
-            let worth = if left == EMPTY { Some(0) } else { self.worth(row, left) }.unwrap_or_default();
             if to == dropped {
                 let owed = self.owed(self.holding.kept_of(row) == 1);
                 self.offer((from, to), worth + owed, Mover { row: row as u32, from: left, to: EMPTY });
                 continue;
             }
-            let owed = self.owed(left == EMPTY && self.holding.kept_of(row) == 0);
-            for at in 0..self.experts[to].len() {
-                let expert = self.experts[to][at];
+            let worth = if from == dropped { -worth } else { worth };
+            for &expert in &experts {
                 if let Some(gain) = self.worth(row, expert)
-                    && worth - gain - owed <= self.cost[arc]
+                    && worth - gain <= self.cost[arc]
                     && !self.holding.holds(row, expert)
                 {
-                    self.offer((from, to), worth - gain - owed, Mover { row: row as u32, from: left, to: expert });
+                    self.offer((from, to), worth - gain, Mover { row: row as u32, from: left, to: expert });
                 }
             }
         }
-        *(if from == dropped { &mut self.hungry } else { &mut self.members[from] }) = sources;
+        if to != dropped {
+            self.experts[to] = experts;
+        }
+        self.members[from] = members;
     }
 
     /// Room: a pool may take one more, or do with one less.
@@ -288,14 +323,9 @@ impl<'p, 'a> Exchange<'p, 'a> {
         loop {
             self.work = self.work.checked_sub((nodes * nodes) as u64)?;
             let mut changed = false;
-            for (node, costs) in self.cost.chunks_exact(nodes).enumerate() {
-                let least = costs.iter().zip(&self.label).fold(NEVER, |least, (cost, label)| least.min(cost + label));
-                // An arc that no row can take is far above any label.
-                if least < self.label[node] && least < NEVER / 2 {
-                    next[node] = (0..nodes).find(|&to| costs[to] + self.label[to] == least).unwrap_or(node);
-                    self.label[node] = least;
-                    changed = true;
-                }
+            for node in 0..nodes {
+                let Some((least, to)) = self.least(node) else { continue };
+                (self.label[node], next[node], changed) = (least, to, true);
             }
             if !changed {
                 return Some(Vec::new());
@@ -304,6 +334,23 @@ impl<'p, 'a> Exchange<'p, 'a> {
             if !found.is_empty() {
                 return Some(found.into_iter().map(|ring| self.arcs(&ring, &next)).collect());
             }
+        }
+    }
+
+    /// The lowest label that the arcs of a node allow, where it is below the node's own, and the end of that arc.
+    fn least(&mut self, node: usize) -> Option<(i64, usize)> {
+        loop {
+            let costs = &self.cost[node * self.nodes..(node + 1) * self.nodes];
+            let least = costs.iter().zip(&self.label).fold(NEVER, |least, (cost, label)| least.min(cost + label));
+            // An arc that no row can take is far above any label.
+            if least >= self.label[node] || least >= NEVER / 2 {
+                return None;
+            }
+            let to = costs.iter().zip(&self.label).position(|(cost, label)| cost + label == least)?;
+            if !self.stale[node * self.nodes + to] {
+                return Some((least, to));
+            }
+            self.look(node, to);
         }
     }
 
@@ -323,38 +370,34 @@ impl<'p, 'a> Exchange<'p, 'a> {
         movers.iter().filter(|mover| **mover != NOBODY).for_each(|&mover| self.make(mover));
         for &row in &rows {
             self.settle(row);
-            let (wants, at) = (self.wants(row), self.hungry.iter().position(|&hungry| hungry == row));
-            match at {
-                Some(at) if !wants => _ = self.hungry.swap_remove(at),
-                None if wants => self.hungry.push(row),
-                _ => {}
-            }
+            self.queue(row);
+            self.moved[row] = true;
         }
-        let room = self.room();
+        let (dropped, room) = (self.dropped(), self.room());
         for arc in cycles.iter().flatten() {
             let (from, to) = (arc / self.nodes, arc % self.nodes);
-            if from == room && to < self.members.len() {
+            if from == room && to < dropped {
                 self.open(to);
-            } else if to == room && from < self.members.len() {
+            } else if to == room && from < dropped {
                 self.open(from);
             }
         }
-        self.work = self.work.saturating_sub((self.nodes * self.nodes) as u64);
-        for arc in 0..self.cost.len() {
-            if rows.binary_search(&(self.movers[arc].row as usize)).is_ok() {
-                self.look(arc / self.nodes, arc % self.nodes);
-            }
+        let gone = |mover: &Mover| self.moved.get(mover.row as usize).is_some_and(|&moved| moved);
+        self.stale.iter_mut().zip(&self.movers).for_each(|(stale, mover)| *stale |= gone(mover));
+        let each = self.problem.pool_of.len() + self.problem.top_k.min(dropped) * dropped;
+        self.work = self.work.saturating_sub((self.nodes * self.nodes + rows.len() * each) as u64);
+        for &row in &rows {
+            self.moved[row] = false;
+            self.offer_all(row);
         }
-        let each = self.problem.pool_of.len() + self.problem.top_k * self.experts.len();
-        self.work = self.work.saturating_sub((rows.len() * each) as u64);
-        rows.iter().for_each(|&row| self.offer_all(row));
         let level = self.label[room];
         self.label.iter_mut().for_each(|label| *label = (*label - level).clamp(-FAR, FAR));
     }
 
     /// Makes one move.
     fn make(&mut self, Mover { row, from, to }: Mover) {
-        let (row, holding) = (row as usize, &mut self.holding);
+        let row = row as usize;
+        let holding = &mut self.holding;
         let dropped = |holding: &Holding<'_>, slot: usize| !holding.kept[slot] && holding.chosen[slot] != EMPTY;
         let slot = match from {
             EMPTY => {
@@ -371,15 +414,15 @@ impl<'p, 'a> Exchange<'p, 'a> {
         if from != EMPTY {
             let pool = self.problem.pool(from);
             holding.left[pool] += 1;
-            self.members[pool].retain(|&member| member != slot);
+            self.leave(pool, slot);
         }
         match to {
-            EMPTY => holding.kept[slot] = false,
+            EMPTY => self.holding.kept[slot] = false,
             _ => {
                 let pool = self.problem.pool(to);
-                holding.take(slot, to);
-                holding.left[pool] -= 1;
-                self.members[pool].push(slot);
+                self.holding.take(slot, to);
+                self.holding.left[pool] -= 1;
+                self.join(pool, slot);
             }
         }
     }
