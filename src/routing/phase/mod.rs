@@ -72,6 +72,15 @@ const SAMPLE_MEAN: usize = 16;
 /// How far the sample's descent goes; the sample itself is no closer to the batch.
 const SAMPLE_TOLERANCE: f64 = 2e-3;
 
+/// After so many sweeps it shows whether prices get there.
+const PATIENCE: usize = 6;
+
+/// Kept / bound that prices which get there have by then.
+const NEAR: f64 = 0.95;
+
+/// Scores of a batch up to which the rest is then left to exchanges: they surely have the work to finish.
+const SMALL: usize = 1 << 17;
+
 /// Gate-aware routing under exact limits: price, claim, place, certify.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PhaseRouter {
@@ -171,15 +180,16 @@ impl<'a> Run<'a> {
         let mut descent = Descent::new(problem, &rows, claimed);
         let (mut point, mut left) = (self.start(&descent, &zero, state, claimed), self.router.max_sweeps);
         self.certify(&point);
+        let small = problem.rows() * problem.pool_of.len() <= SMALL;
         let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
         loop {
-            let (next, made) = descent.descend(
-                point,
-                tolerance,
-                if best.is_none() && !descent.drops { left.div_ceil(2) } else { left },
-                &mut self.claims,
-            );
+            let allowed = match best {
+                None if small => left.min(PATIENCE),
+                None if !descent.drops => left.div_ceil(2),
+                _ => left,
+            };
+            let (next, made) = descent.descend(point, tolerance, allowed, &mut self.claims);
             point = next;
             left = left.saturating_sub(made);
             self.certify(&point);
@@ -188,7 +198,8 @@ impl<'a> Run<'a> {
             place(&mut holding);
             holding.refill();
             let mass = self.mass(&holding);
-            let mut stalled = made == 0 && best.is_some();
+            // Values in steps and rows that are all alike have no prices that single steps find.
+            let mut stalled = (made == 0 && best.is_some()) || (small && mass < NEAR * self.bound);
             if !descent.drops && holding.kept.iter().filter(|&&kept| kept).count() as u64 != claimed {
                 // Masks leave less than the sum of the room: prices must be free to refuse a slot altogether.
                 descent.drops = true;
@@ -202,7 +213,7 @@ impl<'a> Run<'a> {
             if most >= (1.0 - self.router.gap) * self.bound || left == 0 || stalled || tolerance < 1e-7 {
                 break;
             }
-            tolerance *= 0.1;
+            tolerance *= if made < allowed { 0.1 } else { 1.0 };
         }
         state.prices = point.prices;
         let (most, mut chosen, mut kept) = best.unwrap_or_default();

@@ -14,7 +14,7 @@ use crate::routing::assignment::EMPTY;
 const WORK: u64 = 1 << 24;
 
 /// Steps more for every score of the batch.
-const WORK_PER_SCORE: u64 = 256;
+const WORK_PER_SCORE: u64 = 64;
 
 /// What polishing found.
 pub(super) struct Polished {
@@ -33,9 +33,11 @@ pub(super) fn polish(problem: &Problem<'_>, chosen: &[u16], kept: &[bool], price
     }
     let work = WORK + WORK_PER_SCORE * (problem.rows() * problem.pool_of.len()) as u64;
     let mut exchange = Exchange::new(problem, holding, prices, work)?;
-    exchange.run();
+    let best = exchange.run();
     let (chosen, kept) = (exchange.holding.chosen.clone(), exchange.holding.kept.clone());
-    exchange.relax();
-    exchange.run();
+    if best {
+        exchange.relax();
+        exchange.run();
+    }
     Some(Polished { chosen, kept, prices: exchange.prices() })
 }
