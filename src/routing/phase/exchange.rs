@@ -12,6 +12,7 @@
 //! Knows nothing of how the assignment was found, nor of when it is good enough.
 
 use super::claim::Holding;
+use super::cycle::{FAR, NEVER, least, rings};
 use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
 
@@ -20,12 +21,6 @@ const LARGEST: f64 = (1u64 << 40) as f64;
 
 /// What a served row is worth: more than all scores along any cycle.
 const SERVED: i64 = 1 << 54;
-
-/// No row can move along the arc.
-const NEVER: i64 = 1 << 62;
-
-/// Labels are starting points, and kept this small so that sums stay in range.
-const FAR: i64 = 1 << 58;
 
 /// In no list.
 const NOWHERE: u32 = u32::MAX;
@@ -323,9 +318,9 @@ impl<'p, 'a> Exchange<'p, 'a> {
         loop {
             self.work = self.work.checked_sub((nodes * nodes) as u64)?;
             let mut changed = false;
-            for node in 0..nodes {
+            for (node, next) in next.iter_mut().enumerate() {
                 let Some((least, to)) = self.least(node) else { continue };
-                (self.label[node], next[node], changed) = (least, to, true);
+                (self.label[node], *next, changed) = (least, to, true);
             }
             if !changed {
                 return Some(Vec::new());
@@ -341,12 +336,7 @@ impl<'p, 'a> Exchange<'p, 'a> {
     fn least(&mut self, node: usize) -> Option<(i64, usize)> {
         loop {
             let costs = &self.cost[node * self.nodes..(node + 1) * self.nodes];
-            let least = costs.iter().zip(&self.label).fold(NEVER, |least, (cost, label)| least.min(cost + label));
-            // An arc that no row can take is far above any label.
-            if least >= self.label[node] || least >= NEVER / 2 {
-                return None;
-            }
-            let to = costs.iter().zip(&self.label).position(|(cost, label)| cost + label == least)?;
+            let (least, to) = least(costs, &self.label, self.label[node])?;
             if !self.stale[node * self.nodes + to] {
                 return Some((least, to));
             }
@@ -426,25 +416,4 @@ impl<'p, 'a> Exchange<'p, 'a> {
             }
         }
     }
-}
-
-/// The rings of a graph in which every node has at most one next.
-fn rings(next: &[usize]) -> Vec<Vec<usize>> {
-    let mut seen = vec![usize::MAX; next.len()];
-    let mut rings = Vec::new();
-    for start in 0..next.len() {
-        let mut node = start;
-        while node < next.len() && seen[node] == usize::MAX {
-            seen[node] = start;
-            node = next[node];
-        }
-        if node < next.len() && seen[node] == start {
-            let mut ring = vec![node];
-            while next[ring[ring.len() - 1]] != node {
-                ring.push(next[ring[ring.len() - 1]]);
-            }
-            rings.push(ring);
-        }
-    }
-    rings
 }

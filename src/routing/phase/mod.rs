@@ -4,7 +4,8 @@
 //! for pools that are experts or devices. Four steps, one file each: *price* finds one price per pool at which
 //! the tokens' own top-k of `selection score − price` nearly fills the room; *claim* lets over-full pools overflow
 //! at the least loss; *place* makes the kept slots the maximum flow; *certify* bounds what any router
-//! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`.
+//! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`. Where that is not within the gap (small batches,
+//! many equal scores) *exchange* moves slots along cycles of pools until nothing gains, and its labels are exact prices.
 //!
 //! Shapes: scores `[tokens, experts]` to assignment `[tokens, top_k]`, prices `[pools]`.
 //!
@@ -37,6 +38,7 @@
 pub mod banded;
 mod certify;
 mod claim;
+mod cycle;
 mod descent;
 pub mod draws;
 mod exchange;
@@ -215,11 +217,10 @@ impl<'a> Run<'a> {
             }
             tolerance *= if made < allowed { 0.1 } else { 1.0 };
         }
-        state.prices = point.prices;
         let (most, mut chosen, mut kept) = best.unwrap_or_default();
-        if most < (1.0 - self.router.gap) * self.bound
-            && let Some(polished) = polish(problem, &chosen, &kept, &state.prices)
-        {
+        let certified = most >= (1.0 - self.router.gap) * self.bound || self.settled(&chosen, &kept, point.value);
+        state.prices = point.prices;
+        if !certified && let Some(polished) = polish(problem, &chosen, &kept, &state.prices) {
             (chosen, kept) = (polished.chosen, polished.kept);
             let bound = gate_mass_bound(self.request, &polished.prices).unwrap_or(f64::INFINITY);
             if bound < self.bound {
@@ -262,6 +263,14 @@ impl<'a> Run<'a> {
                 .unwrap_or(f64::INFINITY),
         };
         self.bound = self.bound.min(bound);
+    }
+
+    /// With a selection bias: whether the selection scores are within the gap of `value`, which none can exceed.
+    fn settled(&self, chosen: &[u16], kept: &[bool], value: f64) -> bool {
+        let top_k = self.problem.top_k;
+        let rows = chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)).enumerate();
+        let score = || kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.selection(row), chosen, kept)));
+        !self.problem.by_gate && value - score() <= self.router.gap * self.bound
     }
 
     fn mass(&self, holding: &Holding<'_>) -> f64 {
