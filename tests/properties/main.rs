@@ -7,6 +7,7 @@
 
 mod case;
 mod flow;
+mod hostile;
 mod input;
 mod invariants;
 mod optimum;

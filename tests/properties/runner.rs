@@ -6,7 +6,7 @@ use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 /// Cases of each property at `PHASE_MOE_CASES=1`.
-pub const CASES: [(&str, u32); 21] = [
+pub const CASES: [(&str, u32); 22] = [
     ("every_router_keeps_the_invariants", 27_000),
     ("what_is_reused_decides_nothing", 8_000),
     ("one_and_many_threads_agree", 400),
@@ -26,6 +26,7 @@ pub const CASES: [(&str, u32); 21] = [
     ("quota_keeps_all_that_has_room", 4_000),
     ("the_solver_finds_what_trying_everything_finds", 2_000),
     ("small_batches_are_as_good_as_can_be", 6_000),
+    ("small_batches_are_within_the_gap_of_the_optimum", 6_000),
     ("quarters_of_a_batch_survive_alike", 24),
     ("layers_draw_differently", 200),
 ];

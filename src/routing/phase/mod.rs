@@ -4,7 +4,8 @@
 //! for pools that are experts or devices. Four steps, one file each: *price* finds one price per pool at which
 //! the tokens' own top-k of `selection score − price` nearly fills the room; *claim* lets over-full pools overflow
 //! at the least loss; *place* makes the kept slots the maximum flow; *certify* bounds what any router
-//! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`.
+//! could have kept: `Σ_i Σ top-k max(0, gate − price) + Σ price · limit`. Where that is not within the gap (small batches,
+//! many equal scores) *exchange* moves slots along cycles of pools until nothing gains, and its labels are exact prices.
 //!
 //! Shapes: scores `[tokens, experts]` to assignment `[tokens, top_k]`, prices `[pools]`.
 //!
@@ -37,11 +38,14 @@
 pub mod banded;
 mod certify;
 mod claim;
+mod cycle;
 mod descent;
 pub mod draws;
+mod exchange;
 pub mod kernel;
 mod margin;
 mod place;
+mod polish;
 mod price;
 mod problem;
 pub mod quota;
@@ -52,6 +56,7 @@ use self::certify::{bound, kept_mass};
 use self::claim::Holding;
 use self::descent::{Descent, Point};
 use self::place::place;
+use self::polish::polish;
 use self::price::{Claims, Lens};
 use self::problem::{Problem, UNIT};
 use rayon::prelude::*;
@@ -76,6 +81,15 @@ const CHUNK: usize = 512;
 
 /// Old prices nearly fill the room when fewer than one slot in so many is too many.
 const NEARLY: u64 = 10;
+
+/// After so many sweeps it shows whether prices get there.
+const PATIENCE: usize = 6;
+
+/// Kept / bound that prices which get there have by then.
+const NEAR: f64 = 0.95;
+
+/// Scores of a batch up to which the rest is then left to exchanges: they surely have the work to finish.
+const SMALL: usize = 1 << 17;
 
 /// Gate-aware routing under exact limits: price, claim, place, certify.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -221,15 +235,16 @@ impl<'a> Run<'a> {
         let gap = zero.unwrap_or(&point).tally.mean_gap();
         let mut left = self.router.max_sweeps;
         self.certify(&point);
+        let small = problem.rows() * problem.pool_of.len() <= SMALL;
         let mut tolerance = self.router.gap * 0.4;
         let mut best: Option<(f64, Vec<u16>, Vec<bool>)> = None;
         loop {
-            let (next, made) = descent.descend(
-                point,
-                tolerance,
-                if best.is_none() && !descent.drops { left.div_ceil(2) } else { left },
-                &mut self.claims,
-            );
+            let allowed = match best {
+                None if small => left.min(PATIENCE),
+                None if !descent.drops => left.div_ceil(2),
+                _ => left,
+            };
+            let (next, made) = descent.descend(point, tolerance, allowed, &mut self.claims);
             point = next;
             left = left.saturating_sub(made);
             self.certify(&point);
@@ -238,7 +253,8 @@ impl<'a> Run<'a> {
             place(&mut holding);
             holding.refill();
             let mass = self.mass(&holding);
-            let mut stalled = made == 0 && best.is_some();
+            // Values in steps and rows that are all alike have no prices that single steps find.
+            let mut stalled = (made == 0 && best.is_some()) || (small && mass < NEAR * self.bound);
             if !descent.drops && holding.kept.iter().filter(|&&kept| kept).count() as u64 != claimed {
                 // Masks leave less than the sum of the room: prices must be free to refuse a slot altogether.
                 descent.drops = true;
@@ -252,10 +268,18 @@ impl<'a> Run<'a> {
             if most >= (1.0 - self.router.gap) * self.bound || left == 0 || stalled || tolerance < 1e-7 {
                 break;
             }
-            tolerance *= 0.1;
+            tolerance *= if made < allowed { 0.1 } else { 1.0 };
         }
+        let (most, mut chosen, mut kept) = best.unwrap_or_default();
+        let certified = most >= (1.0 - self.router.gap) * self.bound || self.settled(&chosen, &kept, point.value);
         (state.prices, state.gap) = (point.prices, point.tally.mean_gap());
-        let (chosen, mut kept) = best.map(|(_, chosen, kept)| (chosen, kept)).unwrap_or_default();
+        if !certified && let Some(polished) = polish(problem, &chosen, &kept, &state.prices) {
+            (chosen, kept) = (polished.chosen, polished.kept);
+            let bound = gate_mass_bound(self.request, &polished.prices).unwrap_or(f64::INFINITY);
+            if bound < self.bound {
+                (self.bound, state.prices) = (bound, polished.prices);
+            }
+        }
         self.assign(&chosen, &mut kept, assignment);
     }
 
@@ -291,6 +315,14 @@ impl<'a> Run<'a> {
                 .unwrap_or(f64::INFINITY),
         };
         self.bound = self.bound.min(bound);
+    }
+
+    /// With a selection bias: whether the selection scores are within the gap of `value`, which none can exceed.
+    fn settled(&self, chosen: &[u16], kept: &[bool], value: f64) -> bool {
+        let top_k = self.problem.top_k;
+        let rows = chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)).enumerate();
+        let score = || kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.selection(row), chosen, kept)));
+        !self.problem.by_gate && value - score() as f64 / UNIT <= self.router.gap * self.bound
     }
 
     fn mass(&self, holding: &Holding<'_>) -> f64 {
