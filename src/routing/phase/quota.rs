@@ -64,15 +64,28 @@ impl Router for PhaseQuota {
                 weigh(request.scores(), request.scores().gate(token), chosen, weights);
             }
         } else {
-            fill(request, rings, seed, chosen, weights);
+            // A width known to the compiler needs no loops over slots.
+            match top_k {
+                8 => fill(request, rings, seed, (chosen, weights), 8),
+                4 => fill(request, rings, seed, (chosen, weights), 4),
+                2 => fill(request, rings, seed, (chosen, weights), 2),
+                _ => fill(request, rings, seed, (chosen, weights), top_k),
+            }
         }
         Ok(())
     }
 }
 
 /// Takes the blocks one after the other from the batch, so that every token is written once, while its gate scores are read.
-fn fill(request: &RouteRequest<'_>, rings: &mut Rings, seed: u64, chosen: &mut [u16], weights: &mut [f32]) {
-    let (scores, top_k) = (request.scores(), request.top_k());
+#[inline(always)]
+fn fill(
+    request: &RouteRequest<'_>,
+    rings: &mut Rings,
+    seed: u64,
+    (chosen, weights): (&mut [u16], &mut [f32]),
+    top_k: usize,
+) {
+    let scores = request.scores();
     let mut slots = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate();
     for block in 0..rings.blocks {
         rings.lay(block, seed);
