@@ -6,29 +6,41 @@
 //! 2. *Ring.* The shares lie end to end as arcs; slot `s = round·N + token` takes the expert whose arc holds position s.
 //!    An arc is at most N long, so it cannot hold both s and s + N: **a token's experts are distinct**. Every position
 //!    belongs to a slot: **nothing is dropped that there is room for**. Arc j is S_j long: **no load exceeds its limit**.
-//! 3. *Blocks.* On one ring a token only ever meets experts that lie N apart. So tokens are dealt into B blocks of about
-//!    64 (token t into block `t mod B`), and each block lays a ring of its own from what the first ring gave its tokens,
-//!    with the experts in a fresh order. That loses nothing: let block b have n_b tokens and the first ring give it s_bj
-//!    slots of expert j. The first ring gave each token at most one slot of j, so `s_bj ≤ n_b`, which is all that step 2 asks
-//!    of an arc on a ring of rounds of n_b; and the s_bj sum to S_j over the blocks, so loads stay.
+//! 3. *Blocks.* On one ring a token only ever meets experts that lie N apart. So the places of the ring are dealt into B blocks
+//!    of about 64 tokens (place i into block `i mod B`), and each block lays a ring of its own from what falls to it, with
+//!    the experts in a fresh order. That loses nothing: let block b have n_b tokens and the first ring give it s_bj slots of
+//!    expert j. The first ring gave each token at most one slot of j, so `s_bj ≤ n_b`, which is all that step 2 asks of an
+//!    arc on a ring of rounds of n_b; and the s_bj sum to S_j over the blocks, so loads stay.
+//!
+//! Which token lies where on the first ring is free, so block b is the b-th run of n_b tokens in the batch, and each token is
+//! written once, as its gate scores pass by. The first ring itself is never written: below position `p = round·N + B·q + v`,
+//! with v < B, block b has `round·n_b + q + [v > b]` slots, and s_bj is the difference of that over the arc of j.
 //!
 //! Where there is less room than slots the last round is the one cut short: every token has ⌊Σ S / N⌋ or one more, and who
 //! has one more is spread over the batch by the dealing, and random within a block.
 //!
-//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits),
-//! O(N + E) memory beside the result. Arithmetic is in integers, so shares do not depend on rounding modes.
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits), O(E) memory
+//! beside the result: blocks are larger than 64 where E is more than 64·k. Arithmetic is in integers, so shares do not depend
+//! on rounding modes.
 //!
-//! Masks: the ring does not see them. A slot that falls on a masked expert is exchanged with another slot of its block where
-//! both tokens may have what they get, else given to an expert with room, else exchanged with a slot whose token may have
-//! one. That is a bounded search: what is still left is dropped, so with masks the result is not always the maximum flow.
+//! Masks: the ring does not see them, and the blocks are the dealt ones, tokens from all over the batch. A slot that falls on
+//! a masked expert is exchanged with another slot of its block where both tokens may have what they get, else given to an
+//! expert with room, else exchanged with a slot whose token may have one. What that bounded search leaves goes the phase
+//! router's way, along augmenting paths: **with masks, too, the result is the maximum flow**, in O(N) memory and with
+//! allocations.
 //!
-//! Knows nothing of gate scores (they only make combine weights): for quality see the phase router.
+//! Knows nothing of gate scores (they only make combine weights) but for those last leftovers: for quality see the phase
+//! router.
 
+use super::claim::Holding;
+use super::place::place;
+use super::problem::Problem;
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::capacity::Capacity;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::{Stream, layer_seed};
+use crate::simd::Isa;
 
 /// Tokens in a block, about, where there are no more experts than slots in it.
 const BLOCK: usize = 64;
@@ -52,6 +64,7 @@ impl Router for PhaseQuota {
         scratch: &mut Scratch,
         assignment: &mut Assignment,
     ) -> Result<()> {
+        let isa = scratch.isa();
         let Buffers { shares, rings, exchange } = scratch.of();
         let top_k = request.top_k();
         rings.reset(shares.split(request.capacity(), request.live_tokens(), top_k), request.live_tokens(), top_k);
@@ -59,6 +72,7 @@ impl Router for PhaseQuota {
         let (chosen, weights) = assignment.refill(request.scores(), top_k);
         if request.scores().has_masks() {
             exchange.fill(request, rings, seed, chosen);
+            place_rest(request, isa, chosen);
             let slots = chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k));
             for (token, (chosen, weights)) in slots.enumerate() {
                 weigh(request.scores(), request.scores().gate(token), chosen, weights);
@@ -390,6 +404,41 @@ fn give_room(request: &RouteRequest<'_>, chosen: &mut [u16]) {
             chosen[giver] = expert;
             room[capacity.pool_of(expert)] -= 1;
         }
+    }
+}
+
+/// Places what is still left as the phase router does: along augmenting paths, which make it the maximum flow and serve as
+/// many tokens as can be. The only step that sees scores: where several experts would do, a token gets its best.
+fn place_rest(request: &RouteRequest<'_>, isa: Isa, chosen: &mut [u16]) {
+    let Some(limits) = request.capacity().limits() else { return };
+    let (experts, top_k) = (request.scores().experts() as u16, request.top_k());
+    // A slot to be placed claims an expert, any that its token may have.
+    let mut claims = Vec::new();
+    for slot in 0..chosen.len() {
+        if chosen[slot] == EMPTY && !request.is_padding(slot / top_k) {
+            if let Some(expert) = (0..experts).find(|&expert| may_have(request, chosen, slot, expert)) {
+                chosen[slot] = expert;
+                claims.push(slot);
+            }
+        }
+    }
+    if claims.is_empty() {
+        return;
+    }
+    let problem = Problem::new(request, limits, isa);
+    let slots = || problem.tokens.iter().flat_map(|&token| (0..top_k).map(move |slot| token as usize * top_k + slot));
+    let mut holding =
+        Holding::new(&problem, slots().map(|slot| chosen[slot]).collect(), &vec![0.0; problem.room.len()]);
+    let mut claims = claims.into_iter().peekable();
+    for (at, slot) in slots().enumerate() {
+        if claims.next_if_eq(&slot).is_some() {
+            holding.kept[at] = false;
+            holding.left[problem.pool(chosen[slot])] += 1;
+        }
+    }
+    place(&mut holding);
+    for (at, slot) in slots().enumerate() {
+        chosen[slot] = if holding.kept[at] { holding.chosen[at] } else { EMPTY };
     }
 }
 
