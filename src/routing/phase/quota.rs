@@ -99,26 +99,21 @@ fn fill(
     (chosen, weights): (&mut [u16], &mut [f32]),
     top_k: usize,
 ) {
-    let scores = request.scores();
-    let mut slots = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate();
+    if request.context().padding.is_some() {
+        chosen.fill(EMPTY);
+        weights.fill(0.0);
+    }
+    let slots = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate();
+    let mut live = slots.filter(|(token, _)| !request.is_padding(*token));
     for block in 0..rings.blocks {
         rings.lay(block, seed);
         let tokens = rings.places.len();
-        for &place in &rings.places {
-            // Padding lies anywhere; there are as many other tokens as the blocks have places.
-            for (token, (chosen, weights)) in slots.by_ref() {
-                if request.is_padding(token) {
-                    (chosen.fill(EMPTY), weights.fill(0.0));
-                    continue;
-                }
-                let experts = rings.ring[usize::from(place)..].iter().step_by(tokens);
-                chosen.iter_mut().zip(experts).for_each(|(chosen, &expert)| *chosen = expert);
-                weigh(scores, scores.gate(token), chosen, weights);
-                break;
-            }
+        for (&place, (token, (chosen, weights))) in rings.places.iter().zip(live.by_ref()) {
+            let experts = rings.ring[usize::from(place)..].iter().step_by(tokens);
+            chosen.iter_mut().zip(experts).for_each(|(chosen, &expert)| *chosen = expert);
+            weigh(request.scores(), request.scores().gate(token), chosen, weights);
         }
     }
-    slots.for_each(|(_, (chosen, weights))| (chosen.fill(EMPTY), weights.fill(0.0)).0);
 }
 
 /// What is reused from call to call.
@@ -415,11 +410,12 @@ fn place_rest(request: &RouteRequest<'_>, isa: Isa, chosen: &mut [u16]) {
     // A slot to be placed claims an expert, any that its token may have.
     let mut claims = Vec::new();
     for slot in 0..chosen.len() {
-        if chosen[slot] == EMPTY && !request.is_padding(slot / top_k) {
-            if let Some(expert) = (0..experts).find(|&expert| may_have(request, chosen, slot, expert)) {
-                chosen[slot] = expert;
-                claims.push(slot);
-            }
+        if chosen[slot] == EMPTY
+            && !request.is_padding(slot / top_k)
+            && let Some(expert) = (0..experts).find(|&expert| may_have(request, chosen, slot, expert))
+        {
+            chosen[slot] = expert;
+            claims.push(slot);
         }
     }
     if claims.is_empty() {
