@@ -54,9 +54,11 @@ fn quota_keeps_all_that_has_room() {
         let request = batch.request();
         let assignment = cold(&*RouterKind::PhaseQuota.build(seed), &request);
         let kept = assignment.kept() as u64;
-        if request.scores().has_masks() {
-            assert!(kept <= maximum_flow(&request));
-        } else {
+        assert_eq!(kept, maximum_flow(&request));
+        let single = RouteRequest::new(&batch.scores, 1, &batch.capacity, request.context()).unwrap();
+        let without = RouteMetrics::new(&request, &assignment).tokens_without_expert;
+        assert_eq!(request.live_tokens() as u64 - without, maximum_flow(&single), "served tokens");
+        if !request.scores().has_masks() {
             assert_eq!(kept, room_without_masks(&request));
             let live = (0..case.tokens).filter(|&token| !request.is_padding(token));
             let counts: Vec<usize> = live.map(|token| assignment.slots(token).count()).collect();

@@ -6,31 +6,43 @@
 //! 2. *Ring.* The shares lie end to end as arcs; slot `s = round·N + token` takes the expert whose arc holds position s.
 //!    An arc is at most N long, so it cannot hold both s and s + N: **a token's experts are distinct**. Every position
 //!    belongs to a slot: **nothing is dropped that there is room for**. Arc j is S_j long: **no load exceeds its limit**.
-//! 3. *Blocks.* On one ring a token only ever meets experts that lie N apart. So tokens are dealt into B blocks of about
-//!    64 (token t into block `t mod B`), and each block lays a ring of its own from what the first ring gave its tokens,
-//!    with the experts in a fresh order. That loses nothing: let block b have n_b tokens and the first ring give it s_bj
-//!    slots of expert j. The first ring gave each token at most one slot of j, so `s_bj ≤ n_b`, which is all that step 2 asks
-//!    of an arc on a ring of rounds of n_b; and the s_bj sum to S_j over the blocks, so loads stay.
+//! 3. *Blocks.* On one ring a token only ever meets experts that lie N apart. So the places of the ring are dealt into B blocks
+//!    of about 64 tokens (place i into block `i mod B`), and each block lays a ring of its own from what falls to it, with
+//!    the experts in a fresh order. That loses nothing: let block b have n_b tokens and the first ring give it s_bj slots of
+//!    expert j. The first ring gave each token at most one slot of j, so `s_bj ≤ n_b`, which is all that step 2 asks of an
+//!    arc on a ring of rounds of n_b; and the s_bj sum to S_j over the blocks, so loads stay.
+//!
+//! Which token lies where on the first ring is free, so block b is the b-th run of n_b tokens in the batch, and each token is
+//! written once, as its gate scores pass by. The first ring itself is never written: below position `p = round·N + B·q + v`,
+//! with v < B, block b has `round·n_b + q + [v > b]` slots, and s_bj is the difference of that over the arc of j.
 //!
 //! Where there is less room than slots the last round is the one cut short: every token has ⌊Σ S / N⌋ or one more, and who
 //! has one more is spread over the batch by the dealing, and random within a block.
 //!
-//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits),
-//! O(N + E) memory beside the result. Arithmetic is in integers, so shares do not depend on rounding modes.
+//! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits), O(E) memory
+//! beside the result: blocks are larger than 64 where E is more than 64·k. Arithmetic is in integers, so shares do not depend
+//! on rounding modes.
 //!
-//! Masks: the ring does not see them. A slot that falls on a masked expert is exchanged with another slot of its block where
-//! both tokens may have what they get, else given to an expert with room, else exchanged with a slot whose token may have
-//! one. That is a bounded search: what is still left is dropped, so with masks the result is not always the maximum flow.
+//! Masks: the ring does not see them, and the blocks are the dealt ones, tokens from all over the batch. A slot that falls on
+//! a masked expert is exchanged with another slot of its block where both tokens may have what they get, else given to an
+//! expert with room, else exchanged with a slot whose token may have one. What that bounded search leaves goes the phase
+//! router's way, along augmenting paths: **with masks, too, the result is the maximum flow**, in O(N) memory and with
+//! allocations.
 //!
-//! Knows nothing of gate scores (they only make combine weights): for quality see the phase router.
+//! Knows nothing of gate scores (they only make combine weights) but for those last leftovers: for quality see the phase
+//! router.
 
+use super::claim::Holding;
+use super::place::place;
+use super::problem::Problem;
 use crate::error::Result;
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::capacity::Capacity;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::{Stream, layer_seed};
+use crate::simd::Isa;
 
-/// Tokens in a block, about.
+/// Tokens in a block, about, where there are no more experts than slots in it.
 const BLOCK: usize = 64;
 
 /// Exact quotas on a ring, blind to the gate.
@@ -49,172 +61,293 @@ impl Router for PhaseQuota {
         &self,
         request: &RouteRequest<'_>,
         _state: &mut RouteState,
-        _scratch: &mut Scratch,
+        scratch: &mut Scratch,
         assignment: &mut Assignment,
     ) -> Result<()> {
-        let (scores, top_k) = (request.scores(), request.top_k());
-        let mut chosen = vec![EMPTY; scores.tokens() * top_k];
-        let live: Vec<usize> = (0..scores.tokens()).filter(|&token| !request.is_padding(token)).collect();
-        let shares = expert_quotas(request.capacity(), live.len(), top_k);
-        lay_ring(&shares, &live, top_k, &mut chosen);
-
-        let masked = scores.has_masks();
-        let mut stream = Stream::new(layer_seed(self.seed, request.context().layer), 0);
-        let blocks = live.len().div_ceil(BLOCK);
-        let mut block = Block { top_k, tokens: Vec::new(), slots: Vec::new(), runs: Vec::new() };
-        for first in 0..blocks {
-            block.gather(live.iter().copied().skip(first).step_by(blocks), &chosen);
-            block.lay_ring(&mut stream, &mut chosen);
-            if masked {
-                block.exchange_masked(request, &mut chosen);
+        let isa = scratch.isa();
+        let Buffers { shares, rings, exchange } = scratch.of();
+        let top_k = request.top_k();
+        rings.reset(shares.split(request.capacity(), request.live_tokens(), top_k), request.live_tokens(), top_k);
+        let seed = layer_seed(self.seed, request.context().layer);
+        let (chosen, weights) = assignment.refill(request.scores(), top_k);
+        if request.scores().has_masks() {
+            exchange.fill(request, rings, seed, chosen);
+            place_rest(request, isa, chosen);
+            let slots = chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k));
+            for (token, (chosen, weights)) in slots.enumerate() {
+                weigh(request.scores(), request.scores().gate(token), chosen, weights);
+            }
+        } else {
+            // A width known to the compiler needs no loops over slots.
+            match top_k {
+                8 => fill(request, rings, seed, (chosen, weights), 8),
+                4 => fill(request, rings, seed, (chosen, weights), 4),
+                2 => fill(request, rings, seed, (chosen, weights), 2),
+                _ => fill(request, rings, seed, (chosen, weights), top_k),
             }
         }
-        if masked {
-            give_room(request, &mut chosen);
-        }
-        *assignment = Assignment::from_selection(scores, top_k, chosen, None);
         Ok(())
     }
 }
 
-/// Slots of every expert when `tokens` take `top_k` each, `[experts]`; they sum to [`Capacity::feasible_slots`].
-pub(crate) fn expert_quotas(capacity: &Capacity, tokens: usize, top_k: usize) -> Vec<u64> {
-    let sizes = capacity.pool_sizes();
-    let pools: Vec<(u64, u64)> = sizes
-        .iter()
-        .enumerate()
-        .map(|(pool, &size)| {
-            let most = tokens as u64 * size as u64;
-            capacity.limits().map_or((1, most), |limits| (u64::from(limits[pool]), most.min(u64::from(limits[pool]))))
-        })
-        .collect();
-    let quotas = proportional(&pools, capacity.feasible_slots(tokens, top_k));
-    let mut rank = vec![0; quotas.len()];
-    (0..capacity.experts())
-        .map(|expert| {
-            let pool = capacity.pool_of(expert as u16);
-            let (quota, size) = (quotas[pool], sizes[pool] as u64);
-            rank[pool] += 1;
-            quota / size + u64::from(rank[pool] <= quota % size)
-        })
-        .collect()
-}
-
-/// Splits `total` in proportion to the weights of `(weight, most)` pairs into integers, none above its most. Largest
-/// remainder, ties to the lower index; what would exceed its most is cut there and the others share the rest.
-///
-/// A most is 0 where a weight is, and `total` is at most their sum.
-fn proportional(pools: &[(u64, u64)], total: u64) -> Vec<u64> {
-    let mut shares = vec![0; pools.len()];
-    // Those with the smallest most per weight fill first, so one pass in that order finds all that are cut.
-    let mut order: Vec<usize> = (0..pools.len()).filter(|&pool| pools[pool].0 > 0).collect();
-    let scaled = |a: usize, b: usize| u128::from(pools[a].1) * u128::from(pools[b].0);
-    order.sort_by(|&a, &b| scaled(a, b).cmp(&scaled(b, a)));
-    let mut left = u128::from(total);
-    let mut weight: u128 = order.iter().map(|&pool| u128::from(pools[pool].0)).sum();
-    let mut open = order.as_slice();
-    while let [pool, rest @ ..] = open {
-        let (own, most) = (u128::from(pools[*pool].0), u128::from(pools[*pool].1));
-        if left * own < most * weight {
-            break;
-        }
-        shares[*pool] = most as u64;
-        (left, weight, open) = (left - most, weight - own, rest);
-    }
-    let mut remainders: Vec<(u128, usize)> = open
-        .iter()
-        .map(|&pool| {
-            let product = left * u128::from(pools[pool].0);
-            shares[pool] = (product / weight) as u64;
-            (product % weight, pool)
-        })
-        .collect();
-    let missing = left - open.iter().map(|&pool| u128::from(shares[pool])).sum::<u128>();
-    remainders.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-    for &(_, pool) in &remainders[..missing as usize] {
-        shares[pool] += 1;
-    }
-    shares
-}
-
-/// Step 2 over the whole batch: slot `round·N + i` of the i-th live token takes the expert whose arc holds it.
-fn lay_ring(shares: &[u64], live: &[usize], top_k: usize, chosen: &mut [u16]) {
-    let (mut round, mut at) = (0, 0);
-    for (expert, &share) in shares.iter().enumerate() {
-        for _ in 0..share {
-            chosen[live[at] * top_k + round] = expert as u16;
-            at += 1;
-            if at == live.len() {
-                (round, at) = (round + 1, 0);
-            }
-        }
-    }
-}
-
-/// One block's tokens and what the ring of the batch gave them.
-struct Block {
+/// Takes the blocks one after the other from the batch, so that every token is written once, while its gate scores are read.
+#[inline(always)]
+fn fill(
+    request: &RouteRequest<'_>,
+    rings: &mut Rings,
+    seed: u64,
+    (chosen, weights): (&mut [u16], &mut [f32]),
     top_k: usize,
-    tokens: Vec<usize>,
-    /// Positions in the assignment of the block's slots, round by round.
-    slots: Vec<usize>,
-    /// Experts with their number of slots in the block.
-    runs: Vec<(u16, usize)>,
-}
-
-impl Block {
-    /// Collects the slots of `tokens` that have an expert. Along the ring equal experts follow each other.
-    fn gather(&mut self, tokens: impl Iterator<Item = usize>, chosen: &[u16]) {
-        self.tokens.clear();
-        self.tokens.extend(tokens);
-        self.slots.clear();
-        self.runs.clear();
-        for round in 0..self.top_k {
-            for &token in &self.tokens {
-                let slot = token * self.top_k + round;
-                let expert = chosen[slot];
-                if expert == EMPTY {
-                    return;
-                }
-                self.slots.push(slot);
-                match self.runs.last_mut() {
-                    Some((last, length)) if *last == expert => *length += 1,
-                    _ => self.runs.push((expert, 1)),
-                }
-            }
+) {
+    if request.context().padding.is_some() {
+        chosen.fill(EMPTY);
+        weights.fill(0.0);
+    }
+    let slots = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k)).enumerate();
+    let mut live = slots.filter(|(token, _)| !request.is_padding(*token));
+    for block in 0..rings.blocks {
+        rings.lay(block, seed);
+        let tokens = rings.places.len();
+        for (&place, (token, (chosen, weights))) in rings.places.iter().zip(live.by_ref()) {
+            let experts = rings.ring[usize::from(place)..].iter().step_by(tokens);
+            chosen.iter_mut().zip(experts).for_each(|(chosen, &expert)| *chosen = expert);
+            weigh(request.scores(), request.scores().gate(token), chosen, weights);
         }
     }
+}
 
-    /// Step 3: lays the block's runs in a fresh order around its tokens, shuffled too.
-    fn lay_ring(&mut self, stream: &mut Stream, chosen: &mut [u16]) {
-        for &slot in &self.slots {
-            chosen[slot] = EMPTY;
+/// What is reused from call to call.
+#[derive(Default)]
+struct Buffers {
+    shares: Shares,
+    rings: Rings,
+    exchange: Exchange,
+}
+
+/// An expert or a device on its way to its share.
+#[derive(Clone, Copy, Default)]
+struct Pool {
+    /// What it is shared in proportion to: its limit, or 1.
+    weight: u64,
+    experts: u64,
+    /// Slots it can take.
+    most: u64,
+    share: u64,
+    remainder: u64,
+    /// Experts of it that have got theirs.
+    served: u64,
+}
+
+/// Step 1.
+#[derive(Default)]
+struct Shares {
+    pools: Vec<Pool>,
+    order: Vec<u16>,
+    experts: Vec<u32>,
+}
+
+impl Shares {
+    /// Slots of every expert when `tokens` take `top_k` each, `[experts]`; they sum to [`Capacity::feasible_slots`].
+    fn split(&mut self, capacity: &Capacity, tokens: usize, top_k: usize) -> &[u32] {
+        let pools = capacity.limits().map_or(capacity.experts(), <[u32]>::len);
+        let single = Pool { weight: 1, experts: u64::from(capacity.placement().is_none()), ..Pool::default() };
+        self.pools.clear();
+        self.pools.resize(pools, single);
+        for &device in capacity.placement().into_iter().flat_map(|placement| placement.device_of()) {
+            self.pools[usize::from(device)].experts += 1;
         }
-        stream.shuffle(&mut self.runs);
-        stream.shuffle(&mut self.tokens);
-        self.slots.clear();
-        let (mut round, mut at) = (0, 0);
-        for &(expert, length) in &self.runs {
-            for _ in 0..length {
-                let slot = self.tokens[at] * self.top_k + round;
-                chosen[slot] = expert;
-                self.slots.push(slot);
-                at += 1;
-                if at == self.tokens.len() {
-                    (round, at) = (round + 1, 0);
-                }
+        for (pool, &limit) in self.pools.iter_mut().zip(capacity.limits().unwrap_or_default()) {
+            pool.weight = limit.into();
+        }
+        for pool in &mut self.pools {
+            pool.most = tokens as u64 * pool.experts;
+            if capacity.limits().is_some() {
+                pool.most = pool.most.min(pool.weight);
             }
         }
+        let most: u64 = self.pools.iter().map(|pool| pool.most).sum();
+        self.proportional(most.min(tokens as u64 * top_k as u64));
+        self.experts.clear();
+        for expert in 0..capacity.experts() {
+            let pool = &mut self.pools[capacity.pool_of(expert as u16)];
+            // The first ones get what does not divide.
+            let larger = pool.served < pool.share % pool.experts;
+            pool.served += 1;
+            self.experts.push((pool.share / pool.experts) as u32 + u32::from(larger));
+        }
+        &self.experts
+    }
+
+    /// Splits `total` in proportion to the weights into integers, none above its most. Largest remainder, ties to the lower
+    /// index; what would exceed its most is cut there and the others share the rest.
+    ///
+    /// `total` is at most the sum of the mosts, and below 2^32 as all slots are: its products with weights fit in 64 bits.
+    fn proportional(&mut self, total: u64) {
+        let Self { pools, order, .. } = self;
+        // Those with the smallest most per weight fill first, so one pass in that order finds all that are cut.
+        order.clear();
+        order.extend((0..pools.len()).filter(|&pool| pools[pool].weight > 0).map(|pool| pool as u16));
+        let pool = |index: u16| pools[usize::from(index)];
+        let scaled = |a: u16, b: u16| u128::from(pool(a).most) * u128::from(pool(b).weight);
+        order.sort_unstable_by(|&a, &b| scaled(a, b).cmp(&scaled(b, a)).then(a.cmp(&b)));
+        let mut weight: u64 = order.iter().map(|&index| pool(index).weight).sum();
+        let (mut left, mut cut) = (total, 0);
+        for &index in order.iter() {
+            let pool = &mut pools[usize::from(index)];
+            if u128::from(left * pool.weight) < u128::from(pool.most) * u128::from(weight) {
+                break;
+            }
+            pool.share = pool.most;
+            (left, weight, cut) = (left - pool.most, weight - pool.weight, cut + 1);
+        }
+        let open = &mut order[cut..];
+        let mut missing = left;
+        for &index in open.iter() {
+            let pool = &mut pools[usize::from(index)];
+            let product = left * pool.weight;
+            (pool.share, pool.remainder) = (product / weight, product % weight);
+            missing -= pool.share;
+        }
+        let remainder = |index: u16| pools[usize::from(index)].remainder;
+        open.sort_unstable_by(|&a, &b| remainder(b).cmp(&remainder(a)).then(a.cmp(&b)));
+        open[..missing as usize].iter().for_each(|&index| pools[usize::from(index)].share += 1);
+    }
+}
+
+/// What decides how many slots of an expert fall to a block; those of all blocks are its arc.
+#[derive(Clone, Copy)]
+struct Arc {
+    /// Slots in a block of the fewest tokens. Wraps below 0 where `before` makes up for it.
+    least: u32,
+    /// Ends of rounds in the arc, 0 or 1: a block of one token more has so many more slots.
+    rounds: u32,
+    /// Blocks below `before` have one slot more that is not the arc's, blocks below `until` one more that is.
+    before: u32,
+    until: u32,
+}
+
+/// Steps 2 and 3: the ring of the batch, which is never written down, and that of one block.
+#[derive(Default)]
+struct Rings {
+    top_k: usize,
+    blocks: usize,
+    /// Tokens in a block; the first `larger` blocks have one more.
+    tokens: usize,
+    larger: usize,
+    arcs: Vec<Arc>,
+    order: Vec<u16>,
+    /// Where on the ring each token of the block lies.
+    places: Vec<u16>,
+    /// Experts of the block, round by round, [`EMPTY`] where there are no more; `slots` are not.
+    ring: Vec<u16>,
+    slots: usize,
+}
+
+/// Slots written at once: few runs are longer, and a copy of fixed length needs no loop.
+const WRITE: usize = 16;
+
+impl Rings {
+    /// Lays the shares of the experts around `tokens`.
+    fn reset(&mut self, shares: &[u32], tokens: usize, top_k: usize) {
+        // A block goes through all experts, so it is to have as many slots.
+        let size = BLOCK.max(shares.len().div_ceil(top_k));
+        self.top_k = top_k;
+        self.blocks = tokens.div_ceil(size);
+        self.arcs.clear();
+        if self.blocks == 0 {
+            return;
+        }
+        (self.tokens, self.larger) = (tokens / self.blocks, tokens % self.blocks);
+        let (mut round, mut at) = (0, 0);
+        for &share in shares {
+            let before = at;
+            at += share as usize;
+            let rounds = usize::from(at >= tokens);
+            at -= rounds * tokens;
+            round += rounds;
+            let least = (rounds * self.tokens + at / self.blocks).wrapping_sub(before / self.blocks);
+            let [before, until] = [before, at].map(|at| (at % self.blocks) as u32);
+            self.arcs.push(Arc { least: least as u32, rounds: rounds as u32, before, until });
+        }
+        debug_assert!(round <= top_k);
+    }
+
+    /// Tokens of a block.
+    fn tokens_of(&self, block: usize) -> usize {
+        self.tokens + usize::from(block < self.larger)
+    }
+
+    /// Lays one block's ring in a fresh order of experts and tokens.
+    fn lay(&mut self, block: usize, seed: u64) {
+        let mut stream = Stream::new(seed, block as u64);
+        let tokens = self.tokens_of(block);
+        self.order.clear();
+        self.order.extend(0..self.arcs.len() as u16);
+        stream.shuffle(&mut self.order);
+        self.places.clear();
+        self.places.extend(0..tokens as u16);
+        stream.shuffle(&mut self.places);
+
+        let whole = tokens * self.top_k;
+        self.ring.resize(whole + WRITE, EMPTY);
+        let (larger, block) = (u32::from(block < self.larger), block as u32);
+        let mut end = 0;
+        for &expert in &self.order {
+            let Arc { least, rounds, before, until } = self.arcs[usize::from(expert)];
+            let slots = least + rounds * larger;
+            let slots = slots.wrapping_add(u32::from(block < until)).wrapping_sub(u32::from(block < before));
+            let start = end;
+            end += slots as usize;
+            for run in self.ring[start..end + WRITE].chunks_exact_mut(WRITE) {
+                run.fill(expert);
+            }
+        }
+        self.ring[end..].fill(EMPTY);
+        self.slots = end;
+    }
+}
+
+/// Step 3 where experts are masked: blocks of tokens from all over the batch, so that there are more to exchange with.
+#[derive(Default)]
+struct Exchange {
+    live: Vec<u32>,
+    /// Where the slots of the block are in the assignment, round by round.
+    slots: Vec<u32>,
+}
+
+impl Exchange {
+    fn fill(&mut self, request: &RouteRequest<'_>, rings: &mut Rings, seed: u64, chosen: &mut [u16]) {
+        let top_k = request.top_k();
+        self.live.clear();
+        self.live.extend((0..request.scores().tokens() as u32).filter(|&token| !request.is_padding(token as usize)));
+        chosen.fill(EMPTY);
+        for block in 0..rings.blocks {
+            rings.lay(block, seed);
+            let tokens = rings.places.len();
+            self.slots.clear();
+            self.slots.resize(rings.slots, 0);
+            for (&place, &token) in rings.places.iter().zip(self.live.iter().skip(block).step_by(rings.blocks)) {
+                for (round, at) in (usize::from(place)..rings.slots).step_by(tokens).enumerate() {
+                    let slot = token as usize * top_k + round;
+                    self.slots[at] = slot as u32;
+                    chosen[slot] = rings.ring[at];
+                }
+            }
+            self.exchange_masked(request, chosen);
+        }
+        give_room(request, chosen);
     }
 
     /// Exchanges every slot on a masked expert with one of the block where both tokens may have what they get; empties it
     /// where there is none.
     fn exchange_masked(&self, request: &RouteRequest<'_>, chosen: &mut [u16]) {
-        for &slot in &self.slots {
+        let slots = || self.slots.iter().map(|&slot| slot as usize);
+        for slot in slots() {
             let masked = chosen[slot];
-            if request.scores().is_allowed(slot / self.top_k, usize::from(masked)) {
+            if request.scores().is_allowed(slot / request.top_k(), usize::from(masked)) {
                 continue;
             }
-            let partner = self.slots.iter().copied().find(|&other| {
+            let partner = slots().find(|&other| {
                 let offered = chosen[other];
                 may_have(request, chosen, slot, offered) && may_have(request, chosen, other, masked)
             });
@@ -269,6 +402,42 @@ fn give_room(request: &RouteRequest<'_>, chosen: &mut [u16]) {
     }
 }
 
+/// Places what is still left as the phase router does: along augmenting paths, which make it the maximum flow and serve as
+/// many tokens as can be. The only step that sees scores: where several experts would do, a token gets its best.
+fn place_rest(request: &RouteRequest<'_>, isa: Isa, chosen: &mut [u16]) {
+    let Some(limits) = request.capacity().limits() else { return };
+    let (experts, top_k) = (request.scores().experts() as u16, request.top_k());
+    // A slot to be placed claims an expert, any that its token may have.
+    let mut claims = Vec::new();
+    for slot in 0..chosen.len() {
+        if chosen[slot] == EMPTY
+            && !request.is_padding(slot / top_k)
+            && let Some(expert) = (0..experts).find(|&expert| may_have(request, chosen, slot, expert))
+        {
+            chosen[slot] = expert;
+            claims.push(slot);
+        }
+    }
+    if claims.is_empty() {
+        return;
+    }
+    let problem = Problem::new(request, limits, isa);
+    let slots = || problem.tokens.iter().flat_map(|&token| (0..top_k).map(move |slot| token as usize * top_k + slot));
+    let mut holding =
+        Holding::new(&problem, slots().map(|slot| chosen[slot]).collect(), &vec![0.0; problem.room.len()]);
+    let mut claims = claims.into_iter().peekable();
+    for (at, slot) in slots().enumerate() {
+        if claims.next_if_eq(&slot).is_some() {
+            holding.kept[at] = false;
+            holding.left[problem.pool(chosen[slot])] += 1;
+        }
+    }
+    place(&mut holding);
+    for (at, slot) in slots().enumerate() {
+        chosen[slot] = if holding.kept[at] { holding.chosen[at] } else { EMPTY };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,7 +453,8 @@ mod tests {
         ) {
             let top_k = top_k.min(limits.len());
             let capacity = Capacity::per_expert(limits.clone()).unwrap();
-            let quotas = expert_quotas(&capacity, tokens, top_k);
+            let mut shares = Shares::default();
+            let quotas: Vec<u64> = shares.split(&capacity, tokens, top_k).iter().map(|&share| share.into()).collect();
             prop_assert_eq!(quotas.iter().sum::<u64>(), capacity.feasible_slots(tokens, top_k));
             for (a, (&quota, &limit)) in quotas.iter().zip(&limits).enumerate() {
                 let most = u64::from(limit).min(tokens as u64);
@@ -305,7 +475,8 @@ mod tests {
         let placement = Placement::new(vec![0, 1, 0, 1, 1], 3).unwrap();
         // Device 0 cannot hold more than two experts times ten tokens, device 2 has no expert at all.
         let capacity = Capacity::per_device(placement, vec![90, 8, 50]).unwrap();
-        assert_eq!(expert_quotas(&capacity, 10, 4), [10, 3, 10, 3, 2]);
-        assert_eq!(expert_quotas(&Capacity::unlimited(3).unwrap(), 10, 2), [7, 7, 6]);
+        let mut shares = Shares::default();
+        assert_eq!(shares.split(&capacity, 10, 4), [10, 3, 10, 3, 2]);
+        assert_eq!(shares.split(&Capacity::unlimited(3).unwrap(), 10, 2), [7, 7, 6]);
     }
 }
