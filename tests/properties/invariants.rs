@@ -108,14 +108,14 @@ fn check_token(request: &RouteRequest<'_>, assignment: &Assignment, ids: &[i32],
 
 /// The plan is a permutation of the kept slots, sorted by expert and then by token, each with its own weight.
 pub fn check_plan(assignment: &Assignment) {
-    let (plan, top_k) = (DispatchPlan::new(assignment), assignment.top_k());
+    let (plan, width) = (DispatchPlan::new(assignment), assignment.width());
     let ids: Vec<i32> = assignment.ids().collect();
     let mut expected: Vec<usize> = (0..ids.len()).filter(|&slot| ids[slot] >= 0).collect();
     expected.sort_by_key(|&slot| (ids[slot], slot));
     assert_eq!(plan.slots().iter().map(|&slot| slot as usize).collect::<Vec<_>>(), expected);
     assert_eq!([plan.tokens().len(), plan.weights().len()], [expected.len(); 2]);
     for (at, &slot) in expected.iter().enumerate() {
-        assert_eq!(plan.tokens()[at] as usize, slot / top_k);
+        assert_eq!(plan.tokens()[at] as usize, slot / width);
         assert_eq!(plan.weights()[at].to_bits(), assignment.weights()[slot].to_bits());
     }
     let load: Vec<u32> = plan.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect();
