@@ -4,6 +4,7 @@
 
 use crate::decoder::Batch;
 use crate::error::{Error, Result};
+use crate::routing::stream::Stream;
 
 /// Tokens per sequence; there is no context across sequences.
 pub const SEQUENCE_TOKENS: usize = 256;
@@ -35,11 +36,13 @@ pub struct Batching {
     pub batch_tokens: usize,
     /// Which sequences share a batch.
     pub mixing: Mixing,
+    /// Seed that shuffles the sequences of each text first, so that others meet in a batch; `None` keeps their order.
+    pub shuffle: Option<u64>,
 }
 
 impl Default for Batching {
     fn default() -> Self {
-        Self { tokens: None, batch_tokens: 512, mixing: Mixing::OneKind }
+        Self { tokens: None, batch_tokens: 512, mixing: Mixing::OneKind, shuffle: None }
     }
 }
 
@@ -62,11 +65,14 @@ impl Batching {
         }
         let per_batch = self.batch_tokens / length;
         let shares = self.shares(texts);
-        let sequences: Vec<Vec<&[u32]>> = texts
+        let mut sequences: Vec<Vec<&[u32]>> = texts
             .iter()
             .zip(shares)
             .map(|(text, share)| text.ids[..share].chunks(length).filter(|ids| ids.len() > 1).collect())
             .collect();
+        if let Some(seed) = self.shuffle {
+            sequences.iter_mut().zip(0..).for_each(|(text, key)| Stream::new(seed, key).shuffle(text));
+        }
         let batches = match self.mixing {
             Mixing::OneKind => {
                 sequences.iter().flat_map(|text| text.chunks(per_batch)).map(Batch::new).collect::<Result<Vec<_>>>()?
