@@ -142,6 +142,29 @@ mod tests {
     }
 
     #[test]
+    fn a_shuffle_moves_whole_sequences_within_their_text() {
+        let text = |first: u32| EvalText { name: first.to_string(), ids: (first..first + 2100).collect() };
+        let starts = |shuffle| {
+            let batches = Batching { shuffle, ..Batching::default() }.batches(&[text(0), text(1 << 16)]).unwrap();
+            let rows = |batch: &Batch| {
+                let rows = batch.ids().chunks(batch.positions()).map(|row| row[0]).collect::<Vec<_>>();
+                assert!(rows.iter().all(|id| id >> 16 == rows[0] >> 16), "one kind a batch");
+                rows
+            };
+            (batches.iter().flat_map(rows).collect::<Vec<_>>(), batches.iter().map(live).sum::<usize>())
+        };
+        let (plain, shuffled) = (starts(None), starts(Some(1)));
+        assert!(plain.0.is_sorted() && !shuffled.0.is_sorted());
+        assert_eq!(starts(Some(1)), shuffled);
+        assert_ne!(starts(Some(2)), shuffled);
+        let sorted = |(mut rows, tokens): (Vec<u32>, usize)| {
+            rows.sort_unstable();
+            (rows, tokens)
+        };
+        assert_eq!(sorted(shuffled), plain);
+    }
+
+    #[test]
     fn too_little_text_is_an_error() {
         assert!(Batching::default().batches(&texts(&[1, 0])).is_err());
         assert!(Batching::default().batches(&[]).is_err());
