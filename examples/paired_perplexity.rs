@@ -6,6 +6,9 @@
 //! cargo run --release --example paired_perplexity -- --router phase,power:2 --devices 4 --batches mixed --seeds 0,1,2
 //! ```
 //!
+//! `exact+` before a name lets the router select by gate score times the norm of the expert's output, `probe+` by a linear guess
+//! of it; with a probe the first half of every text is what it is fitted on, and the second half is measured.
+//!
 //! Beside routers by name there are objectives, `NAME:NUMBER`: `phase` with what [`OBJECTIVES`] says an expert is worth to a
 //! token in the place of its gate score. Combine weights stay the gate's own.
 //!
@@ -21,7 +24,8 @@ use clap::Parser;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::eval::perplexity::Perplexity;
-use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::eval::text::{Batching, EvalText, Mixing, SEQUENCE_TOKENS};
+use phase_moe::layer::worth::{OutputNorms, ProbeFit};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::logits::Logits;
@@ -214,6 +218,28 @@ fn paired(nats: &Nats, other: impl Fn(&[u32], usize) -> f64) -> (f64, f64) {
     (mean, (square * count / (count - 1.0)).sqrt() / tokens)
 }
 
+/// One probe a layer, fitted on what the layers see in `batches`.
+fn probes(decoder: &Decoder, batches: &[Batch]) -> Result<Vec<Arc<OutputNorms>>> {
+    let moe = &decoder.spec().moe;
+    let mut fits: Vec<_> = decoder.moe_layers().map(|_| ProbeFit::new(moe.hidden, moe.experts)).collect();
+    let layers: Vec<_> = decoder.moe_layers().collect();
+    for batch in batches {
+        decoder.forward(batch, &mut decoder.batch_state(), |layer, routing| {
+            fits[layer].add(&routing.input, layers[layer].experts())
+        })?;
+    }
+    Ok(fits.into_iter().map(|fit| Arc::new(OutputNorms::Probe(fit.probe()))).collect())
+}
+
+/// The first or the second half of every text, cut between sequences.
+fn half(texts: &[EvalText], second: bool) -> Vec<EvalText> {
+    let cut = |text: &EvalText| {
+        let (before, after) = text.ids.split_at(text.ids.len() / (2 * SEQUENCE_TOKENS) * SEQUENCE_TOKENS);
+        EvalText { name: text.name.clone(), ids: if second { after } else { before }.to_vec() }
+    };
+    texts.iter().map(cut).collect()
+}
+
 fn main() -> Result<()> {
     let options = Options::parse();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
@@ -224,14 +250,26 @@ fn main() -> Result<()> {
         texts.push(EvalText { name: name.into(), ids: model.encode(&text)? });
     }
     let mixing = if options.batches == "mixed" { Mixing::Mixed } else { Mixing::OneKind };
-    let batches = options.seeds.iter().map(|&seed| {
+    let batching = |seed: u64| {
         let shuffle = (seed != 0).then_some(seed);
-        Batching { tokens: options.tokens, batch_tokens: options.batch_tokens, mixing, shuffle }.batches(&texts)
-    });
-    let batches: Vec<Vec<Batch>> = batches.collect::<std::result::Result<_, _>>()?;
-    let routers: Vec<_> = options.router.iter().map(|name| router(name)).collect::<Result<_>>()?;
-
+        Batching { tokens: options.tokens, batch_tokens: options.batch_tokens, mixing, shuffle }
+    };
     let mut decoder = model.decoder().clone();
+    let mut guesses = Vec::new();
+    if options.router.iter().any(|name| name.starts_with("probe+")) {
+        guesses = probes(&decoder, &batching(0).batches(&half(&texts, false))?)?;
+        texts = half(&texts, true);
+    }
+    let batches: Vec<Vec<Batch>> =
+        options.seeds.iter().map(|&seed| Ok(batching(seed).batches(&texts)?)).collect::<Result<_>>()?;
+    let exact: Vec<_> = decoder.moe_layers().map(|_| Arc::new(OutputNorms::Exact)).collect();
+    let routers = options.router.iter().map(|name| match name.split_once('+') {
+        Some(("exact", name)) => Ok((router(name)?, exact.clone())),
+        Some(("probe", name)) => Ok((router(name)?, guesses.clone())),
+        _ => Ok((router(name)?, Vec::new())),
+    });
+    let routers: Vec<_> = routers.collect::<Result<_>>()?;
+
     let mut dropless = Nats::new();
     measure(&decoder, batches.first().context("no seeds")?, &mut dropless)?;
     for &factor in &options.capacity_factor {
@@ -243,8 +281,11 @@ fn main() -> Result<()> {
         );
         println!("{:>16}  perplexity over dropless   gate mass   over {}, %", "router", options.router[0]);
         let mut reference: Option<Nats> = None;
-        for (name, router) in options.router.iter().zip(&routers) {
+        for (name, (router, norms)) in options.router.iter().zip(&routers) {
             decoder.set_router(router.clone(), Some(rule.clone()));
+            for (layer, moe) in decoder.moe_layers_mut().enumerate() {
+                moe.set_output_norms(norms.get(layer).cloned());
+            }
             let (mut nats, mut kept) = (Nats::new(), 0.0);
             for batches in &batches {
                 kept += measure(&decoder, batches, &mut nats)?;

@@ -283,6 +283,33 @@ impl Scores {
         self.selection(token)[expert] > f32::NEG_INFINITY
     }
 
+    /// Multiplies the selection scores by `worth` (`[tokens, experts]`, row-major): who is chosen changes, what combine weights
+    /// are made of does not. Masks stay. A bound on gate mass found with such scores is as valid as any, only looser.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of values, [`Error::Parameter`] for one that is negative or not finite, or that
+    /// gives a product that is not finite.
+    pub fn weigh_selection(&mut self, worth: &[f32]) -> Result<()> {
+        if worth.len() != self.gate.len() {
+            let expected = format!("{} tokens of {} experts", self.tokens, self.experts);
+            return Err(Error::shape("worth", expected, format!("{} values", worth.len())));
+        }
+        let from = if self.adjusted { &self.selection } else { &self.gate };
+        let weigh = |(&score, &worth): (&f32, &f32)| match score == f32::NEG_INFINITY {
+            true => score,
+            false => score * worth,
+        };
+        let weighed: Vec<f32> = from.iter().zip(worth).map(weigh).collect();
+        let wrong = |&(worth, weighed): &(&f32, &f32)| {
+            !(worth.is_finite() && *worth >= 0.0) || weighed.is_nan() || *weighed == f32::INFINITY
+        };
+        if let Some((bad, _)) = worth.iter().zip(&weighed).find(wrong) {
+            return Err(Error::parameter("worth", bad, "finite numbers, at least 0"));
+        }
+        (self.selection, self.adjusted) = (weighed, true);
+        Ok(())
+    }
+
     /// True when some expert is masked for some token.
     pub fn has_masks(&self) -> bool {
         self.masked
@@ -330,6 +357,20 @@ mod tests {
         let scores = scores(Scoring::sigmoid(), &[0.0, 0.0], 2, Some(&[0.0, 0.25]));
         assert_eq!(scores.gate(0), [0.5, 0.5]);
         assert_eq!(scores.selection(0), [0.5, 0.75]);
+    }
+
+    #[test]
+    fn worth_moves_selection_and_neither_gate_nor_masks() {
+        let mut scores = scores(Scoring::sigmoid(), &[0.0, 0.0, f32::NEG_INFINITY], 3, None);
+        scores.weigh_selection(&[3.0, 0.5, 0.0]).unwrap();
+        assert_eq!(scores.gate(0), [0.5, 0.5, 0.0]);
+        assert_eq!(scores.selection(0), [1.5, 0.25, f32::NEG_INFINITY]);
+        assert!(scores.weigh_selection(&[1.0; 2]).is_err());
+        for bad in [f32::NAN, f32::INFINITY, -1.0, f32::MAX] {
+            let before = scores.clone();
+            assert!(scores.weigh_selection(&[bad, 1.0, 1.0]).is_err(), "{bad}");
+            assert_eq!(scores.selection(0), before.selection(0), "{bad}");
+        }
     }
 
     #[test]

@@ -154,7 +154,8 @@ impl Replay {
             text: self.text.clone(),
             tokens: self.tokens,
             batch_tokens: TextOptions::BATCH_TOKENS,
-            batches: Batches::OneKind, shuffle: None,
+            batches: Batches::OneKind,
+            shuffle: None,
         };
         let (_, batches) = text.batches(&model)?;
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
