@@ -125,8 +125,8 @@ impl MoeLayer {
         (self.router, self.capacity) = (router, capacity);
     }
 
-    /// Makes routers select by `gate score · size of the expert's output` wherever a limit applies; `None` for the gate score
-    /// alone. Combine weights, figures of gate mass and its bound stay what they are.
+    /// Makes routers move slots by `gate score · size of the expert's output` where a limit applies; `None` for the gate score
+    /// alone. Where nobody has to move the gate's choice stands. Combine weights, figures of gate mass and its bound stay what they are.
     pub fn set_output_norms(&mut self, norms: Option<Arc<OutputNorms>>) {
         self.norms = norms;
     }
@@ -223,7 +223,7 @@ impl MoeLayer {
         let weighed = match &self.norms {
             Some(norms) if capacity.limits().is_some() => {
                 let mut weighed = scores.clone();
-                weighed.weigh_selection(&norms.norms(&tokens, &self.experts)?)?;
+                weighed.weigh_selection(&norms.norms(&tokens, &self.experts)?, self.spec.top_k)?;
                 Some(weighed)
             }
             _ => None,
