@@ -10,6 +10,8 @@ use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
 use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::layer::Routing;
+use phase_moe::layer::worth::{OutputNorms, ProbeFit};
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::RouterKind;
 
@@ -141,4 +143,50 @@ fn a_prompt_is_continued_in_its_own_kind_of_text() {
     assert!(has(&code, programmed) && !has(&code, scriptural), "{code:?}");
     let reference = continued("river (noun): a large natural stream of ");
     assert!(!has(&reference, programmed), "{reference:?}");
+}
+
+#[test]
+fn under_limits_the_size_of_outputs_tells_who_may_move() {
+    let mut model = model();
+    let texts = texts(&model);
+    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts).unwrap();
+    let (fitted_on, measured): (Vec<_>, Vec<_>) = batches.into_iter().enumerate().partition(|(at, _)| at % 2 == 0);
+    let batches = |part: Vec<(usize, Batch)>| part.into_iter().map(|(_, batch)| batch).collect::<Vec<_>>();
+    let (fitted_on, measured) = (batches(fitted_on), batches(measured));
+    let base = dropless(model.decoder(), &measured, |_| ()).unwrap();
+    let rule = CapacityRule::per_expert(1.25);
+    let plain = figures(&model, &measured, &base, RouterKind::Phase, rule.clone());
+
+    let layers: Vec<_> = model.decoder().moe_layers().collect();
+    let mut fits: Vec<_> = layers.iter().map(|_| ProbeFit::new(128, 32)).collect();
+    for batch in &fitted_on {
+        let mut state = model.decoder().batch_state();
+        let add = |layer: usize, routing: Routing| fits[layer].add(&routing.input, layers[layer].experts());
+        model.decoder().forward(batch, &mut state, add).unwrap();
+    }
+    let probes: Vec<_> = fits.into_iter().map(|fit| Arc::new(OutputNorms::Probe(fit.probe()))).collect();
+    let exact: Vec<_> = layers.iter().map(|_| Arc::new(OutputNorms::Exact)).collect();
+    for norms in [exact, probes] {
+        for (layer, norms) in model.decoder_mut().moe_layers_mut().zip(norms) {
+            layer.set_output_norms(Some(norms));
+        }
+        let weighed = figures(&model, &measured, &base, RouterKind::Phase, rule.clone());
+        assert_eq!((weighed.survival, weighed.dropped_slots), (1.0, 0));
+        assert!(weighed.max_violation <= 0.25 + 1e-9);
+        assert!(weighed.gate_mass < plain.gate_mass && weighed.gate_mass_vs_bound.unwrap() <= 1.0);
+        assert!(weighed.perplexity < plain.perplexity, "{} {}", weighed.perplexity, plain.perplexity);
+        // Without a limit nothing is touched; under one the weights are still the gate's.
+        assert_eq!(dropless(model.decoder(), &measured, |_| ()).unwrap().perplexity, base.perplexity);
+        let mut limited = model.decoder().clone();
+        limited.set_router(Arc::from(RouterKind::Phase.build(0)), Some(rule.clone()));
+        let check = |_: usize, routing: Routing| {
+            for token in 0..routing.assignment.tokens() {
+                for (expert, weight) in routing.assignment.slots(token) {
+                    assert_eq!(weight, routing.scores.gate(token)[expert.index()]);
+                }
+            }
+            Ok(())
+        };
+        limited.forward(&measured[0], &mut limited.batch_state(), check).unwrap();
+    }
 }

@@ -232,6 +232,21 @@ fn dtype_and_mixing_change_what_is_measured() {
 }
 
 #[test]
+fn a_shuffle_changes_who_meets_in_a_batch_and_nothing_else() {
+    let arguments = ["compare", "--tokens", "3072", "--router", "phase", "--capacity-factor", "1.0", "--json"];
+    let shuffled = |seed| json(&[&arguments[..], &["--shuffle", seed]].concat());
+    let (plain, one, again, two) = (json(&arguments), shuffled("1"), shuffled("1"), shuffled("2"));
+    let perplexity = |report: &Value| number(row(report, "phase"), "perplexity");
+    assert_eq!(perplexity(&one), perplexity(&again));
+    assert!(perplexity(&one) != perplexity(&plain) && perplexity(&one) != perplexity(&two));
+    let dropless = |report: &Value| number(&report["dropless"], "perplexity");
+    assert!((dropless(&one) / dropless(&plain) - 1.0).abs() < 1e-6);
+    assert_eq!(one["text"]["shuffle"], 1);
+    assert!(plain["text"].get("shuffle").is_none());
+    assert_eq!(one["text"]["tokens"], plain["text"]["tokens"]);
+}
+
+#[test]
 fn threads_change_no_result() {
     let directory = tempfile::tempdir().unwrap();
     let logits = |threads: &str| {

@@ -4,6 +4,7 @@
 
 use crate::decoder::Batch;
 use crate::error::{Error, Result};
+use crate::routing::stream::Stream;
 
 /// Tokens per sequence; there is no context across sequences.
 pub const SEQUENCE_TOKENS: usize = 256;
@@ -35,11 +36,13 @@ pub struct Batching {
     pub batch_tokens: usize,
     /// Which sequences share a batch.
     pub mixing: Mixing,
+    /// Seed that shuffles the sequences of each text first, so that others meet in a batch; `None` keeps their order.
+    pub shuffle: Option<u64>,
 }
 
 impl Default for Batching {
     fn default() -> Self {
-        Self { tokens: None, batch_tokens: 512, mixing: Mixing::OneKind }
+        Self { tokens: None, batch_tokens: 512, mixing: Mixing::OneKind, shuffle: None }
     }
 }
 
@@ -62,11 +65,14 @@ impl Batching {
         }
         let per_batch = self.batch_tokens / length;
         let shares = self.shares(texts);
-        let sequences: Vec<Vec<&[u32]>> = texts
+        let mut sequences: Vec<Vec<&[u32]>> = texts
             .iter()
             .zip(shares)
             .map(|(text, share)| text.ids[..share].chunks(length).filter(|ids| ids.len() > 1).collect())
             .collect();
+        if let Some(seed) = self.shuffle {
+            sequences.iter_mut().zip(0..).for_each(|(text, key)| Stream::new(seed, key).shuffle(text));
+        }
         let batches = match self.mixing {
             Mixing::OneKind => {
                 sequences.iter().flat_map(|text| text.chunks(per_batch)).map(Batch::new).collect::<Result<Vec<_>>>()?
@@ -133,6 +139,29 @@ mod tests {
             let batching = Batching { tokens: Some(limit), ..Batching::default() };
             assert_eq!(batching.shares(&texts(&[100, 600, 900])), expected);
         }
+    }
+
+    #[test]
+    fn a_shuffle_moves_whole_sequences_within_their_text() {
+        let text = |first: u32| EvalText { name: first.to_string(), ids: (first..first + 2100).collect() };
+        let starts = |shuffle| {
+            let batches = Batching { shuffle, ..Batching::default() }.batches(&[text(0), text(1 << 16)]).unwrap();
+            let rows = |batch: &Batch| {
+                let rows = batch.ids().chunks(batch.positions()).map(|row| row[0]).collect::<Vec<_>>();
+                assert!(rows.iter().all(|id| id >> 16 == rows[0] >> 16), "one kind a batch");
+                rows
+            };
+            (batches.iter().flat_map(rows).collect::<Vec<_>>(), batches.iter().map(live).sum::<usize>())
+        };
+        let (plain, shuffled) = (starts(None), starts(Some(1)));
+        assert!(plain.0.is_sorted() && !shuffled.0.is_sorted());
+        assert_eq!(starts(Some(1)), shuffled);
+        assert_ne!(starts(Some(2)), shuffled);
+        let sorted = |(mut rows, tokens): (Vec<u32>, usize)| {
+            rows.sort_unstable();
+            (rows, tokens)
+        };
+        assert_eq!(sorted(shuffled), plain);
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod dispatch;
 pub mod expert;
 pub mod gate;
 pub mod loss;
+pub mod worth;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 use crate::layer::expert::SwiGlu;
 use crate::layer::gate::Gate;
+use crate::layer::worth::OutputNorms;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
 use crate::routing::logits::Logits;
@@ -55,12 +57,15 @@ pub struct MoeLayer {
     experts: Vec<SwiGlu>,
     router: Arc<dyn Router>,
     capacity: Option<CapacityRule>,
+    norms: Option<Arc<OutputNorms>>,
     index: usize,
 }
 
 /// What the router saw and did in one forward pass of one layer.
 #[derive(Clone, Debug)]
 pub struct Routing {
+    /// What the layer got, `[tokens, hidden]`; part of the graph under `Var`s.
+    pub input: Tensor,
     /// Gate logits, `[tokens, experts]` f32; part of the graph under `Var`s.
     pub logits: Tensor,
     /// Gate scores made of them.
@@ -101,7 +106,7 @@ impl MoeLayer {
         for (index, expert) in experts.iter().enumerate() {
             expert.check(&spec, index, &gate)?;
         }
-        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None, index: 0 })
+        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None, norms: None, index: 0 })
     }
 
     /// Loads the tensors that `spec.names` names under `vb`, for example `vb.pp("mlp")`.
@@ -118,6 +123,12 @@ impl MoeLayer {
     /// Sets the router and the rule that limits its room; without a rule nothing is limited.
     pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
         (self.router, self.capacity) = (router, capacity);
+    }
+
+    /// Makes routers move slots by `gate score · size of the expert's output` where a limit applies; `None` for the gate score
+    /// alone. Where nobody has to move the gate's choice stands. Combine weights, figures of gate mass and its bound stay what they are.
+    pub fn set_output_norms(&mut self, norms: Option<Arc<OutputNorms>>) {
+        self.norms = norms;
     }
 
     /// The same as [`MoeLayer::set_router`], for building.
@@ -209,8 +220,17 @@ impl MoeLayer {
             Some(rule) => rule.capacity(rows.saturating_sub(pads), self.spec.experts, self.spec.top_k)?,
             None => Capacity::unlimited(self.spec.experts)?,
         };
+        let weighed = match &self.norms {
+            Some(norms) if capacity.limits().is_some() => {
+                let mut weighed = scores.clone();
+                weighed.weigh_selection(&norms.norms(&tokens, &self.experts)?, self.spec.top_k)?;
+                Some(weighed)
+            }
+            _ => None,
+        };
+        let request = RouteRequest::new(weighed.as_ref().unwrap_or(&scores), self.spec.top_k, &capacity, context)?;
         let started = Instant::now();
-        let assignment = self.router.route(&RouteRequest::new(&scores, self.spec.top_k, &capacity, context)?, state)?;
+        let assignment = self.router.route(&request, state)?;
         let route_time = started.elapsed();
 
         let plan = DispatchPlan::new(&assignment);
@@ -218,7 +238,7 @@ impl MoeLayer {
         let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
         let padding = context.padding.map(<[bool]>::to_vec);
-        Ok((output, Routing { logits, scores, capacity, assignment, padding, route_time }))
+        Ok((output, Routing { input: tokens, logits, scores, capacity, assignment, padding, route_time }))
     }
 }
 

@@ -41,6 +41,9 @@ pub struct TextSummary {
     pub tokens: u64,
     /// Tokens per forward pass.
     pub batch_tokens: usize,
+    /// Seed that shuffled the sequences; `None`, and no key in JSON, where they kept their order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shuffle: Option<u64>,
 }
 
 /// The whole result.

@@ -22,5 +22,5 @@ pub mod requests;
 pub mod router;
 pub mod scores;
 pub(crate) mod select;
-mod stream;
+pub(crate) mod stream;
 pub mod topk;

@@ -21,7 +21,9 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::routing::assignment::check_top_k;
 use crate::routing::logits::Logits;
+use crate::routing::select::Selector;
 use crate::simd::score::{any_masked, sigmoid, softmax};
 use crate::simd::{Isa, Kernel, Lanes};
 
@@ -283,6 +285,40 @@ impl Scores {
         self.selection(token)[expert] > f32::NEG_INFINITY
     }
 
+    /// Multiplies the selection scores by `worth` (`[tokens, experts]`, row-major), but never lets an expert past the token's
+    /// own `top_k`: where nobody has to move, nothing changes. Combine weights and masks stay. A bound on gate mass found with
+    /// such scores is as valid as any, only looser.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of values, [`Error::Parameter`] for one that is negative or not finite, or that
+    /// gives a product that is not finite; the scores are then as they were. [`Error::TopKZero`],
+    /// [`Error::TopKExceedsExperts`].
+    pub fn weigh_selection(&mut self, worth: &[f32], top_k: usize) -> Result<()> {
+        check_top_k(top_k, self.experts)?;
+        if worth.len() != self.gate.len() {
+            let expected = format!("{} tokens of {} experts", self.tokens, self.experts);
+            return Err(Error::shape("worth", expected, format!("{} values", worth.len())));
+        }
+        let mut weighed = if self.adjusted { self.selection.clone() } else { self.gate.clone() };
+        let mut selector = Selector::new(self.experts, top_k);
+        let mut threshold = f32::NAN;
+        for (row, worth) in weighed.chunks_exact_mut(self.experts).zip(worth.chunks_exact(self.experts)) {
+            selector.select(row, None, &mut threshold);
+            for (score, &worth) in row.iter_mut().zip(worth).filter(|(score, _)| **score > f32::NEG_INFINITY) {
+                *score *= worth;
+                if !(worth.is_finite() && worth >= 0.0 && score.is_finite()) {
+                    return Err(Error::parameter("worth", worth, "finite numbers, at least 0"));
+                }
+            }
+            let own = |expert: usize| selector.ids().iter().any(|&id| usize::from(id) == expert);
+            let least = selector.ids().iter().map(|&id| row[usize::from(id)]).fold(f32::INFINITY, f32::min);
+            let others = row.iter_mut().enumerate().filter(|(expert, _)| !own(*expert));
+            others.for_each(|(_, score)| *score = score.min(least.next_down()));
+        }
+        (self.selection, self.adjusted) = (weighed, true);
+        Ok(())
+    }
+
     /// True when some expert is masked for some token.
     pub fn has_masks(&self) -> bool {
         self.masked
@@ -330,6 +366,23 @@ mod tests {
         let scores = scores(Scoring::sigmoid(), &[0.0, 0.0], 2, Some(&[0.0, 0.25]));
         assert_eq!(scores.gate(0), [0.5, 0.5]);
         assert_eq!(scores.selection(0), [0.5, 0.75]);
+    }
+
+    #[test]
+    fn worth_moves_selection_within_the_own_choice_and_neither_gate_nor_masks() {
+        let logits = [1.0, 0.0, -1.0, f32::NEG_INFINITY];
+        let mut scores = scores(Scoring::sigmoid(), &logits, 4, None);
+        let gate = scores.gate(0).to_vec();
+        scores.weigh_selection(&[0.5, 3.0, 9.0, 9.0], 2).unwrap();
+        assert_eq!(scores.gate(0), gate);
+        let least = 0.5 * gate[0];
+        assert_eq!(scores.selection(0), [least, 1.5, least.next_down(), f32::NEG_INFINITY]);
+        assert!(scores.weigh_selection(&[1.0; 2], 2).is_err() && scores.weigh_selection(&[1.0; 4], 5).is_err());
+        for bad in [f32::NAN, f32::INFINITY, -1.0] {
+            let before = scores.clone();
+            assert!(scores.weigh_selection(&[bad, 1.0, 1.0, 1.0], 2).is_err(), "{bad}");
+            assert_eq!(scores.selection(0), before.selection(0), "{bad}");
+        }
     }
 
     #[test]

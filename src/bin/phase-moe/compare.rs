@@ -74,7 +74,7 @@ impl Compare {
 
         let report = CompareReport {
             model: ModelSummary::new(model.name(), model.decoder().spec()),
-            text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens },
+            text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens, shuffle: self.text.shuffle },
             device_speeds: Some(self.capacity.device_speeds).filter(|speeds| !speeds.is_empty()),
             dropless,
             rows,

@@ -180,6 +180,9 @@ pub struct TextOptions {
     /// Whether a batch holds one text or all of them in turn
     #[arg(long, value_enum, default_value = "one-kind")]
     pub batches: Batches,
+    /// Seed that shuffles the sequences of each text, so that others meet in a batch [default: the text's order]
+    #[arg(long, value_name = "S")]
+    pub shuffle: Option<u64>,
 }
 
 impl TextOptions {
@@ -202,7 +205,7 @@ impl TextOptions {
             Batches::OneKind => Mixing::OneKind,
             Batches::Mixed => Mixing::Mixed,
         };
-        let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing };
+        let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
         let batches = batching.batches(&texts)?;
         Ok((texts.into_iter().map(|text| text.name).collect(), batches))
     }

@@ -155,6 +155,7 @@ impl Replay {
             tokens: self.tokens,
             batch_tokens: TextOptions::BATCH_TOKENS,
             batches: Batches::OneKind,
+            shuffle: None,
         };
         let (_, batches) = text.batches(&model)?;
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
