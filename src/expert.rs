@@ -100,6 +100,21 @@ impl ExpertSet {
         }
     }
 
+    /// Makes it those of the experts `all` that are not in `without`, in the same layer and memory.
+    pub(crate) fn refill_missing(&mut self, all: &[ExpertId], without: Option<&Self>) {
+        self.words.fill(0);
+        for expert in all {
+            if let Some(word) = self.words.get_mut(expert.index() / 64) {
+                *word |= 1 << (expert.index() % 64);
+            }
+        }
+        if let Some(without) = without {
+            for (word, without) in self.words.iter_mut().zip(&without.words) {
+                *word &= !without;
+            }
+        }
+    }
+
     /// Experts in the layer, in the set or not.
     pub fn experts(&self) -> usize {
         self.experts

@@ -122,6 +122,74 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn append(self, mask: u16, from: __m512, into: __m512, at: usize) -> __m512 {
+        let behind = (0xffff_u32 << at.min(LANES)) as u16;
+        // In registers alone: a load right after stores that it overlaps in part has to wait for them.
+        // SAFETY: see above.
+        unsafe { _mm512_mask_expand_ps(into, behind, _mm512_maskz_compress_ps(mask, from)) }
+    }
+
+    #[inline(always)]
+    fn falling(self, values: __m512) -> u64 {
+        let places = places(self, values);
+        // SAFETY: see above.
+        unsafe {
+            // Each lane's number at four bits times its place, then all of them in one.
+            let shifts = _mm512_slli_epi32::<2>(places);
+            let low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(shifts));
+            let high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64::<1>(shifts));
+            let low = _mm512_sllv_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), low);
+            let high = _mm512_sllv_epi64(_mm512_setr_epi64(8, 9, 10, 11, 12, 13, 14, 15), high);
+            _mm512_reduce_or_epi64(_mm512_or_si512(low, high)) as u64
+        }
+    }
+
+    #[inline(always)]
+    fn permute(self, vector: __m512, order: u64) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            let order = _mm512_castsi128_si512(_mm_cvtsi64_si128(order as i64));
+            // Only the lowest four bits of a lane count.
+            let lanes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, order), shifts);
+            _mm512_permutexvar_ps(lanes, vector)
+        }
+    }
+
+    #[inline(always)]
+    fn ranked(self, values: __m512, rank: usize) -> __m512 {
+        let places = places(self, values);
+        // SAFETY: see above.
+        unsafe {
+            let at = _mm512_cmpeq_epi32_mask(places, _mm512_set1_epi32(rank as i32));
+            _mm512_broadcastss_ps(_mm512_castps512_ps128(_mm512_maskz_compress_ps(at, values)))
+        }
+    }
+
+    #[inline(always)]
+    fn fold_max(self, vector: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_max_ps(_mm512_castps512_ps256(vector), _mm512_extractf32x8_ps::<1>(vector));
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn fold_sum(self, vector: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(vector), _mm512_extractf32x8_ps::<1>(vector));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
     fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         // SAFETY: see above.
         unsafe {
@@ -157,6 +225,38 @@ impl Lanes for Avx512 {
         let mask = part(into.len());
         // SAFETY: the mask names only lanes within the slice; the others are not written.
         unsafe { _mm512_mask_storeu_ps(into.as_mut_ptr(), mask, vector) }
+    }
+}
+
+/// −1 in the lanes behind each lane, 0 in the others.
+const BEHIND: [[i32; LANES]; LANES] = {
+    let mut behind = [[0; LANES]; LANES];
+    let mut at = 0;
+    while at < LANES * LANES {
+        behind[at / LANES][at % LANES] = if at % LANES > at / LANES { -1 } else { 0 };
+        at += 1;
+    }
+    behind
+};
+
+/// The place of each lane among all by falling value, equals in the order they stand in.
+#[inline(always)]
+fn places(_proof: Avx512, values: __m512) -> __m512i {
+    // SAFETY: the proof says that the CPU has the instructions; loads are from arrays of sixteen four-byte values.
+    unsafe {
+        // As whole numbers with the same order (and one zero), of which one less makes room for equals.
+        let bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
+        let keys = _mm512_xor_si512(bits, _mm512_srli_epi32::<1>(_mm512_srai_epi32::<31>(bits)));
+        let mut all = [0i32; LANES];
+        _mm512_storeu_si512(all.as_mut_ptr().cast(), keys);
+        let one = _mm512_set1_epi32(1);
+        let mut sums = [_mm512_setzero_si512(); 4];
+        for (lane, behind) in BEHIND.iter().enumerate() {
+            let mine = _mm512_add_epi32(keys, _mm512_loadu_si512(behind.as_ptr().cast()));
+            let before = _mm512_cmplt_epi32_mask(mine, _mm512_set1_epi32(all[lane]));
+            sums[lane % 4] = _mm512_mask_add_epi32(sums[lane % 4], before, sums[lane % 4], one);
+        }
+        _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]))
     }
 }
 

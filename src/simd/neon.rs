@@ -119,6 +119,22 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
+    fn fold_max(self, vector: Quad) -> f32 {
+        // SAFETY: see above.
+        unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(vector[0], vector[2]), vmaxq_f32(vector[1], vector[3]))) }
+    }
+
+    #[inline(always)]
+    fn fold_sum(self, vector: Quad) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let four = vaddq_f32(vaddq_f32(vector[0], vector[2]), vaddq_f32(vector[1], vector[3]));
+            let two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+            vget_lane_f32::<0>(two) + vget_lane_f32::<1>(two)
+        }
+    }
+
+    #[inline(always)]
     fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]) {
         let all = self.load(values);
         // SAFETY: see above; a true comparison is all ones, which is −1.

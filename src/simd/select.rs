@@ -5,7 +5,6 @@
 //! sixteen lanes: the width-th best of those is reached by at least `width` values, and a somewhat better one by about as
 //! many as are wanted. The result depends on neither. Ties go to the lowest id; −∞ is never selected.
 
-use super::score::fold_max;
 use super::{LANES, Lanes};
 
 /// Thresholds tried before the row is given up.
@@ -118,6 +117,89 @@ pub(crate) fn best<L: Lanes>(
     true
 }
 
+/// 2^23 and the number of each lane: the lowest bits of such a float are the number.
+const NUMBERS: [f32; LANES] = {
+    let mut numbers = [0.0; LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        numbers[lane] = 8_388_608.0 + lane as f32;
+        lane += 1;
+    }
+    numbers
+};
+
+/// The largest few of one row in registers.
+pub(crate) struct Leading<L: Lanes> {
+    /// Their values, in the order of the row; −∞ in the lanes behind them.
+    pub(crate) values: L::Vector,
+    /// Their places in the row, in the lowest bits of each float.
+    pub(crate) ids: L::Vector,
+    /// How many there are.
+    pub(crate) count: usize,
+}
+
+/// At least the `width ≤ 16` largest of a row, and at most sixteen; `most` is the largest of each lane, all of it finite or −∞.
+/// `None` for a row of more than sixteen with too many equals, or with fewer than `width` that are not masked.
+#[inline(always)]
+pub(crate) fn leading<L: Lanes>(
+    lanes: L,
+    row: &[f32],
+    most: L::Vector,
+    width: usize,
+    guess: usize,
+) -> Option<Leading<L>> {
+    if row.len() <= LANES {
+        let values = lanes.load_part(row, f32::NEG_INFINITY);
+        return Some(Leading { values, ids: lanes.load(&NUMBERS), count: row.len() });
+    }
+    let mut rank = guess;
+    // The rank that was guessed is right nearly always; one that too many reach is too low, and the other way round.
+    let (mut tried_up, mut tried_down) = (false, false);
+    loop {
+        let found = at_least(lanes, row, lanes.ranked(most, rank));
+        if found.count > LANES {
+            if rank == 0 || tried_down {
+                return None;
+            }
+            (rank, tried_up) = (rank - 1, true);
+        } else if found.count < width {
+            if rank + 1 >= width || tried_up {
+                return None;
+            }
+            (rank, tried_down) = (rank + 1, true);
+        } else {
+            return Some(found);
+        }
+    }
+}
+
+/// The values of a row that are at least `split`, the first sixteen of them; the count is one of seventeen where there are more.
+#[inline(always)]
+fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
+    let least = lanes.splat(f32::NEG_INFINITY);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let (mut values, mut ids) = (least, least);
+    let (mut numbers, step) = (lanes.load(&NUMBERS), lanes.splat(LANES as f32));
+    let mut count = 0;
+    for part in whole {
+        let part = lanes.load(part);
+        let mask = lanes.ge(part, split);
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
+        numbers = lanes.add(numbers, step);
+        count = (count + mask.count_ones() as usize).min(LANES + 1);
+    }
+    if !rest.is_empty() {
+        let part = lanes.load_part(rest, f32::NEG_INFINITY);
+        let mask = lanes.ge(part, split);
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
+        count = (count + mask.count_ones() as usize).min(LANES + 1);
+    }
+    let behind = (0xffff_u32 << count.min(LANES)) as u16;
+    Leading { values: lanes.blend(behind, least, values), ids, count }
+}
+
 /// The largest `row − price` below `below`, and its place (the first of equals); `None` where there is none above −∞.
 #[inline(always)]
 pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], below: f32) -> Option<(u32, f32)> {
@@ -133,7 +215,7 @@ pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], belo
     for (row, price) in whole.iter().zip(prices) {
         most = lanes.max(most, under(lanes, lanes.load(row), lanes.load(price), limit));
     }
-    let most = fold_max(lanes, most);
+    let most = lanes.fold_max(most);
     if most == f32::NEG_INFINITY {
         return None;
     }
