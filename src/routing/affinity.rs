@@ -128,6 +128,7 @@ impl Affinity {
 
     /// Notes that a token used `expert` in `step`. In one step an expert's affinity rises once, however many tokens use it, so
     /// the order of tokens does not matter; a step before the last one only counts. An expert of another layer is ignored.
+    #[inline]
     pub fn use_expert(&mut self, expert: ExpertId, step: u64) {
         let Some(entry) = self.uses.get_mut(expert.index()) else { return };
         entry.count = entry.count.saturating_add(1);

@@ -258,7 +258,7 @@ impl Kernel for Select<'_> {
         let share = lanes.splat(1.0 / lanes.fold_sum(sum));
         let scores = lanes.mul(exp(lanes, lanes.sub(found.values, largest)), share);
 
-        let order = lanes.falling(found.values);
+        let order = lanes.falling(found.values, found.count);
         let (these, next) = (lanes.permute(found.values, order), lanes.permute(found.values, order >> 4));
         let below = lanes.sub(these, largest);
         let apart = u32::from(lanes.ge(lanes.sub(below, lanes.sub(next, largest)), lanes.splat(APART)));

@@ -130,17 +130,28 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn falling(self, values: __m512) -> u64 {
-        let places = places(self, values);
+    fn falling(self, values: __m512, count: usize) -> u64 {
         // SAFETY: see above.
         unsafe {
-            // Each lane's number at four bits times its place, then all of them in one.
-            let shifts = _mm512_slli_epi32::<2>(places);
-            let low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(shifts));
-            let high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64::<1>(shifts));
-            let low = _mm512_sllv_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), low);
-            let high = _mm512_sllv_epi64(_mm512_setr_epi64(8, 9, 10, 11, 12, 13, 14, 15), high);
-            _mm512_reduce_or_epi64(_mm512_or_si512(low, high)) as u64
+            // As whole numbers with the same order (and one zero), of which one less makes room for equals.
+            let bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
+            let keys = _mm512_xor_si512(bits, _mm512_srli_epi32::<1>(_mm512_srai_epi32::<31>(bits)));
+            let mut all = [0i32; LANES];
+            _mm512_storeu_si512(all.as_mut_ptr().cast(), keys);
+            // Spread from memory, which the compiler would do by shuffles: those have more to do as it is.
+            let all = std::hint::black_box(&all);
+            let mut order = two::<0>(keys, all, 0);
+            order = two::<2>(keys, all, order);
+            order = two::<4>(keys, all, order);
+            order = two::<6>(keys, all, order);
+            if count <= 8 {
+                // The others are behind these.
+                return order | 0xfedc_ba98 << 32;
+            }
+            order = two::<8>(keys, all, order);
+            order = two::<10>(keys, all, order);
+            order = two::<12>(keys, all, order);
+            two::<14>(keys, all, order)
         }
     }
 
@@ -159,12 +170,9 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn ranked(self, values: __m512, rank: usize) -> __m512 {
-        let places = places(self, values);
-        // SAFETY: see above.
-        unsafe {
-            let at = _mm512_cmpeq_epi32_mask(places, _mm512_set1_epi32(rank as i32));
-            _mm512_broadcastss_ps(_mm512_castps512_ps128(_mm512_maskz_compress_ps(at, values)))
-        }
+        let lane = self.falling(values, LANES) >> (4 * rank);
+        // SAFETY: see above; only the lowest four bits of a lane count.
+        unsafe { _mm512_permutexvar_ps(_mm512_set1_epi32(lane as i32), values) }
     }
 
     #[inline(always)]
@@ -228,35 +236,28 @@ impl Lanes for Avx512 {
     }
 }
 
-/// −1 in the lanes behind each lane, 0 in the others.
-const BEHIND: [[i32; LANES]; LANES] = {
-    let mut behind = [[0; LANES]; LANES];
+/// −1 in the lanes before each lane, 0 in the others.
+const BEFORE: [[i32; LANES]; LANES] = {
+    let mut before = [[0; LANES]; LANES];
     let mut at = 0;
     while at < LANES * LANES {
-        behind[at / LANES][at % LANES] = if at % LANES > at / LANES { -1 } else { 0 };
+        before[at / LANES][at % LANES] = if at % LANES < at / LANES { -1 } else { 0 };
         at += 1;
     }
-    behind
+    before
 };
 
-/// The place of each lane among all by falling value, equals in the order they stand in.
+/// Puts two lanes from `LANE` on into an order: each at the number of lanes before it.
 #[inline(always)]
-fn places(_proof: Avx512, values: __m512) -> __m512i {
-    // SAFETY: the proof says that the CPU has the instructions; loads are from arrays of sixteen four-byte values.
+unsafe fn two<const LANE: usize>(keys: __m512i, all: &[i32; LANES], order: u64) -> u64 {
+    // SAFETY: the caller has the instructions; loads are from arrays of sixteen four-byte values.
     unsafe {
-        // As whole numbers with the same order (and one zero), of which one less makes room for equals.
-        let bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
-        let keys = _mm512_xor_si512(bits, _mm512_srli_epi32::<1>(_mm512_srai_epi32::<31>(bits)));
-        let mut all = [0i32; LANES];
-        _mm512_storeu_si512(all.as_mut_ptr().cast(), keys);
-        let one = _mm512_set1_epi32(1);
-        let mut sums = [_mm512_setzero_si512(); 4];
-        for (lane, behind) in BEHIND.iter().enumerate() {
-            let mine = _mm512_add_epi32(keys, _mm512_loadu_si512(behind.as_ptr().cast()));
-            let before = _mm512_cmplt_epi32_mask(mine, _mm512_set1_epi32(all[lane]));
-            sums[lane % 4] = _mm512_mask_add_epi32(sums[lane % 4], before, sums[lane % 4], one);
-        }
-        _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]))
+        let first = _mm512_sub_epi32(keys, _mm512_loadu_si512(BEFORE[LANE].as_ptr().cast()));
+        let first = _mm512_cmpgt_epi32_mask(first, _mm512_set1_epi32(all[LANE])).count_ones();
+        let second = _mm512_sub_epi32(keys, _mm512_loadu_si512(BEFORE[LANE + 1].as_ptr().cast()));
+        let second = _mm512_cmpgt_epi32_mask(second, _mm512_set1_epi32(all[LANE + 1])).count_ones();
+        // To add is to join here; only, the compiler would count all joined ones in vectors, which takes three times as long.
+        (order | (LANE as u64) << (4 * first)).wrapping_add((LANE as u64 + 1) << (4 * second))
     }
 }
 

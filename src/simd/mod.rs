@@ -90,9 +90,9 @@ pub(crate) trait Lanes: Copy {
     }
 
     /// The lanes by falling value, equals in the order they stand in: four bits each, the largest one's in the lowest. Without
-    /// NaN.
+    /// NaN, and with −∞ in the lanes from `count` on.
     #[inline(always)]
-    fn falling(self, values: Self::Vector) -> u64 {
+    fn falling(self, values: Self::Vector, _count: usize) -> u64 {
         let (mut all, mut ranks) = ([0.0; LANES], [0; LANES]);
         self.store(values, &mut all);
         self.ranks(&all, &mut ranks);
@@ -122,7 +122,7 @@ pub(crate) trait Lanes: Copy {
     fn ranked(self, values: Self::Vector, rank: usize) -> Self::Vector {
         let mut all = [0.0; LANES];
         self.store(values, &mut all);
-        self.splat(all[(self.falling(values) >> (4 * rank)) as usize % LANES])
+        self.splat(all[(self.falling(values, LANES) >> (4 * rank)) as usize % LANES])
     }
 
     /// The largest of all lanes.
