@@ -74,19 +74,17 @@ pub(crate) trait Lanes: Copy {
         }
     }
 
-    /// The first `at` lanes of `into`, then the lanes of the mask, first lane first, as far as there is room; what comes after
-    /// them is not defined.
+    /// The lanes of the mask, first lane first, in the lanes from `at` on, as far as there is room; `fill` in the others.
     #[inline(always)]
-    fn append(self, mask: u16, from: Self::Vector, into: Self::Vector, at: usize) -> Self::Vector {
-        let (mut all, mut kept) = ([0.0; LANES], [0.0; LANES]);
+    fn place(self, mask: u16, from: Self::Vector, at: usize, fill: f32) -> Self::Vector {
+        let (mut all, mut placed) = ([0.0; LANES], [fill; LANES]);
         self.store(from, &mut all);
-        self.store(into, &mut kept);
         let (mut left, mut at) = (mask, at);
         while left != 0 && at < LANES {
-            kept[at] = all[left.trailing_zeros() as usize];
+            placed[at] = all[left.trailing_zeros() as usize];
             (at, left) = (at + 1, left & (left - 1));
         }
-        self.load(&kept)
+        self.load(&placed)
     }
 
     /// The lanes by falling value, equals in the order they stand in: four bits each, the largest one's in the lowest. Without
