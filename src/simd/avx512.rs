@@ -122,11 +122,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn place(self, mask: u16, from: __m512, at: usize, fill: f32) -> __m512 {
-        let wanted = (((1u64 << mask.count_ones()) - 1) << at.min(LANES)) as u16;
+    fn append(self, mask: u16, from: __m512, into: __m512, at: usize) -> __m512 {
+        let behind = (0xffff_u32 << at.min(LANES)) as u16;
         // In registers alone: a load right after stores that it overlaps in part has to wait for them.
         // SAFETY: see above.
-        unsafe { _mm512_mask_expand_ps(_mm512_set1_ps(fill), wanted, _mm512_maskz_compress_ps(mask, from)) }
+        unsafe { _mm512_mask_expand_ps(into, behind, _mm512_maskz_compress_ps(mask, from)) }
     }
 
     #[inline(always)]

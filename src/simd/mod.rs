@@ -74,17 +74,19 @@ pub(crate) trait Lanes: Copy {
         }
     }
 
-    /// The lanes of the mask, first lane first, in the lanes from `at` on, as far as there is room; `fill` in the others.
+    /// The first `at` lanes of `into`, then the lanes of the mask, first lane first, as far as there is room; what comes after
+    /// them is not defined.
     #[inline(always)]
-    fn place(self, mask: u16, from: Self::Vector, at: usize, fill: f32) -> Self::Vector {
-        let (mut all, mut placed) = ([0.0; LANES], [fill; LANES]);
+    fn append(self, mask: u16, from: Self::Vector, into: Self::Vector, at: usize) -> Self::Vector {
+        let (mut all, mut kept) = ([0.0; LANES], [0.0; LANES]);
         self.store(from, &mut all);
+        self.store(into, &mut kept);
         let (mut left, mut at) = (mask, at);
         while left != 0 && at < LANES {
-            placed[at] = all[left.trailing_zeros() as usize];
+            kept[at] = all[left.trailing_zeros() as usize];
             (at, left) = (at + 1, left & (left - 1));
         }
-        self.load(&placed)
+        self.load(&kept)
     }
 
     /// The lanes by falling value, equals in the order they stand in: four bits each, the largest one's in the lowest. Without

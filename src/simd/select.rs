@@ -184,20 +184,20 @@ fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
     for part in whole {
         let part = lanes.load(part);
         let mask = lanes.ge(part, split);
-        // Placed each by itself and then joined: one after another would wait for the one before.
-        values = lanes.max(values, lanes.place(mask, part, count, f32::NEG_INFINITY));
-        ids = lanes.max(ids, lanes.place(mask, numbers, count, f32::NEG_INFINITY));
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
         numbers = lanes.add(numbers, step);
         count = (count + mask.count_ones() as usize).min(LANES + 1);
     }
     if !rest.is_empty() {
         let part = lanes.load_part(rest, f32::NEG_INFINITY);
         let mask = lanes.ge(part, split);
-        values = lanes.max(values, lanes.place(mask, part, count, f32::NEG_INFINITY));
-        ids = lanes.max(ids, lanes.place(mask, numbers, count, f32::NEG_INFINITY));
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
         count = (count + mask.count_ones() as usize).min(LANES + 1);
     }
-    Leading { values, ids, count }
+    let behind = (0xffff_u32 << count.min(LANES)) as u16;
+    Leading { values: lanes.blend(behind, least, values), ids, count }
 }
 
 /// The largest `row − price` below `below`, and its place (the first of equals); `None` where there is none above −∞.
