@@ -69,7 +69,7 @@ fn every_import_is_one_the_architecture_allows() {
 }
 
 #[test]
-fn the_core_names_no_tensor_framework_and_unsafe_is_nowhere() {
+fn the_core_names_no_tensor_framework_and_unsafe_stands_in_simd_alone() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     rust_files(&source, &mut files);
@@ -80,7 +80,7 @@ fn the_core_names_no_tensor_framework_and_unsafe_is_nowhere() {
         if inside.starts_with("routing") || inside == "expert.rs" || inside == "checkpoint.rs" {
             assert!(!code.iter().any(|line| line.contains("candle")) || inside == "routing/assignment.rs", "{inside}");
         }
-        assert!(!code.iter().any(|line| line.contains("unsafe ")), "{inside}");
+        assert!(inside.starts_with("simd/") || !code.iter().any(|line| line.contains("unsafe ")), "{inside}");
     }
     // Tests too; but an allocator, which counts, can only be made with it.
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
