@@ -138,20 +138,18 @@ impl Lanes for Avx512 {
             let keys = _mm512_xor_si512(bits, _mm512_srli_epi32::<1>(_mm512_srai_epi32::<31>(bits)));
             let mut all = [0i32; LANES];
             _mm512_storeu_si512(all.as_mut_ptr().cast(), keys);
-            // Spread from memory, which the compiler would do by shuffles: those have more to do as it is.
-            let all = std::hint::black_box(&all);
-            let mut order = two::<0>(keys, all, 0);
-            order = two::<2>(keys, all, order);
-            order = two::<4>(keys, all, order);
-            order = two::<6>(keys, all, order);
+            let mut order = two::<0>(keys, &all, 0);
+            order = two::<2>(keys, &all, order);
+            order = two::<4>(keys, &all, order);
+            order = two::<6>(keys, &all, order);
             if count <= 8 {
                 // The others are behind these.
                 return order | 0xfedc_ba98 << 32;
             }
-            order = two::<8>(keys, all, order);
-            order = two::<10>(keys, all, order);
-            order = two::<12>(keys, all, order);
-            two::<14>(keys, all, order)
+            order = two::<8>(keys, &all, order);
+            order = two::<10>(keys, &all, order);
+            order = two::<12>(keys, &all, order);
+            two::<14>(keys, &all, order)
         }
     }
 
