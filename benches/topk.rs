@@ -1,13 +1,17 @@
-//! Selecting the top-k of every row: the router `top-k`, against a full sort and a partial sort of every row.
+//! Selecting the top-k of every row: the router `top-k`, against a full sort and a partial sort of every row; and one token at
+//! once, from logits to the experts that are missing.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use phase_moe::expert::ExpertSet;
+use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
 use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::token::TokenRouter;
 use phase_moe::routing::topk::TopK;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -63,5 +67,33 @@ fn top_k(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, top_k);
+/// Experts and top_k of a token in decode.
+const TOKENS: [(usize, usize); 3] = [(8, 2), (64, 8), (128, 8)];
+
+/// Tokens that take turns, so that branches cannot be learnt by heart.
+const TURNS: usize = 64;
+
+fn token(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("token/cpu");
+    group.sample_size(20).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
+    for (experts, top_k) in TOKENS {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let logits: Vec<f32> = (0..TURNS * experts).map(|_| rng.random_range(-4.0..4.0)).collect();
+        let mut router = TokenRouter::new(Scoring::softmax(), experts, top_k).expect("a plain softmax");
+        let mut affinity = Affinity::new(experts, Decay::default()).expect("experts that can be named");
+        let resident = ExpertSet::new(experts).expect("experts that can be named");
+        let mut step = 0;
+        group.bench_function(BenchmarkId::new("at-once", format!("experts={experts},top_k={top_k}")), |bencher| {
+            bencher.iter(|| {
+                step += 1;
+                let at = step as usize % TURNS * experts;
+                let logits = black_box(&logits[at..at + experts]);
+                black_box(router.route(logits, step, &mut affinity, Some(&resident)).expect("finite logits"));
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, top_k, token);
 criterion_main!(benches);

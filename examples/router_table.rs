@@ -15,6 +15,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
@@ -25,6 +26,7 @@ use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::token::TokenRouter;
 use phase_moe::routing::topk::TopK;
 use phase_moe::simd::Isa;
 use rand::{Rng, SeedableRng};
@@ -64,6 +66,7 @@ const TURNS: usize = 64;
 struct Bed {
     inputs: Vec<Vec<f32>>,
     turn: usize,
+    step: u64,
     scores: Scores,
     capacity: Capacity,
     resident: ExpertSet,
@@ -75,6 +78,9 @@ struct Bed {
     assignment: Assignment,
     requests: Requests,
     plan: DispatchPlan,
+    /// One token at once, and what it keeps the books in.
+    token: TokenRouter,
+    affinity: Affinity,
 }
 
 impl Bed {
@@ -90,8 +96,6 @@ impl Bed {
             "phase-cold" | "phase-warm" => Box::new(PhaseRouter::default()),
             "cache" => Box::new(CacheRouter::default()),
             "cache+phase" => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
-            // Without a bonus the memory-aware router takes the gate's choice, and keeps the books all the same.
-            "select-one" => Box::new(CacheRouter::new(0.0, 0.0)?),
             _ => Box::new(TopK { drop: None }),
         };
         let mut resident = ExpertSet::new(experts)?;
@@ -102,6 +106,7 @@ impl Bed {
         let mut bed = Self {
             inputs: (0..turns).map(|turn| skewed(tokens, experts, turn as u64)).collect(),
             turn: 0,
+            step: 0,
             scores: Scores::on(isa),
             capacity,
             resident,
@@ -112,6 +117,8 @@ impl Bed {
             assignment: Assignment::default(),
             requests: Requests::default(),
             plan: DispatchPlan::default(),
+            token: TokenRouter::new(Scoring::softmax(), experts, top_k)?.on(isa),
+            affinity: Affinity::new(experts, Decay::default())?,
         };
         for _ in 0..turns {
             bed.score(cell)?;
@@ -131,23 +138,33 @@ impl Bed {
         if let Some(start) = &self.start {
             self.state.clone_from(start);
         }
-        let context =
-            RouteContext { step: self.turn as u64, resident: Some(&self.resident), ..RouteContext::default() };
+        self.step += 1;
+        let context = RouteContext { step: self.step, resident: Some(&self.resident), ..RouteContext::default() };
         let request = RouteRequest::new(&self.scores, cell.top_k, &self.capacity, context)?;
         let (state, scratch) = (&mut self.state, &mut self.scratch);
         Ok(self.router.route_into(black_box(&request), state, scratch, &mut self.assignment)?)
     }
 
+    /// Routes the next input at once, from logits to the experts that are missing.
+    fn route_token(&mut self) -> Result<(), Failure> {
+        self.turn = (self.turn + 1) % self.inputs.len();
+        self.step += 1;
+        let logits = black_box(self.inputs[self.turn].as_slice());
+        black_box(self.token.route(logits, self.step, &mut self.affinity, Some(&self.resident))?);
+        Ok(())
+    }
+
     /// Nanoseconds of `calls` calls of what the cell times, each on the next input.
     fn time(&mut self, cell: &Cell, calls: usize) -> Result<f64, Failure> {
-        let whole = matches!(cell.what, "select-one" | "select-batch" | "cache");
-        if !whole && cell.what != "plan" {
+        let whole = matches!(cell.what, "select-batch" | "cache");
+        if !whole && !matches!(cell.what, "plan" | "select-one") {
             // From scores on; prices that are warm come from the other batch.
             self.score(cell)?;
         }
         let start = Instant::now();
         for _ in 0..calls {
             match cell.what {
+                "select-one" => self.route_token()?,
                 "plan" => self.plan.refill(black_box(&self.assignment)),
                 _ if whole => {
                     self.score(cell)?;

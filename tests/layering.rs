@@ -91,6 +91,15 @@ fn the_core_names_no_tensor_framework_and_unsafe_stands_in_simd_alone() {
             assert!(said, "{inside}, line {}: {line}", at + 1);
         }
     }
+    // Tests too; but an allocator, which counts, can only be made with it.
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut files = Vec::new();
+    rust_files(&tests, &mut files);
+    for file in files.iter().filter(|file| !file.ends_with("allocations.rs") && !file.ends_with("layering.rs")) {
+        let text = std::fs::read_to_string(file).unwrap();
+        let mut code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        assert!(!code.any(|line| line.contains("unsafe ")), "{}", file.display());
+    }
 }
 
 #[test]

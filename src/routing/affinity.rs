@@ -22,9 +22,9 @@ use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet, check_expert_count};
 
 /// Below this, use is forgotten: far above the denormal numbers, far below anything that could rank an expert.
-const FORGOTTEN: f64 = 1e-20;
+const FORGOTTEN: f32 = 1e-20;
 
-/// Steps whose decay is looked up.
+/// Entries of each of the two tables; the decay of fewer than their product of steps is looked up.
 const TABLE: usize = 64;
 
 /// What is left of an affinity after a step without use, above 0 and below 1.
@@ -56,11 +56,11 @@ impl Decay {
             if steps & 1 == 1 {
                 left *= power;
             }
-            if left < FORGOTTEN {
+            if left < f64::from(FORGOTTEN) {
                 return 0.0;
             }
             power *= power;
-            if power < FORGOTTEN && steps > 1 {
+            if power < f64::from(FORGOTTEN) && steps > 1 {
                 return 0.0;
             }
             steps >>= 1;
@@ -85,12 +85,20 @@ struct Use {
     count: u64,
 }
 
+/// Powers of a decay.
+#[derive(Clone, Debug, PartialEq)]
+struct Powers {
+    /// `decay^0, decay^1, ..`
+    ones: [f32; TABLE],
+    /// `decay^0, decay^TABLE, decay^(2 TABLE), ..`
+    tables: [f32; TABLE],
+}
+
 /// Moving average of use, and activations, per expert of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Affinity {
     decay: Decay,
-    /// `decay^0, decay^1, ..`
-    powers: [f32; TABLE],
+    powers: Powers,
     uses: Vec<Use>,
 }
 
@@ -101,7 +109,10 @@ impl Affinity {
     /// [`Error::ExpertCount`] when `experts` is 0 or too many.
     pub fn new(experts: usize, decay: Decay) -> Result<Self> {
         check_expert_count(experts)?;
-        let powers = std::array::from_fn(|steps| decay.power(steps as u64) as f32);
+        let powers = Powers {
+            ones: std::array::from_fn(|steps| decay.power(steps as u64) as f32),
+            tables: std::array::from_fn(|tables| decay.power((tables * TABLE) as u64) as f32),
+        };
         Ok(Self { decay, powers, uses: vec![Use::default(); experts] })
     }
 
@@ -117,6 +128,7 @@ impl Affinity {
 
     /// Notes that a token used `expert` in `step`. In one step an expert's affinity rises once, however many tokens use it, so
     /// the order of tokens does not matter; a step before the last one only counts. An expert of another layer is ignored.
+    #[inline]
     pub fn use_expert(&mut self, expert: ExpertId, step: u64) {
         let Some(entry) = self.uses.get_mut(expert.index()) else { return };
         entry.count = entry.count.saturating_add(1);
@@ -156,12 +168,14 @@ impl Affinity {
 }
 
 /// `value · decay^steps`, never denormal.
-fn fall(value: f32, steps: u64, decay: Decay, powers: &[f32; TABLE]) -> f32 {
-    let left = match powers.get(usize::try_from(steps).unwrap_or(usize::MAX)) {
-        Some(&power) => value * power,
-        None => (f64::from(value) * decay.power(steps)) as f32,
+#[inline(always)]
+fn fall(value: f32, steps: u64, decay: Decay, powers: &Powers) -> f32 {
+    let left = if steps < (TABLE * TABLE) as u64 {
+        value * (powers.ones[steps as usize % TABLE] * powers.tables[steps as usize / TABLE])
+    } else {
+        (f64::from(value) * decay.power(steps)) as f32
     };
-    if f64::from(left) < FORGOTTEN { 0.0 } else { left }
+    if left < FORGOTTEN { 0.0 } else { left }
 }
 
 #[cfg(test)]

@@ -219,8 +219,13 @@ pub(crate) fn weigh(scores: &Scores, gate: &[f32], chosen: &[u16], weights: &mut
     for (weight, &expert) in weights.iter_mut().zip(chosen) {
         *weight = if expert == EMPTY { 0.0 } else { gate[usize::from(expert)] };
     }
-    let scale = scores.scale();
-    let sum: f32 = if scores.normalize() { weights.iter().sum() } else { 0.0 };
+    scale_weights(weights, scores.normalize(), scores.scale());
+}
+
+/// Combine weights from the gate scores of one token's selection, in place.
+#[inline(always)]
+pub(crate) fn scale_weights(weights: &mut [f32], normalize: bool, scale: f32) {
+    let sum: f32 = if normalize { weights.iter().sum() } else { 0.0 };
     let factor = if sum > 0.0 { scale / sum } else { scale };
     if factor.is_finite() {
         // Plus 0: an empty slot weighs 0, not −0, whatever the sign of the scale.

@@ -23,4 +23,5 @@ pub mod router;
 pub mod scores;
 pub(crate) mod select;
 pub(crate) mod stream;
+pub mod token;
 pub mod topk;

@@ -23,7 +23,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::routing::assignment::check_top_k;
 use crate::routing::logits::Logits;
-use crate::routing::select::Selector;
+use crate::routing::select::{Hint, Selector};
 use crate::simd::score::{any_masked, sigmoid, softmax};
 use crate::simd::{Isa, Kernel, Lanes};
 
@@ -250,6 +250,11 @@ impl Scores {
         Self { isa, ..Self::default() }
     }
 
+    /// From now on made on `isa`.
+    pub(crate) fn set_isa(&mut self, isa: Isa) {
+        self.isa = isa;
+    }
+
     /// Rows.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -301,9 +306,8 @@ impl Scores {
         }
         let mut weighed = if self.adjusted { self.selection.clone() } else { self.gate.clone() };
         let mut selector = Selector::new(self.experts, top_k);
-        let mut threshold = f32::NAN;
         for (row, worth) in weighed.chunks_exact_mut(self.experts).zip(worth.chunks_exact(self.experts)) {
-            selector.select(row, None, &mut threshold);
+            selector.select(row, None, Hint::NONE);
             for (score, &worth) in row.iter_mut().zip(worth).filter(|(score, _)| **score > f32::NEG_INFINITY) {
                 *score *= worth;
                 if !(worth.is_finite() && worth >= 0.0 && score.is_finite()) {

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, LANES, Lanes, Listed, append_listed};
+use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has AVX2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,6 @@ type Pair = (__m256, __m256);
 // references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
 impl Lanes for Avx2 {
     type Vector = Pair;
-    type Few = Listed;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Pair {
@@ -130,20 +129,25 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn none(self) -> Listed {
-        ([f32::NEG_INFINITY; LANES], [0; LANES])
+    fn fold_max(self, vector: Pair) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_max_ps(vector.0, vector.1);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
     }
 
     #[inline(always)]
-    fn append(self, few: &mut Listed, count: usize, mask: u16, vector: Self::Vector, first: u32) {
-        let mut all = [0.0; LANES];
-        self.store(vector, &mut all);
-        append_listed(few, count, mask, &all, first);
-    }
-
-    #[inline(always)]
-    fn unpack(self, few: Listed, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
-        (*values, *ids) = few;
+    fn fold_sum(self, vector: Pair) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_add_ps(vector.0, vector.1);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
     }
 
     #[inline(always)]

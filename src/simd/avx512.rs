@@ -39,7 +39,6 @@ impl Avx512 {
 // references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
 impl Lanes for Avx512 {
     type Vector = __m512;
-    type Few = (__m512, __m512i);
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -111,30 +110,76 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn none(self) -> Self::Few {
+    fn append(self, mask: u16, from: __m512, into: __m512, at: usize) -> __m512 {
+        let behind = (0xffff_u32 << at.min(LANES)) as u16;
+        // In registers alone: a load right after stores that it overlaps in part has to wait for them.
         // SAFETY: see above.
-        unsafe { (_mm512_set1_ps(f32::NEG_INFINITY), _mm512_setzero_si512()) }
+        unsafe { _mm512_mask_expand_ps(into, behind, _mm512_maskz_compress_ps(mask, from)) }
     }
 
     #[inline(always)]
-    fn append(self, few: &mut Self::Few, count: usize, mask: u16, vector: __m512, first: u32) {
-        // In registers: pieces that were stored one over the other could not be loaded again without waiting for all of them.
+    fn falling(self, values: __m512, count: usize) -> u64 {
         // SAFETY: see above.
         unsafe {
-            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            let ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
-            let places = (((1u64 << mask.count_ones()) - 1) << count.min(LANES)) as u16;
-            few.0 = _mm512_mask_expand_ps(few.0, places, _mm512_maskz_compress_ps(mask, vector));
-            few.1 = _mm512_mask_expand_epi32(few.1, places, _mm512_maskz_compress_epi32(mask, ids));
+            // As whole numbers with the same order (and one zero), of which one less makes room for equals.
+            let bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
+            let keys = _mm512_xor_si512(bits, _mm512_srli_epi32::<1>(_mm512_srai_epi32::<31>(bits)));
+            let mut all = [0i32; LANES];
+            _mm512_storeu_si512(all.as_mut_ptr().cast(), keys);
+            let mut order = two::<0>(keys, &all, 0);
+            order = two::<2>(keys, &all, order);
+            order = two::<4>(keys, &all, order);
+            order = two::<6>(keys, &all, order);
+            if count <= 8 {
+                // The others are behind these.
+                return order | 0xfedc_ba98 << 32;
+            }
+            order = two::<8>(keys, &all, order);
+            order = two::<10>(keys, &all, order);
+            order = two::<12>(keys, &all, order);
+            two::<14>(keys, &all, order)
         }
     }
 
     #[inline(always)]
-    fn unpack(self, few: Self::Few, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
+    fn permute(self, vector: __m512, order: u64) -> __m512 {
         // SAFETY: see above.
         unsafe {
-            _mm512_storeu_ps(values.as_mut_ptr(), few.0);
-            _mm512_storeu_si512(ids.as_mut_ptr().cast(), few.1);
+            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            let order = _mm512_castsi128_si512(_mm_cvtsi64_si128(order as i64));
+            // Only the lowest four bits of a lane count.
+            let lanes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, order), shifts);
+            _mm512_permutexvar_ps(lanes, vector)
+        }
+    }
+
+    #[inline(always)]
+    fn ranked(self, values: __m512, rank: usize) -> __m512 {
+        let lane = self.falling(values, LANES) >> (4 * rank);
+        // SAFETY: see above; only the lowest four bits of a lane count.
+        unsafe { _mm512_permutexvar_ps(_mm512_set1_epi32(lane as i32), values) }
+    }
+
+    #[inline(always)]
+    fn fold_max(self, vector: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_max_ps(_mm512_castps512_ps256(vector), _mm512_extractf32x8_ps::<1>(vector));
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn fold_sum(self, vector: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(vector), _mm512_extractf32x8_ps::<1>(vector));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
     }
 
@@ -174,6 +219,31 @@ impl Lanes for Avx512 {
         let mask = part(into.len());
         // SAFETY: the mask names only lanes within the slice; the others are not written.
         unsafe { _mm512_mask_storeu_ps(into.as_mut_ptr(), mask, vector) }
+    }
+}
+
+/// −1 in the lanes before each lane, 0 in the others.
+const BEFORE: [[i32; LANES]; LANES] = {
+    let mut before = [[0; LANES]; LANES];
+    let mut at = 0;
+    while at < LANES * LANES {
+        before[at / LANES][at % LANES] = if at % LANES < at / LANES { -1 } else { 0 };
+        at += 1;
+    }
+    before
+};
+
+/// Puts two lanes from `LANE` on into an order: each at the number of lanes before it.
+#[inline(always)]
+unsafe fn two<const LANE: usize>(keys: __m512i, all: &[i32; LANES], order: u64) -> u64 {
+    // SAFETY: the caller has the instructions; loads are from arrays of sixteen four-byte values.
+    unsafe {
+        let first = _mm512_sub_epi32(keys, _mm512_loadu_si512(BEFORE[LANE].as_ptr().cast()));
+        let first = _mm512_cmpgt_epi32_mask(first, _mm512_set1_epi32(all[LANE])).count_ones();
+        let second = _mm512_sub_epi32(keys, _mm512_loadu_si512(BEFORE[LANE + 1].as_ptr().cast()));
+        let second = _mm512_cmpgt_epi32_mask(second, _mm512_set1_epi32(all[LANE + 1])).count_ones();
+        // To add is to join here; only, the compiler would count all joined ones in vectors, which takes three times as long.
+        (order | (LANE as u64) << (4 * first)).wrapping_add((LANE as u64 + 1) << (4 * second))
     }
 }
 

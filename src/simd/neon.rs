@@ -4,7 +4,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{Kernel, LANES, Lanes, Listed, append_listed};
+use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,6 @@ type Quad = [float32x4_t; 4];
 // pointers to four values inside arrays of exactly sixteen.
 impl Lanes for Neon {
     type Vector = Quad;
-    type Few = Listed;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Quad {
@@ -120,20 +119,19 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn none(self) -> Listed {
-        ([f32::NEG_INFINITY; LANES], [0; LANES])
+    fn fold_max(self, vector: Quad) -> f32 {
+        // SAFETY: see above.
+        unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(vector[0], vector[2]), vmaxq_f32(vector[1], vector[3]))) }
     }
 
     #[inline(always)]
-    fn append(self, few: &mut Listed, count: usize, mask: u16, vector: Self::Vector, first: u32) {
-        let mut all = [0.0; LANES];
-        self.store(vector, &mut all);
-        append_listed(few, count, mask, &all, first);
-    }
-
-    #[inline(always)]
-    fn unpack(self, few: Listed, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
-        (*values, *ids) = few;
+    fn fold_sum(self, vector: Quad) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let four = vaddq_f32(vaddq_f32(vector[0], vector[2]), vaddq_f32(vector[1], vector[3]));
+            let two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+            vget_lane_f32::<0>(two) + vget_lane_f32::<1>(two)
+        }
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Sixteen lanes in plain Rust: the twin that the others are tested against, and the path of CPUs without them.
 
-use super::{LANES, Lanes, Listed, append_listed};
+use super::{LANES, Lanes};
 
 /// Plain Rust; every CPU has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,6 @@ fn each(a: [f32; LANES], b: [f32; LANES], operation: impl Fn(f32, f32) -> f32) -
 
 impl Lanes for Scalar {
     type Vector = [f32; LANES];
-    type Few = Listed;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::Vector {
@@ -69,23 +68,6 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn power_of_two(self, shifted: Self::Vector) -> Self::Vector {
         shifted.map(|value| f32::from_bits((value.to_bits() << 23).wrapping_add(1.0f32.to_bits())))
-    }
-
-    #[inline(always)]
-    fn none(self) -> Listed {
-        ([f32::NEG_INFINITY; LANES], [0; LANES])
-    }
-
-    #[inline(always)]
-    fn append(self, few: &mut Listed, count: usize, mask: u16, vector: Self::Vector, first: u32) {
-        let mut all = [0.0; LANES];
-        self.store(vector, &mut all);
-        append_listed(few, count, mask, &all, first);
-    }
-
-    #[inline(always)]
-    fn unpack(self, few: Listed, values: &mut [f32; LANES], ids: &mut [u32; LANES]) {
-        (*values, *ids) = few;
     }
 
     #[inline(always)]

@@ -33,27 +33,6 @@ pub(crate) fn exp<L: Lanes>(lanes: L, x: L::Vector) -> L::Vector {
     lanes.blend(normal, lanes.mul(sum, lanes.power_of_two(shifted)), lanes.splat(0.0))
 }
 
-/// The largest of all lanes.
-#[inline(always)]
-pub(crate) fn fold_max<L: Lanes>(lanes: L, vector: L::Vector) -> f32 {
-    fold(lanes, vector, |a, b| if a > b { a } else { b })
-}
-
-/// Lanes in halves, down to one.
-#[inline(always)]
-fn fold<L: Lanes>(lanes: L, vector: L::Vector, operation: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut all = [0.0; LANES];
-    lanes.store(vector, &mut all);
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            all[lane] = operation(all[lane], all[lane + half]);
-        }
-        half /= 2;
-    }
-    all[0]
-}
-
 /// The largest value of a row; −∞ for none.
 #[inline(always)]
 pub(crate) fn largest<L: Lanes>(lanes: L, row: &[f32]) -> f32 {
@@ -62,7 +41,7 @@ pub(crate) fn largest<L: Lanes>(lanes: L, row: &[f32]) -> f32 {
     for values in whole {
         most = lanes.max(most, lanes.load(values));
     }
-    fold_max(lanes, most)
+    lanes.fold_max(most)
 }
 
 /// The smallest and the largest value above −∞; `None` where there is none.
@@ -79,8 +58,8 @@ pub(crate) fn extremes<L: Lanes>(lanes: L, row: &[f32]) -> Option<(f32, f32)> {
         let negative = lanes.sub(lanes.splat(0.0), values);
         low = lanes.max(low, lanes.blend(lanes.ge(masked, values), masked, negative));
     }
-    let high = fold_max(lanes, high);
-    (high > f32::NEG_INFINITY).then(|| (-fold_max(lanes, low), high))
+    let high = lanes.fold_max(high);
+    (high > f32::NEG_INFINITY).then(|| (-lanes.fold_max(low), high))
 }
 
 /// `scores = exp(logits − max) / Σ exp(logits − max)`; −∞ gives 0, and so does a row of nothing else.
@@ -103,7 +82,7 @@ pub(crate) fn softmax<L: Lanes>(lanes: L, logits: &[f32], scores: &mut [f32]) {
         [] => lanes.splat(0.0),
         rest => exp(lanes, lanes.sub(lanes.load_part(rest, f32::NEG_INFINITY), most)),
     };
-    let share = lanes.splat(1.0 / fold(lanes, lanes.add(sum, last), |a, b| a + b));
+    let share = lanes.splat(1.0 / lanes.fold_sum(lanes.add(sum, last)));
     for scores in into {
         lanes.store(lanes.mul(lanes.load(scores), share), scores);
     }

@@ -5,7 +5,6 @@
 //! sixteen lanes: the width-th best of those is reached by at least `width` values, and a somewhat better one by about as
 //! many as are wanted. The result depends on neither. Ties go to the lowest id; −∞ is never selected.
 
-use super::score::fold_max;
 use super::{LANES, Lanes};
 
 /// Thresholds tried before the row is given up.
@@ -99,20 +98,98 @@ pub(crate) fn best<L: Lanes>(
             None => return false,
         },
     };
-    let mut few = lanes.none();
-    let mut found = 0;
-    for (part, adjusted) in adjusted.iter().enumerate() {
-        let vector = lanes.load(adjusted);
-        let mask = lanes.ge(vector, lanes.splat(split));
-        lanes.append(&mut few, found, mask, vector, (part * LANES) as u32);
-        // At most sixteen in all: that is what the threshold was chosen for.
-        found += mask.count_ones() as usize;
-    }
-    let (mut values, mut ids) = ([0.0; LANES], [0; LANES]);
-    lanes.unpack(few, &mut values, &mut ids);
-    order(lanes, &values, &ids, found.min(LANES), best);
-    best.count = found.min(width);
+    // In registers: pieces stored one over the other could not be loaded again without waiting for all of them.
+    let found = at_least(lanes, adjusted.as_flattened(), lanes.splat(split));
+    let (mut values, mut numbers) = ([0.0; LANES], [0.0; LANES]);
+    lanes.store(found.values, &mut values);
+    lanes.store(found.ids, &mut numbers);
+    let count = found.count.min(LANES);
+    order(lanes, &values, &numbers, count, best);
+    best.count = count.min(width);
     true
+}
+
+/// 2^23 and the number of each lane: the lowest bits of such a float are the number.
+pub(crate) const NUMBERS: [f32; LANES] = {
+    let mut numbers = [0.0; LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        numbers[lane] = 8_388_608.0 + lane as f32;
+        lane += 1;
+    }
+    numbers
+};
+
+/// The largest few of one row in registers.
+pub(crate) struct Leading<L: Lanes> {
+    /// Their values, in the order of the row; −∞ in the lanes behind them.
+    pub(crate) values: L::Vector,
+    /// Their places in the row, in the lowest bits of each float.
+    pub(crate) ids: L::Vector,
+    /// How many there are.
+    pub(crate) count: usize,
+}
+
+/// At least the `width ≤ 16` largest of a row, and at most sixteen; `most` is the largest of each lane, all of it finite or −∞.
+/// `None` for a row of more than sixteen with too many equals, or with fewer than `width` that are not masked.
+#[inline(always)]
+pub(crate) fn leading<L: Lanes>(
+    lanes: L,
+    row: &[f32],
+    most: L::Vector,
+    width: usize,
+    guess: usize,
+) -> Option<Leading<L>> {
+    if row.len() <= LANES {
+        let values = lanes.load_part(row, f32::NEG_INFINITY);
+        return Some(Leading { values, ids: lanes.load(&NUMBERS), count: row.len() });
+    }
+    let mut rank = guess;
+    // The rank that was guessed is right nearly always; one that too many reach is too low, and the other way round.
+    let (mut tried_up, mut tried_down) = (false, false);
+    loop {
+        let found = at_least(lanes, row, lanes.ranked(most, rank));
+        if found.count > LANES {
+            if rank == 0 || tried_down {
+                return None;
+            }
+            (rank, tried_up) = (rank - 1, true);
+        } else if found.count < width {
+            if rank + 1 >= width || tried_up {
+                return None;
+            }
+            (rank, tried_down) = (rank + 1, true);
+        } else {
+            return Some(found);
+        }
+    }
+}
+
+/// The values of a row that are at least `split`, the first sixteen of them; the count is one of seventeen where there are more.
+#[inline(always)]
+fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
+    let least = lanes.splat(f32::NEG_INFINITY);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let (mut values, mut ids) = (least, least);
+    let (mut numbers, step) = (lanes.load(&NUMBERS), lanes.splat(LANES as f32));
+    let mut count = 0;
+    for part in whole {
+        let part = lanes.load(part);
+        let mask = lanes.ge(part, split);
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
+        numbers = lanes.add(numbers, step);
+        count = (count + mask.count_ones() as usize).min(LANES + 1);
+    }
+    if !rest.is_empty() {
+        let part = lanes.load_part(rest, f32::NEG_INFINITY);
+        let mask = lanes.ge(part, split);
+        values = lanes.append(mask, part, values, count);
+        ids = lanes.append(mask, numbers, ids, count);
+        count = (count + mask.count_ones() as usize).min(LANES + 1);
+    }
+    let behind = (0xffff_u32 << count.min(LANES)) as u16;
+    Leading { values: lanes.blend(behind, least, values), ids, count }
 }
 
 /// The largest `row − price` below `below`, and its place (the first of equals); −∞ where there is none.
@@ -130,7 +207,7 @@ pub(crate) fn largest_below<L: Lanes>(lanes: L, row: &[f32], price: &[f32], belo
     for (row, price) in whole.iter().zip(prices) {
         most = lanes.max(most, under(lanes, lanes.load(row), lanes.load(price), limit));
     }
-    let most = fold_max(lanes, most);
+    let most = lanes.fold_max(most);
     let wanted = lanes.splat(most);
     // From the end, without leaving early: where it is cannot be foreseen.
     let mut place = (whole.len() * LANES) as u32 + lanes.ge(last, wanted).trailing_zeros();
@@ -192,7 +269,7 @@ fn threshold<L: Lanes>(
                 return Some(first);
             }
             let mut largest = Best::default();
-            order(lanes, &all, &[0; LANES], LANES, &mut largest);
+            order(lanes, &all, &NUMBERS, LANES, &mut largest);
             let (mut rank, mut upwards, mut downwards) = (start, true, true);
             while upwards || downwards {
                 let value = largest.values[rank].max(f32::MIN);
@@ -243,9 +320,10 @@ fn threshold<L: Lanes>(
     None
 }
 
-/// Sorts the first `count` of `values` (−∞ behind them), largest first; equals stay in the order they stand in.
+/// Sorts the first `count` of `values` (−∞ behind them), largest first, with ids in the lowest bits of floats;
+/// equals stay in the order they stand in.
 #[inline(always)]
-pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES], count: usize, best: &mut Best) {
+pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[f32; LANES], count: usize, best: &mut Best) {
     let mut ranks = [0; LANES];
     lanes.ranks(values, &mut ranks);
     // All sixteen, whatever the count, so that no branch depends on a value; the last first, so that nothing behind the count
@@ -254,7 +332,7 @@ pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES
     for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).rev() {
         let rank = rank as usize % LANES;
         best.values[rank] = value;
-        best.ids[rank] = id as u16;
+        best.ids[rank] = id.to_bits() as u16;
         taken |= 1 << rank;
     }
     if (taken & ((1 << count) - 1)).count_ones() as usize != count {
@@ -263,7 +341,7 @@ pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[u32; LANES
         for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
             let rank = (rank + (!(taken >> rank)).trailing_zeros()) as usize % LANES;
             best.values[rank] = value;
-            best.ids[rank] = id as u16;
+            best.ids[rank] = id.to_bits() as u16;
             taken |= 1 << rank;
         }
     }

@@ -27,6 +27,35 @@ impl Kernel for ScoreAll<'_> {
     }
 }
 
+/// What a kernel does with whole registers: appended lanes, an order, the lanes in it, a rank, both folds; as bits.
+struct Registers {
+    values: [f32; LANES],
+    mask: u16,
+    at: usize,
+    count: usize,
+}
+
+impl Kernel for Registers {
+    type Output = (u64, Vec<[u32; LANES]>, [u32; 2]);
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output {
+        let all = lanes.load(&self.values);
+        let order = lanes.falling(all, self.count);
+        let made = [
+            lanes.append(self.mask, all, lanes.splat(-7.0), self.at),
+            lanes.permute(all, order),
+            lanes.ranked(all, self.at),
+        ];
+        let bits = |vector| {
+            let mut stored = [0.0; LANES];
+            lanes.store(vector, &mut stored);
+            stored.map(f32::to_bits)
+        };
+        (order, made.map(bits).to_vec(), [lanes.fold_max(all).to_bits(), lanes.fold_sum(all).to_bits()])
+    }
+}
+
 struct Rank<'a> {
     row: &'a [f32],
     price: Option<&'a [f32]>,
@@ -103,6 +132,36 @@ proptest! {
             }
             prop_assert!(close(score(1), 1.0 / (1.0 + (-f64::from(x)).exp()), 4e-7), "sigmoid of {}", x);
             prop_assert!(close(score(2), (-f64::from(x).abs()).exp(), 2.4e-7), "exp of {}", x);
+        }
+    }
+
+    #[test]
+    fn registers_are_the_same_bits_everywhere(
+        values in prop::array::uniform16(prop_oneof![
+            4 => -9.0f32..9.0, 2 => (0u8..3).prop_map(f32::from), 1 => Just(f32::NEG_INFINITY), 1 => Just(f32::MAX), 1 => Just(1e-40f32),
+        ]),
+        mask: u16,
+        at in 0usize..LANES,
+        count in 0usize..=LANES,
+    ) {
+        let mut values = values;
+        values[count..].fill(f32::NEG_INFINITY);
+        let mut wanted: Vec<usize> = (0..LANES).collect();
+        wanted.sort_by(|&a, &b| values[b].partial_cmp(&values[a]).unwrap());
+        for isa in Isa::all() {
+            let (order, made, folds) = isa.run(Registers { values, mask, at, count });
+            let sorted: Vec<usize> = (0..LANES).map(|place| (order >> (4 * place)) as usize % LANES).collect();
+            prop_assert_eq!(&sorted, &wanted, "{:?}", isa);
+            let mut placed = [-7.0; LANES];
+            let from = (0..LANES).filter(|lane| mask >> lane & 1 == 1).map(|lane| values[lane]);
+            placed[at..].iter_mut().zip(from).for_each(|(placed, value)| *placed = value);
+            let end = (at + mask.count_ones() as usize).min(LANES);
+            prop_assert_eq!(&made[0][..end], &placed.map(f32::to_bits)[..end], "{:?}", isa);
+            let permuted: [f32; LANES] = std::array::from_fn(|place| values[wanted[place]]);
+            prop_assert_eq!(made[1], permuted.map(f32::to_bits), "{:?}", isa);
+            prop_assert_eq!(made[2], [permuted[at].to_bits(); LANES], "{:?}", isa);
+            prop_assert_eq!(&folds, &Isa::scalar().run(Registers { values, mask, at, count }).2, "{:?}", isa);
+            prop_assert_eq!(folds[0], permuted[0].to_bits());
         }
     }
 

@@ -64,7 +64,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use crate::simd::select::{Best, order, reached_in};
+use crate::simd::select::{Best, NUMBERS, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
 /// One row in so many is in the sample that cold prices start from.
@@ -415,12 +415,11 @@ impl Kernel for Arrange<'_> {
             let (into, weights) = (&mut into[at..at + top_k], &mut weights[at..at + top_k]);
             let selection = problem.selection(row);
             if top_k <= LANES {
-                let (mut values, mut slots) = ([f32::NEG_INFINITY; LANES], [0; LANES]);
+                let mut values = [f32::NEG_INFINITY; LANES];
                 for (slot, &expert) in chosen.iter().enumerate() {
-                    slots[slot] = slot as u32;
                     values[slot] = selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
                 }
-                order(lanes, &values, &slots, top_k, &mut best);
+                order(lanes, &values, &NUMBERS, top_k, &mut best);
                 let mut before = [false; LANES];
                 before[..top_k].copy_from_slice(kept);
                 for (slot, &from) in best.ids[..top_k].iter().enumerate() {

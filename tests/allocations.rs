@@ -1,0 +1,144 @@
+//! The hot paths allocate nothing once their buffers exist: one token at once, scoring and top-k, the memory-aware router without
+//! the phase router, requests and plans.
+//!
+//! Counted by an allocator of this test, on the calling thread alone: batches are small, so that no other thread has a part.
+//! Left out are the phase router and its quota, whose buffers depend on what a batch needs.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::routing::affinity::{Affinity, Decay};
+use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::capacity::Capacity;
+use phase_moe::routing::logits::Logits;
+use phase_moe::routing::plan::DispatchPlan;
+use phase_moe::routing::requests::Requests;
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
+use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::token::TokenRouter;
+use phase_moe::routing::topk::TopK;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// The system's allocator, counting.
+struct Counting;
+
+thread_local! {
+    static COUNT: Cell<usize> = const { Cell::new(0) };
+}
+
+fn count() {
+    // A thread that is going away has no counter any more, and none of its allocations is meant.
+    let _ = COUNT.try_with(|count| count.set(count.get() + 1));
+}
+
+// SAFETY: everything is the system's allocator; counting neither allocates nor touches the memory.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps to the contract of `GlobalAlloc`, which is that of `System`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above; the memory came from `System`.
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above; the memory came from `System`.
+        unsafe { System.realloc(memory, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of this thread within `run`.
+fn allocations(run: impl FnOnce()) -> usize {
+    let before = COUNT.get();
+    run();
+    COUNT.get() - before
+}
+
+/// Batches of logits: ordinary ones, ones of few values, ones with masks.
+fn batches(tokens: usize, experts: usize) -> Vec<Vec<f32>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let mut value = |kind: usize| match kind % 3 {
+        0 => rng.random_range(-4.0..4.0),
+        1 => f32::from(rng.random_range(0u8..4)),
+        _ if rng.random_range(0..5) == 0 => f32::NEG_INFINITY,
+        _ => rng.random_range(-4.0..4.0),
+    };
+    (0..12).map(|batch| (0..tokens * experts).map(|_| value(batch)).collect()).collect()
+}
+
+fn every_other(experts: usize) -> ExpertSet {
+    let mut resident = ExpertSet::new(experts).unwrap();
+    for expert in (0..experts).step_by(2) {
+        resident.insert(ExpertId::new(expert, experts).unwrap());
+    }
+    resident
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 1);
+}
+
+#[test]
+fn one_token_at_once_allocates_nothing() {
+    for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (64, 32)] {
+        let mut router = TokenRouter::new(Scoring::softmax().normalized(true), experts, top_k).unwrap();
+        let mut affinity = Affinity::new(experts, Decay::default()).unwrap();
+        let (tokens, resident) = (batches(1, experts), every_other(experts));
+        // From the very first token on: the router is made with all it needs.
+        for (step, logits) in tokens.iter().enumerate() {
+            let count = allocations(|| {
+                router.route(logits, step as u64, &mut affinity, Some(&resident)).unwrap();
+            });
+            assert_eq!(count, 0, "{experts} {top_k} {step}");
+        }
+    }
+}
+
+#[test]
+fn the_stages_allocate_nothing_the_second_time() {
+    let routers: [Box<dyn Router>; 3] = [
+        Box::new(TopK::default()),
+        Box::new(CacheRouter::default()),
+        Box::new(CacheRouter::default().with_target_hit_rate(0.9).unwrap()),
+    ];
+    for (tokens, experts, top_k) in [(1, 8, 2), (1, 128, 8), (32, 64, 8), (64, 128, 8)] {
+        let (inputs, resident) = (batches(tokens, experts), every_other(experts));
+        let capacity = Capacity::unlimited(experts).unwrap();
+        for router in &routers {
+            let (mut scores, mut state, mut scratch) = (Scores::default(), RouteState::default(), Scratch::default());
+            let mut assignment = Assignment::default();
+            let (mut requests, mut plan) = (Requests::default(), DispatchPlan::default());
+            let mut step = |at: usize, logits: &[f32]| {
+                let logits = Logits::new(logits, tokens, experts).unwrap();
+                Scoring::softmax().scores_into(&logits, None, &mut scores).unwrap();
+                let context = RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
+                let request = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
+                router.route_into(&request, &mut state, &mut scratch, &mut assignment).unwrap();
+                requests.refill(&assignment, Some(&resident)).unwrap();
+                plan.refill(&assignment);
+            };
+            inputs.iter().enumerate().for_each(|(at, logits)| step(at, logits));
+            for (at, logits) in inputs.iter().enumerate() {
+                let count = allocations(|| step(inputs.len() + at, logits));
+                assert_eq!(count, 0, "{} {tokens} {experts} {top_k} {at}", router.name());
+            }
+        }
+    }
+}
