@@ -10,10 +10,15 @@ use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
 use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::eval::trace::GateTrace;
 use phase_moe::layer::Routing;
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
 use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::logits::Logits;
+use phase_moe::routing::metrics::RouteMetrics;
+use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
 
 const KINDS: [&str; 3] = ["scripture", "code", "reference"];
 
@@ -188,5 +193,66 @@ fn under_limits_the_size_of_outputs_tells_who_may_move() {
             Ok(())
         };
         limited.forward(&measured[0], &mut limited.batch_state(), check).unwrap();
+    }
+}
+
+/// Routes a stream of batches of 512 tokens with prices that stay warm per layer, or with none: for each batch and layer the
+/// sweeps and kept / bound.
+fn stream(trace: &GateTrace, rule: &CapacityRule, warm: bool) -> Vec<(usize, f64)> {
+    const TOKENS: usize = 512;
+    let (router, experts, top_k) = (PhaseRouter::default(), trace.experts, trace.top_k);
+    let capacity = rule.capacity(TOKENS, experts, top_k).unwrap();
+    let mut states = vec![RouteState::default(); trace.layers.len()];
+    let mut seen = Vec::new();
+    for first in (0..trace.tokens() / TOKENS * TOKENS).step_by(TOKENS) {
+        for (layer, state) in trace.layers.iter().zip(&mut states) {
+            if !warm {
+                *state = RouteState::default();
+            }
+            let logits = &layer.logits[first * experts..(first + TOKENS) * experts];
+            let logits = Logits::new(logits, TOKENS, experts).unwrap();
+            let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref()).unwrap();
+            let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
+            let assignment = router.route(&request, state).unwrap();
+            let metrics = RouteMetrics::new(&request, &assignment);
+            assert_eq!(metrics.survival(), 1.0);
+            if rule.factor == 1.0 {
+                let mut loads = vec![0; capacity.pool_sizes().len()];
+                for (expert, load) in assignment.load().into_iter().enumerate() {
+                    loads[capacity.pool_of(expert as u16)] += load;
+                }
+                assert_eq!(loads, capacity.limits().unwrap());
+            }
+            seen.push((state.sweeps(), metrics.gate_mass / assignment.gate_mass_bound().unwrap()));
+        }
+    }
+    seen
+}
+
+#[test]
+fn on_a_stream_of_texts_every_batch_is_certified_and_warm_prices_save_sweeps() {
+    let model = model();
+    // One kind of text after the other: prices must find their way when the kind changes.
+    let batches = Batching::default().batches(&texts(&model)).unwrap();
+    let trace = GateTrace::capture(model.decoder(), &batches, |_| ()).unwrap();
+    let median = |seen: &[(usize, f64)]| {
+        let mut sweeps: Vec<usize> = seen.iter().map(|(sweeps, _)| *sweeps).collect();
+        sweeps.sort_unstable();
+        sweeps[sweeps.len() / 2]
+    };
+    // The most sweeps of the median batch, looks at the start included.
+    for (rule, most) in [
+        (CapacityRule::per_expert(1.0), 10),
+        (CapacityRule::per_expert(1.25), 6),
+        (CapacityRule::per_device(1.0, 4), 3),
+        (CapacityRule::per_device(1.25, 4), 3),
+        (CapacityRule::per_device(1.0, 8), 4),
+    ] {
+        let (warm, cold) = (stream(&trace, &rule, true), stream(&trace, &rule, false));
+        for (_, share) in warm.iter().chain(&cold) {
+            assert!(*share >= 0.9995, "{rule:?}: {share}");
+        }
+        println!("{rule:?}: median sweeps {} warm, {} cold", median(&warm), median(&cold));
+        assert!(median(&warm) <= most.min(median(&cold)), "{rule:?}: {} {}", median(&warm), median(&cold));
     }
 }

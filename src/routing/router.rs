@@ -109,6 +109,7 @@ pub struct RouteState {
     pub(crate) prices: Vec<f32>,
     /// How far apart the last held and the first refused expert of its rows were, in the mean.
     pub(crate) gap: f64,
+    pub(crate) sweeps: usize,
     /// Running range of the selection scores; `None` before the first batch.
     pub(crate) score_range: Option<f64>,
     /// Recent use of the experts; `None` before the first batch.
@@ -118,6 +119,11 @@ pub struct RouteState {
 }
 
 impl RouteState {
+    /// Sweeps over the whole batch that the phase router made for the last one: the fewer, the better its old prices were.
+    pub fn sweeps(&self) -> usize {
+        self.sweeps
+    }
+
     /// Price per expert or device that the last batch ended with; empty before the first.
     pub fn prices(&self) -> &[f32] {
         &self.prices

@@ -186,6 +186,7 @@ impl<'a> Run<'a> {
             if limited {
                 (state.prices, state.gap) = (zero.prices, zero.tally.mean_gap());
             }
+            state.sweeps = self.claims.sweeps;
             let mut kept = vec![true; self.claims.chosen.len()];
             return self.assign(&self.claims.chosen, &mut kept, assignment);
         }
@@ -280,6 +281,7 @@ impl<'a> Run<'a> {
                 (self.bound, state.prices) = (bound, polished.prices);
             }
         }
+        state.sweeps = self.claims.sweeps;
         self.assign(&chosen, &mut kept, assignment);
     }
 

@@ -108,6 +108,8 @@ pub(super) struct Claims {
     pub(super) refused: Vec<f32>,
     /// Where each row's ranking ended in the last sweep: of its own, so that no row waits for another.
     hints: Vec<Hint>,
+    /// Sweeps made so far.
+    pub(super) sweeps: usize,
 }
 
 impl Claims {
@@ -116,6 +118,7 @@ impl Claims {
             chosen: vec![EMPTY; rows * top_k],
             refused: vec![f32::NEG_INFINITY; rows],
             hints: vec![Hint::NONE; rows],
+            sweeps: 0,
         }
     }
 }
@@ -138,6 +141,7 @@ pub(super) fn sweep(
     drops: bool,
 ) -> Tally {
     let price: Vec<f32> = problem.pool_of.iter().map(|&pool| prices[usize::from(pool)]).collect();
+    claims.sweeps += 1;
     let top_k = problem.top_k;
     let count = rows.len();
     let chunk = count.div_ceil(CHUNKS * rayon::current_num_threads()).max(1);
