@@ -1,8 +1,8 @@
 //! Vector code: sixteen `f32` lanes on whatever the CPU has, and the kernels written once on top of them.
 //!
-//! [`Lanes`] is what an instruction set can do with sixteen floats. A value of a type that implements it proves that the
-//! CPU has the instructions: only detection makes one ([`Isa::detect`]). A [`Kernel`] is written once, over any `Lanes`;
-//! [`Isa::run`] compiles it for each set. [`Scalar`] is the twin of all: no lane operation fuses or reorders, so every set
+//! `Lanes` is what an instruction set can do with sixteen floats. A value of a type that implements it proves that the
+//! CPU has the instructions: only detection makes one ([`Isa::detect`]). A `Kernel` is written once, over any `Lanes`;
+//! `Isa::run` compiles it for each set. `Scalar` is the twin of all: no lane operation fuses or reorders, so every set
 //! gives the same bits.
 //!
 //! The only room with `unsafe` in it. Knows nothing of routing.
