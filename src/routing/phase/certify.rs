@@ -70,11 +70,12 @@ pub(super) fn bound(positive: i128, prices: &[f32], limits: &[u32]) -> f64 {
 pub(super) fn kept_mass<'s>(rows: impl Iterator<Item = (&'s [f32], &'s [u16], &'s [bool])>) -> i128 {
     rows.map(|(gate, chosen, kept)| {
         let held = chosen.iter().zip(kept).filter(|(expert, kept)| **kept && **expert != EMPTY);
-        let mut mass: i64 = 0;
+        let mut mass: i128 = 0;
         for (&expert, _) in held {
-            mass += (f64::from(gate[usize::from(expert)]) * UNIT) as i64;
+            // Selection scores come here too: one too large for the unit counts as the largest there is.
+            mass += i128::from((f64::from(gate[usize::from(expert)]) * UNIT) as i64);
         }
-        i128::from(mass)
+        mass
     })
     .sum()
 }
