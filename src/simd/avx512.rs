@@ -202,12 +202,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn equal(self, ranks: &[u32; LANES], rank: u32) -> u16 {
-        // SAFETY: see above.
-        unsafe { _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(ranks.as_ptr().cast()), _mm512_set1_epi32(rank as i32)) }
-    }
-
-    #[inline(always)]
     fn load_part(self, from: &[f32], fill: f32) -> __m512 {
         let mask = part(from.len());
         // SAFETY: the mask names only lanes within the slice; the others are not read.

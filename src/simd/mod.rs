@@ -142,16 +142,6 @@ pub(crate) trait Lanes: Copy {
 
     /// For each of the sixteen values how many of them are larger.
     fn ranks(self, values: &[f32; LANES], ranks: &mut [u32; LANES]);
-    /// Where a count of `ranks` is `rank`.
-    #[inline(always)]
-    fn equal(self, ranks: &[u32; LANES], rank: u32) -> u16 {
-        let mut mask = 0;
-        for (lane, &other) in ranks.iter().enumerate() {
-            mask |= u16::from(other == rank) << lane;
-        }
-        mask
-    }
-
     /// The first lanes from a slice of at most sixteen values, `fill` in the others.
     #[inline(always)]
     fn load_part(self, from: &[f32], fill: f32) -> Self::Vector {

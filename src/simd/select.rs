@@ -100,11 +100,8 @@ pub(crate) fn best<L: Lanes>(
     };
     // In registers: pieces stored one over the other could not be loaded again without waiting for all of them.
     let found = at_least(lanes, adjusted.as_flattened(), lanes.splat(split));
-    let (mut values, mut numbers) = ([0.0; LANES], [0.0; LANES]);
-    lanes.store(found.values, &mut values);
-    lanes.store(found.ids, &mut numbers);
     let count = found.count.min(LANES);
-    order(lanes, &values, &numbers, count, best);
+    order(lanes, found.values, found.ids, count, best);
     best.count = count.min(width);
     true
 }
@@ -261,15 +258,8 @@ fn threshold<L: Lanes>(
             step = by;
         }
         Guess::Lanes(start) => {
-            let (mut all, mut ranks) = ([0.0; LANES], [0; LANES]);
-            lanes.store(most, &mut all);
-            lanes.ranks(&all, &mut ranks);
-            let first = all[lanes.equal(&ranks, start as u32).trailing_zeros() as usize % LANES].max(f32::MIN);
-            if (width..=LANES).contains(&reached(lanes, adjusted, first)) {
-                return Some(first);
-            }
             let mut largest = Best::default();
-            order(lanes, &all, &NUMBERS, LANES, &mut largest);
+            order(lanes, most, lanes.load(&NUMBERS), LANES, &mut largest);
             let (mut rank, mut upwards, mut downwards) = (start, true, true);
             while upwards || downwards {
                 let value = largest.values[rank].max(f32::MIN);
@@ -320,29 +310,15 @@ fn threshold<L: Lanes>(
     None
 }
 
-/// Sorts the first `count` of `values` (−∞ behind them), largest first, with ids in the lowest bits of floats;
-/// equals stay in the order they stand in.
+/// Sorts the first `count` of `values` (−∞ behind them), largest first, with ids in the lowest bits of floats; equals stay in
+/// the order they stand in.
 #[inline(always)]
-pub(crate) fn order<L: Lanes>(lanes: L, values: &[f32; LANES], ids: &[f32; LANES], count: usize, best: &mut Best) {
-    let mut ranks = [0; LANES];
-    lanes.ranks(values, &mut ranks);
-    // All sixteen, whatever the count, so that no branch depends on a value; the last first, so that nothing behind the count
-    // stays in front of it.
-    let mut taken = 0u32;
-    for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).rev() {
-        let rank = rank as usize % LANES;
-        best.values[rank] = value;
-        best.ids[rank] = id.to_bits() as u16;
-        taken |= 1 << rank;
-    }
-    if (taken & ((1 << count) - 1)).count_ones() as usize != count {
-        // Equals have one rank between them; each takes the next free one.
-        taken = 0;
-        for ((&rank, &value), &id) in ranks.iter().zip(values).zip(ids).take(count) {
-            let rank = (rank + (!(taken >> rank)).trailing_zeros()) as usize % LANES;
-            best.values[rank] = value;
-            best.ids[rank] = id.to_bits() as u16;
-            taken |= 1 << rank;
-        }
+pub(crate) fn order<L: Lanes>(lanes: L, values: L::Vector, ids: L::Vector, count: usize, best: &mut Best) {
+    let order = lanes.falling(values, count);
+    lanes.store(lanes.permute(values, order), &mut best.values);
+    let mut numbers = [0.0; LANES];
+    lanes.store(lanes.permute(ids, order), &mut numbers);
+    for (id, number) in best.ids.iter_mut().zip(numbers) {
+        *id = number.to_bits() as u16;
     }
 }

@@ -421,7 +421,7 @@ impl Kernel for Arrange<'_> {
                 for (slot, &expert) in chosen.iter().enumerate() {
                     values[slot] = selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
                 }
-                order(lanes, &values, &NUMBERS, top_k, &mut best);
+                order(lanes, lanes.load(&values), lanes.load(&NUMBERS), top_k, &mut best);
                 let mut before = [false; LANES];
                 before[..top_k].copy_from_slice(kept);
                 for (slot, &from) in best.ids[..top_k].iter().enumerate() {
