@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
+use crate::experts::activation::Activation;
 use crate::routing::assignment::check_top_k;
 use crate::routing::scores::Scoring;
 
@@ -14,24 +15,39 @@ pub struct ExpertNames {
     pub gate: String,
     /// Parent of the experts' numbers.
     pub experts: String,
-    /// SwiGLU gate projection of an expert.
+    /// Gate projection of an expert, where its activation is gated.
     pub gate_proj: String,
-    /// SwiGLU up projection of an expert.
+    /// Up projection of an expert.
     pub up_proj: String,
     /// Down projection of an expert.
     pub down_proj: String,
+    /// The shared expert, beside the experts; its projections have the same names as theirs.
+    pub shared: String,
+    /// The linear layer that weighs the shared expert.
+    pub shared_gate: String,
 }
 
 impl Default for ExpertNames {
-    /// `gate`, `experts.E.{gate,up,down}_proj`: OLMoE, Qwen and DeepSeek.
+    /// `gate`, `experts.E.{gate,up,down}_proj`, `shared_expert`, `shared_expert_gate`: OLMoE and Qwen, and DeepSeek but for
+    /// its `shared_experts`.
     fn default() -> Self {
-        let [gate, experts, gate_proj, up_proj, down_proj] =
-            ["gate", "experts", "gate_proj", "up_proj", "down_proj"].map(String::from);
-        Self { gate, experts, gate_proj, up_proj, down_proj }
+        let [gate, experts, gate_proj, up_proj, down_proj, shared, shared_gate] =
+            ["gate", "experts", "gate_proj", "up_proj", "down_proj", "shared_expert", "shared_expert_gate"]
+                .map(String::from);
+        Self { gate, experts, gate_proj, up_proj, down_proj, shared, shared_gate }
     }
 }
 
-/// One MoE layer: sizes, scoring, tensor names. Experts are SwiGLU FFNs without bias.
+/// FFNs that every token meets beside its own experts, as one of their width together. Without biases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedExperts {
+    /// Width between up and down projection; several shared experts are one as wide as all of them.
+    pub width: usize,
+    /// The output is weighed by `σ(shared_gate(x))`, a number per token (Qwen2-MoE); else it counts in full (DeepSeek).
+    pub gated: bool,
+}
+
+/// One MoE layer: sizes, what its experts are, scoring, tensor names.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeSpec {
     /// Width of the hidden state.
@@ -42,6 +58,14 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width between an expert's up and down projection.
     pub expert_width: usize,
+    /// What stands between an expert's projections, shared ones included.
+    pub activation: Activation,
+    /// Every projection of an expert has a bias.
+    pub expert_bias: bool,
+    /// The gate has a bias, which is part of the logits.
+    pub gate_bias: bool,
+    /// What every token meets beside its experts.
+    pub shared: Option<SharedExperts>,
     /// How logits become scores and combine weights.
     pub scoring: Scoring,
     /// Where the tensors are.
@@ -49,35 +73,66 @@ pub struct MoeSpec {
 }
 
 impl MoeSpec {
-    /// A layer with softmax scores, weights as they are, and the default names.
+    /// A layer of SwiGLU experts without biases, none of them shared, with softmax scores, weights as they are, and the
+    /// default names.
     ///
     /// # Errors
     /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::Parameter`] for a width of 0.
     pub fn new(hidden: usize, experts: usize, top_k: usize, expert_width: usize) -> Result<Self> {
-        let spec =
-            Self { hidden, experts, top_k, expert_width, scoring: Scoring::softmax(), names: ExpertNames::default() };
+        let spec = Self {
+            hidden,
+            experts,
+            top_k,
+            expert_width,
+            activation: Activation::swiglu(),
+            expert_bias: false,
+            gate_bias: false,
+            shared: None,
+            scoring: Scoring::softmax(),
+            names: ExpertNames::default(),
+        };
         spec.check()?;
         Ok(spec)
     }
 
-    /// Checks the sizes against each other.
+    /// Checks the sizes against each other, and the activation.
     ///
     /// # Errors
-    /// As [`MoeSpec::new`].
+    /// As [`MoeSpec::new`] and [`Activation::check`].
     pub fn check(&self) -> Result<()> {
         check_expert_count(self.experts)?;
         check_top_k(self.top_k, self.experts)?;
-        for (name, width) in [("hidden", self.hidden), ("expert_width", self.expert_width)] {
+        let shared = self.shared.map_or(1, |shared| shared.width);
+        for (name, width) in
+            [("hidden", self.hidden), ("expert_width", self.expert_width), ("shared expert width", shared)]
+        {
             if width == 0 {
                 return Err(Error::parameter(name, width, "at least 1"));
             }
         }
-        Ok(())
+        self.activation.check()
     }
 
-    /// Weights of one expert: three projections.
+    /// Weights of one expert: its projections, and their biases where it has them.
     pub fn parameters_per_expert(&self) -> usize {
-        3 * self.hidden * self.expert_width
+        let biases = if self.expert_bias { self.inner_projections() * self.expert_width + self.hidden } else { 0 };
+        self.projections(self.expert_width) + biases
+    }
+
+    /// Weights of the layer that every token meets: the gate, the shared expert and its gate.
+    pub fn shared_parameters(&self) -> usize {
+        let gate = self.experts * (self.hidden + usize::from(self.gate_bias));
+        let weigh = |shared: SharedExperts| if shared.gated { self.hidden } else { 0 };
+        gate + self.shared.map_or(0, |shared| self.projections(shared.width) + weigh(shared))
+    }
+
+    /// Projections from the hidden state inwards: gate and up, or up alone.
+    fn inner_projections(&self) -> usize {
+        if self.activation.gated { 2 } else { 1 }
+    }
+
+    fn projections(&self, width: usize) -> usize {
+        (self.inner_projections() + 1) * self.hidden * width
     }
 }
 
@@ -140,7 +195,8 @@ impl ModelSpec {
         if !self.head_dim.is_multiple_of(2) {
             return Err(Error::parameter("head width", self.head_dim, "an even number (rotary embedding)"));
         }
-        let largest = [self.vocab, self.moe.expert_width, self.heads * self.head_dim, self.moe.experts];
+        let shared = self.moe.shared.map_or(0, |shared| shared.width);
+        let largest = [self.vocab, self.moe.expert_width, self.heads * self.head_dim, self.moe.experts, shared];
         let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
         let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
         if !largest.iter().all(countable) {
@@ -159,12 +215,12 @@ impl ModelSpec {
         self.shared_parameters() + self.layers * self.moe.top_k * self.moe.parameters_per_expert()
     }
 
-    /// Weights outside the experts.
+    /// Weights that every token meets: all but those of the experts it is routed to.
     pub fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let qk_norms = if self.qk_norm { queries + keys } else { 0 };
-        let block = hidden * (2 * queries + 2 * keys) + qk_norms + 2 * hidden + hidden * self.moe.experts;
+        let block = hidden * (2 * queries + 2 * keys) + qk_norms + 2 * hidden + self.moe.shared_parameters();
         let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
         embeddings + self.layers * block + hidden
     }

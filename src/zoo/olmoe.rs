@@ -3,7 +3,7 @@
 use super::config::Config;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
-use crate::spec::{ExpertNames, ModelSpec, MoeSpec};
+use crate::spec::{ModelSpec, MoeSpec};
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
     let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
@@ -54,12 +54,8 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
         return Err(config.error("num_experts_per_tok", &expected, &top_k.to_string()));
     }
     let moe = MoeSpec {
-        hidden,
-        experts,
-        top_k,
-        expert_width: config.size("intermediate_size")?,
         scoring: Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false)),
-        names: ExpertNames::default(),
+        ..MoeSpec::new(hidden, experts, top_k, config.size("intermediate_size")?)?
     };
     let spec = ModelSpec {
         family: "olmoe",
