@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use phase_moe::layer::MoeLayer;
-use phase_moe::layer::expert::SwiGlu;
+use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::spec::MoeSpec;
 
@@ -22,7 +22,7 @@ const TOKENS: [usize; 4] = [1, 8, 64, 512];
 /// Gate and experts, as tensors that both sides share.
 struct Weights {
     gate: Tensor,
-    experts: Vec<SwiGlu>,
+    experts: Vec<Expert>,
 }
 
 impl Weights {
@@ -30,7 +30,7 @@ impl Weights {
         let random = |rows: usize, columns: usize| {
             Tensor::randn(0f32, (columns as f32).powf(-0.5), (rows, columns), &Device::Cpu)?.to_dtype(dtype)
         };
-        let expert = |_| Ok(SwiGlu::new(random(WIDTH, HIDDEN)?, random(WIDTH, HIDDEN)?, random(HIDDEN, WIDTH)?));
+        let expert = |_| Ok(Expert::new(random(WIDTH, HIDDEN)?, random(WIDTH, HIDDEN)?, random(HIDDEN, WIDTH)?));
         Ok(Self { gate: random(EXPERTS, HIDDEN)?, experts: (0..EXPERTS).map(expert).collect::<Result<_>>()? })
     }
 

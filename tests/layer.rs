@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use phase_moe::error::{Error, Result};
-use phase_moe::layer::expert::SwiGlu;
+use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
 use phase_moe::layer::{MoeLayer, Routing};
@@ -79,7 +79,7 @@ impl Parts {
     }
 
     fn layer(&self) -> MoeLayer {
-        let experts = self.experts.iter().map(|[gate, up, down]| SwiGlu::new(gate.clone(), up.clone(), down.clone()));
+        let experts = self.experts.iter().map(|[gate, up, down]| Expert::new(gate.clone(), up.clone(), down.clone()));
         let mut layer = MoeLayer::new(self.spec.clone(), Gate::new(self.gate.clone()), experts.collect())
             .unwrap()
             .with_router(self.router.clone(), self.capacity.clone());
@@ -266,7 +266,7 @@ fn one_expert_is_a_dense_ffn() {
 fn an_expert_takes_any_rank() {
     let parts = Parts::new(22, 12, MoeSpec::new(8, 1, 1, 6).unwrap());
     let [gate, up, down] = parts.experts[0].clone();
-    let (expert, expected) = (SwiGlu::new(gate, up, down), dense(&parts.hidden, &parts.experts[0]));
+    let (expert, expected) = (Expert::new(gate, up, down), dense(&parts.hidden, &parts.experts[0]));
     for shape in [&[12, 8][..], &[3, 4, 8], &[2, 3, 2, 8]] {
         let output = expert.forward(&parts.hidden.reshape(shape).unwrap()).unwrap();
         assert_eq!((output.dims(), values(&output)), (shape, values(&expected)));
@@ -516,7 +516,7 @@ fn weights_that_do_not_fit_are_named() {
     let error = |change: &dyn Fn(&mut Parts)| {
         let mut parts = parts.clone();
         change(&mut parts);
-        let experts = parts.experts.iter().map(|[gate, up, down]| SwiGlu::new(gate.clone(), up.clone(), down.clone()));
+        let experts = parts.experts.iter().map(|[gate, up, down]| Expert::new(gate.clone(), up.clone(), down.clone()));
         message(MoeLayer::new(parts.spec.clone(), Gate::new(parts.gate.clone()), experts.collect()))
     };
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &CPU).unwrap();

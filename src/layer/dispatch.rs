@@ -5,12 +5,12 @@
 
 use std::ops::Range;
 
-use candle_core::{D, DType, Module, Tensor};
+use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 use rayon::prelude::*;
 
 use super::ROUTING_DTYPE;
-use super::expert::SwiGlu;
+use super::expert::Expert;
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::plan::DispatchPlan;
@@ -48,11 +48,11 @@ pub(super) fn slot_weights(
 }
 
 /// The weighted sum over slots, `[tokens, hidden]` in `f32`; tokens without slots get 0.
-pub(super) fn forward(tokens: &Tensor, experts: &[SwiGlu], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
+pub(super) fn forward(tokens: &Tensor, experts: &[Expert], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
     let (device, sum) = (tokens.device(), Tensor::zeros(tokens.shape(), ROUTING_DTYPE, tokens.device())?);
     let run = |(expert, range): (usize, Range<usize>)| -> Result<Tensor> {
         let rows = Tensor::from_slice(&plan.tokens()[range.clone()], range.len(), device)?;
-        Ok(experts[expert].forward(&tokens.index_select(&rows, 0)?)?)
+        Ok(experts[expert].run(&tokens.index_select(&rows, 0)?)?.to_dtype(ROUTING_DTYPE)?)
     };
     // On the CPU a thread per expert beats threads within products this small. Other devices order their own work, and
     // training brings its own threads, one per part of a batch.
@@ -64,6 +64,6 @@ pub(super) fn forward(tokens: &Tensor, experts: &[SwiGlu], plan: &DispatchPlan, 
     if outputs.is_empty() {
         return Ok(sum);
     }
-    let outputs = Tensor::cat(&outputs, 0)?.to_dtype(DType::F32)?.broadcast_mul(weights)?;
+    let outputs = Tensor::cat(&outputs, 0)?.broadcast_mul(weights)?;
     Ok(sum.index_add(&Tensor::from_slice(plan.tokens(), plan.tokens().len(), device)?, &outputs, 0)?)
 }

@@ -1,67 +1,283 @@
-//! One expert: a SwiGLU FFN (arXiv 2002.05202), `down(silu(gate_proj(x)) ⊙ up_proj(x))`, `[.., hidden] → [.., hidden]`.
+//! One expert: an FFN, `down(act(gate_proj(x)) ⊙ up_proj(x))` or, without a gate, `down(act(up_proj(x)))`, `[.., hidden] → [.., hidden]`.
+//!
+//! ```
+//! use candle_core::{Device, Module, Tensor};
+//! use phase_moe::layer::expert::Expert;
+//!
+//! let random = |rows, columns| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu);
+//! let expert = Expert::new(random(32, 16)?, random(32, 16)?, random(16, 32)?);
+//! assert_eq!(expert.forward(&random(5, 16)?)?.dims(), [5, 16]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! Operations are Candle's, each with a backward pass. Where a weight is quantised the expert computes in `f32`.
 
-use candle_core::{Module, Tensor};
-use candle_nn::{Init, VarBuilder};
+use std::sync::Arc;
 
-use super::check_weight;
-use crate::error::Result;
-use crate::layer::gate::Gate;
-use crate::spec::MoeSpec;
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Module, Tensor};
+use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
-/// Weights of one expert, row-major `[out, in]` as stored.
+use super::gate::Gate;
+use super::projection::{Projection, Weight, own_blocks};
+use crate::error::{Error, Result};
+use crate::experts::activation::{Activation, Function};
+use crate::spec::{MoeSpec, SharedExperts};
+
+/// Projections of one expert and what stands between them; clones share weights.
 #[derive(Clone, Debug)]
-pub struct SwiGlu {
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
+pub struct Expert {
+    gate_proj: Option<Projection>,
+    up_proj: Projection,
+    down_proj: Projection,
+    activation: Activation,
 }
 
-impl SwiGlu {
-    /// From `gate_proj` and `up_proj` `[width, hidden]` and `down_proj` `[hidden, width]`.
-    pub fn new(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Self {
-        Self { gate_proj, up_proj, down_proj }
+/// What an expert has to be.
+#[derive(Clone, Copy)]
+pub(super) struct Form<'a> {
+    spec: &'a MoeSpec,
+    width: usize,
+    bias: bool,
+}
+
+impl<'a> Form<'a> {
+    pub(super) fn routed(spec: &'a MoeSpec) -> Self {
+        Self { spec, width: spec.expert_width, bias: spec.expert_bias }
     }
 
-    /// Loads the three projections that `spec.names` names under `vb`.
+    pub(super) fn shared(spec: &'a MoeSpec, shared: SharedExperts) -> Self {
+        Self { spec, width: shared.width, bias: false }
+    }
+}
+
+impl Expert {
+    /// A SwiGLU expert from `gate_proj` and `up_proj` `[width, hidden]` and `down_proj` `[hidden, width]`.
+    pub fn new(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Self {
+        Self::swiglu(gate_proj, up_proj, down_proj)
+    }
+
+    /// A SwiGLU expert from quantised projections of the same shapes.
+    pub fn quantized(gate_proj: Arc<QTensor>, up_proj: Arc<QTensor>, down_proj: Arc<QTensor>) -> Self {
+        Self::swiglu(gate_proj, up_proj, down_proj)
+    }
+
+    fn swiglu(gate: impl Into<Weight>, up: impl Into<Weight>, down: impl Into<Weight>) -> Self {
+        let [gate, up, down] = [gate.into(), up.into(), down.into()].map(|weight| Projection::new(weight, None));
+        Self { gate_proj: Some(gate), up_proj: up, down_proj: down, activation: Activation::swiglu() }
+    }
+
+    /// An expert of any kind.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a gate projection that the activation does not have or a missing one that it has,
+    /// [`Error::Parameter`] for an activation that cannot be.
+    pub fn from_projections(
+        activation: Activation,
+        gate_proj: Option<Projection>,
+        up_proj: Projection,
+        down_proj: Projection,
+    ) -> Result<Self> {
+        activation.check()?;
+        check_gated("gate_proj", activation, gate_proj.is_some())?;
+        Ok(Self { gate_proj, up_proj, down_proj, activation })
+    }
+
+    /// The same expert with biases `[width]`, `[width]` and `[hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a bias of a gate projection that the expert does not have, or none of one that it has.
+    pub fn with_biases(self, gate: Option<Tensor>, up: Tensor, down: Tensor) -> Result<Self> {
+        check_gated("gate_proj bias", self.activation, gate.is_some())?;
+        Ok(Self {
+            gate_proj: self.gate_proj.zip(gate).map(|(projection, bias)| projection.with_bias(bias)),
+            up_proj: self.up_proj.with_bias(up),
+            down_proj: self.down_proj.with_bias(down),
+            activation: self.activation,
+        })
+    }
+
+    /// The experts of `gate_up` `[experts, 2·width, hidden]`, gate rows before up rows, and `down` `[experts, hidden, width]`;
+    /// where the activation has no gate, `gate_up` is `[experts, width, hidden]`. Nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for tensors of another shape, and as [`MoeSpec::check`].
+    pub fn stacked(spec: &MoeSpec, gate_up: &Tensor, down: &Tensor) -> Result<Vec<Self>> {
+        spec.check()?;
+        let (width, gated) = (spec.expert_width, spec.activation.gated);
+        let inner = if gated { 2 * width } else { width };
+        check_stack("stacked gate_up_proj", gate_up.dims(), [spec.experts, inner, spec.hidden])?;
+        check_stack("stacked down_proj", down.dims(), [spec.experts, spec.hidden, width])?;
+        let expert = |index: usize| {
+            let part = |stack: &Tensor, start: usize, rows: usize| -> Result<Projection> {
+                Ok(Projection::new(stack.narrow(0, index, 1)?.squeeze(0)?.narrow(0, start, rows)?, None))
+            };
+            let gate = gated.then(|| part(gate_up, 0, width)).transpose()?;
+            Self::from_projections(
+                spec.activation,
+                gate,
+                part(gate_up, inner - width, width)?,
+                part(down, 0, spec.hidden)?,
+            )
+        };
+        (0..spec.experts).map(expert).collect()
+    }
+
+    /// The experts of quantised `gate` and `up` `[experts, width, hidden]` and `down` `[experts, hidden, width]`, as GGUF files
+    /// have them; `gate` is `None` where the activation has none. On the CPU nothing is copied; elsewhere each expert's rows
+    /// become a tensor of their own, since nothing there reads a part of one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for tensors of another shape, or a gate that does not go with the activation, and as
+    /// [`MoeSpec::check`].
+    pub fn stacked_quantized(
+        spec: &MoeSpec,
+        gate: Option<Arc<QTensor>>,
+        up: Arc<QTensor>,
+        down: Arc<QTensor>,
+    ) -> Result<Vec<Self>> {
+        spec.check()?;
+        check_gated("stacked gate_proj", spec.activation, gate.is_some())?;
+        let (wide, narrow) =
+            ([spec.experts, spec.expert_width, spec.hidden], [spec.experts, spec.hidden, spec.expert_width]);
+        let stacks =
+            [("gate_proj", gate.as_ref(), wide), ("up_proj", Some(&up), wide), ("down_proj", Some(&down), narrow)];
+        for (name, stack, shape) in stacks {
+            stack.map_or(Ok(()), |stack| check_stack(&format!("stacked {name}"), stack.shape().dims(), shape))?;
+        }
+        let expert = |index: usize| {
+            let part = |stack: &Arc<QTensor>, rows: usize| -> Result<Projection> {
+                let rows = index * rows..(index + 1) * rows;
+                let weight = match stack.device().is_cpu() {
+                    true => Weight::Quantized { tensor: stack.clone(), rows },
+                    false => Weight::from(Arc::new(own_blocks(stack, &rows)?)),
+                };
+                Ok(Projection::new(weight, None))
+            };
+            let gate = gate.as_ref().map(|gate| part(gate, spec.expert_width)).transpose()?;
+            Self::from_projections(spec.activation, gate, part(&up, spec.expert_width)?, part(&down, spec.hidden)?)
+        };
+        (0..spec.experts).map(expert).collect()
+    }
+
+    /// Loads the projections that `spec.names` names under `vb`, with biases where `spec` says so.
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        let load = |name: &str, rows: usize, columns: usize| {
-            let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
-            vb.pp(name).get_with_hints((rows, columns), "weight", init)
-        };
-        Ok(Self::new(
-            load(&spec.names.gate_proj, spec.expert_width, spec.hidden)?,
-            load(&spec.names.up_proj, spec.expert_width, spec.hidden)?,
-            load(&spec.names.down_proj, spec.hidden, spec.expert_width)?,
-        ))
+        Self::load_form(Form::routed(spec), vb)
     }
 
-    pub(super) fn check(&self, spec: &MoeSpec, index: usize, gate: &Gate) -> Result<()> {
-        let (wide, narrow) = ([spec.expert_width, spec.hidden], [spec.hidden, spec.expert_width]);
-        let weights = [
-            ("gate_proj", &self.gate_proj, wide),
-            ("up_proj", &self.up_proj, wide),
-            ("down_proj", &self.down_proj, narrow),
+    pub(super) fn load_form(form: Form<'_>, vb: VarBuilder<'_>) -> Result<Self> {
+        let (spec, names) = (form.spec, &form.spec.names);
+        let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
+            let vb = vb.pp(name);
+            let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
+            let weight = vb.get_with_hints((rows, columns), "weight", init)?;
+            let bias = form.bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
+            Ok(Projection::new(weight, bias))
+        };
+        let gate = spec.activation.gated.then(|| load(&names.gate_proj, form.width, spec.hidden)).transpose()?;
+        let up = load(&names.up_proj, form.width, spec.hidden)?;
+        Self::from_projections(spec.activation, gate, up, load(&names.down_proj, spec.hidden, form.width)?)
+    }
+
+    /// The gate projection, `[width, hidden]`; `None` where the activation has none.
+    pub fn gate_proj(&self) -> Option<&Projection> {
+        self.gate_proj.as_ref()
+    }
+
+    /// The up projection, `[width, hidden]`.
+    pub fn up_proj(&self) -> &Projection {
+        &self.up_proj
+    }
+
+    /// The down projection, `[hidden, width]`.
+    pub fn down_proj(&self) -> &Projection {
+        &self.down_proj
+    }
+
+    /// What stands between the projections.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    pub(super) fn check(&self, operand: &str, form: Form<'_>, gate: &Gate) -> Result<()> {
+        let (expected, got) = (form.spec.activation, self.activation);
+        if expected != got {
+            return Err(Error::shape(format!("{operand} activation"), format!("{expected:?}"), format!("{got:?}")));
+        }
+        let (wide, narrow) = ([form.width, form.spec.hidden], [form.spec.hidden, form.width]);
+        let projections = [
+            ("gate_proj", self.gate_proj.as_ref(), wide),
+            ("up_proj", Some(&self.up_proj), wide),
+            ("down_proj", Some(&self.down_proj), narrow),
         ];
-        weights.into_iter().try_for_each(|(name, weight, shape)| {
-            let operand = format!("expert {index} {name}");
-            check_weight(&operand, weight, shape)?;
-            gate.check_alike(&operand, weight)
+        projections.into_iter().try_for_each(|(name, projection, shape)| match projection {
+            Some(projection) => projection.check(&format!("{operand} {name}"), shape, form.bias, gate),
+            None => Ok(()),
         })
+    }
+
+    /// The output for `[rows, hidden]`, in the dtype of the rows or, where a weight is quantised, in `f32`.
+    pub(super) fn run(&self, rows: &Tensor) -> candle_core::Result<Tensor> {
+        let gate_is_quantized = self.gate_proj.as_ref().is_some_and(Projection::is_quantized);
+        let in_f32 = gate_is_quantized || self.up_proj.is_quantized() || self.down_proj.is_quantized();
+        let rows = if in_f32 { rows.to_dtype(DType::F32)? } else { rows.clone() };
+        let up = self.up_proj.forward(&rows, in_f32)?;
+        let function = self.activation.function;
+        let inner = match &self.gate_proj {
+            Some(gate) => (activate(function, &gate.forward(&rows, in_f32)?)? * factor(function, up)?)?,
+            None => activate(function, &up)?,
+        };
+        self.down_proj.forward(&inner, in_f32)
     }
 }
 
-impl Module for SwiGlu {
+impl Module for Expert {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
         // One matrix product over all rows, whatever the rank.
         let rows = match hidden.rank() {
             0..=2 => hidden.clone(),
             rank => hidden.flatten_to(rank - 2)?,
         };
-        let gate = rows.matmul(&self.gate_proj.t()?)?.silu()?;
-        let up = rows.matmul(&self.up_proj.t()?)?;
-        (gate * up)?.matmul(&self.down_proj.t()?)?.reshape(hidden.shape())
+        self.run(&rows)?.to_dtype(hidden.dtype())?.reshape(hidden.shape())
     }
+}
+
+/// What [`Activation::apply`] does to the gate, or to the up projection where there is no gate.
+fn activate(function: Function, x: &Tensor) -> candle_core::Result<Tensor> {
+    match function {
+        Function::Silu => x.silu(),
+        Function::Gelu => x.gelu_erf(),
+        Function::GeluTanh => x.gelu(),
+        Function::ReluSquared => x.relu()?.sqr(),
+        Function::ClampedSilu { alpha, limit } => {
+            let gate = x.minimum(f64::from(limit))?;
+            &gate * sigmoid(&(&gate * f64::from(alpha))?)?
+        }
+    }
+}
+
+/// What the activated gate is multiplied by.
+fn factor(function: Function, up: Tensor) -> candle_core::Result<Tensor> {
+    match function {
+        Function::ClampedSilu { limit, .. } => up.clamp(-f64::from(limit), f64::from(limit))? + 1.0,
+        _ => Ok(up),
+    }
+}
+
+fn check_gated(operand: &str, activation: Activation, has_gate: bool) -> Result<()> {
+    match (activation.gated, has_gate) {
+        (true, false) => Err(Error::shape(operand, "one, as the activation is gated", "none")),
+        (false, true) => Err(Error::shape(operand, "none, as the activation is not gated", "one")),
+        _ => Ok(()),
+    }
+}
+
+fn check_stack(operand: &str, dims: &[usize], expected: [usize; 3]) -> Result<()> {
+    if dims != expected {
+        return Err(Error::shape(operand, format!("{expected:?}"), format!("{dims:?}")));
+    }
+    Ok(())
 }

@@ -1,36 +1,54 @@
-//! The gate: one linear layer from hidden state to logits, `[tokens, hidden] → [tokens, experts]`, result in `f32`.
+//! The gate: one linear layer from hidden state to logits, `x·Wᵀ + b`, `[tokens, hidden] → [tokens, experts]`, result in `f32`.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 use crate::spec::MoeSpec;
 
-/// Gate weights `[experts, hidden]` and, where the model has one, the bias that counts for selection only.
+/// Gate weights `[experts, hidden]` and, where the model has them, the bias of the logits and the one that counts for
+/// selection only.
 #[derive(Clone, Debug)]
 pub struct Gate {
     weight: Tensor,
+    bias: Option<Tensor>,
     selection_bias: Option<Vec<f32>>,
 }
 
 impl Gate {
     /// From a weight `[experts, hidden]`.
     pub fn new(weight: Tensor) -> Self {
-        Self { weight, selection_bias: None }
+        Self { weight, bias: None, selection_bias: None }
     }
 
-    /// Loads `weight` under `vb`.
+    /// The same gate with a bias `[experts]` that is part of the logits (gpt-oss).
+    pub fn with_bias(self, bias: Tensor) -> Self {
+        Self { bias: Some(bias), ..self }
+    }
+
+    /// Loads `weight` under `vb` and, where `spec` says so, `bias`.
     ///
     /// # Errors
     /// What the builder reports for a missing tensor or a wrong shape.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
-        Ok(Self::new(vb.get_with_hints((spec.experts, spec.hidden), "weight", init)?))
+        let weight = vb.get_with_hints((spec.experts, spec.hidden), "weight", init)?;
+        let bias = || vb.get_with_hints(spec.experts, "bias", Init::Const(0.0));
+        Ok(Self { weight, bias: spec.gate_bias.then(bias).transpose()?, selection_bias: None })
     }
 
     pub(super) fn check(&self, spec: &MoeSpec) -> Result<()> {
-        check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])
+        check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])?;
+        match &self.bias {
+            None if spec.gate_bias => Err(Error::shape("gate bias", format!("[{}]", spec.experts), "none")),
+            None => Ok(()),
+            Some(bias) if !spec.gate_bias => Err(Error::shape("gate bias", "none", format!("{:?}", bias.dims()))),
+            Some(bias) => {
+                check_weight("gate bias", bias, [spec.experts])?;
+                self.check_alike("gate bias", bias)
+            }
+        }
     }
 
     /// Checks that `tensor` has the dtype and the device of the gate's weight.
@@ -39,7 +57,11 @@ impl Gate {
         if expected != got {
             return Err(Error::shape(operand, format!("{expected:?} like the gate weight"), format!("{got:?}")));
         }
-        let (expected, got) = (self.weight.device(), tensor.device());
+        self.check_device(operand, tensor.device())
+    }
+
+    pub(super) fn check_device(&self, operand: &str, got: &Device) -> Result<()> {
+        let expected = self.weight.device();
         if !expected.same_device(got) {
             let [expected, got] = [expected, got].map(|device| format!("{:?}", device.location()));
             return Err(Error::shape(operand, format!("device {expected} like the gate weight"), got));
@@ -59,6 +81,11 @@ impl Gate {
         Ok(())
     }
 
+    /// Bias that is part of the logits, `[experts]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
     /// Bias that is added to scores for selection only.
     pub fn selection_bias(&self) -> Option<&[f32]> {
         self.selection_bias.as_deref()
@@ -69,6 +96,10 @@ impl Gate {
     /// # Errors
     /// [`Error::Candle`] for another width, dtype or device.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
-        Ok(tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?)
+        let logits = tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?;
+        match &self.bias {
+            Some(bias) => Ok(logits.broadcast_add(&bias.to_dtype(ROUTING_DTYPE)?)?),
+            None => Ok(logits),
+        }
     }
 }

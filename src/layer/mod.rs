@@ -1,6 +1,7 @@
 //! The MoE layer for Candle: gate, router, experts, weighted sum.
 //!
-//! `y = Σ_slots weight · down(silu(gate_proj(x)) ⊙ up_proj(x))`, input `[.., hidden]`, output the same shape and dtype.
+//! `y = Σ_slots weight · expert(x) + shared(x)`, the last where the layer has it, input `[.., hidden]`, output the same shape and
+//! dtype.
 //! Scores, routing and the weighted sum are in `f32` whatever the dtype of the weights; the gate's product is in theirs, as
 //! in transformers. Under `Var`s the layer is differentiable:
 //! gradients reach the gate through the combine weights and the experts through the dispatch.
@@ -27,6 +28,8 @@ mod dispatch;
 pub mod expert;
 pub mod gate;
 pub mod loss;
+pub mod projection;
+pub mod shared;
 pub mod worth;
 
 use std::sync::Arc;
@@ -36,8 +39,9 @@ use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
-use crate::layer::expert::SwiGlu;
+use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
+use crate::layer::shared::Shared;
 use crate::layer::worth::OutputNorms;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
@@ -54,7 +58,8 @@ use crate::spec::MoeSpec;
 pub struct MoeLayer {
     spec: MoeSpec,
     gate: Gate,
-    experts: Vec<SwiGlu>,
+    experts: Vec<Expert>,
+    shared: Option<Shared>,
     router: Arc<dyn Router>,
     capacity: Option<CapacityRule>,
     norms: Option<Arc<OutputNorms>>,
@@ -92,32 +97,54 @@ impl Routing {
 }
 
 impl MoeLayer {
-    /// From a gate and experts; routes by dropless top-k until told otherwise.
+    /// From a gate and experts, where `spec` has no shared expert; routes by dropless top-k until told otherwise.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the gate or an expert does not have the sizes of `spec`, an expert not the gate's dtype and
-    /// device, or experts are too few or too many.
-    pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<SwiGlu>) -> Result<Self> {
+    /// [`Error::Shape`] when the gate or an expert does not have the sizes, biases or activation of `spec`, a dense weight not
+    /// the gate's dtype, or any weight not its device, when experts are too few or too many, or `spec` has a shared expert.
+    pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<Expert>) -> Result<Self> {
+        Self::build(spec, gate, experts, None)
+    }
+
+    /// From a gate, experts and the expert that all tokens share.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::new`], for the shared expert too, or when `spec` has none.
+    pub fn with_shared(spec: MoeSpec, gate: Gate, experts: Vec<Expert>, shared: Shared) -> Result<Self> {
+        Self::build(spec, gate, experts, Some(shared))
+    }
+
+    fn build(spec: MoeSpec, gate: Gate, experts: Vec<Expert>, shared: Option<Shared>) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
         if experts.len() != spec.experts {
             return Err(Error::shape("experts", spec.experts, experts.len()));
         }
         for (index, expert) in experts.iter().enumerate() {
-            expert.check(&spec, index, &gate)?;
+            expert.check(&format!("expert {index}"), Form::routed(&spec), &gate)?;
         }
-        Ok(Self { spec, gate, experts, router: Arc::new(TopK::default()), capacity: None, norms: None, index: 0 })
+        match (spec.shared, &shared) {
+            (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate)?,
+            (Some(expected), None) => {
+                return Err(Error::shape("shared expert", format!("one of width {}", expected.width), "none"));
+            }
+            (None, Some(_)) => return Err(Error::shape("shared expert", "none", "one")),
+            (None, None) => {}
+        }
+        let router = Arc::new(TopK::default());
+        Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0 })
     }
 
-    /// Loads the tensors that `spec.names` names under `vb`, for example `vb.pp("mlp")`.
+    /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`.
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = vb.pp(&spec.names.experts);
-        let experts = (0..spec.experts).map(|expert| SwiGlu::load(spec, experts.pp(expert))).collect::<Result<_>>()?;
-        Self::new(spec.clone(), Gate::load(spec, vb.pp(&spec.names.gate))?, experts)
+        let experts = (0..spec.experts).map(|expert| Expert::load(spec, experts.pp(expert))).collect::<Result<_>>()?;
+        let gate = Gate::load(spec, vb.pp(&spec.names.gate))?;
+        Self::build(spec.clone(), gate, experts, Shared::load(spec, vb)?)
     }
 
     /// Sets the router and the rule that limits its room; without a rule nothing is limited.
@@ -173,8 +200,13 @@ impl MoeLayer {
     }
 
     /// The experts, by id.
-    pub fn experts(&self) -> &[SwiGlu] {
+    pub fn experts(&self) -> &[Expert] {
         &self.experts
+    }
+
+    /// The expert that all tokens share, if there is one.
+    pub fn shared(&self) -> Option<&Shared> {
+        self.shared.as_ref()
     }
 
     /// The layer's output and who went where, from a cold start.
@@ -236,6 +268,10 @@ impl MoeLayer {
         let plan = DispatchPlan::new(&assignment);
         let weights = dispatch::slot_weights(&logits, &assignment, &plan, self.spec.scoring)?;
         let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
+        let output = match &self.shared {
+            Some(shared) => (output + shared.forward(&tokens)?)?,
+            None => output,
+        };
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
         let padding = context.padding.map(<[bool]>::to_vec);
         Ok((output, Routing { input: tokens, logits, scores, capacity, assignment, padding, route_time }))
@@ -249,7 +285,7 @@ impl Module for MoeLayer {
 }
 
 /// Checks the shape of a weight.
-fn check_weight(operand: &str, weight: &Tensor, expected: [usize; 2]) -> Result<()> {
+fn check_weight<const RANK: usize>(operand: &str, weight: &Tensor, expected: [usize; RANK]) -> Result<()> {
     if weight.dims() != expected {
         return Err(Error::shape(operand, format!("{expected:?}"), format!("{:?}", weight.dims())));
     }

@@ -10,7 +10,7 @@
 
 use candle_core::{DType, Module, Tensor};
 
-use super::expert::SwiGlu;
+use super::expert::Expert;
 use crate::error::{Error, Result};
 
 /// Where the sizes of the experts' outputs come from.
@@ -27,7 +27,7 @@ impl OutputNorms {
     ///
     /// # Errors
     /// [`Error::Shape`] when a probe is of another layer, [`Error::Candle`] when Candle refuses an operation.
-    pub fn norms(&self, tokens: &Tensor, experts: &[SwiGlu]) -> Result<Vec<f32>> {
+    pub fn norms(&self, tokens: &Tensor, experts: &[Expert]) -> Result<Vec<f32>> {
         match self {
             Self::Exact => exact(tokens, experts),
             Self::Probe(probe) => probe.norms(tokens, experts.len()),
@@ -35,8 +35,8 @@ impl OutputNorms {
     }
 }
 
-fn exact(tokens: &Tensor, experts: &[SwiGlu]) -> Result<Vec<f32>> {
-    let norm = |expert: &SwiGlu| -> Result<Tensor> {
+fn exact(tokens: &Tensor, experts: &[Expert]) -> Result<Vec<f32>> {
+    let norm = |expert: &Expert| -> Result<Tensor> {
         Ok(expert.forward(&tokens.detach())?.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt()?)
     };
     let columns: Vec<Tensor> = experts.iter().map(norm).collect::<Result<_>>()?;
@@ -103,7 +103,7 @@ impl ProbeFit {
     /// # Errors
     /// [`Error::Shape`] for another number of experts or another hidden size, [`Error::Candle`] when Candle refuses an
     /// operation.
-    pub fn add(&mut self, tokens: &Tensor, experts: &[SwiGlu]) -> Result<()> {
+    pub fn add(&mut self, tokens: &Tensor, experts: &[Expert]) -> Result<()> {
         let (rows, inputs) = (rows(tokens)?, self.hidden + 1);
         if experts.len() != self.experts || rows.first().is_some_and(|row| row.len() != self.hidden) {
             let expected = format!("{} experts, hidden size {}", self.experts, self.hidden);
@@ -161,9 +161,9 @@ mod tests {
     use super::*;
     use crate::spec::MoeSpec;
 
-    fn experts(spec: &MoeSpec) -> Vec<SwiGlu> {
+    fn experts(spec: &MoeSpec) -> Vec<Expert> {
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        (0..spec.experts).map(|expert| SwiGlu::load(spec, vb.pp(expert)).unwrap()).collect()
+        (0..spec.experts).map(|expert| Expert::load(spec, vb.pp(expert)).unwrap()).collect()
     }
 
     #[test]

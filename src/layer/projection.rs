@@ -1,0 +1,181 @@
+//! One projection of an expert: `y = x·Wᵀ + b`, `[rows, in] → [rows, out]`, the weight row-major `[out, in]`, dense or quantised.
+//!
+//! A quantised weight counts as the `f32` numbers that it stands for, and products with it are in `f32`: slow, and the oracle
+//! for kernels that multiply its blocks as they are. Knows nothing of activations.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
+
+use super::gate::Gate;
+use super::{ROUTING_DTYPE, check_weight};
+use crate::error::{Error, Result};
+
+/// Numbers of a projection; clones share them.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// A matrix `[out, in]`, which may be a view of a larger tensor.
+    Dense(Tensor),
+    /// Rows of a quantised tensor `[.., in]`, all of its dimensions but the last taken as one.
+    Quantized {
+        /// The tensor, which may hold the rows of many experts.
+        tensor: Arc<QTensor>,
+        /// The rows that are this weight's.
+        rows: Range<usize>,
+    },
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(tensor)
+    }
+}
+
+impl From<Arc<QTensor>> for Weight {
+    /// All rows of `tensor`.
+    fn from(tensor: Arc<QTensor>) -> Self {
+        let rows = 0..matrix(&tensor)[0];
+        Self::Quantized { tensor, rows }
+    }
+}
+
+/// Weight and bias of one linear layer.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+impl Projection {
+    /// From a weight `[out, in]` and, if there is one, a bias `[out]`.
+    pub fn new(weight: impl Into<Weight>, bias: Option<Tensor>) -> Self {
+        Self { weight: weight.into(), bias }
+    }
+
+    /// The weight.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias, `[out]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    pub(super) fn with_bias(self, bias: Tensor) -> Self {
+        Self { bias: Some(bias), ..self }
+    }
+
+    pub(super) fn is_quantized(&self) -> bool {
+        matches!(self.weight, Weight::Quantized { .. })
+    }
+
+    /// The projection of `rows` `[rows, in]`, which are of the weight's dtype, or all in `f32` where `in_f32` says so.
+    pub(super) fn forward(&self, rows: &Tensor, in_f32: bool) -> candle_core::Result<Tensor> {
+        let cast = |tensor: &Tensor| if in_f32 { tensor.to_dtype(DType::F32) } else { Ok(tensor.clone()) };
+        let weight = match &self.weight {
+            Weight::Dense(weight) => cast(&own_rows(weight)?)?,
+            Weight::Quantized { tensor, rows } => dequantize(tensor, rows)?,
+        };
+        let product = rows.matmul(&weight.t()?)?;
+        match &self.bias {
+            Some(bias) => product.broadcast_add(&cast(bias)?),
+            None => Ok(product),
+        }
+    }
+
+    /// Checks shapes `[out, in]` and `[out]`, dtypes and devices. A bias has the dtype of a dense weight; beside a quantised
+    /// one, which has none that adds up, it is in `f32`.
+    pub(super) fn check(&self, operand: &str, shape: [usize; 2], has_bias: bool, gate: &Gate) -> Result<()> {
+        match &self.weight {
+            Weight::Dense(weight) => {
+                check_weight(operand, weight, shape)?;
+                gate.check_alike(operand, weight)?;
+            }
+            Weight::Quantized { tensor, rows } => {
+                check_rows(operand, tensor, rows, shape)?;
+                gate.check_device(operand, &tensor.device())?;
+            }
+        }
+        let operand = format!("{operand} bias");
+        match &self.bias {
+            None if has_bias => Err(Error::shape(operand, format!("[{}]", shape[0]), "none")),
+            None => Ok(()),
+            Some(bias) if !has_bias => Err(Error::shape(operand, "none", format!("{:?}", bias.dims()))),
+            Some(bias) => {
+                check_weight(&operand, bias, [shape[0]])?;
+                match self.is_quantized() {
+                    false => gate.check_alike(&operand, bias),
+                    true if bias.dtype() != ROUTING_DTYPE => {
+                        Err(Error::shape(operand, "F32 beside a quantised weight", format!("{:?}", bias.dtype())))
+                    }
+                    true => gate.check_device(&operand, bias.device()),
+                }
+            }
+        }
+    }
+}
+
+/// Rows and columns of a quantised tensor.
+fn matrix(tensor: &QTensor) -> [usize; 2] {
+    let columns = tensor.shape().dims().last().copied().unwrap_or(0);
+    [tensor.shape().elem_count() / columns.max(1), columns]
+}
+
+/// Bytes of a row of `columns` values. Candle makes no tensor whose rows are not whole blocks.
+fn row_bytes(tensor: &QTensor, columns: usize) -> usize {
+    columns / tensor.dtype().block_size() * tensor.dtype().type_size()
+}
+
+/// `rows` as a tensor of their own.
+pub(super) fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
+    let columns = matrix(tensor)[1];
+    let row = row_bytes(tensor, columns);
+    let data = tensor.data()?;
+    let bytes = data.get(rows.start * row..rows.end * row).ok_or_else(|| {
+        Error::shape("quantised rows", format!("rows within the {} bytes there are", data.len()), format!("{rows:?}"))
+    })?;
+    let storage = QStorage::from_data(Cow::Borrowed(bytes), &tensor.device(), tensor.dtype())?;
+    Ok(QTensor::new(storage, (rows.len(), columns))?)
+}
+
+/// `rows` in `f32`, no others touched.
+fn dequantize(tensor: &QTensor, rows: &Range<usize>) -> candle_core::Result<Tensor> {
+    let [all, columns] = matrix(tensor);
+    match *rows == (0..all) {
+        true => tensor.dequantize(&tensor.device())?.reshape((all, columns)),
+        false => own_blocks(tensor, rows)?.dequantize(&tensor.device()),
+    }
+}
+
+fn check_rows(operand: &str, tensor: &QTensor, rows: &Range<usize>, [out, inputs]: [usize; 2]) -> Result<()> {
+    let [all, columns] = matrix(tensor);
+    if rows.len() != out || columns != inputs {
+        let got = format!("[{}, {columns}]", rows.len());
+        return Err(Error::shape(operand, format!("[{out}, {inputs}]"), got));
+    }
+    if rows.end > all {
+        return Err(Error::shape(operand, format!("rows of the {all} there are"), format!("rows {rows:?}")));
+    }
+    // Candle takes any storage for any shape, and reads past its end when it converts.
+    let (expected, got) = (all * row_bytes(tensor, columns), tensor.storage_size_in_bytes());
+    if tensor.device().is_cpu() && expected != got {
+        let expected = format!("{expected} bytes for {:?} in {:?}", tensor.shape().dims(), tensor.dtype());
+        return Err(Error::shape(operand, expected, format!("{got} bytes")));
+    }
+    Ok(())
+}
+
+/// A half-precision view of a larger tensor on the CPU as a tensor of its own: Candle's product widens all of the storage
+/// behind a view, every expert's rows for one.
+fn own_rows(weight: &Tensor) -> candle_core::Result<Tensor> {
+    let stored = match &*weight.storage_and_layout().0 {
+        Storage::Cpu(CpuStorage::F16(values)) => values.len(),
+        Storage::Cpu(CpuStorage::BF16(values)) => values.len(),
+        _ => 0,
+    };
+    if stored > weight.elem_count() { weight.force_contiguous() } else { Ok(weight.clone()) }
+}

@@ -1,0 +1,70 @@
+//! What every token meets beside its experts: `y = expert(x)` or, with a gate, `y = σ(x·gateᵀ)·expert(x)`, `[tokens, hidden]`.
+//!
+//! Knows nothing of routing: nothing here is dropped, and padding gets its output too.
+
+use candle_core::Tensor;
+use candle_nn::{Init, VarBuilder, ops::sigmoid};
+
+use super::expert::{Expert, Form};
+use super::gate::Gate;
+use super::{ROUTING_DTYPE, check_weight};
+use crate::error::{Error, Result};
+use crate::spec::{MoeSpec, SharedExperts};
+
+/// An expert for all tokens and, if there is one, the weight of its gate `[1, hidden]`.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    expert: Expert,
+    gate: Option<Tensor>,
+}
+
+impl Shared {
+    /// From an expert and, if there is one, the weight of its gate `[1, hidden]`.
+    pub fn new(expert: Expert, gate: Option<Tensor>) -> Self {
+        Self { expert, gate }
+    }
+
+    /// Loads what `spec.names` names under `vb`, the layer's own builder; `None` when `spec` has no shared expert.
+    ///
+    /// # Errors
+    /// What the builder reports for missing tensors and wrong shapes.
+    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
+        let Some(shared) = spec.shared else { return Ok(None) };
+        let expert = Expert::load_form(Form::shared(spec, shared), vb.pp(&spec.names.shared))?;
+        let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
+        let gate = || vb.pp(&spec.names.shared_gate).get_with_hints((1, spec.hidden), "weight", init);
+        Ok(Some(Self { expert, gate: shared.gated.then(gate).transpose()? }))
+    }
+
+    /// The expert.
+    pub fn expert(&self) -> &Expert {
+        &self.expert
+    }
+
+    /// The weight of its gate, `[1, hidden]`.
+    pub fn gate(&self) -> Option<&Tensor> {
+        self.gate.as_ref()
+    }
+
+    pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, gate: &Gate) -> Result<()> {
+        self.expert.check("shared expert", Form::shared(spec, shared), gate)?;
+        let operand = "shared expert gate";
+        match &self.gate {
+            None if shared.gated => Err(Error::shape(operand, format!("[1, {}]", spec.hidden), "none")),
+            None => Ok(()),
+            Some(weight) if !shared.gated => Err(Error::shape(operand, "none", format!("{:?}", weight.dims()))),
+            Some(weight) => {
+                check_weight(operand, weight, [1, spec.hidden])?;
+                gate.check_alike(operand, weight)
+            }
+        }
+    }
+
+    /// The output for `tokens` `[tokens, hidden]`, in `f32`.
+    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        let output = self.expert.run(tokens)?.to_dtype(ROUTING_DTYPE)?;
+        let Some(gate) = &self.gate else { return Ok(output) };
+        let weights = sigmoid(&tokens.matmul(&gate.t()?)?.to_dtype(ROUTING_DTYPE)?)?;
+        Ok(output.broadcast_mul(&weights)?)
+    }
+}
