@@ -1,4 +1,5 @@
-//! One expert: an FFN, `down(act(gate_proj(x)) ⊙ up_proj(x))` or, without a gate, `down(act(up_proj(x)))`, `[.., hidden] → [.., hidden]`.
+//! One expert: an FFN, `down(act(gate_proj(x)) ⊙ up_proj(x))` or, without a gate, `down(act(up_proj(x)))`; `[.., hidden]` to the
+//! same shape.
 //!
 //! ```
 //! use candle_core::{Device, Module, Tensor};
@@ -98,7 +99,8 @@ impl Expert {
     }
 
     /// The experts of `gate_up` `[experts, 2·width, hidden]`, gate rows before up rows, and `down` `[experts, hidden, width]`;
-    /// where the activation has no gate, `gate_up` is `[experts, width, hidden]`. Nothing is copied.
+    /// where the activation has no gate, `gate_up` is `[experts, width, hidden]`. Nothing is copied. Meant for inference: under
+    /// a `Var` it is right, but each expert's gradient is as large as the stack.
     ///
     /// # Errors
     /// [`Error::Shape`] for tensors of another shape, and as [`MoeSpec::check`].

@@ -1,4 +1,4 @@
-//! The gate: one linear layer from hidden state to logits, `x·Wᵀ + b`, `[tokens, hidden] → [tokens, experts]`, result in `f32`.
+//! The gate: one linear layer from hidden state to logits, `x·Wᵀ + b`, `[tokens, hidden] → [tokens, experts]`, in `f32`.
 
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};

@@ -1,4 +1,4 @@
-//! One projection of an expert: `y = x·Wᵀ + b`, `[rows, in] → [rows, out]`, the weight row-major `[out, in]`, dense or quantised.
+//! One projection of an expert: `y = x·Wᵀ + b`, `[rows, in] → [rows, out]`, the weight `[out, in]` dense or quantised.
 //!
 //! A quantised weight counts as the `f32` numbers that it stands for, and products with it are in `f32`: slow, and the oracle
 //! for kernels that multiply its blocks as they are. Knows nothing of activations.
