@@ -179,3 +179,30 @@ fn own_rows(weight: &Tensor) -> candle_core::Result<Tensor> {
     };
     if stored > weight.elem_count() { weight.force_contiguous() } else { Ok(weight.clone()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn only_half_precision_views_are_copied_and_only_their_rows() {
+        let stored = |tensor: &Tensor| match &*tensor.storage_and_layout().0 {
+            Storage::Cpu(CpuStorage::F32(values)) => values.len(),
+            Storage::Cpu(CpuStorage::F16(values)) => values.len(),
+            Storage::Cpu(CpuStorage::BF16(values)) => values.len(),
+            _ => 0,
+        };
+        for (dtype, expected) in [(DType::F32, 60), (DType::F16, 20), (DType::BF16, 20)] {
+            let stack = Tensor::arange(0f32, 60.0, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let view = stack.reshape((3, 4, 5)).unwrap().get(1).unwrap();
+            let own = own_rows(&view).unwrap();
+            assert_eq!(stored(&own), expected, "{dtype:?}");
+            let values = own.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().copied().eq((20..40).map(|value| value as f32)), "{dtype:?}");
+            let whole = stack.reshape((12, 5)).unwrap();
+            assert!(own_rows(&whole).unwrap().id() == whole.id(), "{dtype:?}: a whole tensor is not copied");
+        }
+    }
+}
