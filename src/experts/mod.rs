@@ -5,4 +5,6 @@
 
 pub mod activation;
 pub mod belady;
+pub mod engine;
+pub mod matrix;
 pub mod residency;

@@ -4,9 +4,10 @@
 
 use std::arch::x86_64::*;
 
+use super::multiply::{LINE_BYTES, Line, Multiply};
 use super::{Kernel, LANES, Lanes};
 
-/// Proof that the CPU has AVX2.
+/// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
 
@@ -15,6 +16,8 @@ impl Avx2 {
     #[inline]
     pub(crate) fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("bmi1")
             && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("popcnt");
@@ -24,7 +27,7 @@ impl Avx2 {
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+        #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
         fn compiled<K: Kernel>(lanes: Avx2, kernel: K) -> K::Output {
             kernel.run(lanes)
         }
@@ -165,5 +168,58 @@ impl Lanes for Avx2 {
             _mm256_storeu_si256(ranks.as_mut_ptr().cast(), low);
             _mm256_storeu_si256(ranks.as_mut_ptr().add(8).cast(), high);
         }
+    }
+}
+
+// SAFETY of every block below: as above; the intrinsics that touch memory get references to as many bytes as they touch.
+impl Multiply for Avx2 {
+    #[inline(always)]
+    fn line(self, from: &Line) -> Pair {
+        // SAFETY: see above; a line is aligned.
+        unsafe { (_mm256_load_ps(from.0.as_ptr().cast()), _mm256_load_ps(from.0.as_ptr().add(8).cast())) }
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[u8; LINE_BYTES]) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_loadu_ps(from.as_ptr().cast()), _mm256_loadu_ps(from.as_ptr().add(32).cast())) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Pair, b: Pair, sum: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_fmadd_ps(a.0, b.0, sum.0), _mm256_fmadd_ps(a.1, b.1, sum.1)) }
+    }
+
+    #[inline(always)]
+    fn half(self, from: [u8; 2]) -> f32 {
+        // SAFETY: see above.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, from: &[u8; 32]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm_loadu_si128(from.as_ptr().cast());
+            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(16).cast())))
+        }
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, from: &[u8; 32]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(16).cast()));
+            let [low, high] = [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)];
+            (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: see above; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }

@@ -4,13 +4,14 @@
 
 use std::arch::x86_64::*;
 
+use super::multiply::{LINE_BYTES, Line, Multiply, bytes_dot, narrowed, pairs_dot};
 use super::{Kernel, LANES, Lanes};
 
-/// Proof that the CPU has AVX-512 F, BW, DQ and VL.
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOTS` also BF16 and VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const DOTS: bool>(());
 
-impl Avx512 {
+impl<const DOTS: bool> Avx512<DOTS> {
     /// The proof, where the CPU gives it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
@@ -20,24 +21,36 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("popcnt");
-        has.then_some(Self(()))
+        let dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+        (has && (dots || !DOTS)).then_some(Self(()))
     }
 
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi1,bmi2,lzcnt,popcnt")]
-        fn compiled<K: Kernel>(lanes: Avx512, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+        fn plain<K: Kernel>(lanes: Avx512<false>, kernel: K) -> K::Output {
             kernel.run(lanes)
         }
-        // SAFETY: `self` proves the features; AVX2, BMI1 and LZCNT come with every CPU that has AVX-512.
-        unsafe { compiled(self, kernel) }
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt"
+        )]
+        fn dots<K: Kernel>(lanes: Avx512<true>, kernel: K) -> K::Output {
+            kernel.run(lanes)
+        }
+        // SAFETY: `self` proves the features; AVX2, FMA, F16C, BMI1 and LZCNT come with every CPU that has AVX-512.
+        unsafe {
+            match DOTS {
+                true => dots(Avx512(()), kernel),
+                false => plain(Avx512(()), kernel),
+            }
+        }
     }
 }
 
 // SAFETY of every block below: `self` proves that the CPU has the instructions; the intrinsics that touch memory get
 // references to arrays of exactly sixteen four-byte values, and are the unaligned ones.
-impl Lanes for Avx512 {
+impl<const DOTS: bool> Lanes for Avx512<DOTS> {
     type Vector = __m512;
 
     #[inline(always)]
@@ -213,6 +226,250 @@ impl Lanes for Avx512 {
         let mask = part(into.len());
         // SAFETY: the mask names only lanes within the slice; the others are not written.
         unsafe { _mm512_mask_storeu_ps(into.as_mut_ptr(), mask, vector) }
+    }
+}
+
+// SAFETY of every block below: as above; `DOTS` proves BF16 and VNNI, without it their methods are the trait's own. The
+// intrinsics that touch memory get references to as many bytes as they touch; a prefetch may name any address.
+impl<const D: bool> Multiply for Avx512<D> {
+    const DOTS: bool = D;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn words(self, vector: __m512) -> [u32; LANES] {
+        let mut words = [0; LANES];
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(words.as_mut_ptr().cast(), vector) };
+        words
+    }
+
+    #[inline(always)]
+    fn of_words(self, words: [u32; LANES]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_ps(words.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn line(self, from: &Line) -> __m512 {
+        // SAFETY: see above; a line is aligned.
+        unsafe { _mm512_load_ps(from.0.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_line(self, vector: __m512, into: &mut Line) {
+        // SAFETY: see above; a line is aligned.
+        unsafe { _mm512_store_ps(into.0.as_mut_ptr().cast(), vector) }
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[u8; LINE_BYTES]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_ps(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_fmadd_ps(a, b, sum) }
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        if !D {
+            return self.of_words(pairs_dot(self.words(a), self.words(b), self.words(sum)));
+        }
+        // SAFETY: see above; both types are the same 512 bits.
+        unsafe {
+            _mm512_dpbf16_ps(
+                sum,
+                std::mem::transmute::<__m512, __m512bh>(a),
+                std::mem::transmute::<__m512, __m512bh>(b),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        if !D {
+            return self.of_words(bytes_dot(self.words(a), self.words(b), self.words(sum)));
+        }
+        // SAFETY: see above.
+        unsafe {
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), a, b))
+        }
+    }
+
+    #[inline(always)]
+    fn sub_integers(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
+    }
+
+    #[inline(always)]
+    fn floats(self, integers: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(integers)) }
+    }
+
+    #[inline(always)]
+    fn and(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_and_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn xor(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_xor_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn shift_right(self, a: __m512, by: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_srlv_epi16(_mm512_castps_si512(a), _mm512_castps_si512(by))) }
+    }
+
+    #[inline(always)]
+    fn shift_left_4(self, a: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi16::<4>(_mm512_castps_si512(a))) }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm512_castps256_ps512(_mm256_loadu_ps(low.as_ptr().cast()));
+            _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(high.as_ptr().cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn pick(self, vector: __m512, lanes: &[u32; LANES]) -> __m512 {
+        // SAFETY: see above; only the lowest four bits of a lane count.
+        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(lanes.as_ptr().cast()), vector) }
+    }
+
+    #[inline(always)]
+    fn widen_u8(self, from: [u8; LANES]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn widen_i8(self, from: [u8; LANES]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn half(self, from: [u8; 2]) -> f32 {
+        // SAFETY: see above.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, from: &[u8; 32]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, from: &[u8; 32]) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_bf16(self, low: __m512, high: __m512) -> __m512 {
+        if !D {
+            return self.of_words(narrowed(self.words(low), self.words(high)));
+        }
+        // SAFETY: see above; both types are the same 512 bits.
+        unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+
+    #[inline(always)]
+    fn fold_sums(self, v: [__m512; LANES]) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            // Pairs of vectors become one, four times; after the first two steps a lane of 128 bits holds four vectors' sums.
+            let [a, b, c, d] = [
+                quad([v[0], v[1], v[2], v[3]]),
+                quad([v[4], v[5], v[6], v[7]]),
+                quad([v[8], v[9], v[10], v[11]]),
+                quad([v[12], v[13], v[14], v[15]]),
+            ];
+            let (low, high) = (lanes_sum(a, b), lanes_sum(c, d));
+            lanes_sum(low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
+        // SAFETY: see above.
+        unsafe { transposed(rows) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: see above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
+
+/// The sums of four vectors, four parts of each: lane `4 i + j` holds part `i` of vector `j`.
+#[inline(always)]
+unsafe fn quad(v: [__m512; 4]) -> __m512 {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let low = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+        let high = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+        let (low, high) = (_mm512_castps_pd(low), _mm512_castps_pd(high));
+        let even = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        _mm512_add_ps(even, _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)))
+    }
+}
+
+/// Neighbouring lanes of 128 bits added: those of `a`, then those of `b`.
+#[inline(always)]
+unsafe fn lanes_sum(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller has the instructions.
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+}
+
+/// Sixteen rows of sixteen words as columns: by pairs of words, pairs of pairs, and twice by lanes of 128 bits.
+#[inline(always)]
+unsafe fn transposed(rows: [__m512; LANES]) -> [__m512; LANES] {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let (mut one, mut two) = (rows, rows);
+        for i in 0..8 {
+            one[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            one[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        for i in 0..4 {
+            for half in 0..2 {
+                let (a, b) = (_mm512_castps_pd(one[4 * i + half]), _mm512_castps_pd(one[4 * i + 2 + half]));
+                two[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                two[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        for i in 0..2 {
+            for j in 0..4 {
+                one[8 * i + j] = _mm512_shuffle_f32x4::<0x88>(two[8 * i + j], two[8 * i + 4 + j]);
+                one[8 * i + 4 + j] = _mm512_shuffle_f32x4::<0xdd>(two[8 * i + j], two[8 * i + 4 + j]);
+            }
+        }
+        for j in 0..8 {
+            two[j] = _mm512_shuffle_f32x4::<0x88>(one[j], one[8 + j]);
+            two[8 + j] = _mm512_shuffle_f32x4::<0xdd>(one[j], one[8 + j]);
+        }
+        two
     }
 }
 

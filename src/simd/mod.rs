@@ -11,8 +11,12 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod dtype;
+pub(crate) mod multiply;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod product;
+pub(crate) mod quantized;
 mod scalar;
 pub(crate) mod score;
 pub(crate) mod select;
@@ -23,6 +27,7 @@ mod tests;
 use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use avx512::Avx512;
+use multiply::Multiply;
 #[cfg(target_arch = "aarch64")]
 use neon::Neon;
 use scalar::Scalar;
@@ -166,10 +171,11 @@ pub(crate) trait Kernel {
     type Output;
 
     /// Runs on `lanes`.
-    fn run<L: Lanes>(self, lanes: L) -> Self::Output;
+    fn run<L: Multiply>(self, lanes: L) -> Self::Output;
 }
 
-/// An instruction set that this CPU has. Results are the same bits on all of them, only times differ.
+/// An instruction set that this CPU has. What routers compute is the same bits on all of them, only times differ; products of
+/// experts' weights differ in their last bits.
 ///
 /// ```
 /// use phase_moe::simd::Isa;
@@ -186,7 +192,9 @@ enum Set {
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
+    Avx512(Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Dots(Avx512<true>),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
 }
@@ -207,12 +215,23 @@ impl Isa {
     /// All sets of this CPU, plain Rust first, the widest last.
     pub fn all() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
-        let wide = Avx2::new().map(Set::Avx2).into_iter().chain(Avx512::new().map(Set::Avx512));
+        let wide = [Avx2::new().map(Set::Avx2), Avx512::new().map(Set::Avx512), Avx512::new().map(Set::Avx512Dots)]
+            .into_iter()
+            .flatten();
         #[cfg(target_arch = "aarch64")]
         let wide = Neon::new().map(Set::Neon).into_iter();
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let wide = std::iter::empty();
         std::iter::once(Set::Scalar(Scalar)).chain(wide).map(Self)
+    }
+
+    /// Whether products of bf16 and of bytes are instructions of this set.
+    pub(crate) fn has_dots(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Dots(_) => true,
+            _ => false,
+        }
     }
 
     /// Runs a kernel as compiled for this set.
@@ -224,6 +243,8 @@ impl Isa {
             Set::Avx2(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(lanes) => lanes.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Dots(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "aarch64")]
             Set::Neon(lanes) => lanes.run(kernel),
         }
@@ -244,6 +265,8 @@ impl std::fmt::Display for Isa {
             Set::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Dots(_) => "avx512+bf16+vnni",
             #[cfg(target_arch = "aarch64")]
             Set::Neon(_) => "neon",
         })

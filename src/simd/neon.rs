@@ -4,6 +4,7 @@
 
 use std::arch::aarch64::*;
 
+use super::multiply::Multiply;
 use super::{Kernel, LANES, Lanes};
 
 /// Proof that the CPU has NEON.
@@ -150,5 +151,18 @@ impl Lanes for Neon {
                 vst1q_u32(ranks.as_mut_ptr().add(4 * part), sum);
             }
         }
+    }
+}
+
+// SAFETY of every block below: as above.
+impl Multiply for Neon {
+    #[inline(always)]
+    fn mul_add(self, a: Quad, b: Quad, sum: Quad) -> Quad {
+        let mut sums = sum;
+        for part in 0..4 {
+            // SAFETY: see above.
+            sums[part] = unsafe { vfmaq_f32(sum[part], a[part], b[part]) };
+        }
+        sums
     }
 }

@@ -106,7 +106,7 @@ pub(crate) fn sigmoid<L: Lanes>(lanes: L, logits: &[f32], scores: &mut [f32]) {
 
 /// `1 / (1 + exp(−x))` of every lane, by the exponential of `−|x|`.
 #[inline(always)]
-fn logistic<L: Lanes>(lanes: L, x: L::Vector) -> L::Vector {
+pub(crate) fn logistic<L: Lanes>(lanes: L, x: L::Vector) -> L::Vector {
     let (zero, one) = (lanes.splat(0.0), lanes.splat(1.0));
     let power = exp(lanes, lanes.sub(zero, lanes.max(x, lanes.sub(zero, x))));
     lanes.div(lanes.blend(lanes.ge(x, zero), one, power), lanes.add(one, power))

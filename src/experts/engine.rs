@@ -1,0 +1,570 @@
+//! The expert engine: `output[t] = Σ_slots weight · down(act(gate(x_t), up(x_t)))` on slices, for any number of experts at once.
+//!
+//! Two passes. The first makes the activations between the projections, `[slots, width]`, in pieces of an expert's width; the second
+//! multiplies them with the down projection and adds them up, in pieces of the hidden width, each of which one thread does for
+//! all experts in their order. So work is cut across experts *and* rows of weights: one expert that has all tokens keeps all
+//! threads busy, no copy `[slots, hidden]` is made, and the result does not depend on the number of threads.
+//!
+//! Weights are read as stored, in any [`Dtype`], and multiplied in the form that is fastest for that dtype, that number of
+//! tokens and this CPU: floats, bf16 pairs or bytes, always summed in `f32`. Memory beside the weights is
+//! `O(tokens · hidden + slots · width)`.
+//!
+//! ```
+//! use phase_moe::experts::activation::Activation;
+//! use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+//! use phase_moe::experts::matrix::Matrix;
+//!
+//! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
+//! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
+//! let projection = |rows, columns, values| Matrix::from_f32(rows, columns, values).map(Projection::from);
+//! let expert = ExpertWeights::new(Activation::relu_squared(), None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
+//! let input = [1.0, 9.0, 2.0, 9.0, 3.0, 9.0];
+//! let mut output = [0.0; 6];
+//! let work = [Work { expert, tokens: &[0, 2], weights: &[1.0, 0.5] }];
+//! Engine::default().forward(Matrix::from_f32(3, 2, &input)?, &work, &mut output)?;
+//! assert_eq!(output, [2.0, 3.0, 0.0, 0.0, 9.0, 13.5]);
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! Knows nothing of tensors, gates or where weights come from.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::experts::activation::{Activation, Function};
+use crate::experts::matrix::{Dtype, Matrix};
+use crate::simd::multiply::{Line, Multiply};
+use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
+use crate::simd::score::logistic;
+use crate::simd::{Isa, Kernel, LANES};
+
+/// Rows of activations that go through an expert together.
+const GROUP_ROWS: usize = 256;
+/// Rows of activations up to which quantised weights meet bytes.
+const BYTE_ROWS: usize = 4;
+/// Products of a weight below which a second thread costs more than it brings.
+const WORTH_THREADS: usize = 1 << 19;
+
+/// One linear layer, `y = W x + b`.
+#[derive(Clone, Copy, Debug)]
+pub struct Projection<'a> {
+    /// `[out, in]`.
+    pub weight: Matrix<'a>,
+    /// `[out]`.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl<'a> From<Matrix<'a>> for Projection<'a> {
+    fn from(weight: Matrix<'a>) -> Self {
+        Self { weight, bias: None }
+    }
+}
+
+/// One expert's weights, of sizes that fit each other.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertWeights<'a> {
+    activation: Activation,
+    gate: Option<Projection<'a>>,
+    up: Projection<'a>,
+    down: Projection<'a>,
+}
+
+impl<'a> ExpertWeights<'a> {
+    /// An expert with `gate` and `up` `[width, hidden]` and `down` `[hidden, width]`; the gate is there exactly where the
+    /// activation has one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for sizes that do not fit, gate and up projections of two dtypes, a gate too many or too few;
+    /// [`Error::Parameter`] for an activation that is none.
+    pub fn new(
+        activation: Activation,
+        gate: Option<Projection<'a>>,
+        up: Projection<'a>,
+        down: Projection<'a>,
+    ) -> Result<Self> {
+        activation.check()?;
+        let [width, hidden] = up.weight.shape();
+        let named = [
+            ("gate projection", gate, [width, hidden]),
+            ("up projection", Some(up), [width, hidden]),
+            ("down projection", Some(down), [hidden, width]),
+        ];
+        for (name, projection, shape) in named {
+            let Some(projection) = projection else { continue };
+            if projection.weight.shape() != shape {
+                return Err(Error::shape(name, format!("{shape:?}"), format!("{:?}", projection.weight.shape())));
+            }
+            if let Some(bias) = projection.bias.filter(|bias| bias.len() != shape[0]) {
+                return Err(Error::shape(format!("bias of the {name}"), format!("{} values", shape[0]), bias.len()));
+            }
+        }
+        if gate.is_some() != activation.gated {
+            let word = |is_there: bool| if is_there { "one" } else { "none" };
+            return Err(Error::shape("gate projection", word(activation.gated), word(gate.is_some())));
+        }
+        if let Some(gate) = gate.filter(|gate| gate.weight.dtype() != up.weight.dtype()) {
+            let expected = format!("{} like the up projection", up.weight.dtype());
+            return Err(Error::shape("gate projection", expected, gate.weight.dtype()));
+        }
+        Ok(Self { activation, gate, up, down })
+    }
+
+    /// Width of the hidden state.
+    pub fn hidden(&self) -> usize {
+        self.up.weight.shape()[1]
+    }
+
+    /// Width between the projections.
+    pub fn width(&self) -> usize {
+        self.up.weight.shape()[0]
+    }
+
+    /// Bytes of all projections' weights.
+    pub fn size_in_bytes(&self) -> usize {
+        let gate = self.gate.map_or(0, |gate| gate.weight.size_in_bytes());
+        gate + self.up.weight.size_in_bytes() + self.down.weight.size_in_bytes()
+    }
+
+    fn parameters(&self) -> usize {
+        (2 + usize::from(self.gate.is_some())) * self.hidden() * self.width()
+    }
+}
+
+/// Which tokens an expert works for.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// The expert.
+    pub expert: ExpertWeights<'a>,
+    /// Its tokens, rows of the input.
+    pub tokens: &'a [u32],
+    /// What its output counts for each of them.
+    pub weights: &'a [f32],
+}
+
+/// Runs experts on this CPU, on the threads of the Rayon pool that it is called in.
+#[derive(Debug, Default)]
+pub struct Engine {
+    isa: Isa,
+    /// What forward passes worked in, for those that come.
+    buffers: Mutex<Vec<Buffers>>,
+}
+
+/// Memory of one forward pass.
+#[derive(Default)]
+struct Buffers {
+    input: Vec<Line>,
+    between: Vec<Line>,
+    sums: Vec<f32>,
+    threads: Vec<Room>,
+}
+
+impl std::fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Buffers").finish_non_exhaustive()
+    }
+}
+
+/// What one thread works in.
+#[derive(Default)]
+struct Room {
+    workspace: Workspace,
+    sums: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// Some of an expert's tokens, and the forms in which its products want them.
+struct Group<'a> {
+    expert: &'a ExpertWeights<'a>,
+    tokens: &'a [u32],
+    weights: &'a [f32],
+    input: Form,
+    between: Form,
+}
+
+impl Engine {
+    /// An engine on another instruction set than the widest.
+    pub fn on(isa: Isa) -> Self {
+        Self { isa, ..Self::default() }
+    }
+
+    /// `output[t, :] = Σ weight · expert(input[t, :])` over all `work` that names `t`, `[tokens, hidden]` each; zeros for tokens that
+    /// none names. `input` is `f32`, `f16` or `bf16`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an expert of another hidden width, weights that are not as many as tokens, an output of
+    /// another size or an input that is quantised; [`Error::Parameter`] for a token that there is not.
+    pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
+        let [tokens, hidden] = input.shape();
+        check(input, work, output)?;
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let groups = self.groups(work);
+        let products: usize = groups.iter().map(|group| group.tokens.len() * group.expert.parameters()).sum();
+        let bytes: usize = groups.iter().map(|group| group.expert.size_in_bytes()).sum();
+        let threads = if products.max(4 * bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
+        buffers.threads.resize_with(threads.max(buffers.threads.len()), Room::default);
+
+        let inputs = self.inputs(input, &groups, threads, &mut buffers);
+        let rows = |form: Form| {
+            let (_, lines) = inputs.iter().find(|(made, _)| *made == form).expect("every form that a group wants");
+            Rows::whole(&buffers.input[lines.clone()], form, hidden, tokens)
+        };
+
+        // First pass: what is between the projections, one item for each group and piece of its width.
+        let lines = |group: &Group<'_>| group.tokens.len() * group.between.stride(CHUNK.min(group.expert.width()));
+        let total: usize = groups.iter().map(|group| group.expert.width().div_ceil(CHUNK) * lines(group)).sum();
+        grow(&mut buffers.between, total);
+        let mut items = Vec::new();
+        let mut left = &mut buffers.between[..total];
+        for group in &groups {
+            for first in (0..group.expert.width()).step_by(CHUNK) {
+                let (mine, rest) = left.split_at_mut(lines(group));
+                left = rest;
+                items.push((group, first..group.expert.width().min(first + CHUNK), mine));
+            }
+        }
+        share_out(items, &mut buffers.threads[..threads], |room, (group, columns, between)| {
+            self.first_pass(group, rows(group.input), columns, room, between);
+        });
+
+        // Second pass: the down projection and the weighted sum, one item for each piece of the hidden width.
+        let mut starts = Vec::with_capacity(groups.len());
+        let mut start = 0;
+        for group in &groups {
+            starts.push(start);
+            start += group.expert.width().div_ceil(CHUNK) * lines(group);
+        }
+        let piece = hidden.div_ceil(8 * threads).next_multiple_of(BLOCK);
+        grow(&mut buffers.sums, tokens * hidden);
+        let mut items = Vec::new();
+        let mut left = &mut buffers.sums[..tokens * hidden];
+        for first in (0..hidden).step_by(piece) {
+            let columns = first..hidden.min(first + piece);
+            let (mine, rest) = left.split_at_mut(tokens * columns.len());
+            left = rest;
+            items.push((columns, mine));
+        }
+        let between = &buffers.between;
+        share_out(items, &mut buffers.threads[..threads], |room, (columns, sums)| {
+            sums.fill(0.0);
+            for (group, &start) in groups.iter().zip(&starts) {
+                let width = group.expert.width();
+                let rows = Rows::segmented(&between[start..], group.between, width, CHUNK, group.tokens.len());
+                self.second_pass(group, rows, columns.clone(), room, sums);
+            }
+        });
+        for (row, output) in output.chunks_exact_mut(hidden.max(1)).enumerate() {
+            for (first, output) in (0..hidden).step_by(piece).zip(output.chunks_mut(piece)) {
+                output.copy_from_slice(&buffers.sums[first * tokens + row * output.len()..][..output.len()]);
+            }
+        }
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
+        Ok(())
+    }
+
+    /// Cuts work into groups of rows.
+    fn groups<'a>(&self, work: &'a [Work<'a>]) -> Vec<Group<'a>> {
+        let mut groups = Vec::new();
+        for Work { expert, tokens, weights } in work {
+            for (tokens, weights) in tokens.chunks(GROUP_ROWS).zip(weights.chunks(GROUP_ROWS)) {
+                let form = |weight: Matrix<'_>| form(self.isa, weight.dtype(), tokens.len());
+                let (input, between) = (form(expert.up.weight), form(expert.down.weight));
+                groups.push(Group { expert, tokens, weights, input, between });
+            }
+        }
+        groups
+    }
+
+    /// The input in every form that a group wants, and where each lies.
+    fn inputs(
+        &self,
+        input: Matrix<'_>,
+        groups: &[Group<'_>],
+        threads: usize,
+        buffers: &mut Buffers,
+    ) -> Vec<(Form, Range<usize>)> {
+        let [tokens, hidden] = input.shape();
+        let mut forms: Vec<(Form, Range<usize>)> = Vec::new();
+        let mut end = 0;
+        for group in groups {
+            if !forms.iter().any(|(form, _)| *form == group.input) {
+                let lines = tokens * group.input.stride(hidden);
+                forms.push((group.input, end..end + lines));
+                end += lines;
+            }
+        }
+        grow(&mut buffers.input, end);
+        for (form, lines) in &forms {
+            let rows: Vec<_> = buffers.input[lines.clone()].chunks_exact_mut(form.stride(hidden)).enumerate().collect();
+            share_out(rows, &mut buffers.threads[..threads.min(tokens.div_ceil(8)).max(1)], |room, (row, lines)| {
+                room.values.resize(hidden, 0.0);
+                self.isa.run(Widen { from: input, row, values: &mut room.values });
+                self.isa.run(Fill { form: *form, values: &room.values, row: lines });
+            });
+        }
+        forms
+    }
+
+    /// `act(gate(x), up(x))` of a group in some columns of its width.
+    fn first_pass(
+        &self,
+        group: &Group<'_>,
+        input: Rows<'_>,
+        columns: Range<usize>,
+        room: &mut Room,
+        between: &mut [Line],
+    ) {
+        let (expert, tokens) = (group.expert, group.tokens.len());
+        let Room { workspace, sums, values } = room;
+        sums.resize(tokens * BLOCK, 0.0);
+        values.resize(tokens * columns.len(), 0.0);
+        let at_once = if expert.gate.is_some() { BLOCK / 2 } else { BLOCK };
+        for first in columns.clone().step_by(at_once) {
+            // The first sixteen rows are the gate's, the others the up projection's of the same columns; past the last column the
+            // last one stands in.
+            let first_half = expert.gate.unwrap_or(expert.up).weight;
+            let second = if expert.gate.is_some() { first } else { first + BLOCK / 2 };
+            let last = columns.end - 1;
+            let weights = std::array::from_fn(|at| match at < BLOCK / 2 {
+                true => row_at(first_half, first + at, last),
+                false => row_at(expert.up.weight, second + at - BLOCK / 2, last),
+            });
+            let ahead = [row_at(first_half, first + at_once, last), row_at(expert.up.weight, second + at_once, last)];
+            self.isa.run(Product {
+                dtype: expert.up.weight.dtype(),
+                weights,
+                ahead,
+                input,
+                tokens: group.tokens,
+                sums,
+                workspace,
+            });
+            let into = first - columns.start..(first - columns.start + at_once).min(columns.len());
+            self.isa.run(Activate { expert, first, sums, values, stride: columns.len(), into });
+        }
+        let stride = group.between.stride(CHUNK.min(expert.width()));
+        for (values, row) in values.chunks_exact(columns.len()).zip(between.chunks_exact_mut(stride)) {
+            self.isa.run(Fill { form: group.between, values, row });
+        }
+    }
+
+    /// Adds a group's weighted output in some columns of the hidden width to `sums`, `[tokens, columns]`.
+    fn second_pass(
+        &self,
+        group: &Group<'_>,
+        input: Rows<'_>,
+        columns: Range<usize>,
+        room: &mut Room,
+        sums: &mut [f32],
+    ) {
+        let down = group.expert.down;
+        let Room { workspace, sums: products, .. } = room;
+        products.resize(group.tokens.len() * BLOCK, 0.0);
+        let last = columns.end - 1;
+        for first in columns.clone().step_by(BLOCK) {
+            self.isa.run(Product {
+                dtype: down.weight.dtype(),
+                weights: std::array::from_fn(|at| row_at(down.weight, first + at, last)),
+                ahead: [row_at(down.weight, first + BLOCK, last), row_at(down.weight, first + BLOCK + BLOCK / 2, last)],
+                input,
+                tokens: &ROWS[..group.tokens.len()],
+                sums: products,
+                workspace,
+            });
+            let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
+            let bias = down.bias.map(|bias| &bias[first..first + at.len()]);
+            let rows = group.tokens.iter().zip(group.weights).zip(products.as_chunks::<BLOCK>().0);
+            for ((&token, &weight), products) in rows {
+                let sums = &mut sums[token as usize * columns.len()..][at.clone()];
+                match bias {
+                    None => sums.iter_mut().zip(products).for_each(|(sum, product)| *sum += weight * product),
+                    Some(bias) => {
+                        let products = products.iter().zip(bias).map(|(product, bias)| product + bias);
+                        sums.iter_mut().zip(products).for_each(|(sum, product)| *sum += weight * product);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Row numbers of a group.
+const ROWS: [u32; GROUP_ROWS] = {
+    let mut rows = [0; GROUP_ROWS];
+    let mut row = 0;
+    while row < GROUP_ROWS {
+        rows[row] = row as u32;
+        row += 1;
+    }
+    rows
+};
+
+/// The form of activations that products with a dtype want.
+fn form(isa: Isa, dtype: Dtype, rows: usize) -> Form {
+    match dtype {
+        Dtype::F32 | Dtype::F16 => Form::Floats,
+        _ if !isa.has_dots() => Form::Floats,
+        Dtype::Bf16 => Form::Pairs,
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K if rows <= BYTE_ROWS => Form::Bytes,
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => Form::Pairs,
+    }
+}
+
+/// A row, or the last one that there is to do.
+fn row_at(matrix: Matrix<'_>, row: usize, last: usize) -> &[u8] {
+    matrix.row(row.min(last))
+}
+
+/// Makes room for at least `count`.
+fn grow<T: Clone + Default>(buffer: &mut Vec<T>, count: usize) {
+    if buffer.len() < count {
+        buffer.resize(count, T::default());
+    }
+}
+
+/// Does all items, each thread the next one that is left.
+fn share_out<T: Send>(items: Vec<T>, rooms: &mut [Room], run: impl Fn(&mut Room, T) + Sync) {
+    if let [room] = rooms {
+        return items.into_iter().for_each(|item| run(room, item));
+    }
+    let items = Mutex::new(items.into_iter());
+    // Held for the time of a step of an iterator.
+    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+    rayon::scope(|scope| {
+        for room in rooms {
+            scope.spawn(|_| {
+                while let Some(item) = next() {
+                    run(room, item);
+                }
+            });
+        }
+    });
+}
+
+fn check(input: Matrix<'_>, work: &[Work<'_>], output: &[f32]) -> Result<()> {
+    let [tokens, hidden] = input.shape();
+    if input.dtype().is_quantized() {
+        return Err(Error::shape("input of experts", "f32, f16 or bf16", input.dtype()));
+    }
+    if output.len() != tokens * hidden {
+        return Err(Error::shape("output of experts", format!("{} values", tokens * hidden), output.len()));
+    }
+    for Work { expert, tokens: named, weights } in work {
+        if expert.hidden() != hidden {
+            return Err(Error::shape("hidden width of an expert", hidden, expert.hidden()));
+        }
+        if named.len() != weights.len() {
+            return Err(Error::shape("weights of an expert's tokens", named.len(), weights.len()));
+        }
+        if let Some(token) = named.iter().find(|&&token| token as usize >= tokens) {
+            return Err(Error::parameter("token of an expert", token, format!("below {tokens}")));
+        }
+    }
+    Ok(())
+}
+
+/// A row of the input as floats.
+struct Widen<'a> {
+    from: Matrix<'a>,
+    row: usize,
+    values: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        crate::simd::quantized::decode(lanes, self.from.dtype(), self.from.row(self.row), 0, self.values);
+    }
+}
+
+/// The activation of a block of products: `[rows, BLOCK]` sums into columns `into` of `[rows, stride]` values.
+struct Activate<'a> {
+    expert: &'a ExpertWeights<'a>,
+    /// The first column of the width.
+    first: usize,
+    sums: &'a mut [f32],
+    values: &'a mut [f32],
+    stride: usize,
+    into: Range<usize>,
+}
+
+impl Kernel for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        let ExpertWeights { activation, gate, up, .. } = self.expert;
+        let bias = |projection: &Projection<'_>, at: usize| {
+            let mut values = [0.0; LANES];
+            let bias = projection.bias.and_then(|bias| bias.get(at..)).unwrap_or_default();
+            let count = bias.len().min(LANES);
+            values[..count].copy_from_slice(&bias[..count]);
+            values
+        };
+        // The first half of the sums is the gate's, or without a gate the up projection's as the second is.
+        let biases = match gate {
+            Some(gate) => [bias(gate, self.first), bias(up, self.first)],
+            None => [bias(up, self.first), bias(up, self.first + LANES)],
+        };
+        let biases = [lanes.load(&biases[0]), lanes.load(&biases[1])];
+        for (sums, values) in self.sums.as_chunks::<BLOCK>().0.iter().zip(self.values.chunks_exact_mut(self.stride)) {
+            let values = &mut values[self.into.clone()];
+            let halves = sums.as_chunks::<LANES>().0;
+            let (low, high) =
+                (lanes.add(lanes.load(&halves[0]), biases[0]), lanes.add(lanes.load(&halves[1]), biases[1]));
+            if gate.is_some() {
+                lanes.store_part(gated(lanes, *activation, low, high), values);
+            } else {
+                let (first, second) = values.split_at_mut(values.len().min(LANES));
+                lanes.store_part(function(lanes, activation.function, low), first);
+                lanes.store_part(function(lanes, activation.function, high), second);
+            }
+        }
+    }
+}
+
+/// [`Activation::apply`] of gate and up projection, in every lane.
+#[inline(always)]
+fn gated<L: Multiply>(lanes: L, activation: Activation, gate: L::Vector, up: L::Vector) -> L::Vector {
+    let up = match activation.function {
+        Function::ClampedSilu { limit, .. } => {
+            let up = lanes.blend(lanes.ge(up, lanes.splat(limit)), lanes.splat(limit), up);
+            let up = lanes.blend(lanes.ge(lanes.splat(-limit), up), lanes.splat(-limit), up);
+            lanes.add(up, lanes.splat(1.0))
+        }
+        _ => up,
+    };
+    lanes.mul(function(lanes, activation.function, gate), up)
+}
+
+/// The function of an activation, in every lane.
+#[inline(always)]
+fn function<L: Multiply>(lanes: L, function: Function, x: L::Vector) -> L::Vector {
+    match function {
+        Function::Silu => lanes.mul(x, logistic(lanes, x)),
+        Function::GeluTanh => {
+            // (1 + tanh z) / 2 = σ(2 z)
+            let cube = lanes.mul_add(lanes.mul(x, x), lanes.splat(0.044_715), lanes.splat(1.0));
+            let twice = lanes.mul(lanes.mul(lanes.splat(1.595_769_1), x), cube);
+            lanes.mul(x, logistic(lanes, twice))
+        }
+        Function::ReluSquared => {
+            let positive = lanes.blend(lanes.ge(lanes.splat(0.0), x), lanes.splat(0.0), x);
+            lanes.mul(positive, positive)
+        }
+        Function::ClampedSilu { alpha, limit } => {
+            let gate = lanes.blend(lanes.ge(x, lanes.splat(limit)), lanes.splat(limit), x);
+            lanes.mul(gate, logistic(lanes, lanes.mul(gate, lanes.splat(alpha))))
+        }
+        Function::Gelu => {
+            let mut values = [0.0; LANES];
+            lanes.store(x, &mut values);
+            for value in &mut values {
+                *value = Activation { function, gated: false }.apply(0.0, *value);
+            }
+            lanes.load(&values)
+        }
+    }
+}

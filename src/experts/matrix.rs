@@ -1,0 +1,124 @@
+//! Weights of experts as they lie in memory, borrowed: `[rows, columns]`, row-major, in any [`Dtype`].
+//!
+//! A matrix is a view of bytes, so that a tensor, a slab that a file was read into and a part of a stacked tensor are all the
+//! same to the engine. Nothing is copied, widened or rearranged, and no alignment is asked for.
+//!
+//! ```
+//! use phase_moe::experts::matrix::Matrix;
+//!
+//! // Two experts of [3, 2] stacked in one slab; the second one's rows.
+//! let slab: Vec<f32> = (0..12).map(|value| value as f32).collect();
+//! let stacked = Matrix::from_f32(6, 2, &slab)?;
+//! let second = stacked.rows(3..6)?;
+//! assert_eq!(second.row(0), Matrix::from_f32(1, 2, &[6.0, 7.0])?.row(0));
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+pub use crate::simd::dtype::Dtype;
+
+/// A borrowed matrix of weights or activations.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    dtype: Dtype,
+    rows: usize,
+    columns: usize,
+    /// Bytes of a row, and from one row to the next.
+    row_bytes: usize,
+    stride: usize,
+    bytes: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix `[rows, columns]` in little-endian bytes as checkpoints have them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when a row is no whole number of blocks or `bytes` are not as many as the shape says.
+    pub fn new(dtype: Dtype, rows: usize, columns: usize, bytes: &'a [u8]) -> Result<Self> {
+        let Some(row_bytes) = dtype.row_bytes(columns) else {
+            let expected = format!("a multiple of {} columns for {dtype}", dtype.block());
+            return Err(Error::shape("matrix", expected, columns));
+        };
+        if row_bytes.checked_mul(rows) != Some(bytes.len()) {
+            let expected = format!("{rows} rows of {row_bytes} bytes ({dtype})");
+            return Err(Error::shape("matrix", expected, format!("{} bytes", bytes.len())));
+        }
+        Ok(Self { dtype, rows, columns, row_bytes, stride: row_bytes, bytes })
+    }
+
+    /// A matrix of floats.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub fn from_f32(rows: usize, columns: usize, values: &'a [f32]) -> Result<Self> {
+        Self::new(Dtype::F32, rows, columns, bytemuck::cast_slice(values))
+    }
+
+    /// A matrix of halves.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub fn from_f16(rows: usize, columns: usize, values: &'a [f16]) -> Result<Self> {
+        Self::new(Dtype::F16, rows, columns, bytemuck::cast_slice(values))
+    }
+
+    /// A matrix of bf16.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub fn from_bf16(rows: usize, columns: usize, values: &'a [bf16]) -> Result<Self> {
+        Self::new(Dtype::Bf16, rows, columns, bytemuck::cast_slice(values))
+    }
+
+    /// Some of the rows: an expert of a stacked tensor, or one projection of two that are fused.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for rows that are not there.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(Error::shape("rows of a matrix", format!("within 0..{}", self.rows), format!("{rows:?}")));
+        }
+        let bytes = self.bytes.get(rows.start * self.stride..).unwrap_or_default();
+        Ok(Self { rows: rows.len(), bytes, ..*self })
+    }
+
+    /// Every second row, from row `first` (0 or 1) on: one of two interleaved projections.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an odd number of rows.
+    pub fn interleaved(&self, first: usize) -> Result<Self> {
+        if !self.rows.is_multiple_of(2) || first > 1 {
+            return Err(Error::shape("interleaved matrix", "an even number of rows", self.rows));
+        }
+        let bytes = self.bytes.get(first * self.stride..).unwrap_or_default();
+        Ok(Self { rows: self.rows / 2, stride: 2 * self.stride, bytes, ..*self })
+    }
+
+    /// Type of the weights.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// Bytes that the weights take.
+    pub fn size_in_bytes(&self) -> usize {
+        self.rows * self.row_bytes
+    }
+
+    /// The bytes of a row.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        &self.bytes[row * self.stride..][..self.row_bytes]
+    }
+}

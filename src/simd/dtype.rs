@@ -1,0 +1,85 @@
+//! How weights lie in memory: plain floats, or blocks that share scales, as GGUF files have them.
+//!
+//! | dtype | block | bytes | a weight is |
+//! |---|---|---|---|
+//! | `f32`, `f16`, `bf16` | 1 | 4, 2, 2 | itself |
+//! | `q8_0` | 32 | 34 | `d · q`, q an `i8` |
+//! | `q4_K` | 256 | 144 | `d · s · q − dmin · m`, q of 4 bits, s and m of 6 bits for each 32 |
+//! | `q6_K` | 256 | 210 | `d · s · (q − 32)`, q of 6 bits, s an `i8` for each 16 |
+//!
+//! Layouts of blocks: ggml's `block_q8_0`, `block_q4_K` and `block_q6_K` (ggml-common.h). All little-endian.
+
+use std::fmt;
+
+/// The type of stored weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an `f32`.
+    Bf16,
+    /// Blocks of 32 bytes with one scale.
+    Q8_0,
+    /// Blocks of 256 four-bit weights, a scale and an offset for each 32.
+    Q4K,
+    /// Blocks of 256 six-bit weights, a scale for each 16.
+    Q6K,
+}
+
+impl Dtype {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K];
+
+    /// Weights that share a block; a row holds whole blocks.
+    pub const fn block(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Q8_0 => 32,
+            Self::Q4K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of a block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q8_0 => 2 + 32,
+            Self::Q4K => 2 + 2 + 12 + 128,
+            Self::Q6K => 128 + 64 + 16 + 2,
+        }
+    }
+
+    /// Bytes of a row of `columns` weights; `None` where that is no whole number of blocks, or too much to count.
+    pub const fn row_bytes(self, columns: usize) -> Option<usize> {
+        if !columns.is_multiple_of(self.block()) {
+            return None;
+        }
+        (columns / self.block()).checked_mul(self.block_bytes())
+    }
+
+    /// Whether weights lie in blocks with shared scales.
+    pub const fn is_quantized(self) -> bool {
+        self.block() > 1
+    }
+
+    /// The name that people know: `f32`, `bf16`, `q4_K`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4K => "q4_K",
+            Self::Q6K => "q6_K",
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,255 @@
+//! What products of matrices need of sixteen lanes beyond [`Lanes`].
+//!
+//! A vector here is sixteen words of 32 bits: floats, pairs of bf16, fours of bytes, or integers, as the operation has it. Unlike
+//! the operations of [`Lanes`] these round as the instruction set does: sums are fused where there is an instruction for it,
+//! so results differ between sets in their last bits. On one set they are the same on any number of threads.
+//!
+//! What is given here in plain Rust is the definition, and what [`super::scalar::Scalar`] runs.
+
+use half::{bf16, f16};
+
+use super::{LANES, Lanes};
+
+/// Sixteen words, on a cache line of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u32; LANES]);
+
+/// Bytes of a [`Line`].
+pub(crate) const LINE_BYTES: usize = 64;
+
+/// Lanes with products.
+pub(crate) trait Multiply: Lanes {
+    /// Whether [`Multiply::dot_pairs`] and [`Multiply::dot_bytes`] are single instructions.
+    const DOTS: bool = false;
+    /// Whether there are registers for tiles of 24 vectors.
+    const WIDE: bool = false;
+
+    /// The words of a vector.
+    #[inline(always)]
+    fn words(self, vector: Self::Vector) -> [u32; LANES] {
+        let mut floats = [0.0; LANES];
+        self.store(vector, &mut floats);
+        floats.map(f32::to_bits)
+    }
+
+    /// A vector of words.
+    #[inline(always)]
+    fn of_words(self, words: [u32; LANES]) -> Self::Vector {
+        self.load(&words.map(f32::from_bits))
+    }
+
+    /// A line from memory.
+    #[inline(always)]
+    fn line(self, from: &Line) -> Self::Vector {
+        self.of_words(from.0)
+    }
+
+    /// A line to memory.
+    #[inline(always)]
+    fn store_line(self, vector: Self::Vector, into: &mut Line) {
+        into.0 = self.words(vector);
+    }
+
+    /// Words from bytes.
+    #[inline(always)]
+    fn bytes(self, from: &[u8; LINE_BYTES]) -> Self::Vector {
+        let words = from.as_chunks::<4>().0;
+        self.of_words(std::array::from_fn(|lane| u32::from_le_bytes(words[lane])))
+    }
+
+    /// The same word in every lane.
+    #[inline(always)]
+    fn repeat(self, word: u32) -> Self::Vector {
+        self.splat(f32::from_bits(word))
+    }
+
+    /// `a · b + sum`, floats.
+    #[inline(always)]
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, sum: Self::Vector) -> Self::Vector {
+        self.add(self.mul(a, b), sum)
+    }
+
+    /// `a₀ · b₀ + a₁ · b₁ + sum`, the words of `a` and `b` pairs of bf16.
+    #[inline(always)]
+    fn dot_pairs(self, a: Self::Vector, b: Self::Vector, sum: Self::Vector) -> Self::Vector {
+        self.of_words(pairs_dot(self.words(a), self.words(b), self.words(sum)))
+    }
+
+    /// `Σ aᵢ · bᵢ + sum`, the words of `a` four bytes without sign, those of `b` four with sign, those of `sum` integers.
+    #[inline(always)]
+    fn dot_bytes(self, a: Self::Vector, b: Self::Vector, sum: Self::Vector) -> Self::Vector {
+        self.of_words(bytes_dot(self.words(a), self.words(b), self.words(sum)))
+    }
+
+    /// `a − b`, integers.
+    #[inline(always)]
+    fn sub_integers(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| a[lane].wrapping_sub(b[lane])))
+    }
+
+    /// Floats of integers.
+    #[inline(always)]
+    fn floats(self, integers: Self::Vector) -> Self::Vector {
+        let words = self.words(integers);
+        self.load(&words.map(|word| word as i32 as f32))
+    }
+
+    /// Bits that both have.
+    #[inline(always)]
+    fn and(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| a[lane] & b[lane]))
+    }
+
+    /// Bits that one of them has and not the other.
+    #[inline(always)]
+    fn xor(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| a[lane] ^ b[lane]))
+    }
+
+    /// Both halves of every word shifted right by the half of `by`.
+    #[inline(always)]
+    fn shift_right(self, a: Self::Vector, by: Self::Vector) -> Self::Vector {
+        let (a, by) = (self.words(a), self.words(by));
+        let half = |a: u32, by: u32| if by < 16 { (a & 0xffff) >> by } else { 0 };
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, by) = (a[lane], by[lane]);
+            half(a, by & 0xffff) | half(a >> 16, by >> 16) << 16
+        }))
+    }
+
+    /// Both halves of every word shifted left by 4.
+    #[inline(always)]
+    fn shift_left_4(self, a: Self::Vector) -> Self::Vector {
+        let words = self.words(a);
+        self.of_words(words.map(|word| (word & 0x0fff) << 4 | (word & 0x0fff_0000) << 4))
+    }
+
+    /// Eight words from each.
+    #[inline(always)]
+    fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> Self::Vector {
+        let mut both = [0; LINE_BYTES];
+        both[..32].copy_from_slice(low);
+        both[32..].copy_from_slice(high);
+        self.bytes(&both)
+    }
+
+    /// The lanes that `lanes` names.
+    #[inline(always)]
+    fn pick(self, vector: Self::Vector, lanes: &[u32; LANES]) -> Self::Vector {
+        let words = self.words(vector);
+        self.of_words(std::array::from_fn(|lane| words[lanes[lane] as usize % LANES]))
+    }
+
+    /// Eight lanes of one value, eight of another.
+    #[inline(always)]
+    fn two(self, low: f32, high: f32) -> Self::Vector {
+        self.blend(0x00ff, self.splat(low), self.splat(high))
+    }
+
+    /// Floats of sixteen bytes, without sign.
+    #[inline(always)]
+    fn widen_u8(self, from: [u8; LANES]) -> Self::Vector {
+        self.load(&from.map(f32::from))
+    }
+
+    /// Floats of sixteen bytes, with sign.
+    #[inline(always)]
+    fn widen_i8(self, from: [u8; LANES]) -> Self::Vector {
+        self.load(&from.map(|byte| f32::from(byte as i8)))
+    }
+
+    /// The float of a half.
+    #[inline(always)]
+    fn half(self, from: [u8; 2]) -> f32 {
+        f16::from_le_bytes(from).to_f32()
+    }
+
+    /// Floats of halves.
+    #[inline(always)]
+    fn widen_f16(self, from: &[u8; 32]) -> Self::Vector {
+        let halves = from.as_chunks::<2>().0;
+        self.load(&std::array::from_fn(|lane| f16::from_le_bytes(halves[lane]).to_f32()))
+    }
+
+    /// Floats of bf16.
+    #[inline(always)]
+    fn widen_bf16(self, from: &[u8; 32]) -> Self::Vector {
+        let halves = from.as_chunks::<2>().0;
+        self.load(&std::array::from_fn(|lane| f32::from_bits(u32::from(u16::from_le_bytes(halves[lane])) << 16)))
+    }
+
+    /// Thirty-two floats as pairs of bf16, rounded to nearest, ties to even.
+    #[inline(always)]
+    fn narrow_bf16(self, low: Self::Vector, high: Self::Vector) -> Self::Vector {
+        self.of_words(narrowed(self.words(low), self.words(high)))
+    }
+
+    /// The sum of each vector's lanes.
+    #[inline(always)]
+    fn fold_sums(self, vectors: [Self::Vector; LANES]) -> Self::Vector {
+        let mut sums = [0.0; LANES];
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = self.fold_sum(vector);
+        }
+        self.load(&sums)
+    }
+
+    /// Word `i` of vector `j` as word `j` of vector `i`.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::Vector; LANES]) -> [Self::Vector; LANES] {
+        let mut turned = [[0; LANES]; LANES];
+        for (j, row) in rows.into_iter().enumerate() {
+            for (i, word) in self.words(row).into_iter().enumerate() {
+                turned[i][j] = word;
+            }
+        }
+        let mut columns = rows;
+        for (column, words) in columns.iter_mut().zip(turned) {
+            *column = self.of_words(words);
+        }
+        columns
+    }
+
+    /// Says that the line at `at` will be read soon. Any address will do.
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+}
+
+impl Multiply for super::scalar::Scalar {}
+
+/// [`Multiply::dot_pairs`] in plain Rust.
+#[inline(always)]
+pub(super) fn pairs_dot(a: [u32; LANES], b: [u32; LANES], mut sum: [u32; LANES]) -> [u32; LANES] {
+    for lane in 0..LANES {
+        let [a0, b0] = [a, b].map(|words| f32::from_bits(words[lane] << 16));
+        let [a1, b1] = [a, b].map(|words| f32::from_bits(words[lane] & 0xffff_0000));
+        sum[lane] = (a0 * b0 + (a1 * b1 + f32::from_bits(sum[lane]))).to_bits();
+    }
+    sum
+}
+
+/// [`Multiply::dot_bytes`] in plain Rust.
+#[inline(always)]
+pub(super) fn bytes_dot(a: [u32; LANES], b: [u32; LANES], mut sum: [u32; LANES]) -> [u32; LANES] {
+    for lane in 0..LANES {
+        for (a, b) in a[lane].to_le_bytes().into_iter().zip(b[lane].to_le_bytes()) {
+            sum[lane] = sum[lane].wrapping_add((i32::from(a) * i32::from(b as i8)) as u32);
+        }
+    }
+    sum
+}
+
+/// [`Multiply::narrow_bf16`] in plain Rust.
+#[inline(always)]
+pub(super) fn narrowed(low: [u32; LANES], high: [u32; LANES]) -> [u32; LANES] {
+    let narrow = |bits: u32| u32::from(bf16::from_f32(f32::from_bits(bits)).to_bits());
+    std::array::from_fn(|lane| {
+        let from = if lane < LANES / 2 { low } else { high };
+        let at = 2 * lane % LANES;
+        narrow(from[at]) | narrow(from[at + 1]) << 16
+    })
+}

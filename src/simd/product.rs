@@ -1,0 +1,684 @@
+//! Products of stored weights with rows of activations: `sums[t, r] = Σ_k weights[r, k] · input[t, k]`, a [`BLOCK`] of weight
+//! rows at a time.
+//!
+//! Weights are read as they lie, row by row. Few rows of activations: tiles of [`TILE_ROWS`] weight rows, sums run along the
+//! lanes and are folded at the end; nothing is rearranged, so that it runs at the speed of memory. Many rows: a piece of the block is
+//! turned into a panel that stays in the cache, `panel[k][r]`, and one word of an activation meets 32 weights in two
+//! instructions (the packing of Goto and van de Geijn 2008, of the weights alone).
+//!
+//! Activations come in the [`Form`] that the product wants, each row on lines of its own whose number is odd, so that rows
+//! of a power of two do not all meet in the same sets of a cache.
+
+#![allow(unsafe_code)]
+
+use super::dtype::Dtype;
+use super::multiply::{LINE_BYTES, Line, Multiply};
+use super::quantized;
+use super::{Kernel, LANES};
+
+/// Weight rows of one product.
+pub(crate) const BLOCK: usize = 32;
+/// Columns of activations that one segment holds at least, and whole numbers of which all but the last do.
+pub(crate) const CHUNK: usize = 256;
+/// Weight rows of a tile.
+const TILE_ROWS: usize = 4;
+/// Words of a panel's rows: two lines each, 256 KiB in all.
+const PANEL_WORDS: usize = 2048;
+/// Lines of a row of weights on their way into a panel.
+const STAGE_STRIDE: usize = CHUNK / LANES + 1;
+
+/// How activations lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Floats, sixteen to a line.
+    Floats,
+    /// Pairs of bf16, thirty-two to a line.
+    Pairs,
+    /// Bytes with a scale for each 32: for 256 columns four times a line of bytes and one of their scales, then a line whose
+    /// upper half holds `scale · Σ bytes` of each 32.
+    Bytes,
+}
+
+impl Form {
+    /// Lines of a row without padding.
+    pub(crate) fn lines(self, columns: usize) -> usize {
+        match self {
+            Self::Floats => columns.div_ceil(LANES),
+            Self::Pairs => columns.div_ceil(2 * LANES),
+            Self::Bytes => quantized::CHUNK_LINES * columns.div_ceil(CHUNK),
+        }
+    }
+
+    /// Lines from one row to the next.
+    pub(crate) fn stride(self, columns: usize) -> usize {
+        self.lines(columns) | 1
+    }
+}
+
+/// Writes a row of activations in a form, zeros after its end.
+pub(crate) struct Fill<'a> {
+    pub(crate) form: Form,
+    pub(crate) values: &'a [f32],
+    /// At least [`Form::lines`] of them.
+    pub(crate) row: &'a mut [Line],
+}
+
+impl Kernel for Fill<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        match self.form {
+            Form::Floats => {
+                for (values, line) in self.values.chunks(LANES).zip(self.row) {
+                    lanes.store_line(lanes.load_part(values, 0.0), line);
+                }
+            }
+            Form::Pairs => {
+                for (values, line) in self.values.chunks(2 * LANES).zip(self.row) {
+                    let (low, high) = values.split_at(values.len().min(LANES));
+                    let pairs = lanes.narrow_bf16(lanes.load_part(low, 0.0), lanes.load_part(high, 0.0));
+                    lanes.store_line(pairs, line);
+                }
+            }
+            Form::Bytes => {
+                for (values, lines) in self.values.chunks(CHUNK).zip(self.row.chunks_mut(quantized::CHUNK_LINES)) {
+                    quantized::to_bytes(values, lines);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of activations in one form, cut into segments of columns: row `r` of segment `s` starts at line
+/// `s · segment_stride + r · row_stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    lines: &'a [Line],
+    form: Form,
+    columns: usize,
+    segment: usize,
+    rows: usize,
+    row_stride: usize,
+    segment_stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows in one segment.
+    pub(crate) fn whole(lines: &'a [Line], form: Form, columns: usize, rows: usize) -> Self {
+        Self::segmented(lines, form, columns, columns.next_multiple_of(CHUNK), rows)
+    }
+
+    /// Rows in segments of `segment` columns, a multiple of [`CHUNK`]; each segment holds all rows, one after another.
+    pub(crate) fn segmented(lines: &'a [Line], form: Form, columns: usize, segment: usize, rows: usize) -> Self {
+        let row_stride = form.stride(segment.min(columns));
+        let segment_stride = rows * row_stride;
+        assert!(segment.is_multiple_of(CHUNK), "a segment of {segment} columns");
+        assert!(lines.len() >= columns.div_ceil(segment) * segment_stride, "too few lines for {rows} rows");
+        Self { lines, form, columns, segment, rows, row_stride, segment_stride }
+    }
+
+    /// Where a row's segment starts.
+    #[inline(always)]
+    fn at(&self, row: u32, segment: usize) -> *const Line {
+        self.lines.as_ptr().wrapping_add(segment * self.segment_stride + row as usize * self.row_stride)
+    }
+}
+
+/// Room that products work in; what it holds between them does not matter.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    lines: Vec<Line>,
+}
+
+/// `sums[t, r]` of some rows of activations with a block of weight rows.
+pub(crate) struct Product<'a> {
+    /// Type of the weights.
+    pub(crate) dtype: Dtype,
+    /// Rows of weights as stored.
+    pub(crate) weights: [&'a [u8]; BLOCK],
+    /// The first row of the block that comes next, and of its second half: read ahead.
+    pub(crate) ahead: [&'a [u8]; 2],
+    /// Where the rows of activations are.
+    pub(crate) input: Rows<'a>,
+    /// Which of them to take.
+    pub(crate) tokens: &'a [u32],
+    /// `[tokens, BLOCK]`, overwritten.
+    pub(crate) sums: &'a mut [f32],
+    /// Room to work in.
+    pub(crate) workspace: &'a mut Workspace,
+}
+
+impl Product<'_> {
+    /// Rows of activations up to which tiles are faster than panels.
+    fn fits_tiles<L: Multiply>(&self) -> bool {
+        self.tokens.len() <= if L::WIDE { 16 } else { 32 }
+    }
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(mut self, lanes: L) {
+        let (columns, rows) = (self.input.columns, self.input.rows);
+        let bytes = self.dtype.row_bytes(columns).expect("whole blocks in a row");
+        assert!(self.weights.iter().all(|row| row.len() == bytes), "a weight row of another length than {bytes} bytes");
+        assert!(self.tokens.iter().all(|&token| (token as usize) < rows), "a token past the {rows} rows");
+        assert!(self.sums.len() == self.tokens.len() * BLOCK, "sums for another number of tokens");
+        let tiles = self.fits_tiles::<L>();
+        match (self.input.form, self.dtype) {
+            (Form::Floats, Dtype::F32) if tiles => stored_tiles::<AsFloats, L>(lanes, &mut self),
+            (Form::Floats, Dtype::F16) if tiles => stored_tiles::<AsHalves, L>(lanes, &mut self),
+            (Form::Floats, Dtype::Bf16) if tiles => stored_tiles::<AsBrains, L>(lanes, &mut self),
+            (Form::Pairs, Dtype::Bf16) if tiles => stored_tiles::<AsPairs, L>(lanes, &mut self),
+            (Form::Floats, _) if tiles => decoded_tiles::<AsFloats, L>(lanes, &mut self),
+            (Form::Pairs, _) if tiles => decoded_tiles::<AsPairs, L>(lanes, &mut self),
+            (Form::Floats, _) => panels::<AsFloats, L>(lanes, &mut self),
+            (Form::Pairs, _) => panels::<AsPairs, L>(lanes, &mut self),
+            (Form::Bytes, dtype) => {
+                assert!(dtype.is_quantized(), "bytes meet {dtype}");
+                byte_tiles(lanes, &mut self);
+            }
+        }
+    }
+}
+
+/// How sixteen words of activations meet the weights of the same columns.
+trait Element {
+    /// The form of the activations.
+    const FORM: Form;
+    /// Columns in sixteen words.
+    const COLUMNS: usize;
+    /// Bytes of stored weights for them.
+    const BYTES: usize;
+
+    /// The weights at an address.
+    ///
+    /// # Safety
+    /// There are `BYTES` bytes to read.
+    unsafe fn load<L: Multiply>(lanes: L, from: *const u8) -> L::Vector;
+    /// Products into sums.
+    fn mac<L: Multiply>(lanes: L, weights: L::Vector, input: L::Vector, sum: L::Vector) -> L::Vector;
+}
+
+struct AsFloats;
+struct AsHalves;
+struct AsBrains;
+struct AsPairs;
+
+impl Element for AsFloats {
+    const FORM: Form = Form::Floats;
+    const COLUMNS: usize = LANES;
+    const BYTES: usize = LINE_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<L: Multiply>(lanes: L, from: *const u8) -> L::Vector {
+        // SAFETY: the caller has that many bytes.
+        lanes.bytes(unsafe { &*from.cast() })
+    }
+
+    #[inline(always)]
+    fn mac<L: Multiply>(lanes: L, weights: L::Vector, input: L::Vector, sum: L::Vector) -> L::Vector {
+        lanes.mul_add(weights, input, sum)
+    }
+}
+
+impl Element for AsHalves {
+    const FORM: Form = Form::Floats;
+    const COLUMNS: usize = LANES;
+    const BYTES: usize = LINE_BYTES / 2;
+
+    #[inline(always)]
+    unsafe fn load<L: Multiply>(lanes: L, from: *const u8) -> L::Vector {
+        // SAFETY: the caller has that many bytes.
+        lanes.widen_f16(unsafe { &*from.cast() })
+    }
+
+    #[inline(always)]
+    fn mac<L: Multiply>(lanes: L, weights: L::Vector, input: L::Vector, sum: L::Vector) -> L::Vector {
+        lanes.mul_add(weights, input, sum)
+    }
+}
+
+impl Element for AsBrains {
+    const FORM: Form = Form::Floats;
+    const COLUMNS: usize = LANES;
+    const BYTES: usize = LINE_BYTES / 2;
+
+    #[inline(always)]
+    unsafe fn load<L: Multiply>(lanes: L, from: *const u8) -> L::Vector {
+        // SAFETY: the caller has that many bytes.
+        lanes.widen_bf16(unsafe { &*from.cast() })
+    }
+
+    #[inline(always)]
+    fn mac<L: Multiply>(lanes: L, weights: L::Vector, input: L::Vector, sum: L::Vector) -> L::Vector {
+        lanes.mul_add(weights, input, sum)
+    }
+}
+
+impl Element for AsPairs {
+    const FORM: Form = Form::Pairs;
+    const COLUMNS: usize = 2 * LANES;
+    const BYTES: usize = LINE_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<L: Multiply>(lanes: L, from: *const u8) -> L::Vector {
+        // SAFETY: the caller has that many bytes.
+        lanes.bytes(unsafe { &*from.cast() })
+    }
+
+    #[inline(always)]
+    fn mac<L: Multiply>(lanes: L, weights: L::Vector, input: L::Vector, sum: L::Vector) -> L::Vector {
+        lanes.dot_pairs(weights, input, sum)
+    }
+}
+
+/// Four rows of weights, `[columns]` each in the type of an [`Element`], from row `first` of the block on.
+struct TileRows {
+    first: usize,
+    weights: [*const u8; TILE_ROWS],
+    /// Bytes that are read next, one after another.
+    ahead: *const u8,
+}
+
+/// Tiles over weights as they are stored.
+#[inline(always)]
+fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    let first = |row: usize| product.weights.get(row).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+    for row in (0..BLOCK).step_by(TILE_ROWS) {
+        let weights = [first(row), first(row + 1), first(row + 2), first(row + 3)];
+        let tile = TileRows { first: row, weights, ahead: first(row + TILE_ROWS) };
+        tokens_of_tile::<E, L>(lanes, &tile, product.input, product.tokens, product.sums);
+    }
+}
+
+/// Tiles over weights that are decoded into the cache first.
+#[inline(always)]
+fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    let columns = product.input.columns;
+    let stride = E::FORM.stride(columns.next_multiple_of(CHUNK));
+    let lines = &mut product.workspace.lines;
+    lines.resize(lines.len().max(TILE_ROWS * stride), Line::default());
+    for row in (0..BLOCK).step_by(TILE_ROWS) {
+        for (lines, weights) in lines.chunks_exact_mut(stride).zip(&product.weights[row..row + TILE_ROWS]) {
+            for (chunk, lines) in lines.chunks_mut(E::FORM.lines(CHUNK)).enumerate().take(columns.div_ceil(CHUNK)) {
+                decode::<E, L>(lanes, product.dtype, weights, chunk, columns, lines);
+            }
+        }
+        let start = lines.as_ptr().cast::<u8>();
+        let at = |row: usize| start.wrapping_add(row * stride * LINE_BYTES);
+        let tile = TileRows { first: row, weights: [at(0), at(1), at(2), at(3)], ahead: start };
+        tokens_of_tile::<E, L>(lanes, &tile, product.input, product.tokens, product.sums);
+    }
+}
+
+/// One chunk of a weight row as lines of an [`Element`]'s form.
+#[inline(always)]
+fn decode<E: Element, L: Multiply>(
+    lanes: L,
+    dtype: Dtype,
+    row: &[u8],
+    chunk: usize,
+    columns: usize,
+    lines: &mut [Line],
+) {
+    let mut values = [0.0; CHUNK];
+    let values = &mut values[..CHUNK.min(columns - chunk * CHUNK)];
+    quantized::decode(lanes, dtype, row, chunk * CHUNK, values);
+    Fill { form: E::FORM, values, row: lines }.run(lanes);
+}
+
+/// All tokens against four rows of weights, six at a time or, with few registers, two.
+#[inline(always)]
+fn tokens_of_tile<E: Element, L: Multiply>(
+    lanes: L,
+    tile: &TileRows,
+    input: Rows<'_>,
+    tokens: &[u32],
+    sums: &mut [f32],
+) {
+    let most = if L::WIDE { 6 } else { 2 };
+    let mut left = (tokens, sums);
+    let mut is_first = true;
+    while !left.0.is_empty() {
+        // Alike, where six do not divide them: a tile of one token costs as many loads as one of three.
+        let count = left.0.len().div_ceil(left.0.len().div_ceil(most));
+        let (now, rest) = left.0.split_at(count);
+        let (sums, behind) = left.1.split_at_mut(count * BLOCK);
+        left = (rest, behind);
+        match (now.len(), is_first) {
+            (1, true) => tile_sums::<E, L, 1, true>(lanes, tile, input, now, sums),
+            (2, true) => tile_sums::<E, L, 2, true>(lanes, tile, input, now, sums),
+            (3, true) => tile_sums::<E, L, 3, true>(lanes, tile, input, now, sums),
+            (4, true) => tile_sums::<E, L, 4, true>(lanes, tile, input, now, sums),
+            (5, true) => tile_sums::<E, L, 5, true>(lanes, tile, input, now, sums),
+            (_, true) => tile_sums::<E, L, 6, true>(lanes, tile, input, now, sums),
+            (1, _) => tile_sums::<E, L, 1, false>(lanes, tile, input, now, sums),
+            (2, _) => tile_sums::<E, L, 2, false>(lanes, tile, input, now, sums),
+            (3, _) => tile_sums::<E, L, 3, false>(lanes, tile, input, now, sums),
+            (4, _) => tile_sums::<E, L, 4, false>(lanes, tile, input, now, sums),
+            (5, _) => tile_sums::<E, L, 5, false>(lanes, tile, input, now, sums),
+            _ => tile_sums::<E, L, 6, false>(lanes, tile, input, now, sums),
+        }
+        is_first = false;
+    }
+}
+
+/// Four weight rows times `T` tokens; `AHEAD` reads the next weights into the cache meanwhile.
+#[inline(always)]
+fn tile_sums<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
+    lanes: L,
+    tile: &TileRows,
+    input: Rows<'_>,
+    tokens: &[u32],
+    sums: &mut [f32],
+) {
+    let tokens: &[u32; T] = tokens.try_into().expect("a tile of as many tokens");
+    let zero = lanes.splat(0.0);
+    let mut all = [[zero; TILE_ROWS]; T];
+    let mut weights = tile.weights;
+    let mut ahead = tile.ahead;
+    for segment in 0..input.columns.div_ceil(input.segment) {
+        let columns = input.segment.min(input.columns - segment * input.segment);
+        let mut starts = [std::ptr::null::<Line>(); T];
+        for (start, &token) in starts.iter_mut().zip(tokens) {
+            *start = input.at(token, segment);
+        }
+        for step in 0..columns / E::COLUMNS {
+            let mut loaded = [zero; TILE_ROWS];
+            for row in 0..TILE_ROWS {
+                // SAFETY: a row holds `columns` weights of each segment, and this step's are `BYTES` of them.
+                loaded[row] = unsafe { E::load(lanes, weights[row].add(step * E::BYTES)) };
+            }
+            if AHEAD {
+                for line in 0..TILE_ROWS * E::BYTES / LINE_BYTES {
+                    lanes.prefetch(ahead.wrapping_add((step * TILE_ROWS * E::BYTES / LINE_BYTES + line) * LINE_BYTES));
+                }
+            }
+            for token in 0..T {
+                // SAFETY: a row has a line for each step of each segment; `Rows` and `Product` have checked both numbers.
+                let values = lanes.line(unsafe { &*starts[token].add(step) });
+                for row in 0..TILE_ROWS {
+                    all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                }
+            }
+        }
+        let (steps, rest) = (columns / E::COLUMNS, columns % E::COLUMNS);
+        if rest > 0 {
+            let mut loaded = [zero; TILE_ROWS];
+            for row in 0..TILE_ROWS {
+                let mut last = [0; LINE_BYTES];
+                let bytes = rest * E::BYTES / E::COLUMNS;
+                // SAFETY: those are the row's last bytes; what follows them here is zeros.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(weights[row].add(steps * E::BYTES), last.as_mut_ptr(), bytes);
+                    loaded[row] = E::load(lanes, last.as_ptr());
+                }
+            }
+            for token in 0..T {
+                // SAFETY: as above; a part of a step has a line of its own.
+                let values = lanes.line(unsafe { &*starts[token].add(steps) });
+                for row in 0..TILE_ROWS {
+                    all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                }
+            }
+        }
+        for row in &mut weights {
+            *row = row.wrapping_add(columns / E::COLUMNS * E::BYTES);
+        }
+        ahead = ahead.wrapping_add(TILE_ROWS * steps * E::BYTES);
+    }
+    fold_tile::<L, T>(lanes, all, tile.first, sums);
+}
+
+/// Folds the lanes of a tile's sums and writes them.
+#[inline(always)]
+fn fold_tile<L: Multiply, const T: usize>(lanes: L, all: [[L::Vector; TILE_ROWS]; T], first: usize, sums: &mut [f32]) {
+    const AT_ONCE: usize = LANES / TILE_ROWS;
+    let zero = lanes.splat(0.0);
+    for start in (0..T).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(T - start);
+        let mut flat = [zero; LANES];
+        for token in 0..count {
+            for row in 0..TILE_ROWS {
+                flat[token * TILE_ROWS + row] = all[start + token][row];
+            }
+        }
+        let mut folded = [0.0; LANES];
+        lanes.store(lanes.fold_sums(flat), &mut folded);
+        for token in 0..count {
+            let sums = &mut sums[(start + token) * BLOCK + first..][..TILE_ROWS];
+            sums.copy_from_slice(&folded[token * TILE_ROWS..][..TILE_ROWS]);
+        }
+    }
+}
+
+/// Tiles of quantised weights with activations of bytes.
+#[inline(always)]
+fn byte_tiles<L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    for row in (0..BLOCK).step_by(TILE_ROWS) {
+        let mut left = (product.tokens, &mut *product.sums);
+        let weights: &[&[u8]; TILE_ROWS] = product.weights[row..row + TILE_ROWS].try_into().expect("four rows");
+        while !left.0.is_empty() {
+            let count = left.0.len().min(2);
+            let (now, rest) = left.0.split_at(count);
+            let (sums, behind) = left.1.split_at_mut(count * BLOCK);
+            left = (rest, behind);
+            match count {
+                1 => byte_sums::<L, 1>(lanes, product.dtype, weights, product.input, now, row, sums),
+                _ => byte_sums::<L, 2>(lanes, product.dtype, weights, product.input, now, row, sums),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn byte_sums<L: Multiply, const T: usize>(
+    lanes: L,
+    dtype: Dtype,
+    weights: &[&[u8]; TILE_ROWS],
+    input: Rows<'_>,
+    tokens: &[u32],
+    first: usize,
+    sums: &mut [f32],
+) {
+    let zero = lanes.splat(0.0);
+    let mut all = [[zero; TILE_ROWS]; T];
+    let chunks_in_segment = input.segment / CHUNK;
+    for chunk in 0..input.columns.div_ceil(CHUNK) {
+        let within = chunk % chunks_in_segment * quantized::CHUNK_LINES;
+        for (token, all) in tokens.iter().zip(&mut all) {
+            let start = input.at(*token, chunk / chunks_in_segment).wrapping_add(within);
+            // SAFETY: a row of bytes has that many lines for each chunk; `Rows` and `Product` have checked both numbers.
+            let lines: &[Line; quantized::CHUNK_LINES] = unsafe { &*start.cast() };
+            for (sum, weights) in all.iter_mut().zip(weights) {
+                *sum = quantized::dot_chunk(lanes, dtype, weights, chunk, lines, *sum);
+            }
+        }
+    }
+    fold_tile::<L, T>(lanes, all, first, sums);
+}
+
+/// All tokens against panels.
+#[inline(always)]
+fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    let columns = product.input.columns;
+    let per_word = E::COLUMNS / LANES;
+    let words = columns.div_ceil(per_word);
+    let mut lines = std::mem::take(&mut product.workspace.lines);
+    lines.resize(lines.len().max(2 * PANEL_WORDS + LANES * STAGE_STRIDE), Line::default());
+    let (panel, stage) = lines.split_at_mut(2 * PANEL_WORDS);
+    for first in (0..words).step_by(PANEL_WORDS) {
+        let now = first..words.min(first + PANEL_WORDS);
+        let chunks = first * per_word / CHUNK..(now.end * per_word).div_ceil(CHUNK);
+        let start = chunks.start;
+        for chunk in chunks {
+            let at = 2 * (chunk - start) * CHUNK / per_word;
+            for half in 0..2 {
+                let rows = &product.weights[half * LANES..][..LANES];
+                stage_rows::<E, L>(lanes, product.dtype, rows, chunk, columns, stage);
+                turn::<E, L>(lanes, stage, (columns - chunk * CHUNK).min(CHUNK), half, &mut panel[at..]);
+            }
+        }
+        panel_tokens::<E, L>(lanes, product, panel, now);
+    }
+    product.workspace.lines = lines;
+}
+
+/// Sixteen rows of a chunk of weights in an [`Element`]'s form, each on lines of its own.
+#[inline(always)]
+fn stage_rows<E: Element, L: Multiply>(
+    lanes: L,
+    dtype: Dtype,
+    rows: &[&[u8]],
+    chunk: usize,
+    columns: usize,
+    stage: &mut [Line],
+) {
+    let count = CHUNK.min(columns - chunk * CHUNK);
+    let is_same = matches!((E::FORM, dtype), (Form::Floats, Dtype::F32) | (Form::Pairs, Dtype::Bf16));
+    for (row, stage) in rows.iter().zip(stage.chunks_exact_mut(STAGE_STRIDE)) {
+        if !is_same || !count.is_multiple_of(E::COLUMNS) {
+            decode::<E, L>(lanes, dtype, row, chunk, columns, stage);
+            continue;
+        }
+        let bytes = &row[chunk * CHUNK / E::COLUMNS * E::BYTES..][..count / E::COLUMNS * E::BYTES];
+        for (from, into) in bytes.as_chunks::<LINE_BYTES>().0.iter().zip(stage) {
+            lanes.store_line(lanes.bytes(from), into);
+        }
+    }
+}
+
+/// Staged rows into one half of a panel's rows.
+#[inline(always)]
+fn turn<E: Element, L: Multiply>(lanes: L, stage: &[Line], columns: usize, half: usize, panel: &mut [Line]) {
+    for step in 0..columns.div_ceil(E::COLUMNS) {
+        let mut rows = [lanes.splat(0.0); LANES];
+        for (row, lines) in rows.iter_mut().zip(stage.chunks_exact(STAGE_STRIDE)) {
+            *row = lanes.line(&lines[step]);
+        }
+        let turned = lanes.transpose(rows);
+        for (lines, vector) in panel[2 * LANES * step..].chunks_exact_mut(2).zip(turned) {
+            lanes.store_line(vector, &mut lines[half]);
+        }
+    }
+}
+
+/// All tokens against one panel, twelve at a time or, with few registers, four.
+#[inline(always)]
+fn panel_tokens<E: Element, L: Multiply>(
+    lanes: L,
+    product: &mut Product<'_>,
+    panel: &[Line],
+    words: std::ops::Range<usize>,
+) {
+    let most = if L::WIDE { 12 } else { 4 };
+    let bytes = product.weights[0].len();
+    // What this panel is for may be read while the first tokens are at work, where the next one is the next block's.
+    let ahead = (product.input.columns.div_ceil(E::COLUMNS / LANES) <= PANEL_WORDS).then_some(product.ahead);
+    let per_step = (LANES * bytes).div_ceil(words.len().div_ceil(LANES) * LINE_BYTES);
+    let (mut tokens, mut sums) = (product.tokens, &mut *product.sums);
+    let mut is_first = true;
+    while !tokens.is_empty() {
+        let count = tokens.len().div_ceil(tokens.len().div_ceil(most));
+        let (now, rest) = tokens.split_at(count);
+        let (into, behind) = std::mem::take(&mut sums).split_at_mut(count * BLOCK);
+        (tokens, sums) = (rest, behind);
+        let ahead = ahead.filter(|_| is_first).map(|ahead| (ahead, per_step));
+        is_first = false;
+        let part = PanelPart { panel, words: words.clone(), input: product.input, tokens: now, ahead };
+        match count {
+            1 => part.run::<E, L, 1>(lanes, into),
+            2 => part.run::<E, L, 2>(lanes, into),
+            3 => part.run::<E, L, 3>(lanes, into),
+            4 => part.run::<E, L, 4>(lanes, into),
+            5 => part.run::<E, L, 5>(lanes, into),
+            6 => part.run::<E, L, 6>(lanes, into),
+            7 => part.run::<E, L, 7>(lanes, into),
+            8 => part.run::<E, L, 8>(lanes, into),
+            9 => part.run::<E, L, 9>(lanes, into),
+            10 => part.run::<E, L, 10>(lanes, into),
+            11 => part.run::<E, L, 11>(lanes, into),
+            _ => part.run::<E, L, 12>(lanes, into),
+        }
+    }
+}
+
+/// A few tokens against one panel.
+struct PanelPart<'a> {
+    panel: &'a [Line],
+    /// The words of a row that the panel holds.
+    words: std::ops::Range<usize>,
+    input: Rows<'a>,
+    tokens: &'a [u32],
+    /// What to read ahead, and how many lines of each for sixteen words.
+    ahead: Option<([&'a [u8]; 2], usize)>,
+}
+
+impl PanelPart<'_> {
+    #[inline(always)]
+    fn run<E: Element, L: Multiply, const T: usize>(&self, lanes: L, sums: &mut [f32]) {
+        if L::WIDE {
+            return self.halves::<E, L, T, 2>(lanes, 0, sums);
+        }
+        self.halves::<E, L, T, 1>(lanes, 0, sums);
+        self.halves::<E, L, T, 1>(lanes, 1, sums);
+    }
+
+    /// `N` halves of the panel's rows from `half` on.
+    #[inline(always)]
+    fn halves<E: Element, L: Multiply, const T: usize, const N: usize>(&self, lanes: L, half: usize, sums: &mut [f32]) {
+        let tokens: &[u32; T] = self.tokens.try_into().expect("as many tokens");
+        let mut all = [[lanes.splat(0.0); N]; T];
+        if self.words.start > 0 {
+            for (all, sums) in all.iter_mut().zip(sums.as_chunks::<BLOCK>().0) {
+                for (n, sum) in all.iter_mut().enumerate() {
+                    *sum = lanes.load(&sums.as_chunks::<LANES>().0[half + n]);
+                }
+            }
+        }
+        let segment_words = self.input.segment * LANES / E::COLUMNS;
+        let mut word = self.words.start;
+        let mut step = 0;
+        while word < self.words.end {
+            let (segment, within) = (word / segment_words, word % segment_words);
+            let count = (segment_words - within).min(self.words.end - word);
+            let mut starts = [std::ptr::null::<u32>(); T];
+            for (start, &token) in starts.iter_mut().zip(tokens) {
+                *start = self.input.at(token, segment).cast::<u32>().wrapping_add(within);
+            }
+            let rows = &self.panel[2 * (word - self.words.start)..][..2 * count];
+            for (at, rows) in rows.chunks(2 * LANES).enumerate() {
+                if let Some((ahead, lines)) = self.ahead.filter(|_| half == 0) {
+                    for line in step * lines..(step + 1) * lines {
+                        lanes.prefetch(ahead[0].as_ptr().wrapping_add(line * LINE_BYTES));
+                        lanes.prefetch(ahead[1].as_ptr().wrapping_add(line * LINE_BYTES));
+                    }
+                    step += 1;
+                }
+                for (k, row) in rows.as_chunks::<2>().0.iter().enumerate() {
+                    let mut weights = [lanes.splat(0.0); N];
+                    for n in 0..N {
+                        weights[n] = lanes.line(&row[half + n]);
+                    }
+                    for token in 0..T {
+                        // SAFETY: a row has a word for each of the panel's rows in this segment; `Rows` and `Product` have
+                        // checked both numbers.
+                        let value = lanes.repeat(unsafe { *starts[token].add(at * LANES + k) });
+                        for n in 0..N {
+                            all[token][n] = E::mac(lanes, weights[n], value, all[token][n]);
+                        }
+                    }
+                }
+            }
+            word += count;
+        }
+        for (all, sums) in all.iter().zip(sums.as_chunks_mut::<BLOCK>().0) {
+            for (n, &sum) in all.iter().enumerate() {
+                lanes.store(sum, &mut sums.as_chunks_mut::<LANES>().0[half + n]);
+            }
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Quantised weights: blocks into floats, and products of their integers with activations of bytes.
+//!
+//! Layouts are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K` in ggml-quants.c). Activations are rounded to bytes with one scale for each 32
+//! of them, `scale = max |x| / 127`, as ggml does for `q8_0`.
+
+use super::LANES;
+use super::dtype::Dtype;
+use super::multiply::{Line, Multiply};
+use super::product::CHUNK;
+
+/// Lines of bytes, scales and sums for [`CHUNK`] activations.
+pub(crate) const CHUNK_LINES: usize = 9;
+
+/// Values that share a scale.
+const GROUP: usize = 32;
+
+/// Up to [`CHUNK`] values as bytes; zeros after their end.
+#[inline(always)]
+pub(super) fn to_bytes(values: &[f32], lines: &mut [Line]) {
+    let mut sums = [0.0f32; LANES];
+    for quarter in 0..CHUNK / (2 * GROUP) {
+        let mut bytes = [0u8; 2 * GROUP];
+        let mut scales = [0.0f32; LANES];
+        for half in 0..2 {
+            let group = 2 * quarter + half;
+            let mut all = [0.0f32; GROUP];
+            let from = values.get(group * GROUP..).unwrap_or_default();
+            let count = from.len().min(GROUP);
+            all[..count].copy_from_slice(&from[..count]);
+            let largest = all.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+            // A scale so small that its inverse is infinite stands for zeros.
+            let inverse = if largest > 127.0 * f32::MIN_POSITIVE { 127.0 / largest } else { 0.0 };
+            let scale = if inverse > 0.0 { largest / 127.0 } else { 0.0 };
+            let mut sum = 0i32;
+            for (byte, value) in bytes[half * GROUP..][..GROUP].iter_mut().zip(all) {
+                let rounded = (value * inverse).round_ties_even() as i32;
+                sum += rounded;
+                *byte = rounded as i8 as u8;
+            }
+            scales[half * LANES / 2..][..LANES / 2].fill(scale);
+            sums[LANES / 2 + group] = scale * sum as f32;
+        }
+        let words = bytes.as_chunks::<4>().0;
+        lines[2 * quarter].0 = std::array::from_fn(|lane| u32::from_le_bytes(words[lane]));
+        lines[2 * quarter + 1].0 = scales.map(f32::to_bits);
+    }
+    lines[CHUNK_LINES - 1].0 = sums.map(f32::to_bits);
+}
+
+/// Weights of a row from column `first` on, a multiple of [`CHUNK`], as floats.
+#[inline(always)]
+pub(crate) fn decode<L: Multiply>(lanes: L, dtype: Dtype, row: &[u8], first: usize, values: &mut [f32]) {
+    let row = &row[first / dtype.block() * dtype.block_bytes()..];
+    match dtype {
+        Dtype::F32 => {
+            for (value, bytes) in values.iter_mut().zip(row.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        Dtype::F16 => widen::<L, true>(lanes, row, values),
+        Dtype::Bf16 => widen::<L, false>(lanes, row, values),
+        Dtype::Q8_0 => {
+            for (values, block) in values.chunks_exact_mut(GROUP).zip(row.chunks_exact(Dtype::Q8_0.block_bytes())) {
+                let scale = lanes.half([block[0], block[1]]);
+                for (value, &byte) in values.iter_mut().zip(&block[2..]) {
+                    *value = scale * f32::from(byte as i8);
+                }
+            }
+        }
+        Dtype::Q4K => {
+            for (values, block) in values.chunks_exact_mut(CHUNK).zip(row.as_chunks::<{ Dtype::Q4K.block_bytes() }>().0)
+            {
+                let (scale, least) = (lanes.half([block[0], block[1]]), lanes.half([block[2], block[3]]));
+                let (scales, offsets) = scales_q4_k(block);
+                for pair in 0..4 {
+                    let bytes = &block[16 + pair * GROUP..][..GROUP];
+                    let values = &mut values[pair * 2 * GROUP..][..2 * GROUP];
+                    let (low, high) = values.split_at_mut(GROUP);
+                    let [low_scale, high_scale] = [0, 1].map(|half| scale * f32::from(scales[2 * pair + half]));
+                    let [low_least, high_least] = [0, 1].map(|half| least * f32::from(offsets[2 * pair + half]));
+                    for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
+                        *low = low_scale * f32::from(byte & 15) - low_least;
+                        *high = high_scale * f32::from(byte >> 4) - high_least;
+                    }
+                }
+            }
+        }
+        Dtype::Q6K => {
+            for (values, block) in values.chunks_exact_mut(CHUNK).zip(row.as_chunks::<{ Dtype::Q6K.block_bytes() }>().0)
+            {
+                let scale = lanes.half([block[208], block[209]]);
+                for part in 0..2 {
+                    let (low, high) = (&block[part * 64..][..64], &block[128 + part * 32..][..32]);
+                    let scales = &block[192 + part * 8..][..8];
+                    for (quarter, values) in values[part * 128..][..128].chunks_exact_mut(GROUP).enumerate() {
+                        let nibbles = &low[quarter % 2 * GROUP..][..GROUP];
+                        for (half, values) in values.chunks_exact_mut(GROUP / 2).enumerate() {
+                            let scale = scale * f32::from(scales[2 * quarter + half] as i8);
+                            let at = half * GROUP / 2;
+                            for (at, value) in (at..).zip(values) {
+                                let nibble = nibbles[at] >> (quarter / 2 * 4) & 15;
+                                let upper = high[at] >> (2 * quarter) & 3;
+                                *value = scale * (i32::from(nibble | upper << 4) - 32) as f32;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn widen<L: Multiply, const IEEE: bool>(lanes: L, row: &[u8], values: &mut [f32]) {
+    let (whole, rest) = values.as_chunks_mut::<LANES>();
+    for (values, bytes) in whole.iter_mut().zip(row.as_chunks::<32>().0) {
+        lanes.store(if IEEE { lanes.widen_f16(bytes) } else { lanes.widen_bf16(bytes) }, values);
+    }
+    let mut last = [0; 32];
+    last[..2 * rest.len()].copy_from_slice(&row[32 * whole.len()..][..2 * rest.len()]);
+    lanes.store_part(if IEEE { lanes.widen_f16(&last) } else { lanes.widen_bf16(&last) }, rest);
+}
+
+/// Six-bit scales and offsets of the eight groups of a `q4_K` block.
+#[inline(always)]
+fn scales_q4_k(block: &[u8; Dtype::Q4K.block_bytes()]) -> ([u8; 8], [u8; 8]) {
+    let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+    let (scales, offsets, both) = (word(4), word(8), word(12));
+    let first = 0x3f3f_3f3f;
+    let upper = |word: u32| (word >> 6 & 0x0303_0303) << 4;
+    let join = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
+    let (low, high) = (both & 0x0f0f_0f0f, both >> 4 & 0x0f0f_0f0f);
+    (join(scales & first, low | upper(scales)), join(offsets & first, high | upper(offsets)))
+}
+
+/// Two lanes' numbers, eight times each.
+const fn eights(first: u32, second: u32) -> [u32; LANES] {
+    let mut lanes = [first; LANES];
+    let mut lane = LANES / 2;
+    while lane < LANES {
+        lanes[lane] = second;
+        lane += 1;
+    }
+    lanes
+}
+
+/// Four lanes' numbers from `first` on, four times each.
+const fn fours(first: u32) -> [u32; LANES] {
+    let mut lanes = [0; LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        lanes[lane] = first + lane as u32 / 4;
+        lane += 1;
+    }
+    lanes
+}
+
+/// Adds a chunk of a weight row times activations of bytes to sums.
+#[inline(always)]
+pub(super) fn dot_chunk<L: Multiply>(
+    lanes: L,
+    dtype: Dtype,
+    row: &[u8],
+    chunk: usize,
+    input: &[Line; CHUNK_LINES],
+    sum: L::Vector,
+) -> L::Vector {
+    match dtype {
+        Dtype::Q8_0 => {
+            let blocks = row.as_chunks::<{ Dtype::Q8_0.block_bytes() }>().0;
+            let first = chunk * CHUNK / GROUP;
+            dot_q8_0(lanes, &blocks[first..blocks.len().min(first + CHUNK / GROUP)], input, sum)
+        }
+        Dtype::Q4K => dot_q4_k(lanes, &row.as_chunks().0[chunk], input, sum),
+        Dtype::Q6K => dot_q6_k(lanes, &row.as_chunks().0[chunk], input, sum),
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => unreachable!("floats have no integers"),
+    }
+}
+
+/// A byte with sign, plus 128: without one, as the products want it.
+const SIGN: u32 = 0x8080_8080;
+
+#[inline(always)]
+fn dot_q8_0<L: Multiply>(
+    lanes: L,
+    blocks: &[[u8; Dtype::Q8_0.block_bytes()]],
+    input: &[Line; CHUNK_LINES],
+    mut sum: L::Vector,
+) -> L::Vector {
+    let (zero, sign) = (lanes.splat(0.0), lanes.repeat(SIGN));
+    let none = [0; Dtype::Q8_0.block_bytes()];
+    for (quarter, pair) in blocks.chunks(2).enumerate() {
+        let (low, high) = (&pair[0], pair.get(1).unwrap_or(&none));
+        let weights = lanes.xor(lanes.halves(last_32(low), last_32(high)), sign);
+        let scales = lanes.two(lanes.half([low[0], low[1]]), lanes.half([high[0], high[1]]));
+        let bytes = lanes.line(&input[2 * quarter]);
+        let scales = lanes.mul(scales, lanes.line(&input[2 * quarter + 1]));
+        // What 128 too many at each weight would add is taken off before.
+        let start = lanes.sub_integers(zero, lanes.dot_bytes(sign, bytes, zero));
+        sum = lanes.mul_add(lanes.floats(lanes.dot_bytes(weights, bytes, start)), scales, sum);
+    }
+    sum
+}
+
+/// The bytes of a `q8_0` block after its scale.
+#[inline(always)]
+fn last_32(block: &[u8; Dtype::Q8_0.block_bytes()]) -> &[u8; 32] {
+    block.last_chunk().expect("34 bytes")
+}
+
+#[inline(always)]
+fn dot_q4_k<L: Multiply>(
+    lanes: L,
+    block: &[u8; Dtype::Q4K.block_bytes()],
+    input: &[Line; CHUNK_LINES],
+    mut sum: L::Vector,
+) -> L::Vector {
+    const LANES_OF: [[u32; LANES]; 4] = [eights(0, 1), eights(2, 3), eights(4, 5), eights(6, 7)];
+    /// The upper eight words by 4 bits, the lower ones by none.
+    const BY: [u32; LANES] = eights(0, 0x0004_0004);
+    let zero = lanes.splat(0.0);
+    let (scales, offsets) = scales_q4_k(block);
+    let both = (u128::from(u64::from_le_bytes(scales)) | u128::from(u64::from_le_bytes(offsets)) << 64).to_le_bytes();
+    let factors = lanes.two(lanes.half([block[0], block[1]]), -lanes.half([block[2], block[3]]));
+    let factors = lanes.mul(lanes.widen_u8(both), factors);
+    let (by, nibble) = (lanes.line(&Line(BY)), lanes.repeat(0x0f0f_0f0f));
+    for quarter in 0..4 {
+        let bytes: &[u8; 32] = block[16 + 32 * quarter..].first_chunk().expect("32 bytes");
+        let weights = lanes.and(lanes.shift_right(lanes.halves(bytes, bytes), by), nibble);
+        let products = lanes.dot_bytes(weights, lanes.line(&input[2 * quarter]), zero);
+        let scales = lanes.mul(lanes.pick(factors, &LANES_OF[quarter]), lanes.line(&input[2 * quarter + 1]));
+        sum = lanes.mul_add(lanes.floats(products), scales, sum);
+    }
+    lanes.mul_add(factors, lanes.line(&input[CHUNK_LINES - 1]), sum)
+}
+
+#[inline(always)]
+fn dot_q6_k<L: Multiply>(
+    lanes: L,
+    block: &[u8; Dtype::Q6K.block_bytes()],
+    input: &[Line; CHUNK_LINES],
+    mut sum: L::Vector,
+) -> L::Vector {
+    const LANES_OF: [[u32; LANES]; 4] = [fours(0), fours(4), fours(8), fours(12)];
+    /// Pairs of bits for the lower and the upper eight words: of the first two groups, of the last two.
+    const BY: [[u32; LANES]; 2] = [eights(0, 0x0002_0002), eights(0x0004_0004, 0x0006_0006)];
+    let zero = lanes.splat(0.0);
+    let scales: [u8; LANES] = *block[192..].first_chunk().expect("16 scales");
+    let factors = lanes.mul(lanes.widen_i8(scales), lanes.splat(lanes.half([block[208], block[209]])));
+    let (nibble, pair, half) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0303_0303), lanes.repeat(0x2020_2020));
+    for part in 0..2 {
+        let low: &[u8; 64] = block[64 * part..].first_chunk().expect("64 bytes");
+        let high: &[u8; 32] = block[128 + 32 * part..].first_chunk().expect("32 bytes");
+        let (low, high) = (lanes.bytes(low), lanes.halves(high, high));
+        for upper in 0..2 {
+            let nibbles = if upper == 0 { low } else { lanes.shift_right(low, lanes.repeat(0x0004_0004)) };
+            let pairs = lanes.and(lanes.shift_right(high, lanes.line(&Line(BY[upper]))), pair);
+            // The two have no bit in common.
+            let weights = lanes.xor(lanes.and(nibbles, nibble), lanes.shift_left_4(pairs));
+            let quarter = 2 * part + upper;
+            let bytes = lanes.line(&input[2 * quarter]);
+            let start = lanes.sub_integers(zero, lanes.dot_bytes(half, bytes, zero));
+            let products = lanes.floats(lanes.dot_bytes(weights, bytes, start));
+            let scales = lanes.mul(lanes.pick(factors, &LANES_OF[quarter]), lanes.line(&input[2 * quarter + 1]));
+            sum = lanes.mul_add(products, scales, sum);
+        }
+    }
+    sum
+}
