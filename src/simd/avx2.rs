@@ -192,6 +192,16 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn widen_u8(self, from: [u8; LANES]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
+            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.as_ptr().add(8).cast()));
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
     fn half(self, from: [u8; 2]) -> f32 {
         // SAFETY: see above.
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
@@ -220,6 +230,6 @@ impl Multiply for Avx2 {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: see above; any address will do.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

@@ -364,6 +364,20 @@ impl<const D: bool> Multiply for Avx512<D> {
     }
 
     #[inline(always)]
+    fn widen_bytes(self, bytes: __m512) -> [__m512; 4] {
+        // SAFETY: see above.
+        unsafe {
+            let bytes = _mm512_castps_si512(bytes);
+            [
+                _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes))),
+                _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<1>(bytes))),
+                _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<2>(bytes))),
+                _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<3>(bytes))),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn half(self, from: [u8; 2]) -> f32 {
         // SAFETY: see above.
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
@@ -418,7 +432,7 @@ impl<const D: bool> Multiply for Avx512<D> {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: see above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }
 

@@ -162,6 +162,21 @@ pub(crate) trait Multiply: Lanes {
         self.load(&from.map(|byte| f32::from(byte as i8)))
     }
 
+    /// Floats of sixty-four bytes without sign, sixteen after sixteen.
+    #[inline(always)]
+    fn widen_bytes(self, bytes: Self::Vector) -> [Self::Vector; 4] {
+        let words = self.words(bytes);
+        let mut parts = [bytes; 4];
+        for (part, words) in parts.iter_mut().zip(words.as_chunks::<4>().0) {
+            let mut sixteen = [0; LANES];
+            for (into, word) in sixteen.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+                *into = word.to_le_bytes();
+            }
+            *part = self.widen_u8(sixteen);
+        }
+        parts
+    }
+
     /// The float of a half.
     #[inline(always)]
     fn half(self, from: [u8; 2]) -> f32 {

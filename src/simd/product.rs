@@ -11,6 +11,8 @@
 
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::dtype::Dtype;
 use super::multiply::{LINE_BYTES, Line, Multiply};
 use super::quantized;
@@ -83,7 +85,7 @@ impl Kernel for Fill<'_> {
             }
             Form::Bytes => {
                 for (values, lines) in self.values.chunks(CHUNK).zip(self.row.chunks_mut(quantized::CHUNK_LINES)) {
-                    quantized::to_bytes(values, lines);
+                    quantized::to_bytes(lanes, values, lines);
                 }
             }
         }
@@ -275,22 +277,48 @@ impl Element for AsPairs {
     }
 }
 
-/// Four rows of weights, `[columns]` each in the type of an [`Element`], from row `first` of the block on.
-struct TileRows {
+/// Four rows of weights in the type of an [`Element`], some of their columns, from row `first` of the block on.
+struct Tile<'a> {
     first: usize,
+    /// Where the rows' columns start.
     weights: [*const u8; TILE_ROWS],
-    /// Bytes that are read next, one after another.
+    /// As many bytes are read next, one after another.
     ahead: *const u8,
+    input: Rows<'a>,
+    columns: Range<usize>,
+}
+
+/// Columns that go through a tile at once: activations of all tokens and their weights fit the first cache.
+fn tile_columns<E: Element>(columns: usize, tokens: usize) -> usize {
+    const BYTES: usize = 16 << 10;
+    let words = BYTES / (4 * tokens.max(1));
+    let chunks = (words * E::COLUMNS / LANES / CHUNK).max(1);
+    // Few tokens leave nothing to keep.
+    if tokens <= 2 { columns } else { chunks.max(2) * CHUNK }
 }
 
 /// Tiles over weights as they are stored.
 #[inline(always)]
 fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    let first = |row: usize| product.weights.get(row).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+    let columns = product.input.columns;
+    let at_once = tile_columns::<E>(columns, product.tokens.len());
     for row in (0..BLOCK).step_by(TILE_ROWS) {
-        let weights = [first(row), first(row + 1), first(row + 2), first(row + 3)];
-        let tile = TileRows { first: row, weights, ahead: first(row + TILE_ROWS) };
-        tokens_of_tile::<E, L>(lanes, &tile, product.input, product.tokens, product.sums);
+        let next = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+        for first in (0..columns).step_by(at_once) {
+            let offset = first / E::COLUMNS * E::BYTES;
+            let mut weights = [std::ptr::null(); TILE_ROWS];
+            for (weights, row) in weights.iter_mut().zip(&product.weights[row..]) {
+                *weights = row.as_ptr().wrapping_add(offset);
+            }
+            let tile = Tile {
+                first: row,
+                weights,
+                ahead: next.wrapping_add(TILE_ROWS * offset),
+                input: product.input,
+                columns: first..columns.min(first + at_once),
+            };
+            tokens_of_tile::<E, L>(lanes, &tile, product.tokens, product.sums);
+        }
     }
 }
 
@@ -298,19 +326,38 @@ fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
 #[inline(always)]
 fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns;
-    let stride = E::FORM.stride(columns.next_multiple_of(CHUNK));
+    let at_once = tile_columns::<E>(columns, product.tokens.len().max(3));
+    let stride = E::FORM.stride(at_once);
     let lines = &mut product.workspace.lines;
     lines.resize(lines.len().max(TILE_ROWS * stride), Line::default());
     for row in (0..BLOCK).step_by(TILE_ROWS) {
-        for (lines, weights) in lines.chunks_exact_mut(stride).zip(&product.weights[row..row + TILE_ROWS]) {
-            for (chunk, lines) in lines.chunks_mut(E::FORM.lines(CHUNK)).enumerate().take(columns.div_ceil(CHUNK)) {
-                decode::<E, L>(lanes, product.dtype, weights, chunk, columns, lines);
+        let rows = &product.weights[row..row + TILE_ROWS];
+        let next = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+        for first in (0..columns).step_by(at_once) {
+            let now = first..columns.min(first + at_once);
+            for ((at, lines), weights) in lines.chunks_exact_mut(stride).enumerate().zip(rows) {
+                for (chunk, lines) in
+                    (first / CHUNK..now.end.div_ceil(CHUNK)).zip(lines.chunks_mut(E::FORM.lines(CHUNK)))
+                {
+                    read_ahead(lanes, product.dtype, next.wrapping_add(at * weights.len()), chunk);
+                    decode::<E, L>(lanes, product.dtype, weights, chunk, columns, lines);
+                }
             }
+            let start = lines.as_ptr().cast::<u8>();
+            let at = |row: usize| start.wrapping_add(row * stride * LINE_BYTES);
+            let weights = [at(0), at(1), at(2), at(3)];
+            let tile = Tile { first: row, weights, ahead: start, input: product.input, columns: now };
+            tokens_of_tile::<E, L>(lanes, &tile, product.tokens, product.sums);
         }
-        let start = lines.as_ptr().cast::<u8>();
-        let at = |row: usize| start.wrapping_add(row * stride * LINE_BYTES);
-        let tile = TileRows { first: row, weights: [at(0), at(1), at(2), at(3)], ahead: start };
-        tokens_of_tile::<E, L>(lanes, &tile, product.input, product.tokens, product.sums);
+    }
+}
+
+/// Reads a chunk of a row of weights ahead.
+#[inline(always)]
+fn read_ahead<L: Multiply>(lanes: L, dtype: Dtype, row: *const u8, chunk: usize) {
+    let bytes = CHUNK / dtype.block() * dtype.block_bytes();
+    for at in (0..bytes).step_by(LINE_BYTES) {
+        lanes.prefetch(row.wrapping_add(chunk * bytes + at));
     }
 }
 
@@ -330,15 +377,9 @@ fn decode<E: Element, L: Multiply>(
     Fill { form: E::FORM, values, row: lines }.run(lanes);
 }
 
-/// All tokens against four rows of weights, six at a time or, with few registers, two.
+/// All tokens against a tile's rows, six at a time or, with few registers, two.
 #[inline(always)]
-fn tokens_of_tile<E: Element, L: Multiply>(
-    lanes: L,
-    tile: &TileRows,
-    input: Rows<'_>,
-    tokens: &[u32],
-    sums: &mut [f32],
-) {
+fn tokens_of_tile<E: Element, L: Multiply>(lanes: L, tile: &Tile<'_>, tokens: &[u32], sums: &mut [f32]) {
     let most = if L::WIDE { 6 } else { 2 };
     let mut left = (tokens, sums);
     let mut is_first = true;
@@ -349,93 +390,101 @@ fn tokens_of_tile<E: Element, L: Multiply>(
         let (sums, behind) = left.1.split_at_mut(count * BLOCK);
         left = (rest, behind);
         match (now.len(), is_first) {
-            (1, true) => tile_sums::<E, L, 1, true>(lanes, tile, input, now, sums),
-            (2, true) => tile_sums::<E, L, 2, true>(lanes, tile, input, now, sums),
-            (3, true) => tile_sums::<E, L, 3, true>(lanes, tile, input, now, sums),
-            (4, true) => tile_sums::<E, L, 4, true>(lanes, tile, input, now, sums),
-            (5, true) => tile_sums::<E, L, 5, true>(lanes, tile, input, now, sums),
-            (_, true) => tile_sums::<E, L, 6, true>(lanes, tile, input, now, sums),
-            (1, _) => tile_sums::<E, L, 1, false>(lanes, tile, input, now, sums),
-            (2, _) => tile_sums::<E, L, 2, false>(lanes, tile, input, now, sums),
-            (3, _) => tile_sums::<E, L, 3, false>(lanes, tile, input, now, sums),
-            (4, _) => tile_sums::<E, L, 4, false>(lanes, tile, input, now, sums),
-            (5, _) => tile_sums::<E, L, 5, false>(lanes, tile, input, now, sums),
-            _ => tile_sums::<E, L, 6, false>(lanes, tile, input, now, sums),
+            (1, true) => tile.sums::<E, L, 1, true>(lanes, now, sums),
+            (2, true) => tile.sums::<E, L, 2, true>(lanes, now, sums),
+            (3, true) => tile.sums::<E, L, 3, true>(lanes, now, sums),
+            (4, true) => tile.sums::<E, L, 4, true>(lanes, now, sums),
+            (5, true) => tile.sums::<E, L, 5, true>(lanes, now, sums),
+            (_, true) => tile.sums::<E, L, 6, true>(lanes, now, sums),
+            (1, _) => tile.sums::<E, L, 1, false>(lanes, now, sums),
+            (2, _) => tile.sums::<E, L, 2, false>(lanes, now, sums),
+            (3, _) => tile.sums::<E, L, 3, false>(lanes, now, sums),
+            (4, _) => tile.sums::<E, L, 4, false>(lanes, now, sums),
+            (5, _) => tile.sums::<E, L, 5, false>(lanes, now, sums),
+            _ => tile.sums::<E, L, 6, false>(lanes, now, sums),
         }
         is_first = false;
     }
 }
 
-/// Four weight rows times `T` tokens; `AHEAD` reads the next weights into the cache meanwhile.
-#[inline(always)]
-fn tile_sums<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
-    lanes: L,
-    tile: &TileRows,
-    input: Rows<'_>,
-    tokens: &[u32],
-    sums: &mut [f32],
-) {
-    let tokens: &[u32; T] = tokens.try_into().expect("a tile of as many tokens");
-    let zero = lanes.splat(0.0);
-    let mut all = [[zero; TILE_ROWS]; T];
-    let mut weights = tile.weights;
-    let mut ahead = tile.ahead;
-    for segment in 0..input.columns.div_ceil(input.segment) {
-        let columns = input.segment.min(input.columns - segment * input.segment);
-        let mut starts = [std::ptr::null::<Line>(); T];
-        for (start, &token) in starts.iter_mut().zip(tokens) {
-            *start = input.at(token, segment);
-        }
-        for step in 0..columns / E::COLUMNS {
-            let mut loaded = [zero; TILE_ROWS];
-            for row in 0..TILE_ROWS {
-                // SAFETY: a row holds `columns` weights of each segment, and this step's are `BYTES` of them.
-                loaded[row] = unsafe { E::load(lanes, weights[row].add(step * E::BYTES)) };
+impl Tile<'_> {
+    /// The rows times `T` tokens, written for the first columns, added for later ones; `AHEAD` reads the next weights into the
+    /// cache meanwhile.
+    #[inline(always)]
+    fn sums<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
+        &self,
+        lanes: L,
+        tokens: &[u32],
+        sums: &mut [f32],
+    ) {
+        let tokens: &[u32; T] = tokens.try_into().expect("a tile of as many tokens");
+        let zero = lanes.splat(0.0);
+        let mut all = [[zero; TILE_ROWS]; T];
+        let mut column = self.columns.start;
+        while column < self.columns.end {
+            let (segment, within) = (column / self.input.segment, column % self.input.segment);
+            let columns = (self.input.segment - within).min(self.columns.end - column);
+            let offset = (column - self.columns.start) / E::COLUMNS * E::BYTES;
+            let ahead = self.ahead.wrapping_add(TILE_ROWS * offset);
+            let weights = self.weights.map(|row| row.wrapping_add(offset));
+            let mut starts = [std::ptr::null::<Line>(); T];
+            for (start, &token) in starts.iter_mut().zip(tokens) {
+                *start = self.input.at(token, segment).wrapping_add(within / E::COLUMNS);
             }
-            if AHEAD {
-                for line in 0..TILE_ROWS * E::BYTES / LINE_BYTES {
-                    lanes.prefetch(ahead.wrapping_add((step * TILE_ROWS * E::BYTES / LINE_BYTES + line) * LINE_BYTES));
-                }
-            }
-            for token in 0..T {
-                // SAFETY: a row has a line for each step of each segment; `Rows` and `Product` have checked both numbers.
-                let values = lanes.line(unsafe { &*starts[token].add(step) });
+            for step in 0..columns / E::COLUMNS {
+                let mut loaded = [zero; TILE_ROWS];
                 for row in 0..TILE_ROWS {
-                    all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                    // SAFETY: a row holds the tile's columns, and this step's weights are `BYTES` of them.
+                    loaded[row] = unsafe { E::load(lanes, weights[row].add(step * E::BYTES)) };
+                }
+                if AHEAD {
+                    for line in 0..TILE_ROWS * E::BYTES / LINE_BYTES {
+                        lanes.prefetch(ahead.wrapping_add(TILE_ROWS * step * E::BYTES + line * LINE_BYTES));
+                    }
+                }
+                for token in 0..T {
+                    // SAFETY: a row has a line for each step of each segment; `Rows` and `Product` have checked both numbers.
+                    let values = lanes.line(unsafe { &*starts[token].add(step) });
+                    for row in 0..TILE_ROWS {
+                        all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                    }
                 }
             }
-        }
-        let (steps, rest) = (columns / E::COLUMNS, columns % E::COLUMNS);
-        if rest > 0 {
-            let mut loaded = [zero; TILE_ROWS];
-            for row in 0..TILE_ROWS {
-                let mut last = [0; LINE_BYTES];
-                let bytes = rest * E::BYTES / E::COLUMNS;
-                // SAFETY: those are the row's last bytes; what follows them here is zeros.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(weights[row].add(steps * E::BYTES), last.as_mut_ptr(), bytes);
-                    loaded[row] = E::load(lanes, last.as_ptr());
-                }
-            }
-            for token in 0..T {
-                // SAFETY: as above; a part of a step has a line of its own.
-                let values = lanes.line(unsafe { &*starts[token].add(steps) });
+            let (steps, rest) = (columns / E::COLUMNS, columns % E::COLUMNS);
+            if rest > 0 {
+                let mut loaded = [zero; TILE_ROWS];
                 for row in 0..TILE_ROWS {
-                    all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                    let mut last = [0; LINE_BYTES];
+                    let bytes = rest * E::BYTES / E::COLUMNS;
+                    // SAFETY: those are the row's last bytes; what follows them here is zeros.
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(weights[row].add(steps * E::BYTES), last.as_mut_ptr(), bytes);
+                        loaded[row] = E::load(lanes, last.as_ptr());
+                    }
+                }
+                for token in 0..T {
+                    // SAFETY: as above; a part of a step has a line of its own.
+                    let values = lanes.line(unsafe { &*starts[token].add(steps) });
+                    for row in 0..TILE_ROWS {
+                        all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
+                    }
                 }
             }
+            column += columns;
         }
-        for row in &mut weights {
-            *row = row.wrapping_add(columns / E::COLUMNS * E::BYTES);
-        }
-        ahead = ahead.wrapping_add(TILE_ROWS * steps * E::BYTES);
+        fold_tile::<L, T>(lanes, all, self.first, self.columns.start == 0, sums);
     }
-    fold_tile::<L, T>(lanes, all, tile.first, sums);
 }
 
-/// Folds the lanes of a tile's sums and writes them.
+/// Folds the lanes of a tile's sums and writes them, or adds them to what is there.
 #[inline(always)]
-fn fold_tile<L: Multiply, const T: usize>(lanes: L, all: [[L::Vector; TILE_ROWS]; T], first: usize, sums: &mut [f32]) {
+fn fold_tile<L: Multiply, const T: usize>(
+    lanes: L,
+    all: [[L::Vector; TILE_ROWS]; T],
+    first: usize,
+    is_new: bool,
+    sums: &mut [f32],
+) {
     const AT_ONCE: usize = LANES / TILE_ROWS;
     let zero = lanes.splat(0.0);
     for start in (0..T).step_by(AT_ONCE) {
@@ -450,7 +499,9 @@ fn fold_tile<L: Multiply, const T: usize>(lanes: L, all: [[L::Vector; TILE_ROWS]
         lanes.store(lanes.fold_sums(flat), &mut folded);
         for token in 0..count {
             let sums = &mut sums[(start + token) * BLOCK + first..][..TILE_ROWS];
-            sums.copy_from_slice(&folded[token * TILE_ROWS..][..TILE_ROWS]);
+            for (sum, &part) in sums.iter_mut().zip(&folded[token * TILE_ROWS..]) {
+                *sum = if is_new { part } else { *sum + part };
+            }
         }
     }
 }
@@ -461,44 +512,62 @@ fn byte_tiles<L: Multiply>(lanes: L, product: &mut Product<'_>) {
     for row in (0..BLOCK).step_by(TILE_ROWS) {
         let mut left = (product.tokens, &mut *product.sums);
         let weights: &[&[u8]; TILE_ROWS] = product.weights[row..row + TILE_ROWS].try_into().expect("four rows");
+        let ahead = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+        let tile = ByteTile { dtype: product.dtype, weights, ahead, first: row, input: product.input };
         while !left.0.is_empty() {
             let count = left.0.len().min(2);
             let (now, rest) = left.0.split_at(count);
             let (sums, behind) = left.1.split_at_mut(count * BLOCK);
             left = (rest, behind);
             match count {
-                1 => byte_sums::<L, 1>(lanes, product.dtype, weights, product.input, now, row, sums),
-                _ => byte_sums::<L, 2>(lanes, product.dtype, weights, product.input, now, row, sums),
+                1 => tile.sums::<L, 1>(lanes, now, sums),
+                _ => tile.sums::<L, 2>(lanes, now, sums),
             }
         }
     }
 }
 
-#[inline(always)]
-fn byte_sums<L: Multiply, const T: usize>(
-    lanes: L,
+/// Four rows of quantised weights.
+struct ByteTile<'a> {
     dtype: Dtype,
-    weights: &[&[u8]; TILE_ROWS],
-    input: Rows<'_>,
-    tokens: &[u32],
+    weights: &'a [&'a [u8]; TILE_ROWS],
+    /// The row after the last; it and three more are read next.
+    ahead: *const u8,
     first: usize,
-    sums: &mut [f32],
-) {
-    let zero = lanes.splat(0.0);
-    let mut all = [[zero; TILE_ROWS]; T];
-    let chunks_in_segment = input.segment / CHUNK;
-    for chunk in 0..input.columns.div_ceil(CHUNK) {
-        let within = chunk % chunks_in_segment * quantized::CHUNK_LINES;
-        for (token, all) in tokens.iter().zip(&mut all) {
-            let start = input.at(*token, chunk / chunks_in_segment).wrapping_add(within);
-            // SAFETY: a row of bytes has that many lines for each chunk; `Rows` and `Product` have checked both numbers.
-            let lines: &[Line; quantized::CHUNK_LINES] = unsafe { &*start.cast() };
-            for (sum, weights) in all.iter_mut().zip(weights) {
-                *sum = quantized::dot_chunk(lanes, dtype, weights, chunk, lines, *sum);
-            }
+    input: Rows<'a>,
+}
+
+impl ByteTile<'_> {
+    #[inline(always)]
+    fn sums<L: Multiply, const T: usize>(&self, lanes: L, tokens: &[u32], sums: &mut [f32]) {
+        match self.dtype {
+            Dtype::Q4K => self.sums_of::<quantized::Q4K, L, T>(lanes, tokens, sums),
+            Dtype::Q6K => self.sums_of::<quantized::Q6K, L, T>(lanes, tokens, sums),
+            _ => self.sums_of::<quantized::Q8_0, L, T>(lanes, tokens, sums),
         }
     }
-    fold_tile::<L, T>(lanes, all, first, sums);
+
+    #[inline(always)]
+    fn sums_of<Q: quantized::Blocks, L: Multiply, const T: usize>(&self, lanes: L, tokens: &[u32], sums: &mut [f32]) {
+        let zero = lanes.splat(0.0);
+        let mut all = [[zero; TILE_ROWS]; T];
+        let chunks_in_segment = self.input.segment / CHUNK;
+        for chunk in 0..self.input.columns.div_ceil(CHUNK) {
+            for row in 0..TILE_ROWS {
+                read_ahead(lanes, self.dtype, self.ahead.wrapping_add(row * self.weights[0].len()), chunk);
+            }
+            let within = chunk % chunks_in_segment * quantized::CHUNK_LINES;
+            for (token, all) in tokens.iter().zip(&mut all) {
+                let start = self.input.at(*token, chunk / chunks_in_segment).wrapping_add(within);
+                // SAFETY: a row of bytes has that many lines for each chunk; `Rows` and `Product` have checked both numbers.
+                let lines: &[Line; quantized::CHUNK_LINES] = unsafe { &*start.cast() };
+                for (sum, weights) in all.iter_mut().zip(self.weights) {
+                    *sum = Q::dot(lanes, weights, chunk, lines, *sum);
+                }
+            }
+        }
+        fold_tile::<L, T>(lanes, all, self.first, true, sums);
+    }
 }
 
 /// All tokens against panels.
@@ -568,12 +637,7 @@ fn turn<E: Element, L: Multiply>(lanes: L, stage: &[Line], columns: usize, half:
 
 /// All tokens against one panel, twelve at a time or, with few registers, four.
 #[inline(always)]
-fn panel_tokens<E: Element, L: Multiply>(
-    lanes: L,
-    product: &mut Product<'_>,
-    panel: &[Line],
-    words: std::ops::Range<usize>,
-) {
+fn panel_tokens<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>, panel: &[Line], words: Range<usize>) {
     let most = if L::WIDE { 12 } else { 4 };
     let bytes = product.weights[0].len();
     // What this panel is for may be read while the first tokens are at work, where the next one is the next block's.
@@ -610,7 +674,7 @@ fn panel_tokens<E: Element, L: Multiply>(
 struct PanelPart<'a> {
     panel: &'a [Line],
     /// The words of a row that the panel holds.
-    words: std::ops::Range<usize>,
+    words: Range<usize>,
     input: Rows<'a>,
     tokens: &'a [u32],
     /// What to read ahead, and how many lines of each for sixteen words.

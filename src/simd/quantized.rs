@@ -14,37 +14,42 @@ pub(crate) const CHUNK_LINES: usize = 9;
 /// Values that share a scale.
 const GROUP: usize = 32;
 
+/// Adding it to a small number rounds it to a whole one that then stands in the lowest bits.
+const SHIFT: f32 = 12_582_912.0;
+
 /// Up to [`CHUNK`] values as bytes; zeros after their end.
 #[inline(always)]
-pub(super) fn to_bytes(values: &[f32], lines: &mut [Line]) {
+pub(super) fn to_bytes<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]) {
+    let (zero, shift, sign) = (lanes.splat(0.0), lanes.splat(SHIFT), lanes.repeat(0x7fff_ffff));
     let mut sums = [0.0f32; LANES];
     for quarter in 0..CHUNK / (2 * GROUP) {
         let mut bytes = [0u8; 2 * GROUP];
-        let mut scales = [0.0f32; LANES];
+        let mut scales = [0.0f32; 2];
         for half in 0..2 {
             let group = 2 * quarter + half;
-            let mut all = [0.0f32; GROUP];
             let from = values.get(group * GROUP..).unwrap_or_default();
-            let count = from.len().min(GROUP);
-            all[..count].copy_from_slice(&from[..count]);
-            let largest = all.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-            // A scale so small that its inverse is infinite stands for zeros.
-            let inverse = if largest > 127.0 * f32::MIN_POSITIVE { 127.0 / largest } else { 0.0 };
-            let scale = if inverse > 0.0 { largest / 127.0 } else { 0.0 };
-            let mut sum = 0i32;
-            for (byte, value) in bytes[half * GROUP..][..GROUP].iter_mut().zip(all) {
-                let rounded = (value * inverse).round_ties_even() as i32;
-                sum += rounded;
-                *byte = rounded as i8 as u8;
+            let (low, high) = from[..from.len().min(GROUP)].split_at(from.len().min(LANES));
+            let (low, high) = (lanes.load_part(low, 0.0), lanes.load_part(high, 0.0));
+            let largest = lanes.fold_max(lanes.max(lanes.and(low, sign), lanes.and(high, sign)));
+            // So small that its inverse is infinite, it stands for zeros.
+            let is_zero = largest <= 127.0 * f32::MIN_POSITIVE;
+            let (scale, inverse) = if is_zero { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
+            let inverse = lanes.splat(inverse);
+            let low = lanes.add(lanes.mul(low, inverse), shift);
+            let high = lanes.add(lanes.mul(high, inverse), shift);
+            let sum = lanes.fold_sum(lanes.add(lanes.sub(low, shift), lanes.sub(high, shift)));
+            for (bytes, vector) in bytes[half * GROUP..][..GROUP].chunks_exact_mut(LANES).zip([low, high]) {
+                for (byte, word) in bytes.iter_mut().zip(lanes.words(vector)) {
+                    *byte = word as u8;
+                }
             }
-            scales[half * LANES / 2..][..LANES / 2].fill(scale);
-            sums[LANES / 2 + group] = scale * sum as f32;
+            scales[half] = scale;
+            sums[LANES / 2 + group] = scale * sum;
         }
-        let words = bytes.as_chunks::<4>().0;
-        lines[2 * quarter].0 = std::array::from_fn(|lane| u32::from_le_bytes(words[lane]));
-        lines[2 * quarter + 1].0 = scales.map(f32::to_bits);
+        lanes.store_line(lanes.bytes(&bytes), &mut lines[2 * quarter]);
+        lanes.store_line(lanes.two(scales[0], scales[1]), &mut lines[2 * quarter + 1]);
     }
-    lines[CHUNK_LINES - 1].0 = sums.map(f32::to_bits);
+    lanes.store_line(lanes.add(lanes.load(&sums), zero), &mut lines[CHUNK_LINES - 1]);
 }
 
 /// Weights of a row from column `first` on, a multiple of [`CHUNK`], as floats.
@@ -68,41 +73,28 @@ pub(crate) fn decode<L: Multiply>(lanes: L, dtype: Dtype, row: &[u8], first: usi
             }
         }
         Dtype::Q4K => {
-            for (values, block) in values.chunks_exact_mut(CHUNK).zip(row.as_chunks::<{ Dtype::Q4K.block_bytes() }>().0)
-            {
-                let (scale, least) = (lanes.half([block[0], block[1]]), lanes.half([block[2], block[3]]));
+            for (values, block) in values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(row.as_chunks().0) {
                 let (scales, offsets) = scales_q4_k(block);
-                for pair in 0..4 {
-                    let bytes = &block[16 + pair * GROUP..][..GROUP];
-                    let values = &mut values[pair * 2 * GROUP..][..2 * GROUP];
-                    let (low, high) = values.split_at_mut(GROUP);
-                    let [low_scale, high_scale] = [0, 1].map(|half| scale * f32::from(scales[2 * pair + half]));
-                    let [low_least, high_least] = [0, 1].map(|half| least * f32::from(offsets[2 * pair + half]));
-                    for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
-                        *low = low_scale * f32::from(byte & 15) - low_least;
-                        *high = high_scale * f32::from(byte >> 4) - high_least;
+                let [scale, least] = [lanes.half([block[0], block[1]]), lanes.half([block[2], block[3]])];
+                for (quarter, values) in values.as_chunks_mut::<{ 2 * GROUP }>().0.iter_mut().enumerate() {
+                    let floats = lanes.widen_bytes(unpack_q4_k(lanes, block, quarter));
+                    for (part, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                        let group = 2 * quarter + part / 2;
+                        let scale = lanes.splat(scale * f32::from(scales[group]));
+                        let least = lanes.splat(-(least * f32::from(offsets[group])));
+                        lanes.store(lanes.mul_add(floats[part], scale, least), values);
                     }
                 }
             }
         }
         Dtype::Q6K => {
-            for (values, block) in values.chunks_exact_mut(CHUNK).zip(row.as_chunks::<{ Dtype::Q6K.block_bytes() }>().0)
-            {
+            for (values, block) in values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(row.as_chunks().0) {
                 let scale = lanes.half([block[208], block[209]]);
-                for part in 0..2 {
-                    let (low, high) = (&block[part * 64..][..64], &block[128 + part * 32..][..32]);
-                    let scales = &block[192 + part * 8..][..8];
-                    for (quarter, values) in values[part * 128..][..128].chunks_exact_mut(GROUP).enumerate() {
-                        let nibbles = &low[quarter % 2 * GROUP..][..GROUP];
-                        for (half, values) in values.chunks_exact_mut(GROUP / 2).enumerate() {
-                            let scale = scale * f32::from(scales[2 * quarter + half] as i8);
-                            let at = half * GROUP / 2;
-                            for (at, value) in (at..).zip(values) {
-                                let nibble = nibbles[at] >> (quarter / 2 * 4) & 15;
-                                let upper = high[at] >> (2 * quarter) & 3;
-                                *value = scale * (i32::from(nibble | upper << 4) - 32) as f32;
-                            }
-                        }
+                for (quarter, values) in values.as_chunks_mut::<{ 2 * GROUP }>().0.iter_mut().enumerate() {
+                    let floats = lanes.widen_bytes(unpack_q6_k(lanes, block, quarter));
+                    for (part, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                        let scale = lanes.splat(scale * f32::from(block[192 + 4 * quarter + part] as i8));
+                        lanes.store(lanes.mul(lanes.sub(floats[part], lanes.splat(32.0)), scale), values);
                     }
                 }
             }
@@ -155,25 +147,36 @@ const fn fours(first: u32) -> [u32; LANES] {
     lanes
 }
 
-/// Adds a chunk of a weight row times activations of bytes to sums.
-#[inline(always)]
-pub(super) fn dot_chunk<L: Multiply>(
-    lanes: L,
-    dtype: Dtype,
-    row: &[u8],
-    chunk: usize,
-    input: &[Line; CHUNK_LINES],
-    sum: L::Vector,
-) -> L::Vector {
-    match dtype {
-        Dtype::Q8_0 => {
-            let blocks = row.as_chunks::<{ Dtype::Q8_0.block_bytes() }>().0;
-            let first = chunk * CHUNK / GROUP;
-            dot_q8_0(lanes, &blocks[first..blocks.len().min(first + CHUNK / GROUP)], input, sum)
-        }
-        Dtype::Q4K => dot_q4_k(lanes, &row.as_chunks().0[chunk], input, sum),
-        Dtype::Q6K => dot_q6_k(lanes, &row.as_chunks().0[chunk], input, sum),
-        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => unreachable!("floats have no integers"),
+/// Products of one quantised dtype with activations of bytes.
+pub(super) trait Blocks {
+    /// Adds a chunk of a weight row times activations to sums.
+    fn dot<L: Multiply>(lanes: L, row: &[u8], chunk: usize, input: &[Line; CHUNK_LINES], sum: L::Vector) -> L::Vector;
+}
+
+pub(super) struct Q8_0;
+pub(super) struct Q4K;
+pub(super) struct Q6K;
+
+impl Blocks for Q8_0 {
+    #[inline(always)]
+    fn dot<L: Multiply>(lanes: L, row: &[u8], chunk: usize, input: &[Line; CHUNK_LINES], sum: L::Vector) -> L::Vector {
+        let blocks = row.as_chunks::<{ Dtype::Q8_0.block_bytes() }>().0;
+        let first = chunk * CHUNK / GROUP;
+        dot_q8_0(lanes, &blocks[first..blocks.len().min(first + CHUNK / GROUP)], input, sum)
+    }
+}
+
+impl Blocks for Q4K {
+    #[inline(always)]
+    fn dot<L: Multiply>(lanes: L, row: &[u8], chunk: usize, input: &[Line; CHUNK_LINES], sum: L::Vector) -> L::Vector {
+        dot_q4_k(lanes, &row.as_chunks().0[chunk], input, sum)
+    }
+}
+
+impl Blocks for Q6K {
+    #[inline(always)]
+    fn dot<L: Multiply>(lanes: L, row: &[u8], chunk: usize, input: &[Line; CHUNK_LINES], sum: L::Vector) -> L::Vector {
+        dot_q6_k(lanes, &row.as_chunks().0[chunk], input, sum)
     }
 }
 
@@ -208,6 +211,30 @@ fn last_32(block: &[u8; Dtype::Q8_0.block_bytes()]) -> &[u8; 32] {
     block.last_chunk().expect("34 bytes")
 }
 
+/// A quarter of a `q4_K` block, 64 weights in order, as bytes.
+#[inline(always)]
+fn unpack_q4_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q4K.block_bytes()], quarter: usize) -> L::Vector {
+    /// The upper eight words by 4 bits, the lower ones by none.
+    const BY: Line = Line(eights(0, 0x0004_0004));
+    let bytes: &[u8; 32] = block[16 + 32 * quarter..].first_chunk().expect("32 bytes");
+    lanes.and(lanes.shift_right(lanes.halves(bytes, bytes), lanes.line(&BY)), lanes.repeat(0x0f0f_0f0f))
+}
+
+/// A quarter of a `q6_K` block, 64 weights in order plus 32, as bytes.
+#[inline(always)]
+fn unpack_q6_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q6K.block_bytes()], quarter: usize) -> L::Vector {
+    /// Pairs of bits for the lower and the upper eight words: of the first two groups, of the last two.
+    const BY: [Line; 2] = [Line(eights(0, 0x0002_0002)), Line(eights(0x0004_0004, 0x0006_0006))];
+    let low: &[u8; 64] = block[64 * (quarter / 2)..].first_chunk().expect("64 bytes");
+    let high: &[u8; 32] = block[128 + 32 * (quarter / 2)..].first_chunk().expect("32 bytes");
+    let low = lanes.bytes(low);
+    let nibbles = if quarter.is_multiple_of(2) { low } else { lanes.shift_right(low, lanes.repeat(0x0004_0004)) };
+    let pairs = lanes.shift_right(lanes.halves(high, high), lanes.line(&BY[quarter % 2]));
+    let pairs = lanes.shift_left_4(lanes.and(pairs, lanes.repeat(0x0303_0303)));
+    // The two have no bit in common.
+    lanes.xor(lanes.and(nibbles, lanes.repeat(0x0f0f_0f0f)), pairs)
+}
+
 #[inline(always)]
 fn dot_q4_k<L: Multiply>(
     lanes: L,
@@ -216,17 +243,13 @@ fn dot_q4_k<L: Multiply>(
     mut sum: L::Vector,
 ) -> L::Vector {
     const LANES_OF: [[u32; LANES]; 4] = [eights(0, 1), eights(2, 3), eights(4, 5), eights(6, 7)];
-    /// The upper eight words by 4 bits, the lower ones by none.
-    const BY: [u32; LANES] = eights(0, 0x0004_0004);
     let zero = lanes.splat(0.0);
     let (scales, offsets) = scales_q4_k(block);
     let both = (u128::from(u64::from_le_bytes(scales)) | u128::from(u64::from_le_bytes(offsets)) << 64).to_le_bytes();
     let factors = lanes.two(lanes.half([block[0], block[1]]), -lanes.half([block[2], block[3]]));
     let factors = lanes.mul(lanes.widen_u8(both), factors);
-    let (by, nibble) = (lanes.line(&Line(BY)), lanes.repeat(0x0f0f_0f0f));
     for quarter in 0..4 {
-        let bytes: &[u8; 32] = block[16 + 32 * quarter..].first_chunk().expect("32 bytes");
-        let weights = lanes.and(lanes.shift_right(lanes.halves(bytes, bytes), by), nibble);
+        let weights = unpack_q4_k(lanes, block, quarter);
         let products = lanes.dot_bytes(weights, lanes.line(&input[2 * quarter]), zero);
         let scales = lanes.mul(lanes.pick(factors, &LANES_OF[quarter]), lanes.line(&input[2 * quarter + 1]));
         sum = lanes.mul_add(lanes.floats(products), scales, sum);
@@ -242,28 +265,17 @@ fn dot_q6_k<L: Multiply>(
     mut sum: L::Vector,
 ) -> L::Vector {
     const LANES_OF: [[u32; LANES]; 4] = [fours(0), fours(4), fours(8), fours(12)];
-    /// Pairs of bits for the lower and the upper eight words: of the first two groups, of the last two.
-    const BY: [[u32; LANES]; 2] = [eights(0, 0x0002_0002), eights(0x0004_0004, 0x0006_0006)];
     let zero = lanes.splat(0.0);
     let scales: [u8; LANES] = *block[192..].first_chunk().expect("16 scales");
     let factors = lanes.mul(lanes.widen_i8(scales), lanes.splat(lanes.half([block[208], block[209]])));
-    let (nibble, pair, half) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0303_0303), lanes.repeat(0x2020_2020));
-    for part in 0..2 {
-        let low: &[u8; 64] = block[64 * part..].first_chunk().expect("64 bytes");
-        let high: &[u8; 32] = block[128 + 32 * part..].first_chunk().expect("32 bytes");
-        let (low, high) = (lanes.bytes(low), lanes.halves(high, high));
-        for upper in 0..2 {
-            let nibbles = if upper == 0 { low } else { lanes.shift_right(low, lanes.repeat(0x0004_0004)) };
-            let pairs = lanes.and(lanes.shift_right(high, lanes.line(&Line(BY[upper]))), pair);
-            // The two have no bit in common.
-            let weights = lanes.xor(lanes.and(nibbles, nibble), lanes.shift_left_4(pairs));
-            let quarter = 2 * part + upper;
-            let bytes = lanes.line(&input[2 * quarter]);
-            let start = lanes.sub_integers(zero, lanes.dot_bytes(half, bytes, zero));
-            let products = lanes.floats(lanes.dot_bytes(weights, bytes, start));
-            let scales = lanes.mul(lanes.pick(factors, &LANES_OF[quarter]), lanes.line(&input[2 * quarter + 1]));
-            sum = lanes.mul_add(products, scales, sum);
-        }
+    for quarter in 0..4 {
+        let weights = unpack_q6_k(lanes, block, quarter);
+        let bytes = lanes.line(&input[2 * quarter]);
+        // What 32 too many at each weight would add is taken off before.
+        let start = lanes.sub_integers(zero, lanes.dot_bytes(lanes.repeat(0x2020_2020), bytes, zero));
+        let products = lanes.floats(lanes.dot_bytes(weights, bytes, start));
+        let scales = lanes.mul(lanes.pick(factors, &LANES_OF[quarter]), lanes.line(&input[2 * quarter + 1]));
+        sum = lanes.mul_add(products, scales, sum);
     }
     sum
 }
