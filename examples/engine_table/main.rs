@@ -4,10 +4,11 @@
 //! that its tokens touch at the one, or its operations at the other, whichever is longer. Then `MoeLayer::forward` and the
 //! loop of candle-transformers' `qwen3_moe.rs` run in turns on the same weights, so that a busy neighbour meets both, after
 //! their outputs were compared; times are medians. Blocks and inputs take turns too, so that no weight is in a cache when it
-//! is touched. Tokens choose experts nearly evenly.
+//! is touched. Tokens choose experts nearly evenly. Candle's quantised products run on a pool of their own, of one thread
+//! unless `CANDLE_NUM_THREADS` says otherwise: its threads wait by spinning, which a busy neighbour makes far slower.
 //!
 //! ```text
-//! cargo run --release --example engine_table                                  # a table, some minutes, 8 GB
+//! cargo run --release --example engine_table                                  # a table, some ten minutes, 8 GB
 //! cargo run --release --example engine_table -- --json                        # one JSON document
 //! cargo run --release --example engine_table -- --shapes B --dtypes f32,bf16 --tokens 1,8
 //! cargo run --release --example engine_table -- --shapes mixtral --no-candle --threads 2
@@ -138,16 +139,21 @@ fn blocks(shape: Shape, format: Format, smoke: bool) -> Result<Vec<Block>, Failu
     Ok((1..=count as u64).map(|seed| Block::random(shape, format, seed)).collect::<Result<_, _>>()?)
 }
 
-/// Candle takes its number of threads from the environment alone, so the program starts over with it.
+/// Candle takes its numbers of threads from the environment alone, so the program starts over with them. Candle's second pool,
+/// which waits by spinning, stays off unless the environment names its size.
 fn fix_threads(threads: Option<usize>) -> Result<(), Failure> {
-    let name = "RAYON_NUM_THREADS";
-    let (wanted, set) = (threads.map(|threads| threads.to_string()), std::env::var(name).ok());
-    if set.is_some() && (wanted.is_none() || wanted == set) {
+    let (products, rest) = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS");
+    let set = |name| std::env::var(name).ok();
+    let wanted = match threads.map(|threads| threads.to_string()).or_else(|| set(products)) {
+        Some(wanted) => wanted,
+        None => std::thread::available_parallelism()?.to_string(),
+    };
+    let others = set(rest).unwrap_or("1".into());
+    if set(products).as_ref() == Some(&wanted) && set(rest).as_ref() == Some(&others) {
         return Ok(());
     }
-    let wanted = wanted.unwrap_or(std::thread::available_parallelism()?.to_string());
-    let own = std::env::current_exe()?;
-    let status = std::process::Command::new(own).args(std::env::args_os().skip(1)).env(name, wanted).status()?;
+    let mut again = std::process::Command::new(std::env::current_exe()?);
+    let status = again.args(std::env::args_os().skip(1)).env(products, wanted).env(rest, others).status()?;
     std::process::exit(status.code().unwrap_or(1));
 }
 
