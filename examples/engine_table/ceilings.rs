@@ -1,0 +1,101 @@
+//! What this machine can do at best, measured: reading memory and multiplying matrices.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
+
+use crate::common::fill::uniform;
+use crate::common::shape::{Format, Shape};
+
+/// All threads together; the best seen, since a busy neighbour only takes away.
+#[derive(Default)]
+pub struct Ceilings {
+    pub read_gb_per_second: f64,
+    pub f32_gflops: f64,
+    pub bf16_gflops: f64,
+}
+
+impl Ceilings {
+    /// Measures once more.
+    pub fn raise(&mut self, smoke: bool) -> Result<()> {
+        let (bytes, sizes): (_, &[_]) = match smoke {
+            true => (1 << 24, &[(256, 256, 256)]),
+            false => (1 << 30, &[(512, 1024, 2048), (1024, 1024, 1024), (1024, 2048, 2048)]),
+        };
+        self.read_gb_per_second = self.read_gb_per_second.max(reads(bytes));
+        self.f32_gflops = self.f32_gflops.max(products(DType::F32, sizes)?);
+        // Without bf16 instructions widening the operands is the best way there is.
+        self.bf16_gflops = self.bf16_gflops.max(products(DType::BF16, sizes)?).max(self.f32_gflops);
+        Ok(())
+    }
+
+    /// The least milliseconds in which an input of so many tokens, touching so many experts, could be done.
+    pub fn floor_millis(&self, shape: Shape, format: Format, tokens: usize, touched: f64) -> f64 {
+        let read = touched * shape.expert_bytes(format) / (self.read_gb_per_second * 1e9);
+        let operations = (2 * shape.expert_weights() * tokens * shape.top_k) as f64;
+        let gflops = if matches!(format.name, "f32" | "f16") { self.f32_gflops } else { self.bf16_gflops };
+        read.max(operations / (gflops * 1e9)) * 1e3
+    }
+}
+
+/// Seconds of the best of three medians of five calls: neither a lucky call counts nor a busy neighbour.
+fn seconds(mut call: impl FnMut()) -> f64 {
+    call();
+    let mut median = || {
+        let mut times = [(); 5].map(|()| {
+            let start = Instant::now();
+            call();
+            start.elapsed().as_secs_f64()
+        });
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    (0..3).map(|_| median()).fold(f64::INFINITY, f64::min)
+}
+
+/// Gigabytes per second that all threads read from a buffer of so many bytes.
+fn reads(bytes: usize) -> f64 {
+    let buffer: Vec<f32> = (0..bytes / 4).into_par_iter().map(|at| at as f32).collect();
+    // Enough sums at once that memory is waited for and not additions, and two streams, which a core reads faster than one.
+    let sum = |part: &[f32]| {
+        let (left, right) = part.split_at(part.len() / 2);
+        let mut sums = [[0f32; 16]; 2];
+        for (left, right) in left.as_chunks::<16>().0.iter().zip(right.as_chunks::<16>().0) {
+            for lane in 0..16 {
+                sums[0][lane] += left[lane];
+                sums[1][lane] += right[lane];
+            }
+        }
+        sums.iter().flatten().sum::<f32>()
+    };
+    let part = buffer.len() / (16 * rayon::current_num_threads());
+    let seconds = seconds(|| {
+        black_box(black_box(&buffer).par_chunks(part).map(sum).sum::<f32>());
+    });
+    bytes as f64 / seconds / 1e9
+}
+
+/// The best GFLOP/s of a product `[m, k] · [n, k]ᵀ` at these `(m, k, n)`, by Candle or by this crate.
+fn products(dtype: DType, sizes: &[(usize, usize, usize)]) -> Result<f64> {
+    let mut best = 0f64;
+    for &(m, k, n) in sizes {
+        let (a, b) = (uniform(dtype, m, k, 1.0, 1)?, uniform(dtype, n, k, 1.0, 2)?);
+        let gflops = |seconds: f64| 2.0 * (m * k * n) as f64 / seconds / 1e9;
+        let transposed = b.t()?;
+        a.matmul(&transposed)?;
+        best = best.max(gflops(seconds(|| {
+            black_box(a.matmul(&transposed)).expect("a product that worked before");
+        })));
+        if let Some(own) = own_product(&a, &b) {
+            best = best.max(gflops(seconds(own)));
+        }
+    }
+    Ok(best)
+}
+
+/// This crate's own product `a · bᵀ` on all threads: none is public yet.
+fn own_product(_a: &Tensor, _b: &Tensor) -> Option<fn()> {
+    None
+}
