@@ -24,6 +24,10 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) const CHUNK: usize = 256;
 /// Weight rows of a tile.
 const TILE_ROWS: usize = 4;
+/// Tokens of such a tile.
+const TILE_TOKENS: usize = 6;
+/// Rows between a piece of a row and the one that is read ahead meanwhile.
+const FAR: usize = 8;
 /// Words of a panel's rows: two lines each, 256 KiB in all.
 const PANEL_WORDS: usize = 2048;
 /// Lines of a row of weights on their way into a panel.
@@ -277,13 +281,13 @@ impl Element for AsPairs {
     }
 }
 
-/// Four rows of weights in the type of an [`Element`], some of their columns, from row `first` of the block on.
-struct Tile<'a> {
+/// `R` rows of weights in the type of an [`Element`], some of their columns, from row `first` of the block on.
+struct Tile<'a, const R: usize> {
     first: usize,
     /// Where the rows' columns start.
-    weights: [*const u8; TILE_ROWS],
-    /// As many bytes are read next, one after another.
-    ahead: *const u8,
+    weights: [*const u8; R],
+    /// The rows whose same columns are read next.
+    ahead: [*const u8; R],
     input: Rows<'a>,
     columns: Range<usize>,
 }
@@ -300,24 +304,36 @@ fn tile_columns<E: Element>(columns: usize, tokens: usize) -> usize {
 /// Tiles over weights as they are stored.
 #[inline(always)]
 fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    let columns = product.input.columns;
+    // All tokens in one tile, as far as there are registers: weights come from memory once.
+    match L::WIDE && product.tokens.len() > TILE_TOKENS {
+        true => stored_tiles_of::<E, L, 2>(lanes, product),
+        false => stored_tiles_of::<E, L, TILE_ROWS>(lanes, product),
+    }
+}
+
+#[inline(always)]
+fn stored_tiles_of<E: Element, L: Multiply, const R: usize>(lanes: L, product: &mut Product<'_>) {
+    let (columns, row_bytes) = (product.input.columns, product.weights[0].len());
     let at_once = tile_columns::<E>(columns, product.tokens.len());
-    for row in (0..BLOCK).step_by(TILE_ROWS) {
-        let next = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
-        for first in (0..columns).step_by(at_once) {
-            let offset = first / E::COLUMNS * E::BYTES;
-            let mut weights = [std::ptr::null(); TILE_ROWS];
-            for (weights, row) in weights.iter_mut().zip(&product.weights[row..]) {
-                *weights = row.as_ptr().wrapping_add(offset);
+    // Far enough that memory answers in time: the pieces of rows are short where there are many tokens.
+    let far = if at_once < columns { FAR } else { R };
+    for first in (0..columns).step_by(at_once) {
+        let now = first..columns.min(first + at_once);
+        let (offset, next) = (first / E::COLUMNS * E::BYTES, now.end / E::COLUMNS * E::BYTES);
+        for row in (0..BLOCK).step_by(R) {
+            let mut weights = [std::ptr::null(); R];
+            let mut ahead = weights;
+            for at in 0..R {
+                weights[at] = product.weights[row + at].as_ptr().wrapping_add(offset);
+                let soon = row + far + at;
+                ahead[at] = match product.weights.get(soon) {
+                    Some(row) => row.as_ptr().wrapping_add(offset),
+                    None if now.end < columns => product.weights[soon - BLOCK].as_ptr().wrapping_add(next),
+                    None => product.ahead[0].as_ptr().wrapping_add((soon - BLOCK) * row_bytes),
+                };
             }
-            let tile = Tile {
-                first: row,
-                weights,
-                ahead: next.wrapping_add(TILE_ROWS * offset),
-                input: product.input,
-                columns: first..columns.min(first + at_once),
-            };
-            tokens_of_tile::<E, L>(lanes, &tile, product.tokens, product.sums);
+            let tile = Tile { first: row, weights, ahead, input: product.input, columns: now.clone() };
+            tokens_of_tile::<E, L, R>(lanes, &tile, product.tokens, product.sums);
         }
     }
 }
@@ -336,9 +352,8 @@ fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
         for first in (0..columns).step_by(at_once) {
             let now = first..columns.min(first + at_once);
             for ((at, lines), weights) in lines.chunks_exact_mut(stride).enumerate().zip(rows) {
-                for (chunk, lines) in
-                    (first / CHUNK..now.end.div_ceil(CHUNK)).zip(lines.chunks_mut(E::FORM.lines(CHUNK)))
-                {
+                let chunks = first / CHUNK..now.end.div_ceil(CHUNK);
+                for (chunk, lines) in chunks.zip(lines.chunks_mut(E::FORM.lines(CHUNK))) {
                     read_ahead(lanes, product.dtype, next.wrapping_add(at * weights.len()), chunk);
                     decode::<E, L>(lanes, product.dtype, weights, chunk, columns, lines);
                 }
@@ -346,8 +361,8 @@ fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             let start = lines.as_ptr().cast::<u8>();
             let at = |row: usize| start.wrapping_add(row * stride * LINE_BYTES);
             let weights = [at(0), at(1), at(2), at(3)];
-            let tile = Tile { first: row, weights, ahead: start, input: product.input, columns: now };
-            tokens_of_tile::<E, L>(lanes, &tile, product.tokens, product.sums);
+            let tile = Tile { first: row, weights, ahead: weights, input: product.input, columns: now };
+            tokens_of_tile::<E, L, TILE_ROWS>(lanes, &tile, product.tokens, product.sums);
         }
     }
 }
@@ -377,83 +392,105 @@ fn decode<E: Element, L: Multiply>(
     Fill { form: E::FORM, values, row: lines }.run(lanes);
 }
 
-/// All tokens against a tile's rows, six at a time or, with few registers, two.
+/// All tokens against a tile's rows: as many at a time as there are registers for.
 #[inline(always)]
-fn tokens_of_tile<E: Element, L: Multiply>(lanes: L, tile: &Tile<'_>, tokens: &[u32], sums: &mut [f32]) {
-    let most = if L::WIDE { 6 } else { 2 };
+fn tokens_of_tile<E: Element, L: Multiply, const R: usize>(
+    lanes: L,
+    tile: &Tile<'_, R>,
+    tokens: &[u32],
+    sums: &mut [f32],
+) {
+    let most = match (L::WIDE, R) {
+        (true, 2) => 2 * TILE_TOKENS,
+        (true, _) => TILE_TOKENS,
+        (false, _) => 2,
+    };
     let mut left = (tokens, sums);
     let mut is_first = true;
     while !left.0.is_empty() {
-        // Alike, where six do not divide them: a tile of one token costs as many loads as one of three.
+        // Alike, where that many do not divide them: a tile of one token costs as many loads as one of three.
         let count = left.0.len().div_ceil(left.0.len().div_ceil(most));
         let (now, rest) = left.0.split_at(count);
         let (sums, behind) = left.1.split_at_mut(count * BLOCK);
         left = (rest, behind);
-        match (now.len(), is_first) {
-            (1, true) => tile.sums::<E, L, 1, true>(lanes, now, sums),
-            (2, true) => tile.sums::<E, L, 2, true>(lanes, now, sums),
-            (3, true) => tile.sums::<E, L, 3, true>(lanes, now, sums),
-            (4, true) => tile.sums::<E, L, 4, true>(lanes, now, sums),
-            (5, true) => tile.sums::<E, L, 5, true>(lanes, now, sums),
-            (_, true) => tile.sums::<E, L, 6, true>(lanes, now, sums),
-            (1, _) => tile.sums::<E, L, 1, false>(lanes, now, sums),
-            (2, _) => tile.sums::<E, L, 2, false>(lanes, now, sums),
-            (3, _) => tile.sums::<E, L, 3, false>(lanes, now, sums),
-            (4, _) => tile.sums::<E, L, 4, false>(lanes, now, sums),
-            (5, _) => tile.sums::<E, L, 5, false>(lanes, now, sums),
-            _ => tile.sums::<E, L, 6, false>(lanes, now, sums),
-        }
+        let ahead = is_first;
         is_first = false;
+        match count {
+            1 => tile.sums::<E, L, 1>(lanes, ahead, now, sums),
+            2 => tile.sums::<E, L, 2>(lanes, ahead, now, sums),
+            3 => tile.sums::<E, L, 3>(lanes, ahead, now, sums),
+            4 => tile.sums::<E, L, 4>(lanes, ahead, now, sums),
+            5 => tile.sums::<E, L, 5>(lanes, ahead, now, sums),
+            6 => tile.sums::<E, L, 6>(lanes, ahead, now, sums),
+            7 => tile.sums::<E, L, 7>(lanes, ahead, now, sums),
+            8 => tile.sums::<E, L, 8>(lanes, ahead, now, sums),
+            9 => tile.sums::<E, L, 9>(lanes, ahead, now, sums),
+            10 => tile.sums::<E, L, 10>(lanes, ahead, now, sums),
+            11 => tile.sums::<E, L, 11>(lanes, ahead, now, sums),
+            _ => tile.sums::<E, L, 12>(lanes, ahead, now, sums),
+        }
     }
 }
 
-impl Tile<'_> {
-    /// The rows times `T` tokens, written for the first columns, added for later ones; `AHEAD` reads the next weights into the
-    /// cache meanwhile.
+impl<const R: usize> Tile<'_, R> {
+    /// The rows times `T` tokens, written for the first columns, added for later ones.
     #[inline(always)]
-    fn sums<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
+    fn sums<E: Element, L: Multiply, const T: usize>(&self, lanes: L, ahead: bool, tokens: &[u32], sums: &mut [f32]) {
+        match ahead {
+            true => self.sums_of::<E, L, T, true>(lanes, tokens, sums),
+            false => self.sums_of::<E, L, T, false>(lanes, tokens, sums),
+        }
+    }
+
+    /// The same; `AHEAD` reads the next weights into the cache meanwhile.
+    #[inline(always)]
+    fn sums_of<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
         &self,
         lanes: L,
         tokens: &[u32],
         sums: &mut [f32],
     ) {
+        if (R > 2 && T > TILE_TOKENS) || (!L::WIDE && T > 2) {
+            return; // There is no such tile.
+        }
         let tokens: &[u32; T] = tokens.try_into().expect("a tile of as many tokens");
         let zero = lanes.splat(0.0);
-        let mut all = [[zero; TILE_ROWS]; T];
+        let mut all = [[zero; R]; T];
         let mut column = self.columns.start;
         while column < self.columns.end {
             let (segment, within) = (column / self.input.segment, column % self.input.segment);
             let columns = (self.input.segment - within).min(self.columns.end - column);
             let offset = (column - self.columns.start) / E::COLUMNS * E::BYTES;
-            let ahead = self.ahead.wrapping_add(TILE_ROWS * offset);
+            let ahead = self.ahead.map(|row| row.wrapping_add(offset));
             let weights = self.weights.map(|row| row.wrapping_add(offset));
             let mut starts = [std::ptr::null::<Line>(); T];
             for (start, &token) in starts.iter_mut().zip(tokens) {
                 *start = self.input.at(token, segment).wrapping_add(within / E::COLUMNS);
             }
             for step in 0..columns / E::COLUMNS {
-                let mut loaded = [zero; TILE_ROWS];
-                for row in 0..TILE_ROWS {
+                let mut loaded = [zero; R];
+                for row in 0..R {
                     // SAFETY: a row holds the tile's columns, and this step's weights are `BYTES` of them.
                     loaded[row] = unsafe { E::load(lanes, weights[row].add(step * E::BYTES)) };
                 }
-                if AHEAD {
-                    for line in 0..TILE_ROWS * E::BYTES / LINE_BYTES {
-                        lanes.prefetch(ahead.wrapping_add(TILE_ROWS * step * E::BYTES + line * LINE_BYTES));
+                // A line of each row, at every step or, where a step is half a line, at every second.
+                if AHEAD && (step * E::BYTES).is_multiple_of(LINE_BYTES) {
+                    for row in 0..R {
+                        lanes.prefetch(ahead[row].wrapping_add(step * E::BYTES));
                     }
                 }
                 for token in 0..T {
                     // SAFETY: a row has a line for each step of each segment; `Rows` and `Product` have checked both numbers.
                     let values = lanes.line(unsafe { &*starts[token].add(step) });
-                    for row in 0..TILE_ROWS {
+                    for row in 0..R {
                         all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
                     }
                 }
             }
             let (steps, rest) = (columns / E::COLUMNS, columns % E::COLUMNS);
             if rest > 0 {
-                let mut loaded = [zero; TILE_ROWS];
-                for row in 0..TILE_ROWS {
+                let mut loaded = [zero; R];
+                for row in 0..R {
                     let mut last = [0; LINE_BYTES];
                     let bytes = rest * E::BYTES / E::COLUMNS;
                     // SAFETY: those are the row's last bytes; what follows them here is zeros.
@@ -465,41 +502,41 @@ impl Tile<'_> {
                 for token in 0..T {
                     // SAFETY: as above; a part of a step has a line of its own.
                     let values = lanes.line(unsafe { &*starts[token].add(steps) });
-                    for row in 0..TILE_ROWS {
+                    for row in 0..R {
                         all[token][row] = E::mac(lanes, loaded[row], values, all[token][row]);
                     }
                 }
             }
             column += columns;
         }
-        fold_tile::<L, T>(lanes, all, self.first, self.columns.start == 0, sums);
+        fold_tile::<L, R, T>(lanes, all, self.first, self.columns.start == 0, sums);
     }
 }
 
 /// Folds the lanes of a tile's sums and writes them, or adds them to what is there.
 #[inline(always)]
-fn fold_tile<L: Multiply, const T: usize>(
+fn fold_tile<L: Multiply, const R: usize, const T: usize>(
     lanes: L,
-    all: [[L::Vector; TILE_ROWS]; T],
+    all: [[L::Vector; R]; T],
     first: usize,
     is_new: bool,
     sums: &mut [f32],
 ) {
-    const AT_ONCE: usize = LANES / TILE_ROWS;
+    let at_once = LANES / R;
     let zero = lanes.splat(0.0);
-    for start in (0..T).step_by(AT_ONCE) {
-        let count = AT_ONCE.min(T - start);
+    for start in (0..T).step_by(at_once) {
+        let count = at_once.min(T - start);
         let mut flat = [zero; LANES];
         for token in 0..count {
-            for row in 0..TILE_ROWS {
-                flat[token * TILE_ROWS + row] = all[start + token][row];
+            for row in 0..R {
+                flat[token * R + row] = all[start + token][row];
             }
         }
         let mut folded = [0.0; LANES];
         lanes.store(lanes.fold_sums(flat), &mut folded);
         for token in 0..count {
-            let sums = &mut sums[(start + token) * BLOCK + first..][..TILE_ROWS];
-            for (sum, &part) in sums.iter_mut().zip(&folded[token * TILE_ROWS..]) {
+            let sums = &mut sums[(start + token) * BLOCK + first..][..R];
+            for (sum, &part) in sums.iter_mut().zip(&folded[token * R..]) {
                 *sum = if is_new { part } else { *sum + part };
             }
         }
@@ -566,7 +603,7 @@ impl ByteTile<'_> {
                 }
             }
         }
-        fold_tile::<L, T>(lanes, all, self.first, true, sums);
+        fold_tile::<L, TILE_ROWS, T>(lanes, all, self.first, true, sums);
     }
 }
 
