@@ -10,7 +10,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("expert", &["error"]),
     ("checkpoint", &["error"]),
     ("routing", &["error", "expert", "simd"]),
-    ("experts", &["error", "expert", "routing"]),
+    ("experts", &["error", "expert", "routing", "simd"]),
     ("spec", &["error", "expert", "experts", "routing"]),
     ("zoo", &["error", "routing", "spec"]),
     ("layer", &["error", "experts", "routing", "spec"]),

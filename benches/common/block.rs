@@ -8,8 +8,7 @@ use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::Linear;
 use candle_nn::ops::softmax_last_dim;
 use phase_moe::layer::MoeLayer;
-/// The one place that names this crate's expert.
-use phase_moe::layer::expert::SwiGlu as Expert;
+use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::spec::MoeSpec;
 
@@ -36,8 +35,7 @@ pub struct Block {
     seed: u64,
     gate: Tensor,
     experts: Vec<CandleExpert>,
-    /// `None` where the layer cannot hold the format yet.
-    layer: Option<MoeLayer>,
+    layer: MoeLayer,
 }
 
 impl Block {
@@ -51,18 +49,13 @@ impl Block {
         let seeds = (0..experts as u64).map(|expert| seed << 32 | (expert + 1) << 8);
         let (ours, theirs): (Vec<_>, Vec<_>) =
             seeds.map(|seed| weights.expert(seed)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let layer = match ours.into_iter().collect::<Option<Vec<Expert>>>() {
-            Some(ours) => {
-                Some(MoeLayer::new(MoeSpec::new(hidden, experts, top_k, width)?, Gate::new(gate.clone()), ours)?)
-            }
-            None => None,
-        };
+        let layer = MoeLayer::new(MoeSpec::new(hidden, experts, top_k, width)?, Gate::new(gate.clone()), ours)?;
         Ok(Self { shape, format, seed, gate, experts: theirs, layer })
     }
 
-    /// This crate's layer, if it can hold the format.
-    pub fn layer(&self) -> Option<&MoeLayer> {
-        self.layer.as_ref()
+    /// This crate's layer.
+    pub fn layer(&self) -> &MoeLayer {
+        &self.layer
     }
 
     /// The loop of candle-transformers, `norm_topk_prob` off; the gate's softmax in f32 as in this crate.
@@ -165,7 +158,7 @@ impl Weights {
     }
 
     /// One expert for either side.
-    fn expert(&self, seed: u64) -> Result<(Option<Expert>, CandleExpert)> {
+    fn expert(&self, seed: u64) -> Result<(Expert, CandleExpert)> {
         let Shape { hidden, width, .. } = self.shape;
         if let Some([wide, narrow]) = &self.blocks {
             let [gate, up, down] =
@@ -173,7 +166,7 @@ impl Weights {
             let product =
                 |weight: &Arc<QTensor>| Ok::<_, candle_core::Error>(Box::new(QMatMul::from_arc(weight.clone())?));
             let theirs = CandleExpert { gate: product(&gate)?, up: product(&up)?, down: product(&down)? };
-            return Ok((quantised(gate, up, down), theirs));
+            return Ok((Expert::quantized(gate, up, down), theirs));
         }
         let random =
             |rows, columns, seed| uniform(self.format.activations(), rows, columns, 1.0 / columns as f32, seed);
@@ -181,11 +174,6 @@ impl Weights {
             [random(width, hidden, seed)?, random(width, hidden, seed + 1)?, random(hidden, width, seed + 2)?];
         let product = |weight: &Tensor| Box::new(Linear::new(weight.clone(), None));
         let theirs = CandleExpert { gate: product(&gate), up: product(&up), down: product(&down) };
-        Ok((Some(Expert::new(gate, up, down)), theirs))
+        Ok((Expert::new(gate, up, down), theirs))
     }
-}
-
-/// This crate's expert with quantised weights: not supported yet.
-fn quantised(_gate: Arc<QTensor>, _up: Arc<QTensor>, _down: Arc<QTensor>) -> Option<Expert> {
-    None
 }

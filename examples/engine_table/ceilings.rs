@@ -4,6 +4,9 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use candle_core::{DType, Result, Tensor};
+use half::bf16;
+use phase_moe::experts::engine::Engine;
+use phase_moe::experts::matrix::{Dtype, Matrix};
 use rayon::prelude::*;
 
 use crate::common::fill::uniform;
@@ -79,7 +82,7 @@ fn reads(bytes: usize) -> f64 {
 
 /// The best GFLOP/s of a product `[m, k] · [n, k]ᵀ` at these `(m, k, n)`, by Candle or by this crate.
 fn products(dtype: DType, sizes: &[(usize, usize, usize)]) -> Result<f64> {
-    let mut best = 0f64;
+    let (mut best, engine) = (0f64, Engine::default());
     for &(m, k, n) in sizes {
         let (a, b) = (uniform(dtype, m, k, 1.0, 1)?, uniform(dtype, n, k, 1.0, 2)?);
         let gflops = |seconds: f64| 2.0 * (m * k * n) as f64 / seconds / 1e9;
@@ -88,14 +91,21 @@ fn products(dtype: DType, sizes: &[(usize, usize, usize)]) -> Result<f64> {
         best = best.max(gflops(seconds(|| {
             black_box(a.matmul(&transposed)).expect("a product that worked before");
         })));
-        if let Some(own) = own_product(&a, &b) {
-            best = best.max(gflops(seconds(own)));
-        }
+        // The same by this crate's engine, on the same numbers as bytes.
+        let (input, weight) = (bytes(&a)?, bytes(&b)?);
+        let dtype = if dtype == DType::BF16 { Dtype::Bf16 } else { Dtype::F32 };
+        let (input, weight) = (Matrix::new(dtype, m, k, &input)?, Matrix::new(dtype, n, k, &weight)?);
+        let mut output = vec![0.0; m * n];
+        best = best.max(gflops(seconds(|| engine.product(input, weight, &mut output).expect("shapes that fit"))));
     }
     Ok(best)
 }
 
-/// This crate's own product `a · bᵀ` on all threads: none is public yet.
-fn own_product(_a: &Tensor, _b: &Tensor) -> Option<fn()> {
-    None
+/// A tensor's numbers, little-endian.
+fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let flat = tensor.flatten_all()?;
+    Ok(match tensor.dtype() {
+        DType::BF16 => flat.to_vec1::<bf16>()?.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        _ => flat.to_vec1::<f32>()?.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    })
 }

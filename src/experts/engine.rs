@@ -28,6 +28,7 @@
 //!
 //! Knows nothing of tensors, gates or where weights come from.
 
+use std::f32::consts::FRAC_2_PI;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -159,6 +160,15 @@ struct Buffers {
     threads: Vec<Room>,
 }
 
+impl Buffers {
+    /// How many threads so much work is worth, each with a room.
+    fn threads_for(&mut self, products: usize, bytes: usize) -> usize {
+        let threads = if products.max(4 * bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
+        self.threads.resize_with(threads.max(self.threads.len()), Room::default);
+        threads
+    }
+}
+
 impl std::fmt::Debug for Buffers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Buffers").finish_non_exhaustive()
@@ -197,14 +207,13 @@ impl Engine {
     pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
         let [tokens, hidden] = input.shape();
         check(input, work, output)?;
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut buffers = self.take_buffers();
         let groups = self.groups(work);
         let products: usize = groups.iter().map(|group| group.tokens.len() * group.expert.parameters()).sum();
         let bytes: usize = groups.iter().map(|group| group.expert.size_in_bytes()).sum();
-        let threads = if products.max(4 * bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
-        buffers.threads.resize_with(threads.max(buffers.threads.len()), Room::default);
+        let threads = buffers.threads_for(products, bytes);
 
-        let inputs = self.inputs(input, &groups, threads, &mut buffers);
+        let inputs = self.inputs(input, groups.iter().map(|group| group.input), threads, &mut buffers);
         let rows = |form: Form| {
             let (_, lines) = inputs.iter().find(|(made, _)| *made == form).expect("every form that a group wants");
             Rows::whole(&buffers.input[lines.clone()], form, hidden, tokens)
@@ -223,7 +232,7 @@ impl Engine {
                 items.push((group, first..group.expert.width().min(first + CHUNK), mine));
             }
         }
-        share_out(items, &mut buffers.threads[..threads], |room, (group, columns, between)| {
+        share_out(items.into_iter(), &mut buffers.threads[..threads], |room, (group, columns, between)| {
             self.first_pass(group, rows(group.input), columns, room, between);
         });
 
@@ -234,18 +243,9 @@ impl Engine {
             starts.push(start);
             start += group.expert.width().div_ceil(CHUNK) * lines(group);
         }
-        let piece = hidden.div_ceil(8 * threads).next_multiple_of(BLOCK);
-        grow(&mut buffers.sums, tokens * hidden);
-        let mut items = Vec::new();
-        let mut left = &mut buffers.sums[..tokens * hidden];
-        for first in (0..hidden).step_by(piece) {
-            let columns = first..hidden.min(first + piece);
-            let (mine, rest) = left.split_at_mut(tokens * columns.len());
-            left = rest;
-            items.push((columns, mine));
-        }
-        let between = &buffers.between;
-        share_out(items, &mut buffers.threads[..threads], |room, (columns, sums)| {
+        let Buffers { between, sums, threads: rooms, .. } = &mut buffers;
+        let between = &*between;
+        in_columns(tokens, hidden, output, sums, &mut rooms[..threads], |room, columns, sums| {
             sums.fill(0.0);
             for (group, &start) in groups.iter().zip(&starts) {
                 let width = group.expert.width();
@@ -253,13 +253,79 @@ impl Engine {
                 self.second_pass(group, rows, columns.clone(), room, sums);
             }
         });
-        for (row, output) in output.chunks_exact_mut(hidden.max(1)).enumerate() {
-            for (first, output) in (0..hidden).step_by(piece).zip(output.chunks_mut(piece)) {
-                output.copy_from_slice(&buffers.sums[first * tokens + row * output.len()..][..output.len()]);
-            }
-        }
-        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
+        self.give_back(buffers);
         Ok(())
+    }
+
+    /// `output[t, r] = Σ_k weight[r, k] · input[t, k]`: one linear layer, `[tokens, columns]` times `[rows, columns]`ᵀ.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a weight of another number of columns, an output that is not `[tokens, rows]` or an input that is
+    /// quantised.
+    pub fn product(&self, input: Matrix<'_>, weight: Matrix<'_>, output: &mut [f32]) -> Result<()> {
+        let ([tokens, columns], [rows, inner]) = (input.shape(), weight.shape());
+        check_input(input)?;
+        if inner != columns {
+            return Err(Error::shape("weight of a product", format!("{columns} columns"), inner));
+        }
+        if output.len() != tokens * rows {
+            return Err(Error::shape("output of a product", format!("{} values", tokens * rows), output.len()));
+        }
+        let form = form(self.isa, weight.dtype(), tokens);
+        let mut buffers = self.take_buffers();
+        let threads = buffers.threads_for(tokens * rows * columns, weight.size_in_bytes());
+        self.inputs(input, std::iter::once(form), threads, &mut buffers);
+        let Buffers { input: lines, sums, threads: rooms, .. } = &mut buffers;
+        let input = Rows::whole(lines, form, columns, tokens);
+        let everyone: Vec<u32> = (0..tokens as u32).collect();
+        in_columns(tokens, rows, output, sums, &mut rooms[..threads], |room, columns, sums| {
+            let Room { workspace, sums: products, .. } = room;
+            for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
+                products.resize(tokens.len() * BLOCK, 0.0);
+                for first in columns.clone().step_by(BLOCK) {
+                    self.block(weight, first, columns.end, input, tokens, products, workspace);
+                    let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
+                    for (row, products) in products.as_chunks::<BLOCK>().0.iter().enumerate() {
+                        let sums = &mut sums[(group * GROUP_ROWS + row) * columns.len()..][at.clone()];
+                        sums.copy_from_slice(&products[..at.len()]);
+                    }
+                }
+            }
+        });
+        self.give_back(buffers);
+        Ok(())
+    }
+
+    fn take_buffers(&self) -> Buffers {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, buffers: Buffers) {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
+    }
+
+    /// A block of a matrix's rows, those before `end` of them, times some rows of activations.
+    #[expect(clippy::too_many_arguments, reason = "a product's operands")]
+    fn block(
+        &self,
+        weight: Matrix<'_>,
+        first: usize,
+        end: usize,
+        input: Rows<'_>,
+        tokens: &[u32],
+        sums: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
+        let row = |row: usize| row_at(weight, row, end - 1);
+        self.isa.run(Product {
+            dtype: weight.dtype(),
+            weights: std::array::from_fn(|at| row(first + at)),
+            ahead: [row(first + BLOCK), row(first + BLOCK + BLOCK / 2)],
+            input,
+            tokens,
+            sums,
+            workspace,
+        });
     }
 
     /// Cuts work into groups of rows.
@@ -275,29 +341,31 @@ impl Engine {
         groups
     }
 
-    /// The input in every form that a group wants, and where each lies.
+    /// The input in every form that is wanted, and where each lies.
     fn inputs(
         &self,
         input: Matrix<'_>,
-        groups: &[Group<'_>],
+        wanted: impl Iterator<Item = Form>,
         threads: usize,
         buffers: &mut Buffers,
     ) -> Vec<(Form, Range<usize>)> {
-        let [tokens, hidden] = input.shape();
+        let [tokens, columns] = input.shape();
         let mut forms: Vec<(Form, Range<usize>)> = Vec::new();
         let mut end = 0;
-        for group in groups {
-            if !forms.iter().any(|(form, _)| *form == group.input) {
-                let lines = tokens * group.input.stride(hidden);
-                forms.push((group.input, end..end + lines));
+        for wanted in wanted {
+            if !forms.iter().any(|(form, _)| *form == wanted) {
+                let lines = tokens * wanted.stride(columns);
+                forms.push((wanted, end..end + lines));
                 end += lines;
             }
         }
         grow(&mut buffers.input, end);
+        // A few rows are not worth a second thread.
+        let threads = threads.min(tokens.div_ceil(8)).max(1);
         for (form, lines) in &forms {
-            let rows: Vec<_> = buffers.input[lines.clone()].chunks_exact_mut(form.stride(hidden)).enumerate().collect();
-            share_out(rows, &mut buffers.threads[..threads.min(tokens.div_ceil(8)).max(1)], |room, (row, lines)| {
-                room.values.resize(hidden, 0.0);
+            let rows = buffers.input[lines.clone()].chunks_exact_mut(form.stride(columns)).enumerate();
+            share_out(rows, &mut buffers.threads[..threads], |room, (row, lines)| {
+                room.values.resize(columns, 0.0);
                 self.isa.run(Widen { from: input, row, values: &mut room.values });
                 self.isa.run(Fill { form: *form, values: &room.values, row: lines });
             });
@@ -360,17 +428,8 @@ impl Engine {
         let down = group.expert.down;
         let Room { workspace, sums: products, .. } = room;
         products.resize(group.tokens.len() * BLOCK, 0.0);
-        let last = columns.end - 1;
         for first in columns.clone().step_by(BLOCK) {
-            self.isa.run(Product {
-                dtype: down.weight.dtype(),
-                weights: std::array::from_fn(|at| row_at(down.weight, first + at, last)),
-                ahead: [row_at(down.weight, first + BLOCK, last), row_at(down.weight, first + BLOCK + BLOCK / 2, last)],
-                input,
-                tokens: &ROWS[..group.tokens.len()],
-                sums: products,
-                workspace,
-            });
+            self.block(down.weight, first, columns.end, input, &ROWS[..group.tokens.len()], products, workspace);
             let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
             let bias = down.bias.map(|bias| &bias[first..first + at.len()]);
             let rows = group.tokens.iter().zip(group.weights).zip(products.as_chunks::<BLOCK>().0);
@@ -423,11 +482,11 @@ fn grow<T: Clone + Default>(buffer: &mut Vec<T>, count: usize) {
 }
 
 /// Does all items, each thread the next one that is left.
-fn share_out<T: Send>(items: Vec<T>, rooms: &mut [Room], run: impl Fn(&mut Room, T) + Sync) {
+fn share_out<T: Send>(items: impl Iterator<Item = T> + Send, rooms: &mut [Room], run: impl Fn(&mut Room, T) + Sync) {
     if let [room] = rooms {
-        return items.into_iter().for_each(|item| run(room, item));
+        return items.for_each(|item| run(room, item));
     }
-    let items = Mutex::new(items.into_iter());
+    let items = Mutex::new(items);
     // Held for the time of a step of an iterator.
     let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
     rayon::scope(|scope| {
@@ -441,11 +500,43 @@ fn share_out<T: Send>(items: Vec<T>, rooms: &mut [Room], run: impl Fn(&mut Room,
     });
 }
 
+/// Fills `output`, `[tokens, width]`, in pieces of its columns: `run` gets which they are and `[tokens, columns]` to write.
+fn in_columns(
+    tokens: usize,
+    width: usize,
+    output: &mut [f32],
+    sums: &mut Vec<f32>,
+    rooms: &mut [Room],
+    run: impl Fn(&mut Room, Range<usize>, &mut [f32]) + Sync,
+) {
+    let piece = width.div_ceil(8 * rooms.len()).next_multiple_of(BLOCK);
+    grow(sums, tokens * width);
+    let starts = (0..width).step_by(piece);
+    let mut left = &mut sums[..tokens * width];
+    let pieces = starts.clone().map(|first| {
+        let columns = first..width.min(first + piece);
+        let (mine, rest) = std::mem::take(&mut left).split_at_mut(tokens * columns.len());
+        left = rest;
+        (columns, mine)
+    });
+    share_out(pieces, rooms, |room, (columns, sums)| run(room, columns, sums));
+    for (row, output) in output.chunks_exact_mut(width.max(1)).enumerate() {
+        for (first, output) in starts.clone().zip(output.chunks_mut(piece)) {
+            output.copy_from_slice(&sums[first * tokens + row * output.len()..][..output.len()]);
+        }
+    }
+}
+
+fn check_input(input: Matrix<'_>) -> Result<()> {
+    match input.dtype().is_quantized() {
+        true => Err(Error::shape("input of experts", "f32, f16 or bf16", input.dtype())),
+        false => Ok(()),
+    }
+}
+
 fn check(input: Matrix<'_>, work: &[Work<'_>], output: &[f32]) -> Result<()> {
     let [tokens, hidden] = input.shape();
-    if input.dtype().is_quantized() {
-        return Err(Error::shape("input of experts", "f32, f16 or bf16", input.dtype()));
-    }
+    check_input(input)?;
     if output.len() != tokens * hidden {
         return Err(Error::shape("output of experts", format!("{} values", tokens * hidden), output.len()));
     }
@@ -547,7 +638,7 @@ fn function<L: Multiply>(lanes: L, function: Function, x: L::Vector) -> L::Vecto
         Function::GeluTanh => {
             // (1 + tanh z) / 2 = σ(2 z)
             let cube = lanes.mul_add(lanes.mul(x, x), lanes.splat(0.044_715), lanes.splat(1.0));
-            let twice = lanes.mul(lanes.mul(lanes.splat(1.595_769_1), x), cube);
+            let twice = lanes.mul(lanes.mul(lanes.splat(2.0 * FRAC_2_PI.sqrt()), x), cube);
             lanes.mul(x, logistic(lanes, twice))
         }
         Function::ReluSquared => {

@@ -19,6 +19,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
+use super::borrowed;
 use super::gate::Gate;
 use super::projection::{Projection, Weight, own_blocks};
 use crate::error::{Error, Result};
@@ -202,6 +203,13 @@ impl Expert {
     /// What stands between the projections.
     pub fn activation(&self) -> Activation {
         self.activation
+    }
+
+    /// Whether the engine can read all projections, and nobody wants their gradients.
+    pub(super) fn fits_engine(&self) -> bool {
+        let Self { gate_proj, up_proj, down_proj, .. } = self;
+        [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
+            && gate_proj.as_ref().is_none_or(|gate| borrowed::alike(gate, up_proj))
     }
 
     pub(super) fn check(&self, operand: &str, form: Form<'_>, gate: &Gate) -> Result<()> {

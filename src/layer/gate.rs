@@ -3,8 +3,10 @@
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
+use super::borrowed::{self, Borrowed};
 use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
+use crate::experts::engine::Engine;
 use crate::spec::MoeSpec;
 
 /// Gate weights `[experts, hidden]` and, where the model has them, the bias of the logits and the one that counts for
@@ -96,7 +98,26 @@ impl Gate {
     /// # Errors
     /// [`Error::Candle`] for another width, dtype or device.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
-        let logits = tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?;
+        self.biased(tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?)
+    }
+
+    /// The same by the expert engine, for what [`Gate::fits_engine`] and a `tokens` of its dtype on the CPU.
+    pub(super) fn logits_by(&self, engine: &Engine, tokens: &Tensor) -> Result<Tensor> {
+        let (experts, rows) = (self.weight.dim(0)?, tokens.dim(0)?);
+        let mut logits = vec![0.0; rows * experts];
+        let (weight, tokens) = (Borrowed::tensor(&self.weight)?, Borrowed::tensor(tokens)?);
+        engine.product(tokens.matrix()?, weight.matrix()?, &mut logits)?;
+        // A product has the dtype of its operands, there as in Candle and transformers.
+        let logits = Tensor::from_vec(logits, (rows, experts), self.weight.device())?;
+        self.biased(logits.to_dtype(self.weight.dtype())?.to_dtype(ROUTING_DTYPE)?)
+    }
+
+    /// Whether the engine can read the weights and nothing has to be differentiated.
+    pub(super) fn fits_engine(&self) -> bool {
+        borrowed::fits(&self.weight) && self.bias.as_ref().is_none_or(|bias| !bias.track_op())
+    }
+
+    fn biased(&self, logits: Tensor) -> Result<Tensor> {
         match &self.bias {
             Some(bias) => Ok(logits.broadcast_add(&bias.to_dtype(ROUTING_DTYPE)?)?),
             None => Ok(logits),

@@ -24,6 +24,7 @@
 //!
 //! Knows nothing of attention, checkpoints or model families.
 
+mod borrowed;
 mod dispatch;
 pub mod expert;
 pub mod gate;
@@ -39,6 +40,7 @@ use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
+use crate::experts::engine::Engine;
 use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
 use crate::layer::shared::Shared;
@@ -64,6 +66,9 @@ pub struct MoeLayer {
     capacity: Option<CapacityRule>,
     norms: Option<Arc<OutputNorms>>,
     index: usize,
+    engine: Arc<Engine>,
+    /// Nothing has to be differentiated and all weights lie in this machine's memory as the engine reads them.
+    fits_engine: bool,
 }
 
 /// What the router saw and did in one forward pass of one layer.
@@ -132,7 +137,12 @@ impl MoeLayer {
             (None, None) => {}
         }
         let router = Arc::new(TopK::default());
-        Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0 })
+        // Neither trackedness nor place of a tensor ever changes.
+        let fits_engine = gate.fits_engine()
+            && experts.iter().chain(shared.as_ref().map(Shared::expert)).all(Expert::fits_engine)
+            && shared.as_ref().and_then(Shared::gate).is_none_or(|gate| !gate.track_op());
+        let engine = Arc::default();
+        Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0, engine, fits_engine })
     }
 
     /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`.
@@ -243,7 +253,11 @@ impl MoeLayer {
         let rows = hidden.elem_count() / self.spec.hidden;
         let tokens = hidden.reshape((rows, self.spec.hidden))?;
 
-        let logits = self.gate.logits(&tokens)?;
+        let by_engine = self.fits_engine && !tokens.track_op() && tokens.device().is_cpu();
+        let logits = match by_engine {
+            true => self.gate.logits_by(&self.engine, &tokens)?,
+            false => self.gate.logits(&tokens)?,
+        };
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
         let scores =
             self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
@@ -266,15 +280,37 @@ impl MoeLayer {
         let route_time = started.elapsed();
 
         let plan = DispatchPlan::new(&assignment);
-        let weights = dispatch::slot_weights(&logits, &assignment, &plan, self.spec.scoring)?;
-        let output = dispatch::forward(&tokens, &self.experts, &plan, &weights)?;
-        let output = match &self.shared {
-            Some(shared) => (output + shared.forward(&tokens)?)?,
-            None => output,
+        let output = match by_engine {
+            true => borrowed::forward(&self.engine, &tokens, &self.experts, self.shared.as_ref(), &plan)?,
+            false => self.composed(&tokens, &logits, &assignment, &plan)?,
         };
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
         let padding = context.padding.map(<[bool]>::to_vec);
         Ok((output, Routing { input: tokens, logits, scores, capacity, assignment, padding, route_time }))
+    }
+}
+
+impl MoeLayer {
+    /// Runs experts in memory that other layers' forward passes use too: what an engine worked in is kept for the next pass.
+    pub fn set_engine(&mut self, engine: Arc<Engine>) {
+        self.engine = engine;
+    }
+
+    /// The output of experts and shared expert by operations of Candle, each of which has a backward pass, `[tokens, hidden]` in
+    /// `f32`.
+    fn composed(
+        &self,
+        tokens: &Tensor,
+        logits: &Tensor,
+        assignment: &Assignment,
+        plan: &DispatchPlan,
+    ) -> Result<Tensor> {
+        let weights = dispatch::slot_weights(logits, assignment, plan, self.spec.scoring)?;
+        let output = dispatch::forward(tokens, &self.experts, plan, &weights)?;
+        match &self.shared {
+            Some(shared) => Ok((output + shared.forward(tokens)?)?),
+            None => Ok(output),
+        }
     }
 }
 

@@ -63,8 +63,22 @@ impl Shared {
     /// The output for `tokens` `[tokens, hidden]`, in `f32`.
     pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let output = self.expert.run(tokens)?.to_dtype(ROUTING_DTYPE)?;
-        let Some(gate) = &self.gate else { return Ok(output) };
-        let weights = sigmoid(&tokens.matmul(&gate.t()?)?.to_dtype(ROUTING_DTYPE)?)?;
-        Ok(output.broadcast_mul(&weights)?)
+        match &self.gate {
+            Some(gate) => Ok(output.broadcast_mul(&share(gate, tokens)?)?),
+            None => Ok(output),
+        }
     }
+
+    /// What the output counts for each of `tokens`.
+    pub(super) fn weights(&self, tokens: &Tensor) -> Result<Vec<f32>> {
+        match &self.gate {
+            Some(gate) => Ok(share(gate, tokens)?.flatten_all()?.to_vec1()?),
+            None => Ok(vec![1.0; tokens.dim(0)?]),
+        }
+    }
+}
+
+/// `σ(x·gateᵀ)`, `[tokens, 1]`.
+fn share(gate: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+    Ok(sigmoid(&tokens.matmul(&gate.t()?)?.to_dtype(ROUTING_DTYPE)?)?)
 }

@@ -231,8 +231,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
 
 // SAFETY of every block below: as above; `DOTS` proves BF16 and VNNI, without it their methods are the trait's own. The
 // intrinsics that touch memory get references to as many bytes as they touch; a prefetch may name any address.
-impl<const D: bool> Multiply for Avx512<D> {
-    const DOTS: bool = D;
+impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -275,7 +274,7 @@ impl<const D: bool> Multiply for Avx512<D> {
 
     #[inline(always)]
     fn dot_pairs(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
-        if !D {
+        if !DOTS {
             return self.of_words(pairs_dot(self.words(a), self.words(b), self.words(sum)));
         }
         // SAFETY: see above; both types are the same 512 bits.
@@ -290,7 +289,7 @@ impl<const D: bool> Multiply for Avx512<D> {
 
     #[inline(always)]
     fn dot_bytes(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
-        if !D {
+        if !DOTS {
             return self.of_words(bytes_dot(self.words(a), self.words(b), self.words(sum)));
         }
         // SAFETY: see above.
@@ -400,7 +399,7 @@ impl<const D: bool> Multiply for Avx512<D> {
 
     #[inline(always)]
     fn narrow_bf16(self, low: __m512, high: __m512) -> __m512 {
-        if !D {
+        if !DOTS {
             return self.of_words(narrowed(self.words(low), self.words(high)));
         }
         // SAFETY: see above; both types are the same 512 bits.

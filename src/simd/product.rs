@@ -475,8 +475,8 @@ impl<const R: usize> Tile<'_, R> {
                 }
                 // A line of each row, at every step or, where a step is half a line, at every second.
                 if AHEAD && (step * E::BYTES).is_multiple_of(LINE_BYTES) {
-                    for row in 0..R {
-                        lanes.prefetch(ahead[row].wrapping_add(step * E::BYTES));
+                    for row in ahead {
+                        lanes.prefetch(row.wrapping_add(step * E::BYTES));
                     }
                 }
                 for token in 0..T {
