@@ -44,8 +44,9 @@ use crate::simd::{Isa, Kernel, LANES};
 const GROUP_ROWS: usize = 256;
 /// Rows of activations up to which quantised weights meet bytes.
 const BYTE_ROWS: usize = 4;
-/// Products of a weight below which a second thread costs more than it brings.
-const WORTH_THREADS: usize = 1 << 19;
+/// Bytes of weights and products with them, one as dear as the other, below which a second thread comes too late to help:
+/// about a tenth of a millisecond.
+const WORTH_THREADS: usize = 4 << 20;
 
 /// One linear layer, `y = W x + b`.
 #[derive(Clone, Copy, Debug)]
@@ -163,7 +164,7 @@ struct Buffers {
 impl Buffers {
     /// How many threads so much work is worth, each with a room.
     fn threads_for(&mut self, products: usize, bytes: usize) -> usize {
-        let threads = if products.max(4 * bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
+        let threads = if products.saturating_add(bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
         self.threads.resize_with(threads.max(self.threads.len()), Room::default);
         threads
     }

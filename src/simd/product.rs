@@ -26,8 +26,8 @@ pub(crate) const CHUNK: usize = 256;
 const TILE_ROWS: usize = 4;
 /// Tokens of such a tile.
 const TILE_TOKENS: usize = 6;
-/// Rows between a piece of a row and the one that is read ahead meanwhile.
-const FAR: usize = 8;
+/// Bytes between a piece of a row and the one that is read ahead meanwhile: what comes while memory takes to answer.
+const FAR: usize = 8 << 10;
 /// Words of a panel's rows: two lines each, 256 KiB in all.
 const PANEL_WORDS: usize = 2048;
 /// Lines of a row of weights on their way into a panel.
@@ -156,6 +156,23 @@ pub(crate) struct Product<'a> {
 }
 
 impl Product<'_> {
+    /// Rows to read ahead, whole tiles of them, where so many bytes of each row are read at a time.
+    #[inline(always)]
+    fn rows_ahead(bytes: usize) -> usize {
+        FAR.div_ceil(bytes.max(1)).clamp(TILE_ROWS, BLOCK).next_multiple_of(TILE_ROWS)
+    }
+
+    /// Where a row of this block starts, or of the next.
+    #[inline(always)]
+    fn row(&self, row: usize) -> *const u8 {
+        let bytes = self.weights[0].len();
+        match self.weights.get(row) {
+            Some(row) => row.as_ptr(),
+            None if row < BLOCK + BLOCK / 2 => self.ahead[0].as_ptr().wrapping_add((row - BLOCK) * bytes),
+            None => self.ahead[1].as_ptr().wrapping_add((row - BLOCK - BLOCK / 2) * bytes),
+        }
+    }
+
     /// Rows of activations up to which tiles are faster than panels.
     fn fits_tiles<L: Multiply>(&self) -> bool {
         self.tokens.len() <= if L::WIDE { 16 } else { 32 }
@@ -313,10 +330,9 @@ fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
 
 #[inline(always)]
 fn stored_tiles_of<E: Element, L: Multiply, const R: usize>(lanes: L, product: &mut Product<'_>) {
-    let (columns, row_bytes) = (product.input.columns, product.weights[0].len());
+    let columns = product.input.columns;
     let at_once = tile_columns::<E>(columns, product.tokens.len());
-    // Far enough that memory answers in time: the pieces of rows are short where there are many tokens.
-    let far = if at_once < columns { FAR } else { R };
+    let far = Product::rows_ahead(at_once.min(columns) / E::COLUMNS * E::BYTES);
     for first in (0..columns).step_by(at_once) {
         let now = first..columns.min(first + at_once);
         let (offset, next) = (first / E::COLUMNS * E::BYTES, now.end / E::COLUMNS * E::BYTES);
@@ -324,12 +340,12 @@ fn stored_tiles_of<E: Element, L: Multiply, const R: usize>(lanes: L, product: &
             let mut weights = [std::ptr::null(); R];
             let mut ahead = weights;
             for at in 0..R {
-                weights[at] = product.weights[row + at].as_ptr().wrapping_add(offset);
+                weights[at] = product.row(row + at).wrapping_add(offset);
                 let soon = row + far + at;
-                ahead[at] = match product.weights.get(soon) {
-                    Some(row) => row.as_ptr().wrapping_add(offset),
-                    None if now.end < columns => product.weights[soon - BLOCK].as_ptr().wrapping_add(next),
-                    None => product.ahead[0].as_ptr().wrapping_add((soon - BLOCK) * row_bytes),
+                ahead[at] = match soon < BLOCK {
+                    true => product.row(soon).wrapping_add(offset),
+                    false if now.end < columns => product.row(soon - BLOCK).wrapping_add(next),
+                    false => product.row(soon),
                 };
             }
             let tile = Tile { first: row, weights, ahead, input: product.input, columns: now.clone() };
@@ -343,18 +359,19 @@ fn stored_tiles_of<E: Element, L: Multiply, const R: usize>(lanes: L, product: &
 fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns;
     let at_once = tile_columns::<E>(columns, product.tokens.len().max(3));
+    let far = Product::rows_ahead(product.weights[0].len());
     let stride = E::FORM.stride(at_once);
-    let lines = &mut product.workspace.lines;
+    let mut lines = std::mem::take(&mut product.workspace.lines);
     lines.resize(lines.len().max(TILE_ROWS * stride), Line::default());
     for row in (0..BLOCK).step_by(TILE_ROWS) {
         let rows = &product.weights[row..row + TILE_ROWS];
-        let next = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+        let ahead = [0, 1, 2, 3].map(|at| product.row(row + far + at));
         for first in (0..columns).step_by(at_once) {
             let now = first..columns.min(first + at_once);
             for ((at, lines), weights) in lines.chunks_exact_mut(stride).enumerate().zip(rows) {
                 let chunks = first / CHUNK..now.end.div_ceil(CHUNK);
                 for (chunk, lines) in chunks.zip(lines.chunks_mut(E::FORM.lines(CHUNK))) {
-                    read_ahead(lanes, product.dtype, next.wrapping_add(at * weights.len()), chunk);
+                    read_ahead(lanes, product.dtype, ahead[at], chunk);
                     decode::<E, L>(lanes, product.dtype, weights, chunk, columns, lines);
                 }
             }
@@ -365,6 +382,7 @@ fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             tokens_of_tile::<E, L, TILE_ROWS>(lanes, &tile, product.tokens, product.sums);
         }
     }
+    product.workspace.lines = lines;
 }
 
 /// Reads a chunk of a row of weights ahead.
@@ -546,10 +564,11 @@ fn fold_tile<L: Multiply, const R: usize, const T: usize>(
 /// Tiles of quantised weights with activations of bytes.
 #[inline(always)]
 fn byte_tiles<L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    let far = Product::rows_ahead(product.weights[0].len());
     for row in (0..BLOCK).step_by(TILE_ROWS) {
-        let mut left = (product.tokens, &mut *product.sums);
         let weights: &[&[u8]; TILE_ROWS] = product.weights[row..row + TILE_ROWS].try_into().expect("four rows");
-        let ahead = product.weights.get(row + TILE_ROWS).map_or(product.ahead[0].as_ptr(), |row| row.as_ptr());
+        let ahead = [0, 1, 2, 3].map(|at| product.row(row + far + at));
+        let mut left = (product.tokens, &mut *product.sums);
         let tile = ByteTile { dtype: product.dtype, weights, ahead, first: row, input: product.input };
         while !left.0.is_empty() {
             let count = left.0.len().min(2);
@@ -568,8 +587,8 @@ fn byte_tiles<L: Multiply>(lanes: L, product: &mut Product<'_>) {
 struct ByteTile<'a> {
     dtype: Dtype,
     weights: &'a [&'a [u8]; TILE_ROWS],
-    /// The row after the last; it and three more are read next.
-    ahead: *const u8,
+    /// The rows that are read ahead.
+    ahead: [*const u8; TILE_ROWS],
     first: usize,
     input: Rows<'a>,
 }
@@ -590,8 +609,8 @@ impl ByteTile<'_> {
         let mut all = [[zero; TILE_ROWS]; T];
         let chunks_in_segment = self.input.segment / CHUNK;
         for chunk in 0..self.input.columns.div_ceil(CHUNK) {
-            for row in 0..TILE_ROWS {
-                read_ahead(lanes, self.dtype, self.ahead.wrapping_add(row * self.weights[0].len()), chunk);
+            for row in self.ahead {
+                read_ahead(lanes, self.dtype, row, chunk);
             }
             let within = chunk % chunks_in_segment * quantized::CHUNK_LINES;
             for (token, all) in tokens.iter().zip(&mut all) {

@@ -65,10 +65,10 @@ pub(crate) fn decode<L: Multiply>(lanes: L, dtype: Dtype, row: &[u8], first: usi
         Dtype::F16 => widen::<L, true>(lanes, row, values),
         Dtype::Bf16 => widen::<L, false>(lanes, row, values),
         Dtype::Q8_0 => {
-            for (values, block) in values.chunks_exact_mut(GROUP).zip(row.chunks_exact(Dtype::Q8_0.block_bytes())) {
-                let scale = lanes.half([block[0], block[1]]);
-                for (value, &byte) in values.iter_mut().zip(&block[2..]) {
-                    *value = scale * f32::from(byte as i8);
+            for (values, block) in values.as_chunks_mut::<GROUP>().0.iter_mut().zip(row.as_chunks().0) {
+                let scale = lanes.splat(lanes.half([block[0], block[1]]));
+                for (values, bytes) in values.as_chunks_mut::<LANES>().0.iter_mut().zip(last_32(block).as_chunks().0) {
+                    lanes.store(lanes.mul(lanes.widen_i8(*bytes), scale), values);
                 }
             }
         }
@@ -190,19 +190,36 @@ fn dot_q8_0<L: Multiply>(
     input: &[Line; CHUNK_LINES],
     mut sum: L::Vector,
 ) -> L::Vector {
-    let (zero, sign) = (lanes.splat(0.0), lanes.repeat(SIGN));
-    let none = [0; Dtype::Q8_0.block_bytes()];
+    const NONE: [u8; Dtype::Q8_0.block_bytes()] = [0; Dtype::Q8_0.block_bytes()];
+    if let Some(blocks) = blocks.as_chunks::<{ CHUNK / GROUP }>().0.first() {
+        for quarter in 0..CHUNK / GROUP / 2 {
+            sum = dot_pair(lanes, [&blocks[2 * quarter], &blocks[2 * quarter + 1]], input, quarter, sum);
+        }
+        return sum;
+    }
     for (quarter, pair) in blocks.chunks(2).enumerate() {
-        let (low, high) = (&pair[0], pair.get(1).unwrap_or(&none));
-        let weights = lanes.xor(lanes.halves(last_32(low), last_32(high)), sign);
-        let scales = lanes.two(lanes.half([low[0], low[1]]), lanes.half([high[0], high[1]]));
-        let bytes = lanes.line(&input[2 * quarter]);
-        let scales = lanes.mul(scales, lanes.line(&input[2 * quarter + 1]));
-        // What 128 too many at each weight would add is taken off before.
-        let start = lanes.sub_integers(zero, lanes.dot_bytes(sign, bytes, zero));
-        sum = lanes.mul_add(lanes.floats(lanes.dot_bytes(weights, bytes, start)), scales, sum);
+        sum = dot_pair(lanes, [&pair[0], pair.get(1).unwrap_or(&NONE)], input, quarter, sum);
     }
     sum
+}
+
+/// Two `q8_0` blocks with a quarter of a chunk of activations.
+#[inline(always)]
+fn dot_pair<L: Multiply>(
+    lanes: L,
+    [low, high]: [&[u8; Dtype::Q8_0.block_bytes()]; 2],
+    input: &[Line; CHUNK_LINES],
+    quarter: usize,
+    sum: L::Vector,
+) -> L::Vector {
+    let (zero, sign) = (lanes.splat(0.0), lanes.repeat(SIGN));
+    let weights = lanes.xor(lanes.halves(last_32(low), last_32(high)), sign);
+    let scales = lanes.two(lanes.half([low[0], low[1]]), lanes.half([high[0], high[1]]));
+    let bytes = lanes.line(&input[2 * quarter]);
+    let scales = lanes.mul(scales, lanes.line(&input[2 * quarter + 1]));
+    // What 128 too many at each weight would add is taken off before.
+    let start = lanes.sub_integers(zero, lanes.dot_bytes(sign, bytes, zero));
+    lanes.mul_add(lanes.floats(lanes.dot_bytes(weights, bytes, start)), scales, sum)
 }
 
 /// The bytes of a `q8_0` block after its scale.
