@@ -197,6 +197,9 @@ impl Engine {
     pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
         let [tokens, hidden] = input.shape();
         check(input, work, output)?;
+        if hidden == 0 {
+            return Ok(()); // No column to cut into pieces.
+        }
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         let groups = self.groups(work);
         let products: usize = groups.iter().map(|group| group.tokens.len() * group.expert.parameters()).sum();
@@ -253,7 +256,7 @@ impl Engine {
                 self.second_pass(group, rows, columns.clone(), room, sums);
             }
         });
-        for (row, output) in output.chunks_exact_mut(hidden.max(1)).enumerate() {
+        for (row, output) in output.chunks_exact_mut(hidden).enumerate() {
             for (first, output) in (0..hidden).step_by(piece).zip(output.chunks_mut(piece)) {
                 output.copy_from_slice(&buffers.sums[first * tokens + row * output.len()..][..output.len()]);
             }
