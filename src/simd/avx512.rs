@@ -232,7 +232,6 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
 // SAFETY of every block below: as above; `DOTS` proves BF16 and VNNI, without it their methods are the trait's own. The
 // intrinsics that touch memory get references to as many bytes as they touch; a prefetch may name any address.
 impl<const D: bool> Multiply for Avx512<D> {
-    const DOTS: bool = D;
     const WIDE: bool = true;
 
     #[inline(always)]

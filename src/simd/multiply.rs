@@ -20,8 +20,6 @@ pub(crate) const LINE_BYTES: usize = 64;
 
 /// Lanes with products.
 pub(crate) trait Multiply: Lanes {
-    /// Whether [`Multiply::dot_pairs`] and [`Multiply::dot_bytes`] are single instructions.
-    const DOTS: bool = false;
     /// Whether there are registers for tiles of 24 vectors.
     const WIDE: bool = false;
 
