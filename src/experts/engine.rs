@@ -510,6 +510,9 @@ fn in_columns(
     rooms: &mut [Room],
     run: impl Fn(&mut Room, Range<usize>, &mut [f32]) + Sync,
 ) {
+    if width == 0 {
+        return; // No column to cut into pieces.
+    }
     let piece = width.div_ceil(8 * rooms.len()).next_multiple_of(BLOCK);
     grow(sums, tokens * width);
     let starts = (0..width).step_by(piece);
@@ -521,7 +524,7 @@ fn in_columns(
         (columns, mine)
     });
     share_out(pieces, rooms, |room, (columns, sums)| run(room, columns, sums));
-    for (row, output) in output.chunks_exact_mut(width.max(1)).enumerate() {
+    for (row, output) in output.chunks_exact_mut(width).enumerate() {
         for (first, output) in starts.clone().zip(output.chunks_mut(piece)) {
             output.copy_from_slice(&sums[first * tokens + row * output.len()..][..output.len()]);
         }

@@ -89,9 +89,12 @@ impl<'a> Matrix<'a> {
     /// Every second row, from row `first` (0 or 1) on: one of two interleaved projections.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an odd number of rows.
+    /// [`Error::Shape`] for an odd number of rows, or a first row that is neither 0 nor 1.
     pub fn interleaved(&self, first: usize) -> Result<Self> {
-        if !self.rows.is_multiple_of(2) || first > 1 {
+        if first > 1 {
+            return Err(Error::shape("first row of an interleaved matrix", "0 or 1", first));
+        }
+        if !self.rows.is_multiple_of(2) {
             return Err(Error::shape("interleaved matrix", "an even number of rows", self.rows));
         }
         let bytes = self.bytes.get(first * self.stride..).unwrap_or_default();

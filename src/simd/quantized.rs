@@ -43,6 +43,8 @@ pub(super) fn to_bytes<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
                     *byte = word as u8;
                 }
             }
+            // A byte cannot be NaN, and the largest may be another value: what is no number says so in the scale.
+            let scale = if sum.is_nan() { sum } else { scale };
             scales[half] = scale;
             sums[LANES / 2 + group] = scale * sum;
         }

@@ -1,5 +1,8 @@
 //! Every instruction set of this CPU against plain Rust, and plain Rust against the definition.
 
+mod multiply;
+mod product;
+
 use proptest::prelude::*;
 
 use super::score::{all_allowed, any_masked, exp, extremes, largest, sigmoid, softmax};
