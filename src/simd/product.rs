@@ -427,53 +427,41 @@ fn tokens_of_tile<E: Element, L: Multiply, const R: usize>(
         (false, _) => 2,
     };
     let mut left = (tokens, sums);
-    let mut is_first = true;
     while !left.0.is_empty() {
         // Alike, where that many do not divide them: a tile of one token costs as many loads as one of three.
         let count = left.0.len().div_ceil(left.0.len().div_ceil(most));
         let (now, rest) = left.0.split_at(count);
         let (sums, behind) = left.1.split_at_mut(count * BLOCK);
         left = (rest, behind);
-        let ahead = is_first;
-        is_first = false;
         match count {
-            1 => tile.sums::<E, L, 1>(lanes, ahead, now, sums),
-            2 => tile.sums::<E, L, 2>(lanes, ahead, now, sums),
-            3 => tile.sums::<E, L, 3>(lanes, ahead, now, sums),
-            4 => tile.sums::<E, L, 4>(lanes, ahead, now, sums),
-            5 => tile.sums::<E, L, 5>(lanes, ahead, now, sums),
-            6 => tile.sums::<E, L, 6>(lanes, ahead, now, sums),
-            7 => tile.sums::<E, L, 7>(lanes, ahead, now, sums),
-            8 => tile.sums::<E, L, 8>(lanes, ahead, now, sums),
-            9 => tile.sums::<E, L, 9>(lanes, ahead, now, sums),
-            10 => tile.sums::<E, L, 10>(lanes, ahead, now, sums),
-            11 => tile.sums::<E, L, 11>(lanes, ahead, now, sums),
-            _ => tile.sums::<E, L, 12>(lanes, ahead, now, sums),
+            1 => tile.sums::<E, L, 1>(lanes, now, sums),
+            2 => tile.sums::<E, L, 2>(lanes, now, sums),
+            3 => tile.sums::<E, L, 3>(lanes, now, sums),
+            4 => tile.sums::<E, L, 4>(lanes, now, sums),
+            5 => tile.sums::<E, L, 5>(lanes, now, sums),
+            6 => tile.sums::<E, L, 6>(lanes, now, sums),
+            7 => tile.sums::<E, L, 7>(lanes, now, sums),
+            8 => tile.sums::<E, L, 8>(lanes, now, sums),
+            9 => tile.sums::<E, L, 9>(lanes, now, sums),
+            10 => tile.sums::<E, L, 10>(lanes, now, sums),
+            11 => tile.sums::<E, L, 11>(lanes, now, sums),
+            _ => tile.sums::<E, L, 12>(lanes, now, sums),
         }
     }
 }
 
 impl<const R: usize> Tile<'_, R> {
-    /// The rows times `T` tokens, written for the first columns, added for later ones.
+    /// The rows times `T` tokens, written for the first columns, added for later ones; meanwhile the next weights are read into
+    /// the cache.
     #[inline(always)]
-    fn sums<E: Element, L: Multiply, const T: usize>(&self, lanes: L, ahead: bool, tokens: &[u32], sums: &mut [f32]) {
-        match ahead {
-            true => self.sums_of::<E, L, T, true>(lanes, tokens, sums),
-            false => self.sums_of::<E, L, T, false>(lanes, tokens, sums),
-        }
-    }
-
-    /// The same; `AHEAD` reads the next weights into the cache meanwhile.
-    #[inline(always)]
-    fn sums_of<E: Element, L: Multiply, const T: usize, const AHEAD: bool>(
-        &self,
-        lanes: L,
-        tokens: &[u32],
-        sums: &mut [f32],
-    ) {
-        if (R > 2 && T > TILE_TOKENS) || (!L::WIDE && T > 2) {
-            return; // There is no such tile.
-        }
+    fn sums<E: Element, L: Multiply, const T: usize>(&self, lanes: L, tokens: &[u32], sums: &mut [f32]) {
+        let is_met = match (L::WIDE, R) {
+            (true, 2) => T > TILE_TOKENS / 2,
+            (true, _) => T <= TILE_TOKENS,
+            (false, _) => T <= 2,
+        };
+        // The others are not compiled.
+        assert!(is_met, "no tile of {R} rows and {T} tokens");
         let tokens: &[u32; T] = tokens.try_into().expect("a tile of as many tokens");
         let zero = lanes.splat(0.0);
         let mut all = [[zero; R]; T];
@@ -495,7 +483,7 @@ impl<const R: usize> Tile<'_, R> {
                     loaded[row] = unsafe { E::load(lanes, weights[row].add(step * E::BYTES)) };
                 }
                 // A line of each row, at every step or, where a step is half a line, at every second.
-                if AHEAD && (step * E::BYTES).is_multiple_of(LINE_BYTES) {
+                if (step * E::BYTES).is_multiple_of(LINE_BYTES) {
                     for row in ahead {
                         lanes.prefetch(row.wrapping_add(step * E::BYTES));
                     }
@@ -743,6 +731,8 @@ struct PanelPart<'a> {
 impl PanelPart<'_> {
     #[inline(always)]
     fn run<E: Element, L: Multiply, const T: usize>(&self, lanes: L, sums: &mut [f32]) {
+        // The others are not compiled: with fewer tokens there are no panels.
+        assert!(if L::WIDE { T >= 8 } else { T <= 4 }, "no panel for {T} tokens");
         if L::WIDE {
             return self.halves::<E, L, T, 2>(lanes, 0, sums);
         }
