@@ -21,6 +21,7 @@ use crate::decoder::attention::Attention;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
+use crate::experts::engine::Engine;
 use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
@@ -136,13 +137,15 @@ impl Decoder {
             true => embeddings.clone(),
             false => table(vb.pp("lm_head"), 0.02)?,
         };
+        // One layer runs at a time: all work in the same memory.
+        let engine = Arc::new(Engine::default());
         let blocks = (0..spec.layers).map(|layer| {
             let vb = model.pp("layers").pp(layer);
             Ok(Block {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
                 attention: Attention::load(spec, vb.pp("self_attn"))?,
                 moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?.with_index(layer),
+                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?.with_index(layer).with_engine(engine.clone()),
             })
         });
         Ok(Self {

@@ -3,7 +3,8 @@
 //! `y = Σ_slots weight · expert(x) + shared(x)`, the last where the layer has it, input `[.., hidden]`, output the same shape and
 //! dtype.
 //! Scores, routing and the weighted sum are in `f32` whatever the dtype of the weights; the gate's product is in theirs, as
-//! in transformers. Under `Var`s the layer is differentiable:
+//! in transformers. On the CPU experts run on the [`Engine`], which reads the tensors' memory as it is. Under `Var`s, on other
+//! devices and for weights that the engine does not read, they run as Candle's operations: then the layer is differentiable,
 //! gradients reach the gate through the combine weights and the experts through the dispatch.
 //!
 //! ```
@@ -180,6 +181,11 @@ impl MoeLayer {
         Self { index, ..self }
     }
 
+    /// Runs experts on an engine that other layers use too: what it worked in is kept for the next forward pass.
+    pub fn with_engine(self, engine: Arc<Engine>) -> Self {
+        Self { engine, ..self }
+    }
+
     /// Sets how many experts a token gets.
     ///
     /// # Errors
@@ -291,11 +297,6 @@ impl MoeLayer {
 }
 
 impl MoeLayer {
-    /// Runs experts in memory that other layers' forward passes use too: what an engine worked in is kept for the next pass.
-    pub fn set_engine(&mut self, engine: Arc<Engine>) {
-        self.engine = engine;
-    }
-
     /// The output of experts and shared expert by operations of Candle, each of which has a backward pass, `[tokens, hidden]` in
     /// `f32`.
     fn composed(
