@@ -98,7 +98,7 @@ fn every_kind() -> Vec<MoeSpec> {
 #[test]
 fn the_engine_computes_what_candle_computes() {
     for spec in every_kind() {
-        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 2e-2), (DType::F16, 3e-3)] {
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 1e-2), (DType::F16, 3e-3)] {
             let (fast, oracle) = (layer(&spec, dtype, plain), layer(&spec, dtype, variable));
             for tokens in [0, 1, 3, 17, 150] {
                 let hidden = drawn(tokens as u32, &[tokens, spec.hidden], 1.0, dtype);
@@ -106,7 +106,7 @@ fn the_engine_computes_what_candle_computes() {
                 let (theirs, expected) = oracle.forward_routed(&hidden).unwrap();
                 assert!(!ours.track_op() && ours.dtype() == dtype && ours.dims() == [tokens, spec.hidden]);
                 // Rounded logits may tie: then there is nothing to compare.
-                if routed.raw() == expected.raw() {
+                if routed.ids().eq(expected.ids()) {
                     let worst = difference(&ours, &theirs);
                     assert!(worst <= tolerance, "{dtype:?}, {tokens} tokens, {spec:?}: {worst}");
                 } else {

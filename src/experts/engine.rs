@@ -208,6 +208,9 @@ impl Engine {
     pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
         let [tokens, hidden] = input.shape();
         check(input, work, output)?;
+        if hidden == 0 {
+            return Ok(()); // No column to cut into pieces.
+        }
         let mut buffers = self.take_buffers();
         let groups = self.groups(work);
         let products: usize = groups.iter().map(|group| group.tokens.len() * group.expert.parameters()).sum();

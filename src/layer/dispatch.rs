@@ -25,7 +25,8 @@ pub(super) fn slot_weights(
     scoring: Scoring,
 ) -> Result<Tensor> {
     let (kept, device) = (plan.tokens().len(), logits.device());
-    if !logits.track_op() {
+    // Nor is there anything to differentiate where no slot is, and Candle has no softmax of no rows.
+    if !logits.track_op() || kept == 0 {
         return Ok(Tensor::from_slice(plan.weights(), (kept, 1), device)?);
     }
     let (tokens, width) = (assignment.tokens(), assignment.width());

@@ -112,7 +112,7 @@ pub(crate) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Rows in one segment.
     pub(crate) fn whole(lines: &'a [Line], form: Form, columns: usize, rows: usize) -> Self {
-        Self::segmented(lines, form, columns, columns.next_multiple_of(CHUNK), rows)
+        Self::segmented(lines, form, columns, columns.next_multiple_of(CHUNK).max(CHUNK), rows)
     }
 
     /// Rows in segments of `segment` columns, a multiple of [`CHUNK`]; each segment holds all rows, one after another.
