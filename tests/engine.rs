@@ -524,7 +524,7 @@ fn what_does_not_fit_is_named() {
         ),
     ];
     for (result, expected) in cases {
-        let error = result.err().expect(expected);
+        let error = result.expect_err(expected);
         assert_eq!(error.to_string(), expected);
         assert!(shape(error), "{expected}");
     }
@@ -545,7 +545,7 @@ fn what_does_not_fit_is_named() {
         (matrix(4, 2).interleaved(2), "first row of an interleaved matrix: expected 0 or 1, got 2"),
     ];
     for (result, expected) in cases {
-        let error = result.err().expect(expected);
+        let error = result.expect_err(expected);
         assert_eq!(error.to_string(), expected);
         assert!(shape(error), "{expected}");
     }

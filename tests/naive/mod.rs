@@ -43,7 +43,7 @@ fn q4_k(block: &[u8]) -> Vec<f64> {
     let weight = |at: usize| {
         let (scale, offset) = numbers(at / 32);
         let byte = block[16 + at / 64 * 32 + at % 32];
-        let q = if at / 32 % 2 == 0 { byte & 15 } else { byte >> 4 };
+        let q = if (at / 32).is_multiple_of(2) { byte & 15 } else { byte >> 4 };
         d * f64::from(scale) * f64::from(q) - least * f64::from(offset)
     };
     (0..256).map(weight).collect()

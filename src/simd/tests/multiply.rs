@@ -163,9 +163,7 @@ fn plain_rust_does_what_the_words_say() {
             for (part, words) in of("widen_bytes").into_iter().enumerate() {
                 assert_eq!(words[lane], f32::from(memory[1 + LANES * part + lane]).to_bits());
             }
-            for row in 0..LANES {
-                assert_eq!(of("transpose")[lane][row], rows[row][lane]);
-            }
+            assert!(of("transpose")[lane].iter().eq(rows.iter().map(|row| &row[lane])));
             let bits = |float: f32| u32::from(bf16::from_f32(float).to_bits());
             let from = &floats[lane / 8];
             let at = 2 * lane % LANES;
