@@ -42,8 +42,6 @@ use crate::simd::{Isa, Kernel, LANES};
 
 /// Rows of activations that go through an expert together.
 const GROUP_ROWS: usize = 256;
-/// Rows of activations up to which quantised weights meet bytes.
-const BYTE_ROWS: usize = 4;
 /// Bytes of weights and products with them, one as dear as the other, below which a second thread comes too late to help:
 /// about a tenth of a millisecond.
 const WORTH_THREADS: usize = 4 << 20;
@@ -275,7 +273,7 @@ impl Engine {
         if output.len() != tokens * rows {
             return Err(Error::shape("output of a product", format!("{} values", tokens * rows), output.len()));
         }
-        let form = form(self.isa, weight.dtype(), tokens);
+        let form = form(self.isa, weight.dtype());
         let mut buffers = self.take_buffers();
         let threads = buffers.threads_for(tokens * rows * columns, weight.size_in_bytes());
         self.inputs(input, std::iter::once(form), threads, &mut buffers);
@@ -337,7 +335,7 @@ impl Engine {
         let mut groups = Vec::new();
         for Work { expert, tokens, weights } in work {
             for (tokens, weights) in tokens.chunks(GROUP_ROWS).zip(weights.chunks(GROUP_ROWS)) {
-                let form = |weight: Matrix<'_>| form(self.isa, weight.dtype(), tokens.len());
+                let form = |weight: Matrix<'_>| form(self.isa, weight.dtype());
                 let (input, between) = (form(expert.up.weight), form(expert.down.weight));
                 groups.push(Group { expert, tokens, weights, input, between });
             }
@@ -463,13 +461,12 @@ const ROWS: [u32; GROUP_ROWS] = {
 };
 
 /// The form of activations that products with a dtype want.
-fn form(isa: Isa, dtype: Dtype, rows: usize) -> Form {
+fn form(isa: Isa, dtype: Dtype) -> Form {
     match dtype {
         Dtype::F32 | Dtype::F16 => Form::Floats,
         _ if !isa.has_dots() => Form::Floats,
         Dtype::Bf16 => Form::Pairs,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K if rows <= BYTE_ROWS => Form::Bytes,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => Form::Pairs,
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => Form::Bytes,
     }
 }
 
@@ -487,20 +484,24 @@ fn grow<T: Clone + Default>(buffer: &mut Vec<T>, count: usize) {
 
 /// Does all items, each thread the next one that is left.
 fn share_out<T: Send>(items: impl Iterator<Item = T> + Send, rooms: &mut [Room], run: impl Fn(&mut Room, T) + Sync) {
-    if let [room] = rooms {
-        return items.for_each(|item| run(room, item));
+    let Some((mine, others)) = rooms.split_first_mut() else { return };
+    if others.is_empty() {
+        return items.for_each(|item| run(mine, item));
     }
     let items = Mutex::new(items);
     // Held for the time of a step of an iterator.
     let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
-    rayon::scope(|scope| {
-        for room in rooms {
-            scope.spawn(|_| {
-                while let Some(item) = next() {
-                    run(room, item);
-                }
-            });
+    let work = |room: &mut Room| {
+        while let Some(item) = next() {
+            run(room, item);
         }
+    };
+    // This thread works too, while the others wake up.
+    rayon::in_place_scope(|scope| {
+        for room in others {
+            scope.spawn(|_| work(room));
+        }
+        work(mine);
     });
 }
 

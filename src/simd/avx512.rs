@@ -233,6 +233,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
 // intrinsics that touch memory get references to as many bytes as they touch; a prefetch may name any address.
 impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     const WIDE: bool = true;
+    const DOTS: bool = DOTS;
 
     #[inline(always)]
     fn words(self, vector: __m512) -> [u32; LANES] {
@@ -300,12 +301,6 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
-    fn sub_integers(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see above.
-        unsafe { _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
-    }
-
-    #[inline(always)]
     fn floats(self, integers: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(integers)) }
@@ -336,18 +331,32 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
+    fn shift_words(self, a: __m512, by: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_srlv_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(by as i32))) }
+    }
+
+    #[inline(always)]
+    fn low_halves(self, a: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(a))) }
+    }
+
+    #[inline(always)]
+    fn narrow_bytes(self, a: __m512) -> [u8; LANES] {
+        let mut bytes = [0; LANES];
+        // SAFETY: see above; there are sixteen bytes to write.
+        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_castps_si512(a))) };
+        bytes
+    }
+
+    #[inline(always)]
     fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> __m512 {
         // SAFETY: see above.
         unsafe {
             let low = _mm512_castps256_ps512(_mm256_loadu_ps(low.as_ptr().cast()));
             _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(high.as_ptr().cast()))
         }
-    }
-
-    #[inline(always)]
-    fn pick(self, vector: __m512, lanes: &[u32; LANES]) -> __m512 {
-        // SAFETY: see above; only the lowest four bits of a lane count.
-        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(lanes.as_ptr().cast()), vector) }
     }
 
     #[inline(always)]
@@ -429,9 +438,38 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
+    fn transpose_4(self, rows: [&[u8; 16]; LANES]) -> [__m512; 4] {
+        // SAFETY: see above; every row has sixteen bytes.
+        unsafe {
+            let quarters = [quarter(rows, 0), quarter(rows, 1), quarter(rows, 2), quarter(rows, 3)];
+            let (a, b) = (_mm512_unpacklo_ps(quarters[0], quarters[1]), _mm512_unpacklo_ps(quarters[2], quarters[3]));
+            let (c, d) = (_mm512_unpackhi_ps(quarters[0], quarters[1]), _mm512_unpackhi_ps(quarters[2], quarters[3]));
+            let (a, b, c, d) = (_mm512_castps_pd(a), _mm512_castps_pd(b), _mm512_castps_pd(c), _mm512_castps_pd(d));
+            [
+                _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: see above.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Rows `i`, `i + 4`, `i + 8` and `i + 12` in the four lanes of 128 bits.
+#[inline(always)]
+unsafe fn quarter(rows: [&[u8; 16]; LANES], i: usize) -> __m512 {
+    // SAFETY: the caller has the instructions; every row has sixteen bytes.
+    unsafe {
+        let low = _mm512_castps128_ps512(_mm_loadu_ps(rows[i].as_ptr().cast()));
+        let low = _mm512_insertf32x4::<1>(low, _mm_loadu_ps(rows[i + 4].as_ptr().cast()));
+        let low = _mm512_insertf32x4::<2>(low, _mm_loadu_ps(rows[i + 8].as_ptr().cast()));
+        _mm512_insertf32x4::<3>(low, _mm_loadu_ps(rows[i + 12].as_ptr().cast()))
     }
 }
 

@@ -22,6 +22,8 @@ pub(crate) const LINE_BYTES: usize = 64;
 pub(crate) trait Multiply: Lanes {
     /// Whether there are registers for tiles of 24 vectors.
     const WIDE: bool = false;
+    /// Whether activations meet quantised weights as bytes.
+    const DOTS: bool = false;
 
     /// The words of a vector.
     #[inline(always)]
@@ -80,13 +82,6 @@ pub(crate) trait Multiply: Lanes {
         self.of_words(bytes_dot(self.words(a), self.words(b), self.words(sum)))
     }
 
-    /// `a − b`, integers.
-    #[inline(always)]
-    fn sub_integers(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
-        let (a, b) = (self.words(a), self.words(b));
-        self.of_words(std::array::from_fn(|lane| a[lane].wrapping_sub(b[lane])))
-    }
-
     /// Floats of integers.
     #[inline(always)]
     fn floats(self, integers: Self::Vector) -> Self::Vector {
@@ -126,6 +121,30 @@ pub(crate) trait Multiply: Lanes {
         self.of_words(words.map(|word| (word & 0x0fff) << 4 | (word & 0x0fff_0000) << 4))
     }
 
+    /// Every word shifted right.
+    #[inline(always)]
+    fn shift_words(self, a: Self::Vector, by: u32) -> Self::Vector {
+        self.of_words(self.words(a).map(|word| word >> by))
+    }
+
+    /// Floats of one byte of every word, without sign.
+    #[inline(always)]
+    fn byte_floats(self, a: Self::Vector, byte: usize) -> Self::Vector {
+        self.floats(self.and(self.shift_words(a, 8 * byte as u32), self.repeat(0xff)))
+    }
+
+    /// Floats of the halves in the lower bits of every word.
+    #[inline(always)]
+    fn low_halves(self, a: Self::Vector) -> Self::Vector {
+        self.load(&self.words(a).map(|word| f16::from_bits(word as u16).to_f32()))
+    }
+
+    /// The lowest byte of every word.
+    #[inline(always)]
+    fn narrow_bytes(self, a: Self::Vector) -> [u8; LANES] {
+        self.words(a).map(|word| word as u8)
+    }
+
     /// Eight words from each.
     #[inline(always)]
     fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> Self::Vector {
@@ -133,19 +152,6 @@ pub(crate) trait Multiply: Lanes {
         both[..32].copy_from_slice(low);
         both[32..].copy_from_slice(high);
         self.bytes(&both)
-    }
-
-    /// The lanes that `lanes` names.
-    #[inline(always)]
-    fn pick(self, vector: Self::Vector, lanes: &[u32; LANES]) -> Self::Vector {
-        let words = self.words(vector);
-        self.of_words(std::array::from_fn(|lane| words[lanes[lane] as usize % LANES]))
-    }
-
-    /// Eight lanes of one value, eight of another.
-    #[inline(always)]
-    fn two(self, low: f32, high: f32) -> Self::Vector {
-        self.blend(0x00ff, self.splat(low), self.splat(high))
     }
 
     /// Floats of sixteen bytes, without sign.
@@ -227,12 +233,22 @@ pub(crate) trait Multiply: Lanes {
         columns
     }
 
+    /// Word `i` of row `j` as word `j` of vector `i`.
+    #[inline(always)]
+    fn transpose_4(self, rows: [&[u8; 16]; LANES]) -> [Self::Vector; 4] {
+        std::array::from_fn(|i| {
+            self.of_words(rows.map(|row| u32::from_le_bytes(*row[4 * i..].first_chunk().expect("four words"))))
+        })
+    }
+
     /// Says that the line at `at` will be read soon. Any address will do.
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
 }
 
-impl Multiply for super::scalar::Scalar {}
+impl Multiply for super::scalar::Scalar {
+    const DOTS: bool = true;
+}
 
 /// [`Multiply::dot_pairs`] in plain Rust.
 #[inline(always)]

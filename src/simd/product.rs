@@ -15,8 +15,7 @@ use std::ops::Range;
 
 use super::dtype::Dtype;
 use super::multiply::{LINE_BYTES, Line, Multiply};
-use super::quantized;
-use super::{Kernel, LANES};
+use super::{Kernel, LANES, bytes, quantized};
 
 /// Weight rows of one product.
 pub(crate) const BLOCK: usize = 32;
@@ -40,8 +39,7 @@ pub(crate) enum Form {
     Floats,
     /// Pairs of bf16, thirty-two to a line.
     Pairs,
-    /// Bytes with a scale for each 32: for 256 columns four times a line of bytes and one of their scales, then a line whose
-    /// upper half holds `scale · Σ bytes` of each 32.
+    /// Bytes with a scale for each 32, a line of [`bytes`] for them; lines come in pairs.
     Bytes,
 }
 
@@ -51,7 +49,7 @@ impl Form {
         match self {
             Self::Floats => columns.div_ceil(LANES),
             Self::Pairs => columns.div_ceil(2 * LANES),
-            Self::Bytes => quantized::CHUNK_LINES * columns.div_ceil(CHUNK),
+            Self::Bytes => 2 * columns.div_ceil(2 * bytes::GROUP),
         }
     }
 
@@ -87,11 +85,7 @@ impl Kernel for Fill<'_> {
                     lanes.store_line(pairs, line);
                 }
             }
-            Form::Bytes => {
-                for (values, lines) in self.values.chunks(CHUNK).zip(self.row.chunks_mut(quantized::CHUNK_LINES)) {
-                    quantized::to_bytes(lanes, values, lines);
-                }
-            }
+            Form::Bytes => bytes::fill(lanes, self.values, &mut self.row[..self.form.lines(self.values.len())]),
         }
     }
 }
@@ -124,6 +118,17 @@ impl<'a> Rows<'a> {
         Self { lines, form, columns, segment, rows, row_stride, segment_stride }
     }
 
+    /// Columns of a row.
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The line of a row that a column is in, where a line holds so many of them.
+    #[inline(always)]
+    pub(super) fn column(&self, row: u32, column: usize, of_line: usize) -> *const Line {
+        self.at(row, column / self.segment).wrapping_add(column % self.segment / of_line)
+    }
+
     /// Where a row's segment starts.
     #[inline(always)]
     fn at(&self, row: u32, segment: usize) -> *const Line {
@@ -135,6 +140,24 @@ impl<'a> Rows<'a> {
 #[derive(Default)]
 pub(crate) struct Workspace {
     lines: Vec<Line>,
+}
+
+impl Workspace {
+    /// At least `count` lines, taken out until they are given back.
+    #[inline(always)]
+    pub(super) fn take(&mut self, count: usize) -> Vec<Line> {
+        let mut lines = std::mem::take(&mut self.lines);
+        if lines.len() < count {
+            lines.resize(count, Line::default());
+        }
+        lines
+    }
+
+    /// Keeps lines for the next product.
+    #[inline(always)]
+    pub(super) fn give_back(&mut self, lines: Vec<Line>) {
+        self.lines = lines;
+    }
 }
 
 /// `sums[t, r]` of some rows of activations with a block of weight rows.
@@ -164,7 +187,7 @@ impl Product<'_> {
 
     /// Where a row of this block starts, or of the next.
     #[inline(always)]
-    fn row(&self, row: usize) -> *const u8 {
+    pub(super) fn row(&self, row: usize) -> *const u8 {
         let bytes = self.weights[0].len();
         match self.weights.get(row) {
             Some(row) => row.as_ptr(),
@@ -199,13 +222,11 @@ impl Kernel for Product<'_> {
             (Form::Floats, Dtype::Bf16) if tiles => stored_tiles::<AsBrains, L>(lanes, &mut self),
             (Form::Pairs, Dtype::Bf16) if tiles => stored_tiles::<AsPairs, L>(lanes, &mut self),
             (Form::Floats, _) if tiles => decoded_tiles::<AsFloats, L>(lanes, &mut self),
-            (Form::Pairs, _) if tiles => decoded_tiles::<AsPairs, L>(lanes, &mut self),
             (Form::Floats, _) => panels::<AsFloats, L>(lanes, &mut self),
-            (Form::Pairs, _) => panels::<AsPairs, L>(lanes, &mut self),
-            (Form::Bytes, dtype) => {
-                assert!(dtype.is_quantized(), "bytes meet {dtype}");
-                byte_tiles(lanes, &mut self);
-            }
+            (Form::Pairs, Dtype::Bf16) => panels::<AsPairs, L>(lanes, &mut self),
+            // On other sets this is not compiled.
+            (Form::Bytes, dtype) if L::DOTS && dtype.is_quantized() => bytes::product(lanes, &mut self),
+            (form, dtype) => unreachable!("{dtype} meets {form:?}"),
         }
     }
 }
@@ -364,8 +385,7 @@ fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let at_once = tile_columns::<E>(columns, product.tokens.len().max(3));
     let far = Product::rows_ahead(product.weights[0].len());
     let stride = E::FORM.stride(at_once);
-    let mut lines = std::mem::take(&mut product.workspace.lines);
-    lines.resize(lines.len().max(TILE_ROWS * stride), Line::default());
+    let mut lines = product.workspace.take(TILE_ROWS * stride);
     for row in (0..BLOCK).step_by(TILE_ROWS) {
         let rows = &product.weights[row..row + TILE_ROWS];
         let ahead = [0, 1, 2, 3].map(|at| product.row(row + far + at));
@@ -385,7 +405,7 @@ fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             tokens_of_tile::<E, L, TILE_ROWS>(lanes, &tile, product.tokens, product.sums);
         }
     }
-    product.workspace.lines = lines;
+    product.workspace.give_back(lines);
 }
 
 /// Reads a chunk of a row of weights ahead.
@@ -552,79 +572,13 @@ fn fold_tile<L: Multiply, const R: usize, const T: usize>(
     }
 }
 
-/// Tiles of quantised weights with activations of bytes.
-#[inline(always)]
-fn byte_tiles<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    let far = Product::rows_ahead(product.weights[0].len());
-    for row in (0..BLOCK).step_by(TILE_ROWS) {
-        let weights: &[&[u8]; TILE_ROWS] = product.weights[row..row + TILE_ROWS].try_into().expect("four rows");
-        let ahead = [0, 1, 2, 3].map(|at| product.row(row + far + at));
-        let mut left = (product.tokens, &mut *product.sums);
-        let tile = ByteTile { dtype: product.dtype, weights, ahead, first: row, input: product.input };
-        while !left.0.is_empty() {
-            let count = left.0.len().min(2);
-            let (now, rest) = left.0.split_at(count);
-            let (sums, behind) = left.1.split_at_mut(count * BLOCK);
-            left = (rest, behind);
-            match count {
-                1 => tile.sums::<L, 1>(lanes, now, sums),
-                _ => tile.sums::<L, 2>(lanes, now, sums),
-            }
-        }
-    }
-}
-
-/// Four rows of quantised weights.
-struct ByteTile<'a> {
-    dtype: Dtype,
-    weights: &'a [&'a [u8]; TILE_ROWS],
-    /// The rows that are read ahead.
-    ahead: [*const u8; TILE_ROWS],
-    first: usize,
-    input: Rows<'a>,
-}
-
-impl ByteTile<'_> {
-    #[inline(always)]
-    fn sums<L: Multiply, const T: usize>(&self, lanes: L, tokens: &[u32], sums: &mut [f32]) {
-        match self.dtype {
-            Dtype::Q4K => self.sums_of::<quantized::Q4K, L, T>(lanes, tokens, sums),
-            Dtype::Q6K => self.sums_of::<quantized::Q6K, L, T>(lanes, tokens, sums),
-            _ => self.sums_of::<quantized::Q8_0, L, T>(lanes, tokens, sums),
-        }
-    }
-
-    #[inline(always)]
-    fn sums_of<Q: quantized::Blocks, L: Multiply, const T: usize>(&self, lanes: L, tokens: &[u32], sums: &mut [f32]) {
-        let zero = lanes.splat(0.0);
-        let mut all = [[zero; TILE_ROWS]; T];
-        let chunks_in_segment = self.input.segment / CHUNK;
-        for chunk in 0..self.input.columns.div_ceil(CHUNK) {
-            for row in self.ahead {
-                read_ahead(lanes, self.dtype, row, chunk);
-            }
-            let within = chunk % chunks_in_segment * quantized::CHUNK_LINES;
-            for (token, all) in tokens.iter().zip(&mut all) {
-                let start = self.input.at(*token, chunk / chunks_in_segment).wrapping_add(within);
-                // SAFETY: a row of bytes has that many lines for each chunk; `Rows` and `Product` have checked both numbers.
-                let lines: &[Line; quantized::CHUNK_LINES] = unsafe { &*start.cast() };
-                for (sum, weights) in all.iter_mut().zip(self.weights) {
-                    *sum = Q::dot(lanes, weights, chunk, lines, *sum);
-                }
-            }
-        }
-        fold_tile::<L, TILE_ROWS, T>(lanes, all, self.first, true, sums);
-    }
-}
-
 /// All tokens against panels.
 #[inline(always)]
 fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns;
     let per_word = E::COLUMNS / LANES;
     let words = columns.div_ceil(per_word);
-    let mut lines = std::mem::take(&mut product.workspace.lines);
-    lines.resize(lines.len().max(2 * PANEL_WORDS + LANES * STAGE_STRIDE), Line::default());
+    let mut lines = product.workspace.take(2 * PANEL_WORDS + LANES * STAGE_STRIDE);
     let (panel, stage) = lines.split_at_mut(2 * PANEL_WORDS);
     for first in (0..words).step_by(PANEL_WORDS) {
         let now = first..words.min(first + PANEL_WORDS);
@@ -640,7 +594,7 @@ fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
         }
         panel_tokens::<E, L>(lanes, product, panel, now);
     }
-    product.workspace.lines = lines;
+    product.workspace.give_back(lines);
 }
 
 /// Sixteen rows of a chunk of weights in an [`Element`]'s form, each on lines of its own.

@@ -19,7 +19,6 @@ struct Operands {
     rows: [Words; LANES],
     /// For both halves of each word.
     by: Words,
-    picked: Words,
     /// A number of bytes that is none of alignment.
     memory: Vec<u8>,
     /// Thirty-two halves without NaN.
@@ -35,7 +34,7 @@ impl Kernel for Exact<'_> {
 
     #[inline(always)]
     fn run<L: Multiply>(self, lanes: L) -> Self::Output {
-        let Operands { a, b, c, rows, by, picked, memory, halves, floats } = self.0;
+        let Operands { a, b, c, rows, by, memory, halves, floats } = self.0;
         let mut made = Vec::new();
         let [va, vb, vc] = [lanes.of_words(*a), lanes.of_words(*b), lanes.of_words(*c)];
         let bytes: &[u8; LINE_BYTES] = memory[1..].first_chunk().unwrap();
@@ -50,15 +49,31 @@ impl Kernel for Exact<'_> {
         made.push(("bytes", lanes.words(lanes.bytes(bytes))));
         made.push(("repeat", lanes.words(lanes.repeat(a[3]))));
         made.push(("dot_bytes", lanes.words(lanes.dot_bytes(va, vb, vc))));
-        made.push(("sub_integers", lanes.words(lanes.sub_integers(va, vb))));
         made.push(("floats", lanes.words(lanes.floats(va))));
         made.push(("and", lanes.words(lanes.and(va, vb))));
         made.push(("xor", lanes.words(lanes.xor(va, vb))));
         made.push(("shift_right", lanes.words(lanes.shift_right(va, lanes.line(&Line(*by))))));
         made.push(("shift_left_4", lanes.words(lanes.shift_left_4(va))));
+        for by in [0, 7, 16, 31] {
+            made.push(("shift_words", lanes.words(lanes.shift_words(va, by))));
+        }
+        for byte in 0..4 {
+            made.push(("byte_floats", lanes.words(lanes.byte_floats(va, byte))));
+        }
+        made.push(("low_halves", lanes.words(lanes.low_halves(lanes.bytes(halves)))));
+        let mut narrowed = [0; LANES];
+        for (word, byte) in narrowed.iter_mut().zip(lanes.narrow_bytes(va)) {
+            *word = u32::from(byte);
+        }
+        made.push(("narrow_bytes", narrowed));
+        let mut quarters = [&[0; 16]; LANES];
+        for (at, quarter) in quarters.iter_mut().enumerate() {
+            *quarter = memory[3 * at..].first_chunk().unwrap();
+        }
+        for column in lanes.transpose_4(quarters) {
+            made.push(("transpose_4", lanes.words(column)));
+        }
         made.push(("halves", lanes.words(lanes.halves(low, high))));
-        made.push(("pick", lanes.words(lanes.pick(va, picked))));
-        made.push(("two", lanes.words(lanes.two(floats[0][0], floats[1][0]))));
         made.push(("widen_u8", lanes.words(lanes.widen_u8(sixteen))));
         made.push(("widen_i8", lanes.words(lanes.widen_i8(sixteen))));
         for part in lanes.widen_bytes(lanes.bytes(bytes)) {
@@ -114,7 +129,6 @@ fn operands(rng: &mut ChaCha8Rng) -> Operands {
         c: rng.random(),
         rows: std::array::from_fn(|_| rng.random()),
         by: std::array::from_fn(|_| rng.random_range(0u32..20) << 16 | rng.random_range(0u32..20)),
-        picked: std::array::from_fn(|_| rng.random_range(0..LANES as u32)),
         memory: (0..80).map(|_| rng.random()).collect(),
         halves,
         floats: std::array::from_fn(|_| std::array::from_fn(|_| ordinary(rng))),
@@ -140,7 +154,7 @@ fn plain_rust_does_what_the_words_say() {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     for _ in 0..200 {
         let operands = operands(&mut rng);
-        let Operands { a, b, c, rows, by, picked, memory, floats, .. } = &operands;
+        let Operands { a, b, c, rows, by, memory, halves, floats, .. } = &operands;
         let made = Isa::scalar().run(Exact(&operands));
         let of = |name: &str| made.iter().filter(|made| made.0 == name).map(|made| made.1).collect::<Vec<_>>();
         let one = |name: &str| of(name)[0];
@@ -156,9 +170,18 @@ fn plain_rust_does_what_the_words_say() {
             let lower = (u64::from(a[lane] & 0xffff) >> (by[lane] & 0xffff)) as u32;
             assert_eq!(one("shift_right")[lane], upper << 16 | lower);
             assert_eq!(one("shift_left_4")[lane], (a[lane] << 4) & 0xfff0_fff0);
-            assert_eq!(one("pick")[lane], a[picked[lane] as usize]);
             assert_eq!(one("floats")[lane], (a[lane] as i32 as f32).to_bits());
-            assert_eq!(one("two")[lane], floats[lane / 8][0].to_bits());
+            for (byte, words) in of("byte_floats").into_iter().enumerate() {
+                assert_eq!(words[lane], f32::from(a[lane].to_le_bytes()[byte]).to_bits());
+            }
+            assert_eq!(of("shift_words")[1][lane], a[lane] >> 7);
+            assert_eq!(one("narrow_bytes")[lane], a[lane] & 0xff);
+            let half = f16::from_le_bytes([halves[4 * lane], halves[4 * lane + 1]]);
+            assert_eq!(one("low_halves")[lane], half.to_f32().to_bits());
+            for (at, words) in of("transpose_4").into_iter().enumerate() {
+                let bytes = *memory[3 * lane + 4 * at..].first_chunk().unwrap();
+                assert_eq!(words[lane], u32::from_le_bytes(bytes));
+            }
             assert_eq!(one("widen_i8")[lane], f32::from(memory[5 + lane] as i8).to_bits());
             for (part, words) in of("widen_bytes").into_iter().enumerate() {
                 assert_eq!(words[lane], f32::from(memory[1 + LANES * part + lane]).to_bits());
