@@ -13,30 +13,51 @@ use crate::common::fill::uniform;
 use crate::common::shape::{Format, Shape};
 
 /// All threads together; the best seen, since a busy neighbour only takes away.
-#[derive(Default)]
 pub struct Ceilings {
+    /// What is read, larger than any cache.
+    buffer: Vec<f32>,
     pub read_gb_per_second: f64,
     pub f32_gflops: f64,
     pub bf16_gflops: f64,
 }
 
 impl Ceilings {
+    /// Nothing measured yet.
+    pub fn new(smoke: bool) -> Self {
+        let bytes = if smoke { 1 << 24 } else { 1 << 30 };
+        let buffer = (0..bytes / 4).into_par_iter().map(|at| at as f32).collect();
+        Self { buffer, read_gb_per_second: 0.0, f32_gflops: 0.0, bf16_gflops: 0.0 }
+    }
+
     /// Measures once more.
     pub fn raise(&mut self, smoke: bool) -> Result<()> {
-        let (bytes, sizes): (_, &[_]) = match smoke {
-            true => (1 << 24, &[(256, 256, 256)]),
-            false => (1 << 30, &[(512, 1024, 2048), (1024, 1024, 1024), (1024, 2048, 2048)]),
+        let sizes: &[_] = match smoke {
+            true => &[(256, 256, 256)],
+            false => &[(512, 1024, 2048), (1024, 1024, 1024), (1024, 2048, 2048)],
         };
-        self.read_gb_per_second = self.read_gb_per_second.max(reads(bytes));
+        let all = self.buffer.len();
+        let rate = 4e-9 * all as f64 / seconds(|| read(&self.buffer));
+        self.read_gb_per_second = self.read_gb_per_second.max(rate);
         self.f32_gflops = self.f32_gflops.max(products(DType::F32, sizes)?);
         // Without bf16 instructions widening the operands is the best way there is.
         self.bf16_gflops = self.bf16_gflops.max(products(DType::BF16, sizes)?).max(self.f32_gflops);
         Ok(())
     }
 
-    /// The least milliseconds in which an input of so many tokens, touching so many experts, could be done.
-    pub fn floor_millis(&self, shape: Shape, format: Format, tokens: usize, touched: f64) -> f64 {
-        let read = touched * shape.expert_bytes(format) / (self.read_gb_per_second * 1e9);
+    /// Gigabytes per second of reading about so many bytes once, others at every turn.
+    pub fn read_now(&self, bytes: f64, turn: usize) -> f64 {
+        let part = ((bytes / 4.0) as usize).clamp(1 << 20, 1 << 26).min(self.buffer.len());
+        let parts = self.buffer.len() / part;
+        let from = &self.buffer[turn % parts * part..][..part];
+        let start = Instant::now();
+        read(from);
+        4e-9 * part as f64 / start.elapsed().as_secs_f64()
+    }
+
+    /// The least milliseconds in which an input of so many tokens, touching so many experts, could be done where memory is read
+    /// at this rate.
+    pub fn floor_millis(&self, shape: Shape, format: Format, tokens: usize, touched: f64, gb_per_second: f64) -> f64 {
+        let read = touched * shape.expert_bytes(format) / (gb_per_second * 1e9);
         let operations = (2 * shape.expert_weights() * tokens * shape.top_k) as f64;
         let gflops = if matches!(format.name, "f32" | "f16") { self.f32_gflops } else { self.bf16_gflops };
         read.max(operations / (gflops * 1e9)) * 1e3
@@ -58,9 +79,8 @@ fn seconds(mut call: impl FnMut()) -> f64 {
     (0..3).map(|_| median()).fold(f64::INFINITY, f64::min)
 }
 
-/// Gigabytes per second that all threads read from a buffer of so many bytes.
-fn reads(bytes: usize) -> f64 {
-    let buffer: Vec<f32> = (0..bytes / 4).into_par_iter().map(|at| at as f32).collect();
+/// Reads a buffer with all threads.
+fn read(buffer: &[f32]) {
     // Enough sums at once that memory is waited for and not additions, and two streams, which a core reads faster than one.
     let sum = |part: &[f32]| {
         let (left, right) = part.split_at(part.len() / 2);
@@ -74,10 +94,7 @@ fn reads(bytes: usize) -> f64 {
         sums.iter().flatten().sum::<f32>()
     };
     let part = buffer.len() / (16 * rayon::current_num_threads());
-    let seconds = seconds(|| {
-        black_box(black_box(&buffer).par_chunks(part).map(sum).sum::<f32>());
-    });
-    bytes as f64 / seconds / 1e9
+    black_box(black_box(buffer).par_chunks(part).map(sum).sum::<f32>());
 }
 
 /// The best GFLOP/s of a product `[m, k] · [n, k]ᵀ` at these `(m, k, n)`, by Candle or by this crate.

@@ -1,7 +1,8 @@
 //! The speed of a whole MoE block on this machine, beside what the machine could do and beside Candle.
 //!
-//! The ceilings are measured between the cells: reading memory, and the best matrix product. A cell's floor is the bytes of the experts
-//! that its tokens touch at the one, or its operations at the other, whichever is longer. Then `MoeLayer::forward` and the
+//! The ceilings are measured between the cells: reading memory, and the best matrix product; the best of the run counts. A cell's
+//! floor is the bytes of the experts that its tokens touch at the one, or its operations at the other, whichever is longer.
+//! A neighbour takes bandwidth away for minutes, so memory is read in turns with each cell too: the floor then. Then `MoeLayer::forward` and the
 //! loop of candle-transformers' `qwen3_moe.rs` run in turns on the same weights, so that a busy neighbour meets both, after
 //! their outputs were compared; times are medians. Blocks and inputs take turns too, so that no weight is in a cache when it
 //! is touched. Tokens choose experts nearly evenly. Candle's quantised products run on a pool of their own, of one thread
@@ -27,6 +28,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_core::{Module, Tensor};
+use ceilings::Ceilings;
 use common::block::Block;
 use common::shape::{Format, Shape};
 use options::Options;
@@ -102,10 +104,15 @@ impl<'a> Cell<'a> {
         Ok(able)
     }
 
-    fn measure(&self, able: &[Side], (budget, least): (Duration, usize)) -> Result<Times, Failure> {
+    fn measure(
+        &self,
+        able: &[Side],
+        (budget, least): (Duration, usize),
+        read: impl Fn(usize) -> f64,
+    ) -> Result<Times, Failure> {
         // Short calls run in runs whose first call is not counted: threads of the other side are still awake then.
         let run = if self.tokens <= 8 { 5 } else { 1 };
-        let (mut turn, mut times) = (0, [vec![], vec![]]);
+        let (mut turn, mut times, mut reads) = (0, [vec![], vec![]], vec![]);
         let start = Instant::now();
         while !able.is_empty() && (start.elapsed() < budget || times[able[0] as usize].len() < least) {
             for &side in able {
@@ -118,10 +125,11 @@ impl<'a> Cell<'a> {
                         times[side as usize].push(millis);
                     }
                 }
+                reads.push(read(reads.len()));
             }
         }
         let [ours, candle] = times.map(median);
-        Ok(Times { ours, candle })
+        Ok(Times { ours, candle, read_gb_per_second: median(reads).unwrap_or_default() })
     }
 }
 
@@ -157,7 +165,7 @@ fn fix_threads(threads: Option<usize>) -> Result<(), Failure> {
 fn main() -> Result<(), Failure> {
     let options = Options::parse(std::env::args().skip(1))?;
     fix_threads(options.threads)?;
-    let mut table = Table::default();
+    let mut table = Table { ceilings: Ceilings::new(options.smoke), rows: Vec::new() };
     for &shape in &options.shapes {
         for &format in options.formats.iter().filter(|format| format.fits(shape)) {
             table.ceilings.raise(options.smoke)?;
@@ -165,8 +173,10 @@ fn main() -> Result<(), Failure> {
             for &tokens in &options.tokens {
                 let cell = Cell::new(shape, tokens, &blocks)?;
                 let able = cell.compare(&options)?;
-                let times = cell.measure(&able, options.patience())?;
-                let row = Row { shape, format, tokens, touched: cell.touched()?, times };
+                let touched = cell.touched()?;
+                let read = |turn| table.ceilings.read_now(touched * shape.expert_bytes(format), turn);
+                let times = cell.measure(&able, options.patience(), read)?;
+                let row = Row { shape, format, tokens, touched, times };
                 eprintln!("{row}");
                 table.rows.push(row);
             }

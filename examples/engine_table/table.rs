@@ -12,6 +12,8 @@ use crate::common::shape::{Format, Shape};
 pub struct Times {
     pub ours: Option<f64>,
     pub candle: Option<f64>,
+    /// Gigabytes per second that all threads read meanwhile, in turns with the two.
+    pub read_gb_per_second: f64,
 }
 
 pub struct Row {
@@ -23,15 +25,14 @@ pub struct Row {
     pub times: Times,
 }
 
-#[derive(Default)]
 pub struct Table {
     pub ceilings: Ceilings,
     pub rows: Vec<Row>,
 }
 
 impl Table {
-    fn floor_millis(&self, row: &Row) -> f64 {
-        self.ceilings.floor_millis(row.shape, row.format, row.tokens, row.touched)
+    fn floor_millis(&self, row: &Row, gb_per_second: f64) -> f64 {
+        self.ceilings.floor_millis(row.shape, row.format, row.tokens, row.touched, gb_per_second)
     }
 
     pub fn json(&self) -> Value {
@@ -39,7 +40,8 @@ impl Table {
         let cell = |row: &Row| {
             json!({
                 "shape": row.shape.name, "dtype": row.format.name, "tokens": row.tokens, "threads": threads,
-                "millis": row.times.ours, "floor_millis": self.floor_millis(row), "candle_millis": row.times.candle,
+                "millis": row.times.ours, "floor_millis": self.floor_millis(row, self.ceilings.read_gb_per_second),
+                "candle_millis": row.times.candle, "read_gb_per_second": row.times.read_gb_per_second,
             })
         };
         json!({
@@ -58,7 +60,7 @@ fn shown(value: Option<f64>) -> String {
 /// While the table is made: floors are not known yet.
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Times { ours, candle } = self.times;
+        let Times { ours, candle, .. } = self.times;
         let (shape, format, tokens) = (self.shape.name, self.format.name, self.tokens);
         write!(f, "{shape} {format}, {tokens} tokens: {} ms, candle {} ms", shown(ours), shown(candle))
     }
@@ -66,19 +68,24 @@ impl fmt::Display for Row {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Ceilings { read_gb_per_second, f32_gflops, bf16_gflops } = self.ceilings;
+        let Ceilings { read_gb_per_second, f32_gflops, bf16_gflops, .. } = self.ceilings;
         let threads = rayon::current_num_threads();
         write!(f, "{threads} threads; reads {read_gb_per_second:.1} GB/s; ")?;
         writeln!(f, "products f32 {f32_gflops:.0}, bf16 {bf16_gflops:.0} GFLOP/s")?;
-        writeln!(f, "| shape | dtype | tokens | ms | floor ms | of the floor's speed | candle ms | candle / ours |")?;
-        write!(f, "|---|---|---|---|---|---|---|---|")?;
+        writeln!(
+            f,
+            "| shape | dtype | tokens | ms | floor ms | of the floor's speed | of the floor's then | candle ms | candle / ours |"
+        )?;
+        write!(f, "|---|---|---|---|---|---|---|---|---|")?;
         for row in &self.rows {
-            let (floor, Times { ours, candle }) = (self.floor_millis(row), row.times);
-            let fraction = ours.map_or("–".into(), |ours| format!("{:.0} %", 100.0 * floor / ours));
+            let Times { ours, candle, read_gb_per_second: then } = row.times;
+            let floor = self.floor_millis(row, read_gb_per_second);
+            let fraction = |floor: f64| ours.map_or("–".into(), |ours| format!("{:.0} %", 100.0 * floor / ours));
+            let (fraction, fraction_then) = (fraction(floor), fraction(self.floor_millis(row, then)));
             let ratio = candle.zip(ours).map(|(candle, ours)| candle / ours);
             let (shape, format, tokens) = (row.shape.name, row.format.name, row.tokens);
             write!(f, "\n| {shape} | {format} | {tokens} | {} | {} | ", shown(ours), shown(Some(floor)))?;
-            write!(f, "{fraction} | {} | {} |", shown(candle), shown(ratio))?;
+            write!(f, "{fraction} | {fraction_then} | {} | {} |", shown(candle), shown(ratio))?;
         }
         Ok(())
     }

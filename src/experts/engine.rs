@@ -28,16 +28,15 @@
 //!
 //! Knows nothing of tensors, gates or where weights come from.
 
-use std::f32::consts::FRAC_2_PI;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::experts::activation::{Activation, Function};
+use crate::experts::activation::Activation;
+use crate::experts::fused::Activate;
 use crate::experts::matrix::{Dtype, Matrix};
 use crate::simd::multiply::{Line, Multiply};
 use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
-use crate::simd::score::logistic;
 use crate::simd::{Isa, Kernel, LANES};
 
 /// Rows of activations that go through an expert together.
@@ -58,6 +57,14 @@ pub struct Projection<'a> {
 impl<'a> From<Matrix<'a>> for Projection<'a> {
     fn from(weight: Matrix<'a>) -> Self {
         Self { weight, bias: None }
+    }
+}
+
+impl<'a> Projection<'a> {
+    /// Sixteen biases from `first` on, as far as there are any.
+    fn biases(&self, first: usize) -> &'a [f32] {
+        let biases = self.bias.and_then(|biases| biases.get(first..)).unwrap_or_default();
+        &biases[..biases.len().min(LANES)]
     }
 }
 
@@ -249,10 +256,11 @@ impl Engine {
         let between = &*between;
         in_columns(tokens, hidden, output, sums, &mut rooms[..threads], |room, columns, sums| {
             sums.fill(0.0);
-            for (group, &start) in groups.iter().zip(&starts) {
+            for (at, (group, &start)) in groups.iter().zip(&starts).enumerate() {
+                let next = groups.get(at + 1).map(|group| group.expert.down.weight);
                 let width = group.expert.width();
                 let rows = Rows::segmented(&between[start..], group.between, width, CHUNK, group.tokens.len());
-                self.second_pass(group, rows, columns.clone(), room, sums);
+                self.second_pass(group, next, rows, columns.clone(), room, sums);
             }
         });
         self.give_back(buffers);
@@ -285,7 +293,7 @@ impl Engine {
             for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
                 products.resize(tokens.len() * BLOCK, 0.0);
                 for first in columns.clone().step_by(BLOCK) {
-                    self.block(weight, first, columns.end, input, tokens, products, workspace);
+                    self.block(weight, None, &columns, first, input, tokens, products, workspace);
                     let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
                     for (row, products) in products.as_chunks::<BLOCK>().0.iter().enumerate() {
                         let sums = &mut sums[(group * GROUP_ROWS + row) * columns.len()..][at.clone()];
@@ -306,23 +314,29 @@ impl Engine {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
     }
 
-    /// A block of a matrix's rows, those before `end` of them, times some rows of activations.
+    /// A block of a matrix's rows, those before `columns.end` of them, times some rows of activations. Meanwhile the next block is
+    /// read ahead, or the first one of the matrix that comes next.
     #[expect(clippy::too_many_arguments, reason = "a product's operands")]
     fn block(
         &self,
         weight: Matrix<'_>,
+        next: Option<Matrix<'_>>,
+        columns: &Range<usize>,
         first: usize,
-        end: usize,
         input: Rows<'_>,
         tokens: &[u32],
         sums: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        let row = |row: usize| row_at(weight, row, end - 1);
+        let row = |row: usize| row_at(weight, row, columns.end - 1);
+        let ahead = |from: usize| match next {
+            Some(next) if first + BLOCK >= columns.end => row_at(next, columns.start + from, columns.end - 1),
+            _ => row(first + BLOCK + from),
+        };
         self.isa.run(Product {
             dtype: weight.dtype(),
             weights: std::array::from_fn(|at| row(first + at)),
-            ahead: [row(first + BLOCK), row(first + BLOCK + BLOCK / 2)],
+            ahead: [ahead(0), ahead(BLOCK / 2)],
             input,
             tokens,
             sums,
@@ -410,7 +424,12 @@ impl Engine {
                 workspace,
             });
             let into = first - columns.start..(first - columns.start + at_once).min(columns.len());
-            self.isa.run(Activate { expert, first, sums, values, stride: columns.len(), into });
+            let biases = match &expert.gate {
+                Some(gate) => [gate.biases(first), expert.up.biases(first)],
+                None => [expert.up.biases(first), expert.up.biases(first + LANES)],
+            };
+            let stride = columns.len();
+            self.isa.run(Activate { activation: expert.activation, biases, sums, values, stride, into });
         }
         let stride = group.between.stride(CHUNK.min(expert.width()));
         for (values, row) in values.chunks_exact(columns.len()).zip(between.chunks_exact_mut(stride)) {
@@ -422,6 +441,7 @@ impl Engine {
     fn second_pass(
         &self,
         group: &Group<'_>,
+        next: Option<Matrix<'_>>,
         input: Rows<'_>,
         columns: Range<usize>,
         room: &mut Room,
@@ -431,7 +451,8 @@ impl Engine {
         let Room { workspace, sums: products, .. } = room;
         products.resize(group.tokens.len() * BLOCK, 0.0);
         for first in columns.clone().step_by(BLOCK) {
-            self.block(down.weight, first, columns.end, input, &ROWS[..group.tokens.len()], products, workspace);
+            let tokens = &ROWS[..group.tokens.len()];
+            self.block(down.weight, next, &columns, first, input, tokens, products, workspace);
             let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
             let bias = down.bias.map(|bias| &bias[first..first + at.len()]);
             let rows = group.tokens.iter().zip(group.weights).zip(products.as_chunks::<BLOCK>().0);
@@ -575,95 +596,5 @@ impl Kernel for Widen<'_> {
     #[inline(always)]
     fn run<L: Multiply>(self, lanes: L) {
         crate::simd::quantized::decode(lanes, self.from.dtype(), self.from.row(self.row), 0, self.values);
-    }
-}
-
-/// The activation of a block of products: `[rows, BLOCK]` sums into columns `into` of `[rows, stride]` values.
-struct Activate<'a> {
-    expert: &'a ExpertWeights<'a>,
-    /// The first column of the width.
-    first: usize,
-    sums: &'a mut [f32],
-    values: &'a mut [f32],
-    stride: usize,
-    into: Range<usize>,
-}
-
-impl Kernel for Activate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Multiply>(self, lanes: L) {
-        let ExpertWeights { activation, gate, up, .. } = self.expert;
-        let bias = |projection: &Projection<'_>, at: usize| {
-            let mut values = [0.0; LANES];
-            let bias = projection.bias.and_then(|bias| bias.get(at..)).unwrap_or_default();
-            let count = bias.len().min(LANES);
-            values[..count].copy_from_slice(&bias[..count]);
-            values
-        };
-        // The first half of the sums is the gate's, or without a gate the up projection's as the second is.
-        let biases = match gate {
-            Some(gate) => [bias(gate, self.first), bias(up, self.first)],
-            None => [bias(up, self.first), bias(up, self.first + LANES)],
-        };
-        let biases = [lanes.load(&biases[0]), lanes.load(&biases[1])];
-        for (sums, values) in self.sums.as_chunks::<BLOCK>().0.iter().zip(self.values.chunks_exact_mut(self.stride)) {
-            let values = &mut values[self.into.clone()];
-            let halves = sums.as_chunks::<LANES>().0;
-            let (low, high) =
-                (lanes.add(lanes.load(&halves[0]), biases[0]), lanes.add(lanes.load(&halves[1]), biases[1]));
-            if gate.is_some() {
-                lanes.store_part(gated(lanes, *activation, low, high), values);
-            } else {
-                let (first, second) = values.split_at_mut(values.len().min(LANES));
-                lanes.store_part(function(lanes, activation.function, low), first);
-                lanes.store_part(function(lanes, activation.function, high), second);
-            }
-        }
-    }
-}
-
-/// [`Activation::apply`] of gate and up projection, in every lane.
-#[inline(always)]
-fn gated<L: Multiply>(lanes: L, activation: Activation, gate: L::Vector, up: L::Vector) -> L::Vector {
-    let up = match activation.function {
-        Function::ClampedSilu { limit, .. } => {
-            let up = lanes.blend(lanes.ge(up, lanes.splat(limit)), lanes.splat(limit), up);
-            let up = lanes.blend(lanes.ge(lanes.splat(-limit), up), lanes.splat(-limit), up);
-            lanes.add(up, lanes.splat(1.0))
-        }
-        _ => up,
-    };
-    lanes.mul(function(lanes, activation.function, gate), up)
-}
-
-/// The function of an activation, in every lane.
-#[inline(always)]
-fn function<L: Multiply>(lanes: L, function: Function, x: L::Vector) -> L::Vector {
-    match function {
-        Function::Silu => lanes.mul(x, logistic(lanes, x)),
-        Function::GeluTanh => {
-            // (1 + tanh z) / 2 = σ(2 z)
-            let cube = lanes.mul_add(lanes.mul(x, x), lanes.splat(0.044_715), lanes.splat(1.0));
-            let twice = lanes.mul(lanes.mul(lanes.splat(2.0 * FRAC_2_PI.sqrt()), x), cube);
-            lanes.mul(x, logistic(lanes, twice))
-        }
-        Function::ReluSquared => {
-            let positive = lanes.blend(lanes.ge(lanes.splat(0.0), x), lanes.splat(0.0), x);
-            lanes.mul(positive, positive)
-        }
-        Function::ClampedSilu { alpha, limit } => {
-            let gate = lanes.blend(lanes.ge(x, lanes.splat(limit)), lanes.splat(limit), x);
-            lanes.mul(gate, logistic(lanes, lanes.mul(gate, lanes.splat(alpha))))
-        }
-        Function::Gelu => {
-            let mut values = [0.0; LANES];
-            lanes.store(x, &mut values);
-            for value in &mut values {
-                *value = Activation { function, gated: false }.apply(0.0, *value);
-            }
-            lanes.load(&values)
-        }
     }
 }

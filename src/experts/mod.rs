@@ -6,5 +6,6 @@
 pub mod activation;
 pub mod belady;
 pub mod engine;
+mod fused;
 pub mod matrix;
 pub mod residency;

@@ -11,7 +11,6 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod bytes;
 pub mod dtype;
 pub(crate) mod multiply;
 #[cfg(target_arch = "aarch64")]

@@ -189,7 +189,7 @@ fn check_dtype(dtype: Dtype) {
                 // In turn, so that all meet.
                 let segment = if count % 2 == 0 { CHUNK } else { columns.next_multiple_of(CHUNK) };
                 let mut twin: Option<Vec<f32>> = None;
-                for isa in Isa::all().into_iter().filter(|&isa| meets(isa, form)) {
+                for isa in Isa::all().filter(|&isa| meets(isa, form)) {
                     let lines = case.filled(isa, form, segment);
                     let rows = match count % 2 == 0 {
                         true => Rows::segmented(&lines, form, columns, CHUNK, ROWS),
@@ -285,7 +285,7 @@ fn what_is_no_number_stays_with_its_row_in_every_form() {
                 for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
                     let mut case = Case::new(&mut rng, dtype, columns);
                     case.input[1][column] = bad;
-                    for isa in Isa::all().into_iter().filter(|&isa| meets(isa, form)) {
+                    for isa in Isa::all().filter(|&isa| meets(isa, form)) {
                         let lines = case.filled(isa, form, columns.next_multiple_of(CHUNK));
                         let rows = Rows::whole(&lines, form, columns, ROWS);
                         for count in [2, 7, 14, 40] {

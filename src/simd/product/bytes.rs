@@ -19,10 +19,10 @@
 
 #![allow(unsafe_code)]
 
-use super::LANES;
-use super::dtype::Dtype;
-use super::multiply::{LINE_BYTES, Line, Multiply};
-use super::product::{BLOCK, CHUNK, Product, Rows};
+use super::{BLOCK, CHUNK, Product, Rows};
+use crate::simd::LANES;
+use crate::simd::dtype::Dtype;
+use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 
 /// Activations of a line.
 pub(super) const GROUP: usize = 32;
