@@ -5,7 +5,10 @@
 
 pub mod activation;
 pub mod belady;
+pub mod cache;
 pub mod engine;
 pub mod matrix;
 mod policy;
 pub mod residency;
+pub mod slab;
+pub mod store;

@@ -70,11 +70,6 @@ impl Lists {
     pub(crate) fn last(&self, list: usize) -> Option<usize> {
         Some(self.links[self.keys + list].previous as usize).filter(|&node| node < self.keys)
     }
-
-    /// The key after `key` in its list.
-    pub(crate) fn after(&self, key: usize) -> Option<usize> {
-        Some(self.links[key].next as usize).filter(|&node| node < self.keys && node != key)
-    }
 }
 
 #[cfg(test)]
@@ -83,7 +78,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn keys(lists: &Lists, list: usize) -> Vec<usize> {
-        std::iter::successors(lists.first(list), |&key| lists.after(key)).collect()
+        let after = |&key: &usize| Some(lists.links[key].next as usize).filter(|&node| node < lists.keys);
+        std::iter::successors(lists.first(list), after).collect()
     }
 
     proptest! {
