@@ -37,6 +37,8 @@ impl ByteSource for Disk {
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        // What a file needs to be read past the page cache.
+        assert!(offset.is_multiple_of(4096) && buffer.as_ptr().align_offset(4096) == 0, "{offset}");
         let mut gate = self.gate.lock().unwrap();
         gate.1 += 1;
         while gate.0 == 0 {
@@ -80,6 +82,11 @@ impl Disk {
     pub fn wait_for_held(&self, reads: usize) {
         wait_until(|| self.gate.lock().unwrap().1 == reads);
     }
+}
+
+/// The system's word for a disk that fails, EIO.
+pub fn broken() -> Error {
+    Error::from_raw_os_error(5)
 }
 
 /// Waits for what other threads are about to do.
@@ -208,14 +215,14 @@ impl Bed {
     }
 
     /// Makes reads of an expert fail, in whatever layer `key` counts it.
-    pub fn break_expert(&self, key: usize, kind: ErrorKind) {
+    pub fn break_expert(&self, key: usize, error: impl Fn() -> Error + Send + Sync + 'static) {
         let each = (4 * (self.rows * 256 + 8 * 16)) as u64;
         let start = (40 + key as u64 * each) / 4096 * 4096;
         let end = 40 + (key as u64 + 1) * each;
         self.disk.set_fault(move |offset| {
             // An expert's first page may be its neighbour's last; a read begins at an expert's first.
             let hit = offset == start || (offset > start && offset < end && (offset - start).is_multiple_of(1 << 20));
-            if hit { Err(Error::new(kind, "the disk is broken")) } else { Ok(()) }
+            if hit { Err(error()) } else { Ok(()) }
         });
     }
 }

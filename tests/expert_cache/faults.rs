@@ -9,17 +9,19 @@ use phase_moe::error::{Error, ExpertFault, Fault};
 use phase_moe::experts::cache::{CacheOptions, ExpertCache};
 use phase_moe::experts::store::{ExpertStore, Part, Piece};
 
-use crate::disk::{bed, bed_of, set, wait_until};
+use crate::disk::{bed, bed_of, broken, set, wait_until};
 
 #[test]
 fn a_failed_read_harms_only_those_who_need_that_expert() {
-    for kind in [ErrorKind::Other, ErrorKind::PermissionDenied, ErrorKind::UnexpectedEof] {
+    let errors: [fn() -> std::io::Error; 3] =
+        [broken, || ErrorKind::PermissionDenied.into(), || ErrorKind::UnexpectedEof.into()];
+    for make in errors {
         let bed = bed(1, 8, 4, |_| ());
-        bed.break_expert(3, kind);
+        bed.break_expert(3, make);
         let error = bed.run(0, &[1, 3, 5]).unwrap_err();
         let Error::Expert(ExpertFault { file, layer, expert, fault }) = &error else { panic!("{error}") };
         assert_eq!((file.as_str(), *layer, *expert), ("disk", 0, 3));
-        assert!(matches!(fault, Fault::Read { reason, .. } if reason.kind() == kind));
+        assert!(matches!(fault, Fault::Read { reason, .. } if reason.kind() == make().kind()));
         assert!(error.to_string().starts_with("disk: expert 3 of layer 0: expected "), "{error}");
         assert!(!error.is_user_error());
         bed.run(0, &[1, 5]).unwrap();
@@ -33,7 +35,7 @@ fn a_failed_read_harms_only_those_who_need_that_expert() {
 #[test]
 fn threads_that_need_others_go_on_beside_those_who_fail() {
     let bed = bed(1, 16, 8, |options| options.readers = 3);
-    bed.break_expert(7, ErrorKind::Other);
+    bed.break_expert(7, broken);
     std::thread::scope(|scope| {
         for thread in 0..6usize {
             let bed = &bed;
@@ -55,7 +57,7 @@ fn threads_that_need_others_go_on_beside_those_who_fail() {
 #[test]
 fn all_who_wait_for_a_read_hear_that_it_failed() {
     let bed = bed(1, 8, 4, |_| ());
-    bed.break_expert(2, ErrorKind::Other);
+    bed.break_expert(2, broken);
     bed.disk.hold(0);
     std::thread::scope(|scope| {
         for _ in 0..16 {
@@ -89,7 +91,7 @@ fn a_flipped_bit_is_found_when_the_expert_comes_back() {
 #[test]
 fn a_fault_in_the_middle_of_a_stream_leaves_the_cache_whole() {
     let bed = bed(1, 12, 3, |_| ());
-    bed.break_expert(8, ErrorKind::Other);
+    bed.break_expert(8, broken);
     let all: Vec<usize> = (0..12).collect();
     for _ in 0..3 {
         assert!(bed.run(0, &all).is_err());
@@ -190,7 +192,7 @@ fn a_file_that_becomes_unreadable_stays_open() {
     let path = directory.path().join("m.safetensors");
     write(&path, 0.0);
     let cache = cache(&path);
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
     run(&cache, [2, 3]).unwrap();
 }
 

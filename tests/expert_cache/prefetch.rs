@@ -2,7 +2,7 @@
 
 use phase_moe::experts::cache::PrefetchStatistics;
 
-use crate::disk::{Bed, bed, bed_of, wait_until};
+use crate::disk::{Bed, bed, bed_of, broken, wait_until};
 
 fn settled(bed: &Bed) -> PrefetchStatistics {
     wait_until(|| {
@@ -146,20 +146,30 @@ fn what_is_about_to_leave_can_be_read_ahead() {
     assert_eq!(bed.cache.prefetch(0, &bed.set([0])).unwrap(), 1);
     assert_eq!(bed.run(0, &[0]).unwrap().0.misses, 1);
     assert_eq!((bed.reads(), bed.cache.statistics().prefetch.issued), (3, 0));
-    // While a step holds an expert that another step pushes out, it can be asked for.
-    bed.cache
-        .run(0, &bed.set([0]), |group| {
-            bed.cache.prefetch(0, &bed.set([0])).unwrap();
-            bed.check(0, 0, &group[0].1);
-            Ok(())
-        })
-        .unwrap();
+}
+
+#[test]
+fn what_is_being_pushed_out_while_it_is_used_can_be_read_ahead() {
+    let bed = bed(1, 8, 3, |options| options.prefetch_bytes = options.budget_bytes / 3);
+    let held = bed.cache.run(0, &bed.set([0]), |group| {
+        // In another thread: a step must not run another one.
+        std::thread::scope(|scope| {
+            scope.spawn(|| bed.run(0, &[1, 2]).unwrap());
+        });
+        assert_eq!(bed.cache.resident(0)?, bed.set([1, 2]));
+        assert_eq!(bed.cache.prefetch(0, &bed.set([0]))?, 1);
+        bed.check(0, 0, &group[0].1);
+        Ok(())
+    });
+    assert_eq!(held.unwrap().misses, 1);
+    assert_eq!(bed.run(0, &[0]).unwrap().0.misses, 1);
+    assert_eq!((bed.reads(), bed.cache.statistics().prefetch.issued), (3, 0), "its bytes were there all the time");
 }
 
 #[test]
 fn a_read_ahead_that_fails_is_read_again_when_it_is_needed() {
     let bed = bed(1, 8, 3, |_| ());
-    bed.break_expert(4, std::io::ErrorKind::Other);
+    bed.break_expert(4, broken);
     bed.cache.prefetch(0, &bed.set([4])).unwrap();
     assert_eq!(settled(&bed), PrefetchStatistics { issued: 1, wasted: 1, ..Default::default() });
     bed.disk.repair();

@@ -8,9 +8,11 @@ use crate::expert::ExpertSet;
 use crate::experts::residency::{Paging, Policy, Residency, Step};
 use crate::experts::store::ExpertStore;
 
-pub(super) enum Logical {
-    PerLayer(Vec<Residency>),
-    Global(Residency),
+/// The sets.
+pub(super) struct Logical {
+    scope: Scope,
+    /// One for each layer, or the only one.
+    sets: Vec<Residency>,
 }
 
 impl Logical {
@@ -21,7 +23,7 @@ impl Logical {
         if scope == Scope::Global {
             let largest = sizes.iter().copied().max().unwrap_or(1).max(1);
             let capacity = (bytes / largest).min(experts.iter().sum());
-            return Ok(Self::Global(Residency::shared(&experts, capacity, policy)?));
+            return Ok(Self { scope, sets: vec![Residency::shared(&experts, capacity, policy)?] });
         }
         let (mut capacities, mut left) = (vec![0; experts.len()], bytes);
         for round in 0..experts.iter().copied().max().unwrap_or(0) {
@@ -32,16 +34,15 @@ impl Logical {
                 }
             }
         }
-        let layers =
-            experts.iter().zip(capacities).map(|(&experts, capacity)| Residency::new(experts, capacity, policy));
-        Ok(Self::PerLayer(layers.collect::<Result<_>>()?))
+        let sets = experts.iter().zip(capacities).map(|(&experts, capacity)| Residency::new(experts, capacity, policy));
+        Ok(Self { scope, sets: sets.collect::<Result<_>>()? })
     }
 
-    /// The set that a layer belongs to, and the layer's number in it.
-    fn of(&self, layer: usize) -> Option<(&Residency, usize)> {
-        match self {
-            Self::PerLayer(layers) => Some((layers.get(layer)?, 0)),
-            Self::Global(all) => Some((all, layer)),
+    /// The number of the set that a layer belongs to, and the layer's number in it.
+    fn place(&self, layer: usize) -> (usize, usize) {
+        match self.scope {
+            Scope::PerLayer => (layer, 0),
+            Scope::Global => (0, layer),
         }
     }
 
@@ -50,15 +51,16 @@ impl Logical {
     /// # Errors
     /// [`Error::Shape`] for a layer that is not there.
     pub(super) fn resident(&self, layer: usize) -> Result<&ExpertSet> {
-        let resident = self.of(layer).and_then(|(residency, layer)| residency.resident_in(layer));
+        let (set, inside) = self.place(layer);
+        let resident = self.sets.get(set).and_then(|set| set.resident_in(inside));
         resident.ok_or_else(|| Error::shape("layer", "one of the cache's", layer))
     }
 
     /// Experts that stay.
     pub(super) fn capacity(&self, layer: usize) -> usize {
-        self.of(layer)
-            .filter(|(residency, layer)| residency.resident_in(*layer).is_some())
-            .map_or(0, |(residency, _)| residency.capacity())
+        let (set, inside) = self.place(layer);
+        let set = self.sets.get(set).filter(|set| set.resident_in(inside).is_some());
+        set.map_or(0, Residency::capacity)
     }
 
     /// Checks that a set is one of a layer's experts.
@@ -80,13 +82,11 @@ impl Logical {
     /// Those of [`Logical::check`]; nothing has changed then.
     pub(super) fn page(&mut self, layer: usize, used: &ExpertSet, paging: &mut Paging) -> Result<Step> {
         self.check(layer, used)?;
-        match self {
-            Self::PerLayer(layers) => {
-                let step = layers[layer].page(0, used, paging)?;
-                paging.out.iter_mut().for_each(|(of, _)| *of = layer);
-                Ok(step)
-            }
-            Self::Global(all) => all.page(layer, used, paging),
+        let (set, inside) = self.place(layer);
+        let step = self.sets[set].page(inside, used, paging)?;
+        if self.scope == Scope::PerLayer {
+            paging.out.iter_mut().for_each(|(of, _)| *of = layer);
         }
+        Ok(step)
     }
 }

@@ -49,8 +49,10 @@
 //! Knows nothing of what experts compute, nor of which ones will be used next.
 
 mod logical;
+mod options;
 mod reader;
 mod room;
+mod statistics;
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -58,94 +60,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::logical::Logical;
-pub use self::room::PrefetchStatistics;
+pub use self::options::{CacheOptions, Scope};
 use self::room::{Found, Room};
+pub use self::statistics::{PrefetchStatistics, Statistics, StreamWarning};
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
-use crate::experts::residency::{Paging, Policy, Step};
+use crate::experts::residency::{Paging, Step};
 use crate::experts::slab::Slab;
 use crate::experts::store::{ExpertStore, LoadedExpert};
-
-/// Whose the room is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Scope {
-    /// Every layer has its own share: as many experts as the others, one more for the first ones where that fits.
-    #[default]
-    PerLayer,
-    /// All layers share it.
-    Global,
-}
-
-/// How a cache is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CacheOptions {
-    /// Bytes of all slabs together, whatever they are for.
-    pub budget_bytes: usize,
-    /// Whose the room is.
-    pub scope: Scope,
-    /// Who leaves.
-    pub policy: Policy,
-    /// Bytes of the budget that no resident gets, so that there is always room to read ahead. Without, reads ahead take what is free.
-    pub prefetch_bytes: usize,
-    /// Threads that read, at least 1.
-    pub readers: usize,
-}
-
-impl CacheOptions {
-    /// Per layer, least recently used first, nothing set aside, two reads in flight.
-    pub fn new(budget_bytes: usize) -> Self {
-        let (scope, policy, prefetch_bytes, readers) = (Scope::PerLayer, Policy::Lru, 0, 2);
-        Self { budget_bytes, scope, policy, prefetch_bytes, readers }
-    }
-}
-
-/// What a cache did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
-    /// Distinct experts of every step: hits + misses.
-    pub requests: u64,
-    /// Requests whose expert was logically resident.
-    pub hits: u64,
-    /// Requests whose expert was not.
-    pub misses: u64,
-    /// Experts that left the logical set.
-    pub evictions: u64,
-    /// Bytes read, whole pages, reads that were given up or failed later included.
-    pub bytes_read: u64,
-    /// Reads ahead.
-    pub prefetch: PrefetchStatistics,
-    /// Time that steps waited for reads or for room, all threads together.
-    pub waiting: Duration,
-    /// Bytes of slabs now.
-    pub bytes: usize,
-    /// The most there have been.
-    pub peak_bytes: usize,
-    /// Steps that used more experts than stay.
-    pub streamed_steps: u64,
-    /// Groups of experts those steps ran in.
-    pub streamed_rounds: u64,
-    /// Residents whose room a step took for others, to be read again.
-    pub lent: u64,
-}
-
-/// A step used more experts than its room holds, so that it had to stream them: right, but slow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StreamWarning {
-    /// The step's layer.
-    pub layer: usize,
-    /// Experts it used.
-    pub experts: usize,
-    /// Experts that its room holds.
-    pub capacity: usize,
-}
-
-impl fmt::Display for StreamWarning {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { layer, experts, capacity } = self;
-        write!(f, "a step of layer {layer} uses {experts} experts and the cache has room for {capacity}: ")?;
-        write!(f, "the rest are read for every such step")
-    }
-}
 
 /// What requests and readers share.
 struct Shared {
@@ -315,7 +237,9 @@ impl ExpertCache {
         }
         let first = self.shared.store.keys(layer).start;
         let count = experts.iter().take_while(|id| state.room.read_ahead(first + id.index())).count();
-        self.shared.work.notify_all();
+        if state.room.is_work_queued() {
+            self.shared.work.notify_all();
+        }
         Ok(count)
     }
 
@@ -389,7 +313,9 @@ impl ExpertCache {
                 if count > 0 {
                     state.served += 1;
                     state.statistics.streamed_rounds += u64::from(stream.is_some());
-                    self.shared.work.notify_all();
+                    if state.room.is_work_queued() {
+                        self.shared.work.notify_all();
+                    }
                     self.shared.space.notify_all();
                     return (state, count, since);
                 }

@@ -24,9 +24,9 @@ pub(super) fn run(shared: &Shared) {
 }
 
 /// Reads an expert, until it is there, has failed or has to wait.
-fn read(shared: &Shared, key: usize, mut job: Job) -> std::sync::MutexGuard<'_, State> {
+fn read(shared: &Shared, key: usize, mut job: Box<Job>) -> std::sync::MutexGuard<'_, State> {
     loop {
-        let Job { slab, load } = &mut job;
+        let Job { slab, load } = &mut *job;
         let slab = slab.get_or_insert_with(|| Slab::new(shared.store.slab_bytes_of(key)));
         // A source that panics must not leave requests waiting for ever.
         let read = catch_unwind(AssertUnwindSafe(|| shared.store.read_chunk(key, load, slab)));

@@ -16,6 +16,7 @@
 
 use std::sync::Arc;
 
+use super::statistics::PrefetchStatistics;
 use crate::error::ExpertFault;
 use crate::experts::policy::lists::Lists;
 use crate::experts::slab::Slab;
@@ -30,7 +31,6 @@ const RESIDENT: usize = 4;
 const LISTS: usize = 5;
 
 /// An expert's load, wherever it has come to.
-#[derive(Default)]
 pub(super) struct Job {
     /// `None` until a reader has made it: making a slab takes a while.
     pub(super) slab: Option<Slab>,
@@ -39,7 +39,7 @@ pub(super) struct Job {
 
 enum State {
     Absent,
-    Queued(Job),
+    Queued(Box<Job>),
     Reading,
     Present(Arc<Slab>),
 }
@@ -61,22 +61,9 @@ struct Entry {
     failure: Option<ExpertFault>,
 }
 
-/// What happened to reads ahead.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PrefetchStatistics {
-    /// Reads begun ahead of use.
-    pub issued: u64,
-    /// Those whose expert was used while it was there or on its way.
-    pub used: u64,
-    /// Those whose expert left unused, or whose read failed.
-    pub wasted: u64,
-    /// Those given up before they were done.
-    pub cancelled: u64,
-}
-
 /// What becomes of a load after a chunk.
 pub(super) enum Next {
-    Continue(Job),
+    Continue(Box<Job>),
     /// Put back or given up.
     Stop,
 }
@@ -251,7 +238,7 @@ impl Room {
         let slab = self.take(self.entries[key].bytes);
         let entry = &mut self.entries[key];
         self.locked += entry.bytes;
-        entry.state = State::Queued(Job { slab, load: Load::default() });
+        entry.state = State::Queued(Box::new(Job { slab, load: Load::default() }));
         (entry.urgent, entry.cancelled) = (urgent, false);
         self.lists.push_back(if urgent { URGENT } else { AHEAD }, key);
     }
@@ -362,7 +349,7 @@ impl Room {
         }
     }
 
-    fn give_up(&mut self, key: usize, job: Job) {
+    fn give_up(&mut self, key: usize, job: Box<Job>) {
         self.lists.remove(key);
         let entry = &mut self.entries[key];
         entry.state = State::Absent;
@@ -373,8 +360,13 @@ impl Room {
         self.give_back(bytes, job.slab);
     }
 
+    /// Whether a load waits for a reader.
+    pub(super) fn is_work_queued(&self) -> bool {
+        self.lists.first(URGENT).or(self.lists.first(AHEAD)).is_some()
+    }
+
     /// The load to go on with: urgent ones first, each kind in its order.
-    pub(super) fn next(&mut self) -> Option<(usize, Job)> {
+    pub(super) fn next(&mut self) -> Option<(usize, Box<Job>)> {
         let key = self.lists.first(URGENT).or_else(|| self.lists.first(AHEAD))?;
         self.lists.remove(key);
         let entry = &mut self.entries[key];
@@ -396,7 +388,7 @@ impl Room {
     }
 
     /// A chunk has been read and is not the last: whether to go on.
-    pub(super) fn after_chunk(&mut self, key: usize, job: Job) -> Next {
+    pub(super) fn after_chunk(&mut self, key: usize, job: Box<Job>) -> Next {
         let entry = &mut self.entries[key];
         if !entry.cancelled && (entry.urgent || self.lists.first(URGENT).is_none()) {
             return Next::Continue(job);
@@ -413,7 +405,7 @@ impl Room {
     }
 
     /// A load is done.
-    pub(super) fn finish(&mut self, key: usize, job: Job, result: Result<(), ExpertFault>) {
+    pub(super) fn finish(&mut self, key: usize, job: Box<Job>, result: Result<(), ExpertFault>) {
         self.stopped(key);
         let entry = &mut self.entries[key];
         entry.cancelled = false;

@@ -214,20 +214,22 @@ pub(crate) struct Averages {
     /// Keys whose places have left the ring, lowest first.
     forgotten: Lists,
     ring: Buckets,
+    /// What an unused expert falls by in a step, in 2^-32 parts: an integer, for a sum of floats would drift.
+    fall: u64,
     step: u64,
 }
 
 impl Averages {
     fn new(keys: usize) -> Result<Self> {
-        let (affinity, places) = (Affinity::new(keys, Decay::default())?, vec![0; keys]);
-        Ok(Self { affinity, places, forgotten: Lists::new(keys, 1), ring: Buckets::new(keys), step: 0 })
+        let (decay, places) = (Decay::default(), vec![0; keys]);
+        let fall = (-libm::log2(f64::from(decay.value())) * PARTS * 4_294_967_296.0) as u64;
+        let (affinity, forgotten, ring) = (Affinity::new(keys, decay)?, Lists::new(keys, 1), Buckets::new(keys));
+        Ok(Self { affinity, places, forgotten, ring, fall, step: 0 })
     }
 
     /// Where an expert of affinity 1 would stand after `step`.
     fn present(&self, step: u64) -> u64 {
-        // In 2^-32 parts, as an integer: a sum of floats would drift.
-        let fall = -libm::log2(f64::from(self.affinity.decay().value())) * PARTS;
-        ((u128::from(step) * u128::from((fall * 4_294_967_296.0) as u64)) >> 32) as u64
+        ((u128::from(step) * u128::from(self.fall)) >> 32) as u64
     }
 
     fn begin(&mut self) {
