@@ -26,7 +26,7 @@
 //!
 //! // One layer of four experts, each a row of four numbers, of which two have room.
 //! let file: &'static [u8] = bytemuck::cast_slice(&[0.0f32, 0., 0., 0., 1., 1., 1., 1., 2., 2., 2., 2., 3., 3., 3., 3.]);
-//! let piece = |id| Piece { part: Part::Up, source: 0, offset: 16 * id, dtype: Dtype::F32, rows: 1, columns: 4 };
+//! let piece = |id: u64| Piece { part: Part::Up, source: 0, offset: 16 * id, dtype: Dtype::F32, rows: 1, columns: 4 };
 //! let layer = (0..4).map(|id| vec![piece(id)]).collect();
 //! let store = ExpertStore::new(vec![("memory".into(), Arc::new(file))], vec![layer])?;
 //! let cache = ExpertCache::new(Arc::new(store), CacheOptions::new(2 * 8192))?;
