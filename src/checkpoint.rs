@@ -3,7 +3,7 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory). Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
 //! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
-//! [`write_tensors`] is the other direction: [`NamedTensor`]s to one safetensors file.
+//! Files are read through [`DirectFile`]. [`write_tensors`] is the other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
 
@@ -11,11 +11,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 
+pub use self::direct::{DirectFile, PAGE_BYTES};
 use crate::error::{Error, Result};
+
+mod direct;
 
 /// Bytes that can be read at a position: a file, or memory.
 pub trait ByteSource: Send + Sync + Debug {
@@ -91,10 +95,25 @@ pub struct TensorEntry {
     offset: u64,
 }
 
+impl TensorEntry {
+    /// Which of [`Checkpoint::sources`] its bytes are in.
+    pub fn source(&self) -> usize {
+        self.file
+    }
+
+    /// Where in that source they begin.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+/// A named [`ByteSource`] that can be read by several.
+pub type NamedSource = (String, Arc<dyn ByteSource>);
+
 /// The tensors of a model and where their bytes are.
 #[derive(Debug)]
 pub struct Checkpoint {
-    files: Vec<(String, Box<dyn ByteSource>)>,
+    files: Vec<NamedSource>,
     tensors: BTreeMap<String, TensorEntry>,
     metadata: BTreeMap<String, String>,
 }
@@ -152,7 +171,7 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
         let open = |path: &Path| -> Result<(String, Box<dyn ByteSource>)> {
-            let file = File::open(path).map_err(|error| Error::io(path, error))?;
+            let file = DirectFile::open(path).map_err(|error| Error::io(path, error))?;
             Ok((path.display().to_string(), Box::new(file)))
         };
         Self::from_sources(paths.iter().map(|path| open(path.as_ref())).collect::<Result<_>>()?)
@@ -163,6 +182,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] for a header that is not one, a tensor outside the file, a tensor in two files.
     pub fn from_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
+        let files: Vec<NamedSource> = files.into_iter().map(|(name, source)| (name, source.into())).collect();
         let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
         for (index, (name, source)) in files.iter().enumerate() {
             let (header, data_start) = read_header(name, source.as_ref())?;
@@ -188,6 +208,11 @@ impl Checkpoint {
     /// All tensors by name.
     pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
         &self.tensors
+    }
+
+    /// The files, or what stands for them.
+    pub fn sources(&self) -> &[NamedSource] {
+        &self.files
     }
 
     /// Free-form metadata of the files.

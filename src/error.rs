@@ -4,6 +4,7 @@
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// `std::result::Result` with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -95,6 +96,9 @@ pub enum Error {
         /// Tensor or offset, what was expected, what came.
         detail: String,
     },
+    /// An expert could not be read, or is not what it was.
+    #[error(transparent)]
+    Expert(ExpertFault),
     /// A file could not be read or written.
     #[error("{path}: {reason}")]
     Io {
@@ -110,6 +114,44 @@ pub enum Error {
     #[cfg(feature = "candle")]
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+/// Why an expert is not there for those who wait for it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{file}: expert {expert} of layer {layer}: {fault}")]
+pub struct ExpertFault {
+    /// The file or files it is in.
+    pub file: String,
+    /// Its layer.
+    pub layer: usize,
+    /// Its number in the layer.
+    pub expert: usize,
+    /// What went wrong.
+    pub fault: Fault,
+}
+
+/// What can go wrong when an expert is loaded.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// A read failed, or the file has become shorter.
+    #[error("expected {bytes} bytes at {offset}, got {reason}")]
+    Read {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes were to be read.
+        bytes: usize,
+        /// The system's reason; several may wait for one read.
+        reason: Arc<std::io::Error>,
+    },
+    /// The bytes are others than at the first load.
+    #[error("expected checksum {expected:016x} as at its first load, got {got:016x}")]
+    Checksum {
+        /// Of the first load.
+        expected: u64,
+        /// Of this one.
+        got: u64,
+    },
 }
 
 impl Error {
@@ -133,6 +175,7 @@ impl Error {
         match self {
             #[cfg(feature = "candle")]
             Self::Candle(_) => false,
+            Self::Expert(_) => false,
             Self::Io { reason, .. } => matches!(
                 reason.kind(),
                 ErrorKind::NotFound

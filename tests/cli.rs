@@ -93,7 +93,7 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
         (&["replay", "--cache-bonus", "nan"], "cache bonus is NaN: expected a finite number, at least 0"),
         (&["replay", "--max-mass-loss", "-1"], "max mass loss is -1: expected 0 to 1"),
         (&["replay", "--target-hit-rate", "2"], "target hit rate is 2: expected 0 to 1"),
-        (&["replay", "--policy", "fifo"], "unknown policy `fifo`: expected one of lru, lfu"),
+        (&["replay", "--policy", "fifo"], "unknown policy `fifo`: expected one of lru, lfu, lfru, affinity"),
         (&["replay", "--batch-tokens", "0"], "--batch-tokens is 0: expected at least 1"),
         (&["replay", "--capacity-factor", "1"], "--capacity-factor: cache knows no limit: use cache+phase"),
         (&["replay", "--tokens", "64", "--cached-experts", "33"], "cached experts is 33: expected 0 to experts 32"),

@@ -1,8 +1,9 @@
-//! The logical resident set: which experts of a layer are in fast memory, advanced step by step.
+//! The logical resident set: which experts are in fast memory, advanced step by step.
 //!
 //! `hits + misses = distinct experts of the step`. Experts that a step uses are pinned while it runs: a miss takes free room or that
 //! of an expert the step does not use, chosen by the [`Policy`]. Where a step needs more experts than fit, the rest are streamed:
-//! used and not kept, which counts as a miss.
+//! used and not kept, which counts as a miss. Room belongs to one layer ([`Residency::new`]) or to several that share it
+//! ([`Residency::shared`]).
 //!
 //! ```
 //! use phase_moe::experts::residency::{Policy, Residency};
@@ -23,44 +24,12 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
-//! Knows nothing of bytes, reads or threads.
+//! A step costs O(experts it uses) beside a look at its set, whatever the policy. Knows nothing of bytes, reads or threads.
 
 use crate::error::{Error, Result};
-use crate::expert::{ExpertId, ExpertSet};
-
-/// Who leaves when a miss needs room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Policy {
-    /// The expert whose last use is longest ago (ties: lowest id).
-    Lru,
-    /// The expert that the fewest steps have used (ties: longest ago, then lowest id).
-    Lfu,
-}
-
-impl Policy {
-    /// All policies.
-    pub const ALL: [Self; 2] = [Self::Lru, Self::Lfu];
-
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Lru => "lru",
-            Self::Lfu => "lfu",
-        }
-    }
-}
-
-impl std::str::FromStr for Policy {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "policy",
-            got: name.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
-    }
-}
+use crate::expert::{ExpertId, ExpertSet, check_expert_count};
+use crate::experts::policy::Order;
+pub use crate::experts::policy::Policy;
 
 /// What one step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,15 +42,29 @@ pub struct Step {
     pub evictions: usize,
 }
 
-/// The experts of one layer that are in fast memory.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a step asks of those who own the memory: read `urgent`, drop `streamed` after use, and `out` before the reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Paging {
+    /// Experts of the step that were not resident.
+    pub urgent: ExpertSet,
+    /// Those of them that there is no room to keep.
+    pub streamed: ExpertSet,
+    /// Who left to make room: layer and expert.
+    pub out: Vec<(usize, ExpertId)>,
+}
+
+/// The experts that are in fast memory, of one layer or of several that share it.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Residency {
     policy: Policy,
     capacity: usize,
-    resident: ExpertSet,
-    /// Step of the last use and steps that used it, per expert, resident or not.
-    uses: Vec<(u64, u64)>,
-    step: u64,
+    /// Experts resident, all layers together.
+    length: usize,
+    layers: Vec<ExpertSet>,
+    /// Key of each layer's first expert; keys count the experts of all layers.
+    first: Vec<usize>,
+    layer_of: Vec<u16>,
+    order: Order,
 }
 
 impl Residency {
@@ -90,16 +73,34 @@ impl Residency {
     /// # Errors
     /// [`Error::ExpertCount`] for no or too many experts, [`Error::Parameter`] for a capacity above `experts`.
     pub fn new(experts: usize, capacity: usize, policy: Policy) -> Result<Self> {
-        let resident = ExpertSet::new(experts)?;
-        if capacity > experts {
-            return Err(Error::parameter("cached experts", capacity, format!("0 to experts {experts}")));
-        }
-        Ok(Self { policy, capacity, resident, uses: vec![(0, 0); experts], step: 0 })
+        Self::shared(&[experts], capacity, policy)
     }
 
-    /// The experts in fast memory: what routers read.
+    /// An empty fast memory for `capacity` experts of layers with so many `experts` each, which share it.
+    ///
+    /// # Errors
+    /// [`Error::ExpertCount`] for a layer without experts, and for too many in one or all; [`Error::Parameter`] for a capacity above
+    /// their sum.
+    pub fn shared(experts: &[usize], capacity: usize, policy: Policy) -> Result<Self> {
+        let all = experts.iter().fold(0usize, |sum, &experts| sum.saturating_add(experts));
+        check_expert_count(all)?;
+        if capacity > all {
+            return Err(Error::parameter("cached experts", capacity, format!("0 to experts {all}")));
+        }
+        let layers = experts.iter().map(|&experts| ExpertSet::new(experts)).collect::<Result<_>>()?;
+        let first = experts.iter().scan(0, |next, &experts| Some(std::mem::replace(next, *next + experts))).collect();
+        let layer_of = experts.iter().zip(0u16..).flat_map(|(&experts, layer)| vec![layer; experts]).collect();
+        Ok(Self { policy, capacity, length: 0, layers, first, layer_of, order: Order::new(policy, all, capacity)? })
+    }
+
+    /// The experts of the first layer, or of the only one, in fast memory: what routers read.
     pub fn resident(&self) -> &ExpertSet {
-        &self.resident
+        &self.layers[0]
+    }
+
+    /// The experts of a layer in fast memory; `None` for a layer that is not there.
+    pub fn resident_in(&self, layer: usize) -> Option<&ExpertSet> {
+        self.layers.get(layer)
     }
 
     /// Experts that fit.
@@ -107,128 +108,93 @@ impl Residency {
         self.capacity
     }
 
-    /// Runs one step that uses the experts `used`; misses are taken in from the lowest id on, while there is room that the step
-    /// does not use.
+    /// Who leaves.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// Runs one step of the first layer, or of the only one: see [`Residency::advance_in`].
     ///
     /// # Errors
-    /// [`Error::Shape`] for a set of another layer.
+    /// Those of [`Residency::advance_in`].
     pub fn advance(&mut self, used: &ExpertSet) -> Result<Step> {
-        if used.experts() != self.resident.experts() {
-            return Err(Error::shape(
-                "used experts",
-                format!("a set of {} experts", self.resident.experts()),
-                format!("one of {}", used.experts()),
-            ));
+        self.advance_in(0, used)
+    }
+
+    /// Runs one step of a layer that uses its experts `used`; misses are taken in from the lowest id on, while there is room that
+    /// the step does not use.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a layer that is not there or a set of another one; nothing has changed then.
+    pub fn advance_in(&mut self, layer: usize, used: &ExpertSet) -> Result<Step> {
+        self.check(layer, used)?;
+        Ok(self.step(layer, used, |_, _| ()))
+    }
+
+    /// The same, and says which experts have to be read and which have left, in place of what `paging` held.
+    ///
+    /// # Errors
+    /// Those of [`Residency::advance_in`]; then neither the memory nor `paging` has changed.
+    pub fn page(&mut self, layer: usize, used: &ExpertSet, paging: &mut Paging) -> Result<Step> {
+        self.check(layer, used)?;
+        for set in [&mut paging.urgent, &mut paging.streamed] {
+            set.reset(used.experts())?;
         }
-        self.step = self.step.saturating_add(1);
+        paging.out.clear();
+        paging.urgent.insert_missing(used, Some(&self.layers[layer]));
+        let step = self.step(layer, used, |layer, expert| paging.out.push((layer, expert)));
+        paging.streamed.insert_missing(used, Some(&self.layers[layer]));
+        Ok(step)
+    }
+
+    fn check(&self, layer: usize, used: &ExpertSet) -> Result<()> {
+        let Some(resident) = self.layers.get(layer) else {
+            return Err(Error::shape("layer", format!("one of {}", self.layers.len()), layer));
+        };
+        if used.experts() != resident.experts() {
+            let expected = format!("a set of {} experts", resident.experts());
+            return Err(Error::shape("used experts", expected, format!("one of {}", used.experts())));
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, layer: usize, used: &ExpertSet, mut out: impl FnMut(usize, ExpertId)) -> Step {
+        let first = self.first[layer];
         let mut step = Step::default();
+        self.order.begin();
         for expert in used.iter() {
-            let (last, count) = &mut self.uses[expert.index()];
-            (*last, *count) = (self.step, count.saturating_add(1));
-            match self.resident.contains(expert) {
+            self.order.use_key(first + expert.index());
+            match self.layers[layer].contains(expert) {
                 true => step.hits += 1,
                 false => step.misses += 1,
             }
         }
-        let mut room = self.capacity - self.resident.len();
-        let missing: Vec<ExpertId> = used.iter().filter(|&expert| !self.resident.contains(expert)).collect();
-        for expert in missing {
-            if room > 0 {
-                room -= 1;
-            } else if let Some(victim) = self.victim(used) {
-                self.resident.remove(victim);
-                step.evictions += 1;
-            } else {
-                break;
-            }
-            self.resident.insert(expert);
+        // All that the step does not use may leave.
+        let mut taken = step.misses.min(self.capacity - step.hits);
+        while self.length + taken > self.capacity
+            && let Some(key) = self.order.evict()
+        {
+            let layer = usize::from(self.layer_of[key]);
+            let expert = ExpertId::from_raw((key - self.first[layer]) as u16);
+            self.layers[layer].remove(expert);
+            self.length -= 1;
+            step.evictions += 1;
+            out(layer, expert);
         }
-        Ok(step)
-    }
-
-    /// Who would leave next, of the residents that the step does not use.
-    fn victim(&self, pinned: &ExpertSet) -> Option<ExpertId> {
-        let rank = |expert: &ExpertId| {
-            let (last, count) = self.uses[expert.index()];
-            match self.policy {
-                Policy::Lru => (last, 0),
-                Policy::Lfu => (count, last),
+        for expert in used.iter() {
+            if !self.layers[layer].contains(expert) {
+                if taken == 0 {
+                    continue;
+                }
+                taken -= 1;
+                self.length += 1;
+                self.layers[layer].insert(expert);
             }
-        };
-        self.resident.iter().filter(|&expert| !pinned.contains(expert)).min_by_key(rank)
+            self.order.keep(first + expert.index());
+        }
+        step
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn set(ids: impl IntoIterator<Item = usize>) -> ExpertSet {
-        let mut set = ExpertSet::new(8).unwrap();
-        ids.into_iter().for_each(|id| assert!(set.insert(ExpertId::new(id, 8).unwrap())));
-        set
-    }
-
-    fn run(policy: Policy, capacity: usize, steps: &[&[usize]]) -> (Vec<Step>, ExpertSet) {
-        let mut cache = Residency::new(8, capacity, policy).unwrap();
-        let steps = steps.iter().map(|ids| cache.advance(&set(ids.iter().copied())).unwrap()).collect();
-        (steps, cache.resident)
-    }
-
-    #[test]
-    fn the_policies_evict_whom_they_say() {
-        let steps: &[&[usize]] = &[&[0], &[0], &[1], &[2]];
-        assert_eq!(run(Policy::Lru, 2, steps).1, set([1, 2]));
-        assert_eq!(run(Policy::Lfu, 2, steps).1, set([0, 2]));
-        assert_eq!(run(Policy::Lfu, 2, &[&[0], &[1], &[2]]).1, set([1, 2]), "the older of two as rare ones goes");
-    }
-
-    #[test]
-    fn a_step_that_does_not_fit_is_streamed() {
-        let (steps, resident) = run(Policy::Lru, 2, &[&[5], &[1, 2, 3, 5], &[1, 5]]);
-        assert_eq!(steps[1], Step { hits: 1, misses: 3, evictions: 0 });
-        assert_eq!(steps[2], Step { hits: 2, misses: 0, evictions: 0 });
-        assert_eq!(resident, set([1, 5]));
-        let (steps, resident) = run(Policy::Lfu, 0, &[&[5], &[5]]);
-        assert_eq!((steps[1].misses, resident.len()), (1, 0));
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        let message = Residency::new(8, 9, Policy::Lru).unwrap_err().to_string();
-        assert_eq!(message, "cached experts is 9: expected 0 to experts 8");
-        assert!(Residency::new(0, 0, Policy::Lru).is_err());
-        let mut cache = Residency::new(8, 2, Policy::Lru).unwrap();
-        let message = cache.advance(&ExpertSet::new(9).unwrap()).unwrap_err().to_string();
-        assert_eq!(message, "used experts: expected a set of 8 experts, got one of 9");
-        assert_eq!(
-            "fifo".parse::<Policy>().unwrap_err().to_string(),
-            "unknown policy `fifo`: expected one of lru, lfu"
-        );
-    }
-
-    proptest! {
-        /// The oracle keeps a list in order of use and walks it from its old end.
-        #[test]
-        fn lru_matches_a_list(steps in prop::collection::vec(prop::collection::btree_set(0usize..8, 0..6), 0..30), capacity in 0usize..=8) {
-            let mut cache = Residency::new(8, capacity, Policy::Lru).unwrap();
-            let mut list: Vec<usize> = Vec::new();
-            for used in steps {
-                let step = cache.advance(&set(used.iter().copied())).unwrap();
-                let hits: Vec<usize> = list.iter().copied().filter(|expert| used.contains(expert)).collect();
-                prop_assert_eq!((step.hits, step.misses), (hits.len(), used.len() - hits.len()));
-                list.retain(|expert| !used.contains(expert));
-                let misses: Vec<usize> = used.iter().copied().filter(|expert| !hits.contains(expert)).collect();
-                let taken = misses.len().min(capacity - hits.len());
-                let stay = (capacity - hits.len() - taken).min(list.len());
-                prop_assert_eq!(step.evictions, list.len() - stay);
-                list.drain(..list.len() - stay);
-                let mut now: Vec<usize> = hits.into_iter().chain(misses.into_iter().take(taken)).collect();
-                now.sort();
-                list.extend(now);
-                prop_assert_eq!(cache.resident(), &set(list.iter().copied()));
-            }
-        }
-    }
-}
+mod tests;

@@ -47,7 +47,7 @@ pub struct Replay {
     /// Experts of a layer that fit into fast memory [default: half of them]
     #[arg(long, value_name = "N")]
     cached_experts: Option<usize>,
-    /// Who leaves fast memory: lru or lfu
+    /// Who leaves fast memory: lru, lfu, lfru or affinity
     #[arg(long, value_name = "NAME", default_value = "lru", value_parser = parse::<Policy>)]
     policy: Policy,
     #[command(flatten)]

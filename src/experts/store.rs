@@ -1,0 +1,389 @@
+//! Experts in their files: where each one's projections lie, how they are read into a [`Slab`], and what they must be.
+//!
+//! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes: a tensor of a safetensors or
+//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, pieces that share pages at once,
+//! so that a file that can be read past the page cache needs no copy; a piece then begins anywhere in its first page, which the
+//! engine does not mind. All experts of the same shapes take slabs of the same size.
+//!
+//! A checksum of each expert's bytes is taken when it is first loaded, and every later load must give the same.
+//!
+//! ```
+//! # let directory = tempfile::tempdir().unwrap();
+//! # let path = directory.path().join("model.safetensors");
+//! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+//! use phase_moe::experts::slab::Slab;
+//! use phase_moe::experts::store::{ExpertStore, Part, Piece};
+//!
+//! // Two experts of width 1 on a hidden width of 2; the up projections are stacked.
+//! let tensors = [
+//!     NamedTensor::f32("up", [2, 1, 2], &[1.0, 2.0, 3.0, 4.0]),
+//!     NamedTensor::f32("0.down", [2, 1], &[5.0, 6.0]),
+//!     NamedTensor::f32("1.down", [2, 1], &[7.0, 8.0]),
+//! ];
+//! write_tensors(&path, &tensors, None)?;
+//! let file = Checkpoint::open_files(&[&path])?;
+//! let expert = |id: usize| -> phase_moe::error::Result<Vec<Piece>> {
+//!     let up = Piece::tensor(&file, Part::Up, "up")?.of_rows(id..id + 1)?;
+//!     Ok(vec![up, Piece::tensor(&file, Part::Down, &format!("{id}.down"))?])
+//! };
+//! let store = ExpertStore::new(file.sources().to_vec(), vec![vec![expert(0)?, expert(1)?]])?;
+//!
+//! let mut slab = Slab::new(store.slab_bytes(0));
+//! let loaded = store.load(0, 1, &mut slab)?;
+//! let up = loaded.matrix(Part::Up).unwrap();
+//! assert_eq!((up.shape(), up.row(0)), ([1, 2], [3.0f32, 4.0].map(f32::to_le_bytes).as_flattened()));
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! Knows nothing of budgets, threads or which experts are worth keeping.
+
+use std::hash::Hasher;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use safetensors::Dtype as StoredDtype;
+use twox_hash::XxHash3_64;
+
+use crate::checkpoint::{Checkpoint, NamedSource, PAGE_BYTES};
+use crate::error::{Error, ExpertFault, Fault, Result};
+use crate::expert::check_expert_count;
+use crate::experts::matrix::{Dtype, Matrix};
+use crate::experts::slab::Slab;
+
+/// Bytes of one read: long enough for the disk's full rate, short enough to let an urgent read go first.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Which projections of an expert a matrix holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// The gate projection.
+    Gate,
+    /// The up projection.
+    Up,
+    /// Gate and up projection in one matrix, one after the other or row by row as the model has it.
+    GateUp,
+    /// The down projection.
+    Down,
+}
+
+/// One matrix of an expert, and where it lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// What it holds.
+    pub part: Part,
+    /// Which of the store's sources it is in.
+    pub source: usize,
+    /// Where in the source it begins.
+    pub offset: u64,
+    /// Type of the weights.
+    pub dtype: Dtype,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+}
+
+impl Piece {
+    /// A tensor of a checkpoint: the last dimension are its columns, all before it are rows.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of f32, f16 or bf16.
+    pub fn tensor(checkpoint: &Checkpoint, part: Part, name: &str) -> Result<Self> {
+        let entry = checkpoint.entry(name)?;
+        let wrong = |expected: &str, got: String| Error::Checkpoint {
+            file: checkpoint.file_of(entry).into(),
+            detail: format!("tensor `{name}`: expected {expected}, got {got}"),
+        };
+        let dtype = match entry.dtype {
+            StoredDtype::F32 => Dtype::F32,
+            StoredDtype::F16 => Dtype::F16,
+            StoredDtype::BF16 => Dtype::Bf16,
+            other => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
+        };
+        let [rows @ .., columns] = entry.shape.as_slice() else {
+            return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
+        };
+        if rows.is_empty() {
+            return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
+        }
+        let (source, offset) = (entry.source(), entry.offset());
+        Ok(Self { part, source, offset, dtype, rows: rows.iter().product(), columns: *columns })
+    }
+
+    /// Some of the rows: an expert of a stack.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for rows that are not there, or that are no whole number of blocks.
+    pub fn of_rows(mut self, rows: Range<usize>) -> Result<Self> {
+        let row_bytes = self.row_bytes()?;
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(Error::shape("rows of a piece", format!("within 0..{}", self.rows), format!("{rows:?}")));
+        }
+        self.offset = self.offset.saturating_add((rows.start as u64).saturating_mul(row_bytes as u64));
+        self.rows = rows.len();
+        Ok(self)
+    }
+
+    fn row_bytes(&self) -> Result<usize> {
+        self.dtype.row_bytes(self.columns).ok_or_else(|| {
+            let expected = format!("a multiple of {} columns for {}", self.dtype.block(), self.dtype);
+            Error::shape("piece of an expert", expected, self.columns)
+        })
+    }
+}
+
+/// A piece in the slab.
+#[derive(Debug)]
+struct Placed {
+    part: Part,
+    dtype: Dtype,
+    shape: [usize; 2],
+    bytes: Range<usize>,
+}
+
+/// What is read in one go: whole pages around pieces that lie close together.
+#[derive(Debug)]
+struct Run {
+    source: usize,
+    /// A multiple of the page.
+    offset: u64,
+    /// Where in the slab, from the first page's beginning; the end is that of the last page or of the file.
+    bytes: Range<usize>,
+    /// From the first piece's beginning to the last one's end: what the checksum is of.
+    pieces: Range<usize>,
+}
+
+/// An expert's place.
+#[derive(Debug)]
+struct Stored {
+    pieces: Vec<Placed>,
+    runs: Vec<Run>,
+    slab_bytes: usize,
+    checksum: OnceLock<u64>,
+}
+
+/// All experts of a model, in their files.
+#[derive(Debug)]
+pub struct ExpertStore {
+    sources: Vec<NamedSource>,
+    experts: Vec<Stored>,
+    /// Key of each layer's first expert, and at the end the number of all.
+    first: Vec<usize>,
+}
+
+/// How far an expert's load has come.
+#[derive(Default)]
+pub(crate) struct Load {
+    run: usize,
+    /// Bytes of the run that have been read.
+    done: usize,
+    hash: XxHash3_64,
+}
+
+/// What a step of a load did.
+pub(crate) struct Chunk {
+    pub(crate) bytes: usize,
+    /// The expert is there, whole and as it was.
+    pub(crate) last: bool,
+}
+
+impl ExpertStore {
+    /// A store of `layers`, each a list of experts, each a list of pieces in `sources`. Nothing is read.
+    ///
+    /// # Errors
+    /// [`Error::ExpertCount`] for a layer without experts or too many of them, [`Error::Shape`] for an expert without pieces or with two
+    /// of the same part and for columns that are no whole number of blocks, [`Error::Checkpoint`] for a piece outside its source.
+    pub fn new(sources: Vec<NamedSource>, layers: Vec<Vec<Vec<Piece>>>) -> Result<Self> {
+        let lengths = sources.iter().map(|(name, source)| source.len().map_err(|error| Error::io(name, error)));
+        let lengths = lengths.collect::<Result<Vec<u64>>>()?;
+        let (mut experts, mut first) = (Vec::new(), vec![0]);
+        for (layer, pieces) in layers.into_iter().enumerate() {
+            check_expert_count(pieces.len())?;
+            for (expert, pieces) in pieces.into_iter().enumerate() {
+                experts.push(place(pieces, &sources, &lengths, &format!("expert {expert} of layer {layer}"))?);
+            }
+            first.push(experts.len());
+        }
+        Ok(Self { sources, experts, first })
+    }
+
+    /// Layers.
+    pub fn layers(&self) -> usize {
+        self.first.len() - 1
+    }
+
+    /// Experts of a layer; 0 for one that is not there.
+    pub fn experts(&self, layer: usize) -> usize {
+        self.keys(layer).len()
+    }
+
+    /// Bytes of the largest slab that an expert of a layer takes; 0 for a layer that is not there.
+    pub fn slab_bytes(&self, layer: usize) -> usize {
+        self.keys(layer).map(|key| self.experts[key].slab_bytes).max().unwrap_or(0)
+    }
+
+    /// Loads an expert into a slab.
+    ///
+    /// # Errors
+    /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
+    /// not there, [`Error::Shape`] for a slab that is too small.
+    pub fn load<'a>(&'a self, layer: usize, expert: usize, slab: &'a mut Slab) -> Result<LoadedExpert<'a>> {
+        let experts = self.experts(layer);
+        if expert >= experts {
+            let (operand, id) = (format!("layer {layer}"), i64::try_from(expert).unwrap_or(i64::MAX));
+            return Err(Error::ExpertOutOfRange { operand, id, expected: format!("one of {experts}") });
+        }
+        let key = self.keys(layer).start + expert;
+        let bytes = self.slab_bytes_of(key);
+        if slab.size() < bytes {
+            return Err(Error::shape("slab", format!("{bytes} bytes"), slab.size()));
+        }
+        let mut load = Load::default();
+        while !self.read_chunk(key, &mut load, slab).map_err(Error::Expert)?.last {}
+        Ok(self.view(key, slab))
+    }
+
+    /// Keys of a layer's experts; keys count the experts of all layers.
+    pub(crate) fn keys(&self, layer: usize) -> Range<usize> {
+        match self.first.get(layer..) {
+            Some([start, end, ..]) => *start..*end,
+            _ => 0..0,
+        }
+    }
+
+    pub(crate) fn slab_bytes_of(&self, key: usize) -> usize {
+        self.experts[key].slab_bytes
+    }
+
+    /// Reads the next chunk of an expert into a slab that is large enough; the last one is followed by the checksum.
+    pub(crate) fn read_chunk(&self, key: usize, load: &mut Load, slab: &mut Slab) -> Result<Chunk, ExpertFault> {
+        let stored = &self.experts[key];
+        let Some(run) = stored.runs.get(load.run) else {
+            self.verify(key, load)?;
+            return Ok(Chunk { bytes: 0, last: true });
+        };
+        let at = run.bytes.start + load.done;
+        let bytes = at..run.bytes.end.min(at + CHUNK_BYTES);
+        let offset = run.offset + load.done as u64;
+        let part = &mut slab.bytes_mut()[bytes.clone()];
+        let (file, source) = &self.sources[run.source];
+        source.read_exact_at(part, offset).map_err(|reason| {
+            self.fault(key, file.clone(), Fault::Read { offset, bytes: bytes.len(), reason: Arc::new(reason) })
+        })?;
+        let (start, end) = (run.pieces.start.max(bytes.start), run.pieces.end.min(bytes.end));
+        load.hash.write(part.get(start.saturating_sub(bytes.start)..end.saturating_sub(bytes.start)).unwrap_or(&[]));
+        load.done += bytes.len();
+        if bytes.end == run.bytes.end {
+            (load.run, load.done) = (load.run + 1, 0);
+        }
+        let last = load.run == stored.runs.len();
+        if last {
+            self.verify(key, load)?;
+        }
+        Ok(Chunk { bytes: bytes.len(), last })
+    }
+
+    fn verify(&self, key: usize, load: &Load) -> Result<(), ExpertFault> {
+        let got = load.hash.finish();
+        let expected = *self.experts[key].checksum.get_or_init(|| got);
+        if got == expected {
+            return Ok(());
+        }
+        Err(self.fault(key, self.files(key), Fault::Checksum { expected, got }))
+    }
+
+    /// Names of the files that an expert is in.
+    pub(crate) fn files(&self, key: usize) -> String {
+        let mut files: Vec<&str> =
+            self.experts[key].runs.iter().map(|run| self.sources[run.source].0.as_str()).collect();
+        files.dedup();
+        files.join(", ")
+    }
+
+    pub(crate) fn fault(&self, key: usize, file: String, fault: Fault) -> ExpertFault {
+        let layer = self.first.partition_point(|&first| first <= key) - 1;
+        ExpertFault { file, layer, expert: key - self.first[layer], fault }
+    }
+
+    /// The expert that was loaded into a slab.
+    pub(crate) fn view<'a>(&'a self, key: usize, slab: &'a Slab) -> LoadedExpert<'a> {
+        LoadedExpert { stored: &self.experts[key], bytes: slab.bytes() }
+    }
+}
+
+/// An expert in memory.
+#[derive(Clone, Copy)]
+pub struct LoadedExpert<'a> {
+    stored: &'a Stored,
+    bytes: &'a [u8],
+}
+
+impl<'a> LoadedExpert<'a> {
+    /// The matrix of a part; `None` when the expert has no such part.
+    pub fn matrix(&self, part: Part) -> Option<Matrix<'a>> {
+        let placed = self.stored.pieces.iter().find(|placed| placed.part == part)?;
+        let [rows, columns] = placed.shape;
+        // Checked when the store was made.
+        Matrix::new(placed.dtype, rows, columns, &self.bytes[placed.bytes.clone()]).ok()
+    }
+}
+
+impl std::fmt::Debug for LoadedExpert<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.stored.pieces).finish()
+    }
+}
+
+/// Lays an expert's pieces out in a slab.
+fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &str) -> Result<Stored> {
+    let (page, mut slab_bytes) = (PAGE_BYTES as u64, 0);
+    if pieces.is_empty() {
+        return Err(Error::shape(name, "at least one piece", "none"));
+    }
+    // In the order of their bytes, with where they end.
+    let mut ordered = Vec::with_capacity(pieces.len());
+    for (at, piece) in pieces.iter().enumerate() {
+        let Some(((file, _), length)) = sources.get(piece.source).zip(lengths.get(piece.source)) else {
+            let expected = format!("a source below {}", sources.len());
+            return Err(Error::shape(format!("{:?} of {name}", piece.part), expected, piece.source));
+        };
+        if pieces[..at].iter().any(|other| other.part == piece.part) {
+            return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
+        }
+        let bytes = piece.row_bytes()?.checked_mul(piece.rows);
+        let end = bytes.and_then(|bytes| piece.offset.checked_add(bytes as u64)).filter(|end| end <= length);
+        let (Some(bytes), Some(end)) = (bytes, end) else {
+            let Piece { part, offset, dtype, rows, columns, .. } = piece;
+            return Err(Error::Checkpoint {
+                file: file.clone(),
+                detail: format!(
+                    "{part:?} of {name}: expected [{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes"
+                ),
+            });
+        };
+        // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
+        slab_bytes += bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES;
+        ordered.push((piece, end));
+    }
+    ordered.sort_by_key(|(piece, end)| (piece.source, piece.offset, *end));
+    let (mut runs, mut placed): (Vec<Run>, Vec<Placed>) = (Vec::new(), Vec::new());
+    for (piece, end) in ordered {
+        let (offset, file_end) = (piece.offset / page * page, lengths[piece.source]);
+        let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+        let shares = |run: &Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
+        if !runs.last().is_some_and(shares) {
+            let start = next + (piece.offset - offset) as usize;
+            runs.push(Run { source: piece.source, offset, bytes: next..next, pieces: start..start });
+        }
+        let Some(run) = runs.last_mut() else { continue };
+        let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
+        let bytes = in_slab(piece.offset)..in_slab(end);
+        run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
+        run.pieces.end = run.pieces.end.max(bytes.end);
+        placed.push(Placed { part: piece.part, dtype: piece.dtype, shape: [piece.rows, piece.columns], bytes });
+    }
+    Ok(Stored { pieces: placed, runs, slab_bytes, checksum: OnceLock::new() })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! Experts read from files of every layout, and what is wrong with them.
+
+use super::*;
+use crate::checkpoint::ByteSource;
+use proptest::prelude::*;
+
+fn source(name: &str, bytes: Vec<u8>) -> NamedSource {
+    let bytes: &'static [u8] = bytes.leak();
+    (name.into(), Arc::new(bytes))
+}
+
+fn bytes(length: usize) -> Vec<u8> {
+    (0..length).map(|at| (at.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
+}
+
+fn piece(part: Part, source: usize, offset: u64, rows: usize, columns: usize) -> Piece {
+    Piece { part, source, offset, dtype: Dtype::Bf16, rows, columns }
+}
+
+fn message(sources: &[NamedSource], pieces: Vec<Piece>) -> String {
+    ExpertStore::new(sources.to_vec(), vec![vec![pieces]]).unwrap_err().to_string()
+}
+
+#[test]
+fn what_cannot_be_read_is_named_before_it_is() {
+    let sources = [source("f", bytes(1000))];
+    let up = piece(Part::Up, 0, 0, 10, 50);
+    assert!(ExpertStore::new(sources.to_vec(), vec![vec![vec![up.clone()]]]).is_ok());
+    let outside = message(&sources, vec![Piece { offset: 1, ..up.clone() }]);
+    assert_eq!(outside, "f: Up of expert 0 of layer 0: expected [10, 50] bf16 at 1 within the file's 1000 bytes");
+    assert!(message(&sources, vec![Piece { offset: u64::MAX, ..up.clone() }]).contains("within the file's"));
+    assert!(message(&sources, vec![Piece { rows: usize::MAX, ..up.clone() }]).contains("within the file's"));
+    let twice = message(&sources, vec![up.clone(), up.clone()]);
+    assert_eq!(twice, "expert 0 of layer 0: expected one Up, got two");
+    assert_eq!(message(&sources, vec![]), "expert 0 of layer 0: expected at least one piece, got none");
+    assert!(message(&sources, vec![Piece { source: 1, ..up.clone() }]).contains("expected a source below 1, got 1"));
+    assert!(message(&sources, vec![Piece { dtype: Dtype::Q8_0, ..up.clone() }]).contains("a multiple of 32 columns"));
+    assert!(ExpertStore::new(sources.to_vec(), vec![vec![]]).is_err());
+    let store = ExpertStore::new(sources.to_vec(), vec![vec![vec![up.clone()]]]).unwrap();
+    assert_eq!((store.layers(), store.experts(0), store.experts(1), store.slab_bytes(7)), (1, 1, 0, 0));
+    let error = |layer, expert, bytes| store.load(layer, expert, &mut Slab::new(bytes)).unwrap_err().to_string();
+    assert_eq!(error(0, 1, 8192), "layer 0: expert 1 is out of range, expected one of 1");
+    assert_eq!(error(3, 0, 8192), "layer 3: expert 0 is out of range, expected one of 0");
+    assert_eq!(error(0, 0, 4096), "slab: expected 8192 bytes, got 4096");
+    assert!(up.clone().of_rows(5..11).is_err());
+    assert_eq!(up.of_rows(5..7).unwrap(), piece(Part::Up, 0, 500, 2, 50));
+}
+
+#[test]
+fn neighbours_are_read_at_once_and_slabs_depend_on_shapes_alone() {
+    let sources = [source("f", bytes(100_000))];
+    let expert = |at: u64| vec![piece(Part::Up, 0, at, 100, 50), piece(Part::Down, 0, at + 10_000, 50, 100)];
+    let store = ExpertStore::new(sources.to_vec(), vec![vec![expert(0), expert(4096), expert(79_999)]]).unwrap();
+    for stored in &store.experts {
+        assert_eq!((stored.runs.len(), stored.slab_bytes), (1, 2 * (12_288 + 4096)));
+    }
+    // Far apart, and in another file.
+    let far = vec![piece(Part::Up, 0, 0, 1, 50), piece(Part::Gate, 0, 8192, 1, 50), piece(Part::Down, 1, 8292, 1, 50)];
+    let sources = [source("f", bytes(10_000)), source("g", bytes(10_000))];
+    assert_eq!(ExpertStore::new(sources.to_vec(), vec![vec![far]]).unwrap().experts[0].runs.len(), 3);
+}
+
+#[test]
+fn a_flipped_bit_is_found_at_every_load_but_the_first() {
+    #[derive(Debug)]
+    struct Disk(std::sync::Mutex<Vec<u8>>);
+    impl ByteSource for Disk {
+        fn len(&self) -> std::io::Result<u64> {
+            Ok(self.0.lock().unwrap().len() as u64)
+        }
+        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+            let bytes = self.0.lock().unwrap();
+            let part = bytes.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
+            buffer.copy_from_slice(part.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        }
+    }
+    // Longer than a chunk, in two runs.
+    let disk = Arc::new(Disk(std::sync::Mutex::new(bytes(3 << 20))));
+    let sources: Vec<NamedSource> = vec![("disk".into(), disk.clone())];
+    let pieces = vec![piece(Part::Up, 0, 5_001, 1 << 10, 1 << 10), piece(Part::Down, 0, 2_900_001, 10, 10)];
+    let store = ExpertStore::new(sources, vec![vec![pieces]]).unwrap();
+    let mut slab = Slab::new(store.slab_bytes(0));
+    let mut load = || store.load(0, 0, &mut slab).map(|_| ()).map_err(|error| error.to_string());
+    load().unwrap();
+    let flip = |at: usize| disk.0.lock().unwrap()[at] ^= 4;
+    for at in [5_001, 1 << 20, 5_000 + (2 << 20), 2_900_001, 2_900_200] {
+        flip(at);
+        let message = load().unwrap_err();
+        assert!(message.starts_with("disk: expert 0 of layer 0: expected checksum "), "{message}");
+        flip(at);
+        load().unwrap();
+    }
+    // Around the pieces others may write.
+    [5_000, 5_001 + (2 << 20), 2_900_000, 2_900_201].into_iter().for_each(flip);
+    load().unwrap();
+    disk.0.lock().unwrap().truncate(2_900_200);
+    assert!(load().unwrap_err().starts_with("disk: expert 0 of layer 0: expected 4096 bytes at 2899968, got"));
+}
+
+proptest! {
+    #[test]
+    fn a_load_gives_the_pieces_of_the_files(
+        places in prop::collection::vec((0usize..2, 0u64..30_000, 0usize..50, 0usize..700, 0usize..6), 1..5),
+    ) {
+        let (first, second) = (bytes(180_000), bytes(190_000));
+        let sources = vec![source("f", first.clone()), source("g", second.clone())];
+        let pieces: Vec<Piece> = places
+            .iter()
+            .zip([Part::Up, Part::Down, Part::Gate, Part::GateUp])
+            .map(|(&(source, offset, rows, columns, dtype), part)| {
+                let dtype = Dtype::ALL[dtype];
+                let columns = columns / dtype.block() * dtype.block();
+                Piece { part, source, offset, dtype, rows, columns }
+            })
+            .collect();
+        let store = ExpertStore::new(sources, vec![vec![pieces.clone()]]).unwrap();
+        let mut slab = Slab::new(store.slab_bytes(0));
+        prop_assert!(store.experts[0].runs.iter().all(|run| run.bytes.end <= slab.size()));
+        let loaded = store.load(0, 0, &mut slab).unwrap();
+        for Piece { part, source, offset, dtype, rows, columns } in pieces {
+            let matrix = loaded.matrix(part).unwrap();
+            prop_assert_eq!((matrix.shape(), matrix.dtype()), ([rows, columns], dtype));
+            let (file, row_bytes) = ([&first, &second][source], dtype.row_bytes(columns).unwrap());
+            for row in 0..rows {
+                prop_assert_eq!(matrix.row(row), &file[offset as usize + row * row_bytes..][..row_bytes]);
+            }
+        }
+    }
+}

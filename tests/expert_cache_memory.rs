@@ -1,0 +1,92 @@
+//! The expert cache's budget as the allocator sees it: memory aligned to pages is slabs, and there is never more of it than the
+//! budget, not for a moment, while eight threads run steps and read ahead. One test alone, for the allocator counts for all.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::experts::cache::{CacheOptions, ExpertCache, Scope};
+use phase_moe::experts::matrix::Dtype;
+use phase_moe::experts::store::{ExpertStore, Part, Piece};
+
+/// Bytes of slabs now, and the most since the last look.
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: everything is the system's allocator; counting neither allocates nor touches the memory.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if layout.align() == 4096 {
+            let now = NOW.fetch_add(layout.size(), Ordering::SeqCst) + layout.size();
+            MOST.fetch_max(now, Ordering::SeqCst);
+        }
+        // SAFETY: the caller's promise about `layout` is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: `pointer` came from `alloc` above with this layout, as the caller promises.
+        unsafe { System.dealloc(pointer, layout) };
+        if layout.align() == 4096 {
+            NOW.fetch_sub(layout.size(), Ordering::SeqCst);
+        }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn set(ids: [usize; 3]) -> ExpertSet {
+    let mut set = ExpertSet::new(8).unwrap();
+    ids.into_iter().for_each(|id| assert!(set.insert(ExpertId::new(id, 8).unwrap())));
+    set
+}
+
+#[test]
+fn slabs_never_take_more_than_the_budget() {
+    // Three layers of eight experts, each layer's of another size, in one file.
+    let file: &'static [u8] = vec![1u8; 1 << 20].leak();
+    let rows = |layer: usize| 20 * (layer + 1);
+    let piece = |layer: usize, id: usize| Piece {
+        part: Part::Up,
+        source: 0,
+        offset: (id * 64 * 1024 + 10 * layer) as u64,
+        dtype: Dtype::F32,
+        rows: rows(layer),
+        columns: 256,
+    };
+    let layers = (0..3).map(|layer| (0..8).map(|id| vec![piece(layer, id)]).collect()).collect();
+    let store = Arc::new(ExpertStore::new(vec![("memory".into(), Arc::new(file))], layers).unwrap());
+    let largest = store.slab_bytes(2);
+    for scope in [Scope::PerLayer, Scope::Global] {
+        for budget_bytes in [largest, 3 * largest + 4095, 10 * largest] {
+            MOST.store(NOW.load(Ordering::SeqCst), Ordering::SeqCst);
+            let options = CacheOptions { scope, readers: 3, ..CacheOptions::new(budget_bytes) };
+            let cache = ExpertCache::new(store.clone(), options).unwrap();
+            std::thread::scope(|threads| {
+                for thread in 0..8usize {
+                    let cache = &cache;
+                    threads.spawn(move || {
+                        for turn in 0..100 {
+                            let at = 5 * thread + 3 * turn;
+                            let wanted = set([at % 8, (at + 1) % 8, (at + 3) % 8]);
+                            cache.prefetch((at + 1) % 3, &wanted).unwrap();
+                            cache.run(at % 3, &wanted, |_| Ok(())).unwrap();
+                        }
+                    });
+                }
+            });
+            let statistics = cache.statistics();
+            // A slab that is promised may not have been made yet.
+            assert!(statistics.bytes >= NOW.load(Ordering::SeqCst), "{scope:?}, {budget_bytes}");
+            assert!(statistics.peak_bytes <= budget_bytes, "{statistics:?}");
+            let most = MOST.load(Ordering::SeqCst);
+            assert!(most > 0 && most <= budget_bytes, "{scope:?}: {most} of {budget_bytes}");
+            drop(cache);
+            assert_eq!(NOW.load(Ordering::SeqCst), 0);
+        }
+    }
+}
