@@ -211,6 +211,19 @@ impl Engine {
     /// [`Error::Shape`] for an expert of another hidden width, weights that are not as many as tokens, an output of
     /// another size or an input that is quantised; [`Error::Parameter`] for a token that there is not.
     pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
+        self.sum(input, work, output, false)
+    }
+
+    /// The same added to what `output` holds: experts that come in groups, one group after another, make the same bits as all at
+    /// once.
+    ///
+    /// # Errors
+    /// Those of [`Engine::forward`].
+    pub fn add(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
+        self.sum(input, work, output, true)
+    }
+
+    fn sum(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32], add: bool) -> Result<()> {
         let [tokens, hidden] = input.shape();
         check(input, work, output)?;
         if hidden == 0 {
@@ -254,8 +267,10 @@ impl Engine {
         }
         let Buffers { between, sums, threads: rooms, .. } = &mut buffers;
         let between = &*between;
-        in_columns(tokens, hidden, output, sums, &mut rooms[..threads], |room, columns, sums| {
-            sums.fill(0.0);
+        in_columns(tokens, hidden, output, add, sums, &mut rooms[..threads], |room, columns, sums| {
+            if !add {
+                sums.fill(0.0);
+            }
             for (at, (group, &start)) in groups.iter().zip(&starts).enumerate() {
                 let next = groups.get(at + 1).map(|group| group.expert.down.weight);
                 let width = group.expert.width();
@@ -288,7 +303,7 @@ impl Engine {
         let Buffers { input: lines, sums, threads: rooms, .. } = &mut buffers;
         let input = Rows::whole(lines, form, columns, tokens);
         let everyone: Vec<u32> = (0..tokens as u32).collect();
-        in_columns(tokens, rows, output, sums, &mut rooms[..threads], |room, columns, sums| {
+        in_columns(tokens, rows, output, false, sums, &mut rooms[..threads], |room, columns, sums| {
             let Room { workspace, sums: products, .. } = room;
             for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
                 products.resize(tokens.len() * BLOCK, 0.0);
@@ -526,11 +541,13 @@ fn share_out<T: Send>(items: impl Iterator<Item = T> + Send, rooms: &mut [Room],
     });
 }
 
-/// Fills `output`, `[tokens, width]`, in pieces of its columns: `run` gets which they are and `[tokens, columns]` to write.
+/// Changes `output`, `[tokens, width]`, in pieces of its columns: `run` gets which they are and `[tokens, columns]`,
+/// with what it holds where that is to be kept.
 fn in_columns(
     tokens: usize,
     width: usize,
     output: &mut [f32],
+    keep: bool,
     sums: &mut Vec<f32>,
     rooms: &mut [Room],
     run: impl Fn(&mut Room, Range<usize>, &mut [f32]) + Sync,
@@ -541,6 +558,11 @@ fn in_columns(
     let piece = width.div_ceil(8 * rooms.len()).next_multiple_of(BLOCK);
     grow(sums, tokens * width);
     let starts = (0..width).step_by(piece);
+    for (row, output) in output.chunks_exact(width).enumerate().filter(|_| keep) {
+        for (first, output) in starts.clone().zip(output.chunks(piece)) {
+            sums[first * tokens + row * output.len()..][..output.len()].copy_from_slice(output);
+        }
+    }
     let mut left = &mut sums[..tokens * width];
     let pieces = starts.clone().map(|first| {
         let columns = first..width.min(first + piece);

@@ -222,6 +222,12 @@ impl ExpertStore {
         self.keys(layer).map(|key| self.experts[key].slab_bytes).max().unwrap_or(0)
     }
 
+    /// Type and shape `[rows, columns]` of a part of an expert; `None` where there is none.
+    pub fn piece(&self, layer: usize, expert: usize, part: Part) -> Option<(Dtype, [usize; 2])> {
+        let placed = &self.experts[self.keys(layer).nth(expert)?].pieces;
+        placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
+    }
+
     /// Loads an expert into a slab.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef, Tensor};
 
 use super::ROUTING_DTYPE;
+use super::cached::CachedExperts;
 use super::expert::Expert;
 use super::projection::{Projection, Weight};
 use super::shared::Shared;
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::experts::engine::{self, Engine, ExpertWeights, Work};
 use crate::experts::matrix::{Dtype, Matrix};
 use crate::routing::plan::DispatchPlan;
+use crate::spec::MoeSpec;
 
 /// A matrix of Candle's, held while its memory is read.
 pub(super) enum Borrowed<'a> {
@@ -151,32 +153,65 @@ impl<'a> BorrowedExpert<'a> {
     }
 }
 
+/// The experts of a layer, wherever they are.
+pub(super) enum Source<'a> {
+    Held(&'a [Expert]),
+    Cached(&'a CachedExperts, &'a MoeSpec),
+}
+
 /// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
 pub(super) fn forward(
     engine: &Engine,
     tokens: &Tensor,
-    experts: &[Expert],
+    experts: Source<'_>,
     shared: Option<&Shared>,
     plan: &DispatchPlan,
 ) -> Result<Tensor> {
     let (rows, hidden) = tokens.dims2()?;
     let tokens = tokens.contiguous()?;
-    let busy: Vec<_> = plan.busy_experts().collect();
-    let held: Vec<_> = busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
     let shared_expert = shared.map(|shared| BorrowedExpert::new(shared.expert())).transpose()?;
     let (everyone, shares): (Vec<u32>, Vec<f32>) = match shared {
         Some(shared) => ((0..rows as u32).collect(), shared.weights(&tokens)?),
         None => Default::default(),
     };
-    let mut work = Vec::with_capacity(held.len() + 1);
-    for (held, (_, range)) in held.iter().zip(busy) {
-        let (tokens, weights) = (&plan.tokens()[range.clone()], &plan.weights()[range]);
-        work.push(Work { expert: held.view()?, tokens, weights });
-    }
-    if let Some(held) = &shared_expert {
-        work.push(Work { expert: held.view()?, tokens: &everyone, weights: &shares });
-    }
+    let shared = shared_expert.as_ref().map(BorrowedExpert::view).transpose()?;
+    let shared = shared.map(|expert| Work { expert, tokens: &everyone, weights: &shares });
+    let borrowed = Borrowed::tensor(&tokens)?;
+    let input = borrowed.matrix()?;
     let mut output = vec![0.0; rows * hidden];
-    engine.forward(Borrowed::tensor(&tokens)?.matrix()?, &work, &mut output)?;
+    match experts {
+        Source::Held(experts) => {
+            let busy: Vec<_> = plan.busy_experts().collect();
+            let held: Vec<_> =
+                busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
+            let mut work = Vec::with_capacity(held.len() + 1);
+            for (held, (_, range)) in held.iter().zip(busy) {
+                let (tokens, weights) = (&plan.tokens()[range.clone()], &plan.weights()[range]);
+                work.push(Work { expert: held.view()?, tokens, weights });
+            }
+            work.extend(shared);
+            engine.forward(input, &work, &mut output)?;
+        }
+        Source::Cached(experts, spec) => {
+            let mut busy = plan.busy_experts().peekable();
+            if busy.peek().is_none() {
+                engine.add(input, shared.as_slice(), &mut output)?;
+            }
+            experts.run(spec, plan, |group| {
+                let mut work: Vec<_> = group
+                    .iter()
+                    .zip(busy.by_ref())
+                    .map(|(&(_, expert), (_, range))| Work {
+                        expert,
+                        tokens: &plan.tokens()[range.clone()],
+                        weights: &plan.weights()[range],
+                    })
+                    .collect();
+                // After all others, as where they are held.
+                work.extend(shared.filter(|_| busy.peek().is_none()));
+                engine.add(input, &work, &mut output)
+            })?;
+        }
+    }
     Ok(Tensor::from_vec(output, (rows, hidden), tokens.device())?)
 }

@@ -26,6 +26,7 @@
 //! Knows nothing of attention, checkpoints or model families.
 
 mod borrowed;
+pub mod cached;
 mod dispatch;
 pub mod expert;
 pub mod gate;
@@ -42,6 +43,8 @@ use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
+use crate::layer::borrowed::Source;
+use crate::layer::cached::CachedExperts;
 use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
 use crate::layer::shared::Shared;
@@ -61,7 +64,7 @@ use crate::spec::MoeSpec;
 pub struct MoeLayer {
     spec: MoeSpec,
     gate: Gate,
-    experts: Vec<Expert>,
+    experts: Experts,
     shared: Option<Shared>,
     router: Arc<dyn Router>,
     capacity: Option<CapacityRule>,
@@ -70,6 +73,13 @@ pub struct MoeLayer {
     engine: Arc<Engine>,
     /// Nothing has to be differentiated and all weights lie in this machine's memory as the engine reads them.
     fits_engine: bool,
+}
+
+/// Where the experts are.
+#[derive(Clone)]
+enum Experts {
+    Held(Vec<Expert>),
+    Cached(CachedExperts),
 }
 
 /// What the router saw and did in one forward pass of one layer.
@@ -109,7 +119,7 @@ impl MoeLayer {
     /// [`Error::Shape`] when the gate or an expert does not have the sizes, biases or activation of `spec`, a dense weight not
     /// the gate's dtype, or any weight not its device, when experts are too few or too many, or `spec` has a shared expert.
     pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<Expert>) -> Result<Self> {
-        Self::build(spec, gate, experts, None)
+        Self::build(spec, gate, Experts::Held(experts), None)
     }
 
     /// From a gate, experts and the expert that all tokens share.
@@ -117,16 +127,37 @@ impl MoeLayer {
     /// # Errors
     /// As [`MoeLayer::new`], for the shared expert too, or when `spec` has none.
     pub fn with_shared(spec: MoeSpec, gate: Gate, experts: Vec<Expert>, shared: Shared) -> Result<Self> {
-        Self::build(spec, gate, experts, Some(shared))
+        Self::build(spec, gate, Experts::Held(experts), Some(shared))
     }
 
-    fn build(spec: MoeSpec, gate: Gate, experts: Vec<Expert>, shared: Option<Shared>) -> Result<Self> {
+    /// From a gate, experts that an expert cache brings into memory, and where `spec` has it the expert that all tokens share.
+    /// Such a layer runs on the CPU without gradients; routers see what is in the cache.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::new`] and [`MoeLayer::with_shared`]; [`Error::Shape`] for experts with biases, and for a gate or a shared expert on
+    /// another device or under `Var`s.
+    pub fn with_cached(spec: MoeSpec, gate: Gate, experts: CachedExperts, shared: Option<Shared>) -> Result<Self> {
+        let layer = Self::build(spec, gate, Experts::Cached(experts), shared)?;
+        if !layer.fits_engine {
+            return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
+        }
+        Ok(layer)
+    }
+
+    fn build(spec: MoeSpec, gate: Gate, experts: Experts, shared: Option<Shared>) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
-        if experts.len() != spec.experts {
-            return Err(Error::shape("experts", spec.experts, experts.len()));
-        }
-        for (index, expert) in experts.iter().enumerate() {
+        let held: &[Expert] = match &experts {
+            Experts::Held(held) if held.len() != spec.experts => {
+                return Err(Error::shape("experts", spec.experts, held.len()));
+            }
+            Experts::Held(held) => held,
+            Experts::Cached(cached) => {
+                cached.check(&spec)?;
+                &[]
+            }
+        };
+        for (index, expert) in held.iter().enumerate() {
             expert.check(&format!("expert {index}"), Form::routed(&spec), &gate)?;
         }
         match (spec.shared, &shared) {
@@ -140,7 +171,7 @@ impl MoeLayer {
         let router = Arc::new(TopK::default());
         // Neither trackedness nor place of a tensor ever changes.
         let fits_engine = gate.fits_engine()
-            && experts.iter().chain(shared.as_ref().map(Shared::expert)).all(Expert::fits_engine)
+            && held.iter().chain(shared.as_ref().map(Shared::expert)).all(Expert::fits_engine)
             && shared.as_ref().and_then(Shared::gate).is_none_or(|gate| !gate.track_op());
         let engine = Arc::default();
         Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0, engine, fits_engine })
@@ -155,7 +186,17 @@ impl MoeLayer {
         let experts = vb.pp(&spec.names.experts);
         let experts = (0..spec.experts).map(|expert| Expert::load(spec, experts.pp(expert))).collect::<Result<_>>()?;
         let gate = Gate::load(spec, vb.pp(&spec.names.gate))?;
-        Self::build(spec.clone(), gate, experts, Shared::load(spec, vb)?)
+        Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
+    }
+
+    /// Loads the same but for the experts, which come from a cache.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::load`] and [`MoeLayer::with_cached`].
+    pub fn load_cached(spec: &MoeSpec, vb: VarBuilder<'_>, experts: CachedExperts) -> Result<Self> {
+        spec.check()?;
+        let gate = Gate::load(spec, vb.pp(&spec.names.gate))?;
+        Self::with_cached(spec.clone(), gate, experts, Shared::load(spec, vb)?)
     }
 
     /// Sets the router and the rule that limits its room; without a rule nothing is limited.
@@ -215,9 +256,20 @@ impl MoeLayer {
         &self.gate
     }
 
-    /// The experts, by id.
+    /// The experts, by id; none where they are in a cache.
     pub fn experts(&self) -> &[Expert] {
-        &self.experts
+        match &self.experts {
+            Experts::Held(experts) => experts,
+            Experts::Cached(_) => &[],
+        }
+    }
+
+    /// The layer of an expert cache that its experts are in, if they are.
+    pub fn cached(&self) -> Option<&CachedExperts> {
+        match &self.experts {
+            Experts::Held(_) => None,
+            Experts::Cached(experts) => Some(experts),
+        }
     }
 
     /// The expert that all tokens share, if there is one.
@@ -260,6 +312,9 @@ impl MoeLayer {
         let tokens = hidden.reshape((rows, self.spec.hidden))?;
 
         let by_engine = self.fits_engine && !tokens.track_op() && tokens.device().is_cpu();
+        if !by_engine && self.cached().is_some() {
+            return Err(Error::shape("hidden state", CACHED_NEEDS, "another"));
+        }
         let logits = match by_engine {
             true => self.gate.logits_by(&self.engine, &tokens)?,
             false => self.gate.logits(&tokens)?,
@@ -275,11 +330,16 @@ impl MoeLayer {
         let weighed = match &self.norms {
             Some(norms) if capacity.limits().is_some() => {
                 let mut weighed = scores.clone();
-                weighed.weigh_selection(&norms.norms(&tokens, &self.experts)?, self.spec.top_k)?;
+                weighed.weigh_selection(&norms.norms(&tokens, self.experts())?, self.spec.top_k)?;
                 Some(weighed)
             }
             _ => None,
         };
+        let in_cache = match (&self.experts, context.resident) {
+            (Experts::Cached(cached), None) => Some(cached.resident()?),
+            _ => None,
+        };
+        let context = RouteContext { resident: context.resident.or(in_cache.as_ref()), ..context };
         let request = RouteRequest::new(weighed.as_ref().unwrap_or(&scores), self.spec.top_k, &capacity, context)?;
         let started = Instant::now();
         let assignment = self.router.route(&request, state)?;
@@ -287,7 +347,13 @@ impl MoeLayer {
 
         let plan = DispatchPlan::new(&assignment);
         let output = match by_engine {
-            true => borrowed::forward(&self.engine, &tokens, &self.experts, self.shared.as_ref(), &plan)?,
+            true => {
+                let experts = match &self.experts {
+                    Experts::Held(experts) => Source::Held(experts),
+                    Experts::Cached(experts) => Source::Cached(experts, &self.spec),
+                };
+                borrowed::forward(&self.engine, &tokens, experts, self.shared.as_ref(), &plan)?
+            }
             false => self.composed(&tokens, &logits, &assignment, &plan)?,
         };
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
@@ -307,7 +373,7 @@ impl MoeLayer {
         plan: &DispatchPlan,
     ) -> Result<Tensor> {
         let weights = dispatch::slot_weights(logits, assignment, plan, self.spec.scoring)?;
-        let output = dispatch::forward(tokens, &self.experts, plan, &weights)?;
+        let output = dispatch::forward(tokens, self.experts(), plan, &weights)?;
         match &self.shared {
             Some(shared) => Ok((output + shared.forward(tokens)?)?),
             None => Ok(output),
@@ -328,6 +394,9 @@ fn check_weight<const RANK: usize>(operand: &str, weight: &Tensor, expected: [us
     }
     Ok(())
 }
+
+/// What a layer needs whose experts are in a cache.
+const CACHED_NEEDS: &str = "one on the CPU without gradients, as experts in a cache need";
 
 /// The dtype of scores, combine weights and the sum over slots.
 const ROUTING_DTYPE: DType = DType::F32;

@@ -36,6 +36,9 @@ const TOKENS: usize = 8;
 /// How many chunks of weights are read ahead.
 const AHEAD_CHUNKS: usize = 2;
 
+/// Lines of a chunk of a row of any dtype.
+const PADDED: usize = Q8_0::BYTES.div_ceil(LINE_BYTES);
+
 /// Turned weights of [`CHUNK`] columns: four pairs of groups, each 64 columns of sixteen rows.
 const PAIRS: usize = CHUNK / (2 * GROUP);
 /// Lines of a pair's weights; with those of `q8_0` the scales lie between them.
@@ -94,8 +97,8 @@ pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
 #[inline(always)]
 fn run<Q: Blocks, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns();
-    let mut lines = product.workspace.take(2 * TURNED);
-    let turned = &mut lines[..2 * TURNED];
+    let mut lines = product.workspace.take(2 * TURNED + LANES * PADDED);
+    let (turned, copies) = lines.split_at_mut(2 * TURNED);
     let (mut rows, mut next) = ([std::ptr::null(); BLOCK], [std::ptr::null(); BLOCK]);
     for row in 0..BLOCK {
         rows[row] = product.weights[row].as_ptr();
@@ -107,23 +110,26 @@ fn run<Q: Blocks, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             soon if soon < chunks => (&rows, soon),
             soon => (&next, (soon - chunks) % chunks),
         };
+        let pairs = (columns - chunk * CHUNK).min(CHUNK).div_ceil(2 * GROUP);
+        let bytes = Q::BYTES.min(product.weights[0].len() - chunk * Q::BYTES);
         for half in 0..2 {
+            let (mut rows, mut at) = (rows[half * LANES..].first_chunk().expect("sixteen rows"), chunk * Q::BYTES);
+            let ends;
+            if bytes < Q::BYTES {
+                // Rows that end within a chunk end with zeros.
+                ends = padded(rows, at, bytes, copies);
+                (rows, at) = (&ends, 0);
+            }
             let stored = Chunk {
-                rows: rows[half * LANES..].first_chunk().expect("sixteen rows"),
-                at: chunk * Q::BYTES,
-                bytes: Q::BYTES.min(product.weights[0].len() - chunk * Q::BYTES),
+                rows,
+                at,
+                pairs,
                 ahead: ahead[half * LANES..].first_chunk().expect("sixteen rows"),
                 ahead_at: soon * Q::BYTES,
             };
-            let turned = &mut turned.as_chunks_mut::<TURNED>().0[half];
-            if stored.bytes < Q::BYTES {
-                turn_last::<Q, L>(lanes, &stored, turned);
-            } else {
-                // SAFETY: every row has the bytes of a chunk.
-                unsafe { Q::turn(lanes, &stored, turned) };
-            }
+            // SAFETY: every row has the bytes of a chunk.
+            unsafe { Q::turn(lanes, &stored, &mut turned.as_chunks_mut::<TURNED>().0[half]) };
         }
-        let pairs = (columns - chunk * CHUNK).min(CHUNK).div_ceil(2 * GROUP);
         let part = Part { turned, chunk, pairs, input: product.input };
         let (mut tokens, mut sums) = (product.tokens, &mut *product.sums);
         while !tokens.is_empty() {
@@ -152,27 +158,25 @@ fn run<Q: Blocks, L: Multiply>(lanes: L, product: &mut Product<'_>) {
 /// A chunk of sixteen rows as stored.
 struct Chunk<'a> {
     rows: &'a [*const u8; LANES],
-    /// Where it begins in each of them, and what it has there.
+    /// Where it begins in each of them, and how many pairs of groups it has.
     at: usize,
-    bytes: usize,
+    pairs: usize,
     /// Whose lines are read ahead, and from where on.
     ahead: &'a [*const u8; LANES],
     ahead_at: usize,
 }
 
-/// Rows that end within a chunk, turned with zeros after their end.
-#[inline(never)]
-fn turn_last<Q: Blocks, L: Multiply>(lanes: L, chunk: &Chunk<'_>, turned: &mut [Line; TURNED]) {
-    let mut whole = [[0; MOST_BYTES]; LANES];
-    let mut rows = [std::ptr::null(); LANES];
-    for row in 0..LANES {
-        let from = chunk.rows[row].wrapping_add(chunk.at);
-        // SAFETY: a row has so many bytes left.
-        unsafe { std::ptr::copy_nonoverlapping(from, whole[row].as_mut_ptr(), chunk.bytes) };
-        rows[row] = whole[row].as_ptr();
+/// Copies what is left of sixteen rows, and zeros after its end; where each copy begins.
+#[inline(always)]
+fn padded(rows: &[*const u8; LANES], at: usize, bytes: usize, copies: &mut [Line]) -> [*const u8; LANES] {
+    let mut starts = [std::ptr::null(); LANES];
+    for (row, copy) in copies.chunks_exact_mut(PADDED).take(LANES).enumerate() {
+        copy.fill(Line::default());
+        starts[row] = copy.as_ptr().cast();
+        // SAFETY: a row has so many bytes left, and a copy has room for a chunk.
+        unsafe { std::ptr::copy_nonoverlapping(rows[row].wrapping_add(at), copy.as_mut_ptr().cast(), bytes) };
     }
-    // SAFETY: now every row has the bytes of a chunk.
-    unsafe { Q::turn(lanes, &Chunk { rows: &rows, at: 0, ..*chunk }, turned) };
+    starts
 }
 
 /// A chunk of weights, turned, and the activations for it.
@@ -237,9 +241,6 @@ trait Blocks {
         all: &mut [L::Vector; T],
     );
 }
-
-/// Most bytes that a row of any dtype has in a chunk.
-const MOST_BYTES: usize = Q8_0::BYTES;
 
 struct Q8_0;
 struct Q4K;
@@ -318,19 +319,21 @@ impl Blocks for Q8_0 {
     #[inline(always)]
     unsafe fn turn<L: Multiply>(lanes: L, chunk: &Chunk<'_>, turned: &mut [Line; TURNED]) {
         let sign = lanes.repeat(SIGN);
-        for part in 0..4 {
+        for part in 0..(PAIR * chunk.pairs).div_ceil(LANES).min(4) {
             // SAFETY: they lie within eight blocks.
             let words = unsafe { sixteen(lanes, chunk, part * LINE_BYTES) };
             for (word, line) in words.into_iter().zip(&mut turned[part * LANES..]) {
                 lanes.store_line(lanes.xor(word, sign), line);
             }
         }
-        // SAFETY: these are the last.
-        let words = unsafe { four(lanes, chunk, 4 * LINE_BYTES) };
-        for (word, line) in words.into_iter().zip(&mut turned[4 * LANES..]) {
-            lanes.store_line(lanes.xor(word, sign), line);
+        if chunk.pairs == PAIRS {
+            // SAFETY: these are the last.
+            let words = unsafe { four(lanes, chunk, 4 * LINE_BYTES) };
+            for (word, line) in words.into_iter().zip(&mut turned[4 * LANES..]) {
+                lanes.store_line(lanes.xor(word, sign), line);
+            }
         }
-        for pair in 0..PAIRS {
+        for pair in 0..chunk.pairs {
             let first = lanes.xor(lanes.line(&turned[PAIR * pair]), sign);
             let second = lanes.xor(lanes.line(&turned[PAIR * pair + 8]), sign);
             lanes.store_line(lanes.low_halves(first), &mut turned[SCALES + 2 * pair]);
