@@ -1,6 +1,7 @@
 //! Measuring a model on real text: batches of it, perplexity, and routers side by side.
 
 pub mod compare;
+pub mod decode;
 pub mod offline;
 pub mod perplexity;
 pub mod replay;
