@@ -107,6 +107,11 @@ impl DecoderState {
         self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::current_seq_len)
     }
 
+    /// True where keys and values are kept: each forward pass goes on with the text.
+    pub fn keeps_text(&self) -> bool {
+        self.kv.is_some()
+    }
+
     /// The same with experts in fast memory: routers see them, every forward pass advances them. A decoder refuses a memory of
     /// other layers or experts than it has.
     pub fn with_memory(self, memory: ExpertMemory) -> Self {

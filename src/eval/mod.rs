@@ -7,3 +7,4 @@ pub mod perplexity;
 pub mod replay;
 pub mod text;
 pub mod trace;
+pub mod tune;

@@ -100,6 +100,15 @@ impl CacheRouter {
         Ok(Self { bonus, max_mass_loss, ..Self::default() })
     }
 
+    /// The same with another bonus.
+    ///
+    /// # Errors
+    /// Those of [`CacheRouter::new`].
+    pub fn with_bonus(self, bonus: f64) -> Result<Self> {
+        Self::new(bonus, self.max_mass_loss)?;
+        Ok(Self { bonus, ..self })
+    }
+
     /// The same, leaving each token its `keep_top` best experts.
     pub fn with_keep_top(self, keep_top: usize) -> Self {
         Self { keep_top, ..self }
