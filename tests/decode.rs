@@ -1,5 +1,6 @@
 //! Decode with a logical memory of experts on the bundled model: what routers see, what it costs, and that both ways to decode a
 //! known text are the same.
+#![cfg(feature = "candle")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};

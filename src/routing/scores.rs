@@ -324,6 +324,7 @@ impl Scores {
     }
 
     /// Becomes the scores of one token of `all`, a batch of its own.
+    #[cfg(feature = "candle")]
     pub(crate) fn refill_from(&mut self, all: &Self, token: usize) {
         let row = token * all.experts..(token + 1) * all.experts;
         self.gate.clear();
