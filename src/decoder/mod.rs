@@ -128,6 +128,11 @@ impl DecoderState {
         &self.routes
     }
 
+    /// Forward passes so far: the clock of affinities.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
     pub fn begin_text(&mut self) {
         self.kv.iter_mut().flatten().for_each(KvCache::reset);

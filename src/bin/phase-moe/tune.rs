@@ -56,7 +56,7 @@ pub struct Tune {
 }
 
 /// Sequences that are decoded token by token for the clock.
-const TIMED_SEQUENCES: usize = 2;
+const TIMED_SEQUENCES: usize = 5;
 
 impl Tune {
     pub fn run(self, global: &Global) -> Result<()> {
