@@ -21,7 +21,7 @@
 //!
 //! Knows nothing of batches, capacities, selection biases or groups.
 
-use super::swap::{Terms, how_many, is_in};
+use super::swap::{Terms, is_in};
 use super::{CacheRouter, running};
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
@@ -294,13 +294,17 @@ impl Kernel for Token<'_> {
                 most = lanes.max(most, part);
                 lanes.store(part, &mut near.logits[at]);
             }
-            let (wanted, all) = (count.min(free), free <= LANES);
+            // Nobody below the threshold comes in, so usually few have to be looked at; a little lower, so that rounding loses none.
+            let (largest, share) = (lanes.fold_max(top.largest), lanes.fold_max(top.share));
+            let split = if threshold > 0.0 { largest + (threshold / share).ln() - 1e-3 } else { f32::MIN };
+            let row = near.logits.as_flattened();
+            let mut found = at_least(lanes, row, lanes.splat(split.max(f32::MIN)));
+            let (mut wanted, mut all) = (count.min(found.count), true);
+            if found.count > LANES {
+                (wanted, all) = (count.min(free), false);
+                found = leading(lanes, row, most, wanted + 1, guesses.1[wanted])?;
+            }
             if wanted > 0 {
-                let row = near.logits.as_flattened();
-                let found = match all {
-                    true => at_least(lanes, row, lanes.splat(f32::MIN)),
-                    false => leading(lanes, row, most, wanted + 1, guesses.1[wanted])?,
-                };
                 let order = lanes.falling(found.values, found.count);
                 if !is_settled(lanes, (found.values, found.count), order, top.largest, wanted, all) {
                     return None;
@@ -310,18 +314,17 @@ impl Kernel for Token<'_> {
                 lanes.store(lanes.permute(values, order), &mut coming);
                 lanes.store(lanes.permute(found.ids, order), &mut numbers);
                 let stand_ins = coming[..wanted].iter().take_while(|&&score| score > threshold).count();
-                let alike = |score: f32| (score, score);
-                let swaps =
-                    how_many(&terms, top_k, misses, |slot| alike(scores[slot]), stand_ins, |at| alike(coming[at]));
+                let swaps = how_many_of_best(&terms, &scores[..top_k], misses, &coming[..stand_ins]);
                 for (at, &slot) in misses[..swaps].iter().enumerate() {
                     (scores[slot], chosen[slot]) = (coming[at], numbers[at].to_bits() as u16);
                 }
                 if swaps > 0 {
-                    sort(&mut scores[..top_k], &mut chosen[..top_k]);
+                    sort_lanes(lanes, top_k, &mut scores, &mut chosen);
                 }
             }
         }
         *weights = scores;
+        weights[top_k..].fill(0.0);
         scale_weights(&mut weights[..top_k], scoring.normalize, scoring.scale);
         for (id, &expert) in ids.iter_mut().zip(&chosen) {
             *id = ExpertId::from_raw(expert);
@@ -330,7 +333,41 @@ impl Kernel for Token<'_> {
     }
 }
 
-/// Best score first, ties to the lowest id.
+/// As for any token (`swap.rs`), where selection scores are gate scores: `chosen` are the best, so every further swap costs mass and
+/// has more to beat, and the first that must not be ends the search.
+#[inline(always)]
+fn how_many_of_best(terms: &Terms, chosen: &[f32], misses: &[usize], stand_ins: &[f32]) -> usize {
+    let base: f64 = chosen.iter().map(|&score| f64::from(score)).sum();
+    let (mut kept, most) = (base, misses.len().min(stand_ins.len()));
+    for count in 0..most {
+        kept -= f64::from(chosen[misses[count]]) - f64::from(stand_ins[count]);
+        let wins = (0..=count).all(|at| f64::from(stand_ins[at]) + terms.lift > f64::from(chosen[misses[count - at]]));
+        if !wins || !terms.allow(kept, base, chosen.len()) {
+            return count;
+        }
+    }
+    most
+}
+
+/// Sorts the first `count` of both: best score first, ties to the lowest id.
+#[inline(always)]
+fn sort_lanes<L: Lanes>(lanes: L, count: usize, scores: &mut [f32; LANES], chosen: &mut [u16; LANES]) {
+    let behind = (0xffff_u32 << count) as u16;
+    let values = lanes.blend(behind, lanes.splat(f32::NEG_INFINITY), lanes.load(scores));
+    let order = lanes.falling(values, count);
+    let sorted = lanes.permute(values, order);
+    let next = lanes.permute(values, order >> 4);
+    lanes.store(sorted, scores);
+    let from = *chosen;
+    for (place, chosen) in chosen[..count].iter_mut().enumerate() {
+        *chosen = from[(order >> (4 * place)) as usize % LANES];
+    }
+    if u32::from(lanes.ge(next, sorted)) & ((1 << (count - 1)) - 1) != 0 {
+        sort(&mut scores[..count], &mut chosen[..count]);
+    }
+}
+
+/// The same, whatever the numbers.
 #[inline(always)]
 fn sort(scores: &mut [f32], chosen: &mut [u16]) {
     for slot in 1..scores.len() {
