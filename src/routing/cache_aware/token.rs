@@ -22,7 +22,7 @@
 //! Knows nothing of batches, capacities, selection biases or groups.
 
 use super::swap::{Terms, is_in};
-use super::{CacheRouter, running};
+use super::{CacheRouter, MOST_BONUS, running};
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::routing::assignment::{Assignment, check_top_k, scale_weights};
@@ -102,8 +102,9 @@ impl CacheTokenRouter {
             scratch: Scratch::default(),
             assignment: Assignment::default(),
         };
+        let most_swaps = CacheRouter { keep_top: 0, ..CacheRouter::new(MOST_BONUS, 1.0)? };
         let mut made = Self {
-            router,
+            router: most_swaps,
             scoring,
             experts,
             top_k,
@@ -112,17 +113,21 @@ impl CacheTokenRouter {
             ids: vec![ExpertId::from_raw(0); room],
             weights: vec![0.0; room],
             count: 0,
-            missing,
+            missing: missing.clone(),
             near: Near { free: vec![0; experts.div_ceil(64)], logits: vec![[f32::NEG_INFINITY; LANES]; rows] },
             general,
         };
-        // The buffers of the general way as large as they get: a token with a mask needs all of them.
-        let (mut logits, mut resident) = (vec![0.0; experts], ExpertSet::new(experts)?);
-        logits[0] = f32::NEG_INFINITY;
-        (0..experts).skip(1).step_by(2).for_each(|expert| {
+        // The buffers of the general way as large as they get: with a mask, and with as many swaps as there can be.
+        let (mut logits, mut resident) =
+            ((0..experts).map(|at| at as f32 / experts as f32).collect::<Vec<_>>(), missing);
+        (0..experts - top_k).for_each(|expert| {
             resident.insert(ExpertId::from_raw(expert as u16));
         });
-        made.route_generally(&logits, 0, &mut RouteState::default(), Some(&resident))?;
+        for first in [0.0, f32::NEG_INFINITY] {
+            logits[0] = first;
+            made.route_generally(&logits, 0, &mut RouteState::default(), Some(&resident))?;
+        }
+        made.router = router;
         Ok(made)
     }
 
