@@ -18,6 +18,7 @@ use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::cache_aware::token::CacheTokenRouter;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::phase::PhaseRouter;
@@ -81,6 +82,7 @@ struct Bed {
     /// One token at once, and what it keeps the books in.
     token: TokenRouter,
     affinity: Affinity,
+    cache_token: CacheTokenRouter,
 }
 
 impl Bed {
@@ -119,6 +121,7 @@ impl Bed {
             plan: DispatchPlan::default(),
             token: TokenRouter::new(Scoring::softmax(), experts, top_k)?.on(isa),
             affinity: Affinity::new(experts, Decay::default())?,
+            cache_token: CacheTokenRouter::new(CacheRouter::default(), Scoring::softmax(), experts, top_k)?.on(isa),
         };
         for _ in 0..turns {
             bed.score(cell)?;
@@ -154,10 +157,19 @@ impl Bed {
         Ok(())
     }
 
+    /// The same through the memory-aware router.
+    fn route_cache_token(&mut self) -> Result<(), Failure> {
+        self.turn = (self.turn + 1) % self.inputs.len();
+        self.step += 1;
+        let logits = black_box(self.inputs[self.turn].as_slice());
+        black_box(self.cache_token.route(logits, self.step, &mut self.state, Some(&self.resident))?);
+        Ok(())
+    }
+
     /// Nanoseconds of `calls` calls of what the cell times, each on the next input.
     fn time(&mut self, cell: &Cell, calls: usize) -> Result<f64, Failure> {
         let whole = matches!(cell.what, "select-batch" | "cache");
-        if !whole && !matches!(cell.what, "plan" | "select-one") {
+        if !whole && !matches!(cell.what, "plan" | "select-one" | "cache-one") {
             // From scores on; prices that are warm come from the other batch.
             self.score(cell)?;
         }
@@ -165,6 +177,7 @@ impl Bed {
         for _ in 0..calls {
             match cell.what {
                 "select-one" => self.route_token()?,
+                "cache-one" => self.route_cache_token()?,
                 "plan" => self.plan.refill(black_box(&self.assignment)),
                 _ if whole => {
                     self.score(cell)?;
@@ -184,7 +197,33 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share).round() as usize]
 }
 
+/// Wall nanoseconds per token of threads that route one token after another side by side, each a layer of its own.
+fn side_by_side(cell: &Cell, isa: Isa, budget: Duration) -> Result<f64, String> {
+    let calls = 4096;
+    let run = || -> Result<f64, String> {
+        let mut bed = Bed::new(cell, isa).map_err(|error| error.to_string())?;
+        let (start, mut nanos, mut runs) = (Instant::now(), 0.0, 0.0);
+        while start.elapsed() < budget || runs < 5.0 {
+            nanos += bed.time(cell, calls).map_err(|error| error.to_string())?;
+            runs += 1.0;
+        }
+        Ok(nanos / (runs * calls as f64))
+    };
+    let rates = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cell.threads).map(|_| scope.spawn(run)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| "a thread ended early")?)
+            .collect::<Result<Vec<_>, _>>()
+    })?;
+    Ok(1.0 / rates.into_iter().map(|nanos: f64| 1.0 / nanos).sum::<f64>())
+}
+
 fn measure(cell: &Cell, budget: Duration) -> Result<Times, Failure> {
+    if cell.tokens == 1 && cell.threads > 1 {
+        let median = side_by_side(cell, Isa::detect(), budget)?;
+        return Ok(Times { median, p50: None, p99: None, scalar: side_by_side(cell, Isa::scalar(), budget)? });
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cell.threads).build()?;
     let (mut ours, mut scalar) = (Bed::new(cell, Isa::detect())?, Bed::new(cell, Isa::scalar())?);
     let single = cell.tokens == 1;
@@ -247,6 +286,10 @@ fn main() -> Result<(), Failure> {
     cells.push(cell("plan", 128, 8, 4096, 1));
     cells.push(cell("cache", 128, 8, 1, 1));
     cells.push(cell("cache", 8, 2, 1, 1));
+    for threads in [1, 2] {
+        cells.push(cell("cache-one", 128, 8, 1, threads));
+        cells.push(cell("cache-one", 8, 2, 1, threads));
+    }
     cells.push(cell("cache+phase", 64, 8, 4096, 1));
     for tokens in [64, 256, 1024, 16_384, 65_536] {
         cells.push(cell("phase-cold", 64, 8, tokens, 1));

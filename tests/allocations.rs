@@ -11,6 +11,7 @@ use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::cache_aware::token::CacheTokenRouter;
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
@@ -105,6 +106,24 @@ fn one_token_at_once_allocates_nothing() {
         for (step, logits) in tokens.iter().enumerate() {
             let count = allocations(|| {
                 router.route(logits, step as u64, &mut affinity, Some(&resident)).unwrap();
+            });
+            assert_eq!(count, 0, "{experts} {top_k} {step}");
+        }
+    }
+}
+
+#[test]
+fn one_token_through_the_memory_aware_router_allocates_nothing() {
+    for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (64, 32)] {
+        let cache = CacheRouter::default().with_target_hit_rate(0.9).unwrap();
+        let mut router = CacheTokenRouter::new(cache, Scoring::softmax(), experts, top_k).unwrap();
+        let (tokens, resident) = (batches(1, experts), every_other(experts));
+        let mut state = RouteState::default();
+        // The first token makes the state's affinity.
+        router.route(&tokens[0], 0, &mut state, Some(&resident)).unwrap();
+        for (step, logits) in (1..).zip(&tokens) {
+            let count = allocations(|| {
+                router.route(logits, step, &mut state, Some(&resident)).unwrap();
             });
             assert_eq!(count, 0, "{experts} {top_k} {step}");
         }

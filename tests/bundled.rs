@@ -13,6 +13,7 @@ use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::layer::Routing;
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
+use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::metrics::RouteMetrics;
@@ -36,7 +37,7 @@ fn texts(model: &Model) -> Vec<EvalText> {
 }
 
 fn figures(model: &Model, batches: &[Batch], base: &Dropless, router: RouterKind, rule: CapacityRule) -> RouterFigures {
-    let setting = Setting { router, capacity: Some(rule), seed: 42 };
+    let setting = Setting { router, capacity: Some(rule), seed: 42, cache: CacheRouter::default(), memory: None };
     run(model.decoder(), batches, &setting, base, |_| ()).unwrap()
 }
 

@@ -451,3 +451,50 @@ fn scores_of_any_size_route() {
     let request = RouteRequest::new(&none, 2, &capacity, context).unwrap();
     assert_eq!(cold(&CacheRouter::default(), &request).tokens(), 0);
 }
+
+/// Correlated tokens of 24 experts, top 4, 10 of them in memory: hits with logits that a gate made `scale` times as large. Its
+/// temperature undoes that before the softmax; `raw`, a fixed bonus on the logits as they came, does not see it.
+fn hits_at(scale: f32, raw: Option<f32>) -> (usize, Vec<Vec<usize>>) {
+    let (capacity, router) = (Capacity::unlimited(EXPERTS).unwrap(), CacheRouter::new(0.15, 0.3).unwrap());
+    let mut cache = Residency::new(EXPERTS, 10, Policy::Lru).unwrap();
+    let (mut state, mut row, mut seed) = (RouteState::default(), [0f32; EXPERTS], 3u64);
+    let (mut hits, mut chosen) = (0, Vec::new());
+    for step in 0..1500 {
+        for value in &mut row {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            *value = 0.7 * *value + (seed >> 40) as f32 / (1 << 22) as f32 - 2.0;
+        }
+        let logits = row.map(|value| value * scale);
+        let picked = match raw {
+            None => {
+                let scores = scores_of(&logits.map(|logit| logit / scale), EXPERTS);
+                let context = RouteContext { resident: Some(cache.resident()), step, ..RouteContext::default() };
+                let request = RouteRequest::new(&scores, 4, &capacity, context).unwrap();
+                ids(&router.route(&request, &mut state).unwrap(), 0)
+            }
+            Some(bonus) => {
+                let lift = |id: usize| match cache.resident().contains(ExpertId::new(id, EXPERTS).unwrap()) {
+                    true => logits[id] + bonus,
+                    false => logits[id],
+                };
+                let mut all: Vec<usize> = (0..EXPERTS).collect();
+                all.sort_by(|&a, &b| lift(b).total_cmp(&lift(a)));
+                all[..4].to_vec()
+            }
+        };
+        hits += cache.advance(&set(EXPERTS, picked.iter().copied())).unwrap().hits;
+        chosen.push(picked);
+    }
+    (hits, chosen)
+}
+
+#[test]
+fn the_bonus_means_the_same_at_any_scale_of_the_logits() {
+    let (hits, chosen) = hits_at(1.0, None);
+    for scale in [0.1, 0.3, 0.5, 2.0, 3.0, 10.0] {
+        assert_eq!(hits_at(scale, None), (hits, chosen.clone()), "{scale}");
+    }
+    // What the published router's bonus means does depend on it.
+    let fixed = |scale| hits_at(scale, Some(0.15)).0;
+    assert!(fixed(0.1) > fixed(1.0) + 300 && fixed(1.0) > fixed(10.0), "{} {} {}", fixed(0.1), fixed(1.0), fixed(10.0));
+}

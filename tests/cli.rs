@@ -94,6 +94,16 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
         (&["replay", "--max-mass-loss", "-1"], "max mass loss is -1: expected 0 to 1"),
         (&["replay", "--target-hit-rate", "2"], "target hit rate is 2: expected 0 to 1"),
         (&["replay", "--policy", "fifo"], "unknown policy `fifo`: expected one of lru, lfu, lfru, affinity"),
+        (&["replay", "--admission", "some"], "unknown admission `some`: expected one of affinity, all"),
+        (&["generate", "--prompt", "a", "--cached-experts", "33"], "cached experts is 33: expected 0 to experts 32"),
+        (
+            &["generate", "--prompt", "a", "--cache-bonus", "0.1"],
+            "--cache-bonus is for the routers cache and cache+phase",
+        ),
+        (&["compare", "--cached-experts", "8"], "--cached-experts is for the routers cache and cache+phase"),
+        (&["tune", "--cache-bonus", "0.1,-1"], "cache bonus is -1: expected a finite number, at least 0"),
+        (&["tune", "--tokens", "64", "--cached-experts", "33"], "cached experts is 33: expected 0 to experts 32"),
+        (&["tune", "--tokens", "64", "--top-k", "33"], "top_k 33 exceeds experts 32"),
         (&["replay", "--batch-tokens", "0"], "--batch-tokens is 0: expected at least 1"),
         (&["replay", "--capacity-factor", "1"], "--capacity-factor: cache knows no limit: use cache+phase"),
         (&["replay", "--tokens", "64", "--cached-experts", "33"], "cached experts is 33: expected 0 to experts 32"),
@@ -121,7 +131,7 @@ fn a_full_disk_ends_with_code_1() {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in ["compare", "generate", "trace", "route", "replay", "logits", "inspect"] {
+    for command in ["compare", "generate", "tune", "trace", "route", "replay", "logits", "inspect"] {
         let help = stdout(&run(&[command, "--help"]));
         assert!(help.contains(&format!("Example: phase-moe {command}")), "{command}");
     }
@@ -452,7 +462,7 @@ fn replay_counts_what_the_bonus_saves_on_the_bundled_model() {
         report
     };
     let text = ["--tokens", "900", "--cached-experts", "16"];
-    let plain = replay(&[&text[..], &["--router", "top-k"]].concat());
+    let plain = replay(&[&text[..], &["--router", "top-k", "--admission", "all"]].concat());
     let cache = replay(&text);
     assert!(plain["cache_bonus"].is_null() && plain["max_mass_loss"].is_null());
     assert_eq!((number(&plain, "gate_mass_kept"), number(&plain, "agreement")), (1.0, 1.0));
@@ -461,8 +471,15 @@ fn replay_counts_what_the_bonus_saves_on_the_bundled_model() {
     assert!(number(&cache, "gate_mass_kept") > 0.98, "{cache}");
     let bytes = number(&json(&["inspect", "--json"]), "bytes_per_expert");
     assert_eq!(number(&cache, "bytes_read"), bytes * number(&cache, "misses"));
-    let off = replay(&[&text[..], &["--cache-bonus", "0"]].concat());
+    let off = replay(&[&text[..], &["--cache-bonus", "0", "--admission", "all"]].concat());
     assert_eq!(off["misses"], plain["misses"]);
+    let admitted = replay(&[&text[..], &["--cache-bonus", "0"]].concat());
+    assert!(number(&admitted, "misses") < 0.95 * number(&plain, "misses"), "{admitted} {plain}");
+    // Below one token's experts too: at least four fifths of what the best policy could have hit.
+    for cached in ["1", "2", "3", "4", "6", "8"] {
+        let small = replay(&["--tokens", "6000", "--cached-experts", cached]);
+        assert!(number(&small, "hit_rate") >= 0.8 * number(&small, "belady_hit_rate"), "{small}");
+    }
 
     // A bare trace does not know what an expert weighs.
     let directory = tempfile::tempdir().unwrap();
@@ -550,4 +567,54 @@ fn a_limit_that_small_batches_switch_off_is_told() {
     assert!(output.status.success());
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.starts_with("capacity factor 1.0 per expert: no limit in 9 of 9 batches"), "{told}");
+}
+
+#[test]
+fn tune_prints_its_front_and_one_to_take() {
+    let arguments = ["tune", "--tokens", "700", "--cached-experts", "8,16", "--cache-bonus", "0,0.2", "--top-k", "3,4"];
+    let report = json(&[&arguments[..], &["--json"]].concat());
+    let rows = report["rows"].as_array().unwrap();
+    let keys = [
+        "top_k",
+        "cache_bonus",
+        "cached_experts",
+        "hit_rate",
+        "belady_hit_rate",
+        "perplexity",
+        "gate_mass_kept",
+        "tokens_per_second",
+        "bytes_read_per_token",
+        "pareto",
+    ];
+    assert_eq!(report.as_object().unwrap().len(), 2);
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        assert_eq!(row.as_object().unwrap().keys().map(String::as_str).collect::<HashSet<_>>(), keys.into());
+        assert!(number(row, "hit_rate") <= number(row, "belady_hit_rate"), "{row}");
+        assert!(number(row, "gate_mass_kept") >= 0.9 && number(row, "tokens_per_second") > 0.0, "{row}");
+    }
+    let find = |top_k: f64, bonus: f64, cached: f64| {
+        let is = |row: &&Value| {
+            number(row, "top_k") == top_k
+                && number(row, "cache_bonus") == bonus
+                && number(row, "cached_experts") == cached
+        };
+        rows.iter().find(is).unwrap()
+    };
+    assert!(number(find(4.0, 0.2, 8.0), "hit_rate") > number(find(4.0, 0.0, 8.0), "hit_rate"));
+    assert!(number(find(4.0, 0.2, 16.0), "bytes_read_per_token") < number(find(4.0, 0.2, 8.0), "bytes_read_per_token"));
+    assert!(rows.iter().any(|row| row["pareto"] == true));
+    assert!(rows.contains(&report["recommended"]));
+    let table = stdout(&run(&arguments));
+    assert!(table.contains("take") && table.lines().all(|line| line.chars().count() <= 130), "{table}");
+}
+
+#[test]
+fn generate_counts_the_hits_of_a_memory() {
+    let arguments = ["generate", "--prompt", "In the beginning", "--new-tokens", "40", "--json"];
+    assert!(json(&arguments)["hit_rate"].is_null());
+    let rate = |more: &[&str]| number(&json(&[&arguments[..], &["--cached-experts", "8"], more].concat()), "hit_rate");
+    let plain = rate(&[]);
+    assert!(plain > 0.1 && plain < rate(&["--router", "cache", "--cache-bonus", "0.3"]));
+    assert!(plain < rate(&["--router", "cache+phase", "--cache-bonus", "0.3"]));
 }

@@ -14,7 +14,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("spec", &["error", "expert", "experts", "routing"]),
     ("zoo", &["error", "routing", "spec"]),
     ("layer", &["error", "experts", "routing", "spec"]),
-    ("decoder", &["checkpoint", "error", "experts", "layer", "routing", "spec", "zoo"]),
+    ("decoder", &["checkpoint", "error", "expert", "experts", "layer", "routing", "spec", "zoo"]),
     ("eval", &["checkpoint", "decoder", "error", "expert", "experts", "layer", "routing", "spec"]),
     ("report", &["eval", "routing", "spec"]),
     ("lib", &[]),

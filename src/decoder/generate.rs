@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::model::Model;
 use super::sampling::Sampler;
 use super::{Batch, DecoderState};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layer::Routing;
 
 /// What a generation did.
@@ -63,13 +63,30 @@ pub fn generate(
     prompt: &[u32],
     new_tokens: usize,
     sampler: &mut Sampler,
+    on_token: impl FnMut(u32),
+) -> Result<Generation> {
+    generate_in(model, prompt, new_tokens, &mut model.decoder().generation_state(), sampler, on_token)
+}
+
+/// The same after what `state` has seen so far, with the experts that it has in fast memory; it is as the last token left it.
+///
+/// # Errors
+/// Those of [`generate`]; [`Error::Shape`](crate::error::Error::Shape) for a state that keeps no keys and values.
+pub fn generate_in(
+    model: &Model,
+    prompt: &[u32],
+    new_tokens: usize,
+    state: &mut DecoderState,
+    sampler: &mut Sampler,
     mut on_token: impl FnMut(u32),
 ) -> Result<Generation> {
+    if !state.keeps_text() {
+        return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
+    }
     let spec = model.decoder().spec();
-    let mut state = model.decoder().generation_state();
     let mut generation = Generation { prompt_tokens: prompt.len(), ..Generation::default() };
     let started = Instant::now();
-    let mut next = generation.step(model, prompt, &mut state, sampler)?;
+    let mut next = generation.step(model, prompt, state, sampler)?;
     generation.prefill_time = started.elapsed();
     let started = Instant::now();
     while generation.ids.len() < new_tokens && !spec.end_of_text.contains(&next) {
@@ -78,7 +95,7 @@ pub fn generate(
         if generation.ids.len() == new_tokens || state.position() == spec.max_positions {
             break;
         }
-        next = generation.step(model, &[next], &mut state, sampler)?;
+        next = generation.step(model, &[next], state, sampler)?;
         generation.decode_steps += 1;
     }
     generation.decode_time = started.elapsed();

@@ -5,6 +5,7 @@
 
 mod attention;
 pub mod generate;
+pub mod memory;
 pub mod model;
 mod norm;
 mod rotary;
@@ -18,6 +19,7 @@ use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
 use crate::decoder::attention::Attention;
+use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
@@ -87,18 +89,53 @@ impl Batch {
     }
 }
 
-/// What a decoder carries from one forward pass to the next: keys and values per layer, router state per layer.
+/// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.
 #[derive(Debug)]
 pub struct DecoderState {
     /// `None` keeps no keys and values: each forward pass is a text of its own.
     kv: Option<Vec<KvCache>>,
     routes: Vec<RouteState>,
+    /// `None` where nobody asks: then it costs nothing.
+    memory: Option<ExpertMemory>,
+    /// Forward passes so far.
+    step: u64,
 }
 
 impl DecoderState {
     /// Positions seen so far.
     pub fn position(&self) -> usize {
         self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::current_seq_len)
+    }
+
+    /// True where keys and values are kept: each forward pass goes on with the text.
+    pub fn keeps_text(&self) -> bool {
+        self.kv.is_some()
+    }
+
+    /// The same with experts in fast memory: routers see them, every forward pass advances them. A decoder refuses a memory of
+    /// other layers or experts than it has.
+    pub fn with_memory(self, memory: ExpertMemory) -> Self {
+        Self { memory: Some(memory), ..self }
+    }
+
+    /// The experts in fast memory, where somebody keeps account of them.
+    pub fn memory(&self) -> Option<&ExpertMemory> {
+        self.memory.as_ref()
+    }
+
+    /// What each layer's router has learnt.
+    pub fn routes(&self) -> &[RouteState] {
+        &self.routes
+    }
+
+    /// Forward passes so far: the clock of affinities.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
+    pub fn begin_text(&mut self) {
+        self.kv.iter_mut().flatten().for_each(KvCache::reset);
     }
 }
 
@@ -197,7 +234,7 @@ impl Decoder {
 
     /// A fresh state that keeps none, for batches of independent texts.
     pub fn batch_state(&self) -> DecoderState {
-        DecoderState { kv: None, routes: vec![RouteState::default(); self.blocks.len()] }
+        DecoderState { kv: None, routes: vec![RouteState::default(); self.blocks.len()], memory: None, step: 0 }
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
@@ -243,6 +280,13 @@ impl Decoder {
             let layers = |count: usize| format!("{count} layers");
             return Err(Error::shape("decoder state", layers(self.blocks.len()), layers(state.routes.len())));
         }
+        if let Some(memory) = &state.memory {
+            let sizes = |layers: usize, experts: usize| format!("{layers} layers of {experts} experts");
+            let (got, expected) = ((memory.layers(), memory.experts()), (self.blocks.len(), self.spec.moe.experts));
+            if got != expected {
+                return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
+            }
+        }
         let start = state.position();
         if start + batch.positions > self.spec.max_positions {
             let expected = format!("at most the model's {}", self.spec.max_positions);
@@ -261,10 +305,16 @@ impl Decoder {
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
             let normed = block.moe_norm.forward(&hidden)?;
-            let (output, routing) = block.moe.forward_in(&normed, batch.context(layer), &mut state.routes[layer])?;
+            let resident = state.memory.as_ref().and_then(|memory| memory.resident(layer));
+            let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
+            let (output, routing) = block.moe.forward_in(&normed, context, &mut state.routes[layer])?;
+            if let Some(memory) = &mut state.memory {
+                memory.advance(layer, &routing.assignment)?;
+            }
             observe(layer, routing)?;
             hidden = (hidden + output)?;
         }
+        state.step = state.step.saturating_add(1);
         Ok(self.norm.forward(&hidden)?)
     }
 }

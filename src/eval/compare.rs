@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::perplexity::Perplexity;
+use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::Result;
 use crate::layer::Routing;
+use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{CapacityRule, Rounding, Shares};
 use crate::routing::metrics::RouteMetrics;
 use crate::routing::phase::PhaseRouter;
@@ -27,6 +29,10 @@ pub struct Setting {
     pub capacity: Option<CapacityRule>,
     /// For routers that draw.
     pub seed: u64,
+    /// For memory-aware routers.
+    pub cache: CacheRouter,
+    /// Experts in fast memory at the start, for routers that look at them; `None` where nobody keeps account.
+    pub memory: Option<ExpertMemory>,
 }
 
 /// What one router did with all batches, means over layers and batches unless said otherwise. Rates and shares are
@@ -121,9 +127,12 @@ pub fn run(
     mut progress: impl FnMut(u64),
 ) -> Result<RouterFigures> {
     let mut decoder = decoder.clone();
-    let router: Arc<dyn Router> = Arc::from(setting.router.build(setting.seed));
+    let router: Arc<dyn Router> = Arc::from(setting.router.build_with(setting.seed, &setting.cache));
     decoder.set_router(router.clone(), setting.capacity.clone());
     let mut state = decoder.batch_state();
+    if let Some(memory) = &setting.memory {
+        state = state.with_memory(memory.clone());
+    }
     let mut bounds = BoundTracker::new(router.as_ref(), decoder.spec().layers);
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     for batch in batches {

@@ -10,9 +10,10 @@ use serde::Serialize;
 
 use super::offline::Room;
 use super::trace::{GateTrace, LayerTrace};
+use crate::decoder::memory::{Admission, ExpertMemory};
 use crate::error::{Error, Result};
 use crate::experts::belady::RequestLog;
-use crate::experts::residency::{Policy, Residency};
+use crate::experts::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::logits::Logits;
 use crate::routing::requests::Requests;
@@ -34,6 +35,8 @@ pub struct Replay<'a> {
     pub cached_experts: usize,
     /// Who leaves it.
     pub policy: Policy,
+    /// Who enters it.
+    pub admission: Admission,
 }
 
 /// What a replay did, all layers together.
@@ -107,7 +110,7 @@ impl Replay<'_> {
         progress: &mut impl FnMut(u64),
     ) -> Result<()> {
         let experts = trace.experts;
-        let mut cache = Residency::new(experts, self.cached_experts, self.policy)?;
+        let mut memory = ExpertMemory::new(1, experts, self.cached_experts, self.policy, self.admission)?;
         let (mut state, mut plain_state, mut scratch) =
             (RouteState::default(), RouteState::default(), Scratch::default());
         let (mut assignment, mut plain, mut log) =
@@ -120,7 +123,7 @@ impl Replay<'_> {
                 layer: layer.layer,
                 token_ids: trace.token_ids.as_ref().map(|ids| &ids[start..start + tokens]),
                 step: step as u64,
-                resident: Some(cache.resident()),
+                resident: memory.resident(0),
                 ..RouteContext::default()
             };
             let request = RouteRequest::new(&scores, self.top_k, &capacity, context)?;
@@ -137,13 +140,12 @@ impl Replay<'_> {
                 sums.slots += plain.slots(token).count() as u64;
                 sums.agreeing += plain.slots(token).filter(|&(expert, _)| has(expert)).count() as u64;
             }
-            let requests = Requests::new(&assignment, Some(cache.resident()))?;
-            log.push(requests.wanted());
-            cache.advance(requests.wanted())?;
-            sums.requests += requests.len() as u64;
-            sums.hits += requests.hits() as u64;
+            log.push(Requests::new(&assignment, None)?.wanted());
+            memory.advance(0, &assignment)?;
             progress(tokens as u64);
         }
+        sums.requests += memory.requests();
+        sums.hits += memory.hits();
         sums.belady += log.most_hits(self.cached_experts) as u64;
         sums.bonuses.extend(state.bonus());
         Ok(())
@@ -180,8 +182,8 @@ mod tests {
     }
 
     fn replay(router: &dyn Router, cached_experts: usize, batch_tokens: usize) -> ReplayFigures {
-        let replay =
-            Replay { router, top_k: 4, room: &Room::Unlimited, batch_tokens, cached_experts, policy: Policy::Lru };
+        let (room, policy, admission) = (&Room::Unlimited, Policy::Lru, Admission::All);
+        let replay = Replay { router, top_k: 4, room, batch_tokens, cached_experts, policy, admission };
         replay.run(&trace(500), |_| ()).unwrap()
     }
 
@@ -213,8 +215,9 @@ mod tests {
     fn mistakes_are_named() {
         let (room, router) = (Room::Unlimited, TopK { drop: None });
         let replay = |cached_experts, batch_tokens| {
+            let (policy, admission) = (Policy::Lru, Admission::default());
             let replay =
-                Replay { router: &router, top_k: 4, room: &room, batch_tokens, cached_experts, policy: Policy::Lru };
+                Replay { router: &router, top_k: 4, room: &room, batch_tokens, cached_experts, policy, admission };
             replay.run(&trace(2), |_| ()).unwrap_err().to_string()
         };
         assert_eq!(replay(17, 1), "cached experts is 17: expected 0 to experts 16");

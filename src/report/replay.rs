@@ -17,6 +17,9 @@ pub struct ReplayReport {
     pub router: &'static str,
     /// Name of the eviction policy.
     pub policy: &'static str,
+    /// Name of what lets experts in.
+    #[serde(skip)]
+    pub admission: &'static str,
     /// Experts of a layer that fit.
     pub cached_experts: usize,
     /// Bonus of a resident expert, in score ranges; `None` for a router that is not memory-aware.
@@ -28,7 +31,7 @@ pub struct ReplayReport {
     pub figures: ReplayFigures,
     /// Misses times the bytes of an expert; `None` where those are not known.
     pub bytes_read: Option<u64>,
-    /// Routers that see no cache, by name, under the same policy; the last is what the router's saving is measured against.
+    /// Routers that see no cache, by name, under the same policy and with every miss admitted; the last is what the router's saving is measured against.
     #[serde(skip)]
     pub beside: Vec<(&'static str, ReplayFigures)>,
     /// Bytes of an expert, where they are known.
@@ -39,7 +42,8 @@ pub struct ReplayReport {
 impl Display for ReplayReport {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.source)?;
-        writeln!(f, "{} experts a layer in fast memory, policy {}", self.cached_experts, self.policy)?;
+        let (cached, policy, admission) = (self.cached_experts, self.policy, self.admission);
+        writeln!(f, "{cached} experts a layer in fast memory, policy {policy}, admission {admission}")?;
         if let (Some(bonus), Some(loss)) = (self.cache_bonus, self.max_mass_loss) {
             let now = self.figures.bonus.map_or(String::new(), |now| format!(" at the start, {now:.3} at the end"));
             writeln!(f, "bonus {bonus:?} score ranges{now}, at most {} of a token's gate mass", percent(Some(loss)))?;

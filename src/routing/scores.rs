@@ -323,6 +323,21 @@ impl Scores {
         Ok(())
     }
 
+    /// Becomes the scores of one token of `all`, a batch of its own.
+    #[cfg(feature = "candle")]
+    pub(crate) fn refill_from(&mut self, all: &Self, token: usize) {
+        let row = token * all.experts..(token + 1) * all.experts;
+        self.gate.clear();
+        self.gate.extend_from_slice(&all.gate[row.clone()]);
+        self.selection.clear();
+        if all.adjusted {
+            self.selection.extend_from_slice(&all.selection[row]);
+        }
+        (self.adjusted, self.masked) = (all.adjusted, all.masked);
+        (self.tokens, self.experts) = (1, all.experts);
+        (self.normalize, self.scale) = (all.normalize, all.scale);
+    }
+
     /// True when some expert is masked for some token.
     pub fn has_masks(&self) -> bool {
         self.masked

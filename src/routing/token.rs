@@ -85,6 +85,10 @@ pub struct RoutedToken<'a> {
 }
 
 impl<'a> RoutedToken<'a> {
+    pub(super) fn new(experts: &'a [ExpertId], weights: &'a [f32], missing: &'a ExpertSet) -> Self {
+        Self { experts, weights, missing }
+    }
+
     /// The experts, `[top_k]`; fewer where the others are masked.
     pub fn experts(&self) -> &'a [ExpertId] {
         self.experts
@@ -231,65 +235,124 @@ impl Kernel for Select<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> bool {
         let Self { logits, scoring, top_k, guess, ids, weights } = self;
-        let (whole, rest) = logits.as_chunks::<LANES>();
-        let (limit, zero) = (lanes.splat(f32::MAX), lanes.splat(0.0));
-        let last = lanes.load_part(rest, f32::NEG_INFINITY);
-        let (mut most, mut within) = (last, lanes.ge(limit, last));
-        for logits in whole {
-            let logits = lanes.load(logits);
-            most = lanes.max(most, logits);
-            within &= lanes.ge(limit, logits);
-        }
-        let largest = lanes.fold_max(most);
-        if within != u16::MAX || largest == f32::NEG_INFINITY {
-            return false;
-        }
-        let largest = lanes.splat(largest);
-        let Some(found) = leading(lanes, logits, most, top_k + 1, guess) else { return false };
-
-        // The same operations in the same order as in the softmax of a whole row.
-        let mut sum = zero;
-        for logits in whole {
-            sum = lanes.add(sum, exp(lanes, lanes.sub(lanes.load(logits), largest)));
-        }
-        if !rest.is_empty() {
-            sum = lanes.add(sum, exp(lanes, lanes.sub(last, largest)));
-        }
-        let share = lanes.splat(1.0 / lanes.fold_sum(sum));
-        let scores = lanes.mul(exp(lanes, lanes.sub(found.values, largest)), share);
-
-        let order = lanes.falling(found.values, found.count);
-        let (these, next) = (lanes.permute(found.values, order), lanes.permute(found.values, order >> 4));
-        let below = lanes.sub(these, largest);
-        let apart = u32::from(lanes.ge(lanes.sub(below, lanes.sub(next, largest)), lanes.splat(APART)));
-        let equal = u32::from(lanes.ge(next, these));
-        let normal = u32::from(lanes.ge(below, lanes.splat(NORMAL)));
-        // What comes after the last of those found is known only where it is nothing.
-        let apart = match logits.len() {
-            ..=LANES => apart | 1 << (LANES - 1),
-            _ => apart & ((1 << (found.count - 1)) - 1),
-        };
-        let taken = (1u32 << top_k) - 1;
-        // Equals of the last one taken come after it, until one that is worse beyond doubt.
-        let end = top_k - 1 + (!(equal >> (top_k - 1))).trailing_zeros() as usize;
-        if normal & taken != taken || (apart | equal) & (taken >> 1) != taken >> 1 || apart >> end & 1 == 0 {
-            return false;
-        }
-
-        let scores = lanes.permute(scores, order);
+        let Some(top) = best_of::<L, false>(lanes, logits, top_k, guess) else { return false };
         if scoring.normalize {
-            lanes.store(scores, weights);
+            lanes.store(top.scores, weights);
             scale_weights(&mut weights[..top_k], true, scoring.scale);
         } else {
-            lanes.store(lanes.mul(scores, lanes.splat(scoring.scale)), weights);
+            lanes.store(lanes.mul(top.scores, lanes.splat(scoring.scale)), weights);
         }
         let mut numbers = [0.0; LANES];
-        lanes.store(lanes.permute(found.ids, order), &mut numbers);
+        lanes.store(top.ids, &mut numbers);
         for (id, number) in ids.iter_mut().zip(numbers) {
             *id = ExpertId::from_raw(number.to_bits() as u16);
         }
         true
     }
+}
+
+/// The best of a row, best first, and what makes scores of its logits.
+pub(super) struct Top<L: Lanes> {
+    pub(super) scores: L::Vector,
+    /// In the lowest bits of each float.
+    pub(super) ids: L::Vector,
+    /// The largest logit, and one over the sum of exponentials.
+    pub(super) largest: L::Vector,
+    pub(super) share: L::Vector,
+    /// The smallest and the largest score, where they were asked for.
+    pub(super) extremes: (f32, f32),
+}
+
+/// The best `top_k < 16` of a row of logits; `None` where the order of logits may not be that of scores, or some logit is not
+/// allowed. Looks for the extreme scores with `RANGE`; then no logit may be masked.
+#[inline(always)]
+pub(super) fn best_of<L: Lanes, const RANGE: bool>(
+    lanes: L,
+    logits: &[f32],
+    top_k: usize,
+    guess: usize,
+) -> Option<Top<L>> {
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    let (limit, zero) = (lanes.splat(f32::MAX), lanes.splat(0.0));
+    let last = lanes.load_part(rest, f32::NEG_INFINITY);
+    let (mut most, mut within) = (last, lanes.ge(limit, last));
+    for logits in whole {
+        let logits = lanes.load(logits);
+        most = lanes.max(most, logits);
+        within &= lanes.ge(limit, logits);
+    }
+    let largest = lanes.fold_max(most);
+    if within != u16::MAX || largest == f32::NEG_INFINITY {
+        return None;
+    }
+    let largest = lanes.splat(largest);
+    let found = leading(lanes, logits, most, top_k + 1, guess)?;
+
+    // The same operations in the same order as in the softmax of a whole row.
+    let (mut sum, mut high, mut low) = (zero, zero, lanes.splat(-1e30));
+    for logits in whole {
+        let power = exp(lanes, lanes.sub(lanes.load(logits), largest));
+        sum = lanes.add(sum, power);
+        if RANGE {
+            high = lanes.max(high, power);
+            low = lanes.max(low, lanes.sub(zero, power));
+        }
+    }
+    if !rest.is_empty() {
+        let power = exp(lanes, lanes.sub(last, largest));
+        sum = lanes.add(sum, power);
+        if RANGE {
+            high = lanes.max(high, power);
+            let behind = (0xffff_u32 << rest.len()) as u16;
+            low = lanes.max(low, lanes.blend(behind, lanes.splat(-1e30), lanes.sub(zero, power)));
+        }
+    }
+    let share = 1.0 / lanes.fold_sum(sum);
+    let mut extremes = (0.0, 0.0);
+    if RANGE {
+        let low = -lanes.fold_max(low);
+        // An exponential of 0 may be that of a masked logit.
+        if low <= 0.0 {
+            return None;
+        }
+        // Rounding keeps order, so the product of the smallest is the smallest product.
+        extremes = (low * share, lanes.fold_max(high) * share);
+    }
+    let share = lanes.splat(share);
+    let scores = lanes.mul(exp(lanes, lanes.sub(found.values, largest)), share);
+    let order = lanes.falling(found.values, found.count);
+    let all = logits.len() <= LANES;
+    if !is_settled(lanes, (found.values, found.count), order, largest, top_k, all) {
+        return None;
+    }
+    let (scores, ids) = (lanes.permute(scores, order), lanes.permute(found.ids, order));
+    Some(Top { scores, ids, largest, share, extremes })
+}
+
+/// Whether the first `taken` of `values` in falling `order` would be the same by score; `all` says that there are no others.
+#[inline(always)]
+pub(super) fn is_settled<L: Lanes>(
+    lanes: L,
+    (values, count): (L::Vector, usize),
+    order: u64,
+    largest: L::Vector,
+    taken: usize,
+    all: bool,
+) -> bool {
+    let (these, next) = (lanes.permute(values, order), lanes.permute(values, order >> 4));
+    let below = lanes.sub(these, largest);
+    let apart = u32::from(lanes.ge(lanes.sub(below, lanes.sub(next, largest)), lanes.splat(APART)));
+    let equal = u32::from(lanes.ge(next, these));
+    let normal = u32::from(lanes.ge(below, lanes.splat(NORMAL)));
+    // What comes after the last of those found is known only where it is nothing.
+    let apart = match all {
+        true => apart | 1 << (LANES - 1),
+        false => apart & ((1 << (count - 1)) - 1),
+    };
+    let first = (1u32 << taken) - 1;
+    // Equals of the last one taken come after it, until one that is worse beyond doubt.
+    let end = taken - 1 + (!(equal >> (taken - 1))).trailing_zeros() as usize;
+    normal & first == first && (apart | equal) & (first >> 1) == first >> 1 && apart >> end & 1 == 1
 }
 
 #[cfg(test)]

@@ -164,7 +164,7 @@ pub(crate) fn leading<L: Lanes>(
 
 /// The values of a row that are at least `split`, the first sixteen of them; the count is one of seventeen where there are more.
 #[inline(always)]
-fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
+pub(crate) fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
     let least = lanes.splat(f32::NEG_INFINITY);
     let (whole, rest) = row.as_chunks::<LANES>();
     let (mut values, mut ids) = (least, least);

@@ -4,12 +4,17 @@ use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
+use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::eval::compare::{Setting, dropless, run};
 use phase_moe::report::compare::{CompareReport, ModelSummary, TextSummary};
+use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::RouterKind;
 
-use crate::options::{CapacityOptions, Global, ModelOptions, TextOptions, parse, print_json, warn_unlimited};
+use crate::options::{
+    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, UserMistake, parse, print_json,
+    warn_unlimited,
+};
 
 /// Runs the model over text with each router at each capacity and prints one table.
 ///
@@ -22,7 +27,7 @@ pub struct Compare {
     model: ModelOptions,
     #[command(flatten)]
     text: TextOptions,
-    /// Routers to compare [default: all but cache and cache+phase, for which only the batch union counts here]
+    /// Routers to compare [default: all but cache and cache+phase, which are run where they are named]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = parse::<RouterKind>)]
     router: Vec<RouterKind>,
     /// Experts per token [default: the model's]
@@ -33,6 +38,14 @@ pub struct Compare {
     capacity_factor: Vec<f64>,
     #[command(flatten)]
     capacity: CapacityOptions,
+    /// Keep account of a memory with room for this many experts of a layer, for cache and cache+phase, which else see only what
+    /// the batch itself loads [default: none]
+    #[arg(long, value_name = "N")]
+    cached_experts: Option<usize>,
+    #[command(flatten)]
+    memory: MemoryOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
@@ -40,6 +53,12 @@ pub struct Compare {
 
 impl Compare {
     pub fn run(self, global: &Global) -> Result<()> {
+        let aware = self.router.iter().copied().find(|kind| is_aware(*kind));
+        let cache = self.cache.settings(aware.unwrap_or(RouterKind::TopK))?;
+        if self.cached_experts.is_some() && aware.is_none() {
+            let message = "--cached-experts is for the routers cache and cache+phase: name one with --router";
+            return Err(UserMistake(message.into()).into());
+        }
         self.capacity.rule(1.0)?; // Options that contradict each other are found before the model is loaded.
         let mut model = self.model.load()?;
         if let Some(top_k) = self.top_k {
@@ -60,7 +79,11 @@ impl Compare {
             }
             warn_unlimited(rule, unlimited, batches.len());
         }
-        let settings = self.settings(&rules);
+        let memory = self.cached_experts.map(|cached| {
+            let MemoryOptions { policy, admission } = self.memory;
+            ExpertMemory::new(model.decoder().spec().layers, moe.experts, cached, policy, admission)
+        });
+        let settings = self.settings(&rules, &cache, memory.transpose()?);
         let bar = global.progress(tokens * (1 + settings.len() as u64));
 
         bar.set_message("dropless");
@@ -102,14 +125,18 @@ impl Compare {
     }
 
     /// Unlimited top-k once, then every other router at every capacity.
-    fn settings(&self, rules: &[CapacityRule]) -> Vec<Setting> {
+    fn settings(&self, rules: &[CapacityRule], cache: &CacheRouter, memory: Option<ExpertMemory>) -> Vec<Setting> {
         let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
         let seed = self.capacity.seed;
         let unlimited = routers.iter().filter(|kind| !limited(kind));
-        let mut settings: Vec<Setting> = unlimited.map(|&router| Setting { router, capacity: None, seed }).collect();
+        let setting = |router: RouterKind, capacity: Option<CapacityRule>| {
+            let memory = memory.clone().filter(|_| is_aware(router));
+            Setting { router, capacity, seed, cache: cache.clone(), memory }
+        };
+        let mut settings: Vec<Setting> = unlimited.map(|&router| setting(router, None)).collect();
         for rule in rules {
             let limited = routers.iter().filter(|kind| limited(kind));
-            settings.extend(limited.map(|&router| Setting { router, capacity: Some(rule.clone()), seed }));
+            settings.extend(limited.map(|&router| setting(router, Some(rule.clone()))));
         }
         settings
     }
@@ -131,8 +158,11 @@ fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
 
 /// Every router but the memory-aware ones: without an expert cache they have little to go by.
 fn default_routers() -> Vec<RouterKind> {
-    let aware = |kind: &RouterKind| matches!(kind, RouterKind::Cache | RouterKind::CachePhase);
-    RouterKind::ALL.into_iter().filter(|kind| !aware(kind)).collect()
+    RouterKind::ALL.into_iter().filter(|kind| !is_aware(*kind)).collect()
+}
+
+fn is_aware(kind: RouterKind) -> bool {
+    matches!(kind, RouterKind::Cache | RouterKind::CachePhase)
 }
 
 /// False for routers that know no capacity: one row says it all.

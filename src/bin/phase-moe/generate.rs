@@ -4,13 +4,15 @@ use std::io::{IsTerminal, Write};
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::generate::generate;
+use phase_moe::decoder::generate::generate_in;
+use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
 use crate::options::{
-    CapacityOptions, Global, ModelOptions, UserMistake, parse, print_json, set_routing, warn_unlimited,
+    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, set_routing,
+    warn_unlimited,
 };
 
 /// Continues a prompt with a chosen router and prints statistics at the end.
@@ -43,6 +45,14 @@ pub struct Generate {
     capacity_factor: Option<f64>,
     #[command(flatten)]
     capacity: CapacityOptions,
+    /// Keep account of a memory with room for this many experts of a layer, for its hit rate and for the routers cache and
+    /// cache+phase [default: none]
+    #[arg(long, value_name = "N")]
+    cached_experts: Option<usize>,
+    #[command(flatten)]
+    memory: MemoryOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
     /// One JSON document instead of the text
     #[arg(long)]
     json: bool,
@@ -56,8 +66,9 @@ struct Output {
     prefill_tokens_per_second: f64,
     decode_tokens_per_second: Option<f64>,
     survival: f64,
-    /// These three need an expert cache.
+    /// Needs `--cached-experts`.
     hit_rate: Option<f64>,
+    /// These two need experts that are read from a file.
     expert_bytes_read: Option<u64>,
     peak_resident_expert_bytes: Option<u64>,
 }
@@ -65,9 +76,17 @@ struct Output {
 impl Generate {
     pub fn run(self, global: &Global) -> Result<()> {
         let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
+        let settings = self.cache.settings(self.router)?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         let mut model = self.model.load()?;
-        set_routing(&mut model, self.router, rule.clone(), self.top_k, self.capacity.seed)?;
+        let router = self.router.build_with(self.capacity.seed, &settings);
+        set_routing(&mut model, router, rule.clone(), self.top_k)?;
+        let mut state = model.decoder().generation_state();
+        if let Some(cached) = self.cached_experts {
+            let (layers, experts) = (model.decoder().spec().layers, model.decoder().spec().moe.experts);
+            let MemoryOptions { policy, admission } = self.memory;
+            state = state.with_memory(ExpertMemory::new(layers, experts, cached, policy, admission)?);
+        }
         let prompt = model.encode(&self.prompt)?;
         if prompt.is_empty() {
             return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());
@@ -79,7 +98,7 @@ impl Generate {
         }
         let bar = global.progress(self.new_tokens as u64);
         bar.set_message("generating");
-        let generation = generate(&model, &prompt, self.new_tokens, &mut sampler, |_| bar.inc(1))?;
+        let generation = generate_in(&model, &prompt, self.new_tokens, &mut state, &mut sampler, |_| bar.inc(1))?;
         drop(bar);
         let output = Output {
             text: model.decode(&generation.ids)?,
@@ -88,7 +107,7 @@ impl Generate {
             prefill_tokens_per_second: generation.prefill_tokens_per_second(),
             decode_tokens_per_second: generation.decode_tokens_per_second(),
             survival: generation.survival(),
-            hit_rate: None,
+            hit_rate: state.memory().and_then(ExpertMemory::hit_rate),
             expert_bytes_read: None,
             peak_resident_expert_bytes: None,
         };
@@ -106,8 +125,9 @@ impl Generate {
         }
         writeln!(out, "{}", output.text)?;
         let decode = output.decode_tokens_per_second.map_or("–".into(), |rate| format!("{rate:.0}"));
+        let hits = output.hit_rate.map_or(String::new(), |rate| format!(", {:.1} % of experts hit", 100.0 * rate));
         eprintln!(
-            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept",
+            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}",
             output.prompt_tokens,
             output.prefill_tokens_per_second,
             output.new_tokens,

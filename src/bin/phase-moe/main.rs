@@ -10,6 +10,7 @@ mod options;
 mod replay;
 mod route;
 mod trace;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ struct Cli {
 enum Command {
     Compare(compare::Compare),
     Generate(generate::Generate),
+    Tune(tune::Tune),
     Trace(trace::Trace),
     Route(route::Route),
     Replay(replay::Replay),
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         match command {
             Command::Compare(command) => command.run(&global),
             Command::Generate(command) => command.run(&global),
+            Command::Tune(command) => command.run(&global),
             Command::Trace(command) => command.run(&global),
             Command::Route(command) => command.run(),
             Command::Replay(command) => command.run(&global),

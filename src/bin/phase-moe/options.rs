@@ -9,13 +9,16 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use phase_moe::decoder::memory::Admission;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
 use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::experts::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::router::Router;
 
 use crate::bundled;
 
@@ -303,6 +306,11 @@ pub struct CacheOptions {
 }
 
 impl CacheOptions {
+    /// Those that a sweep over bonuses takes.
+    pub fn of(max_mass_loss: Option<f64>, keep_top: Option<usize>) -> Self {
+        Self { cache_bonus: None, max_mass_loss, keep_top, target_hit_rate: None }
+    }
+
     /// The settings of the memory-aware routers, for `router`; options that say nothing to it are a mistake.
     pub fn settings(&self, router: RouterKind) -> Result<CacheRouter> {
         let given = [
@@ -329,18 +337,28 @@ impl CacheOptions {
     }
 }
 
+/// What goes in and out of fast memory.
+#[derive(Args)]
+pub struct MemoryOptions {
+    /// Who leaves fast memory: lru or lfu
+    #[arg(long, value_name = "NAME", default_value = "lru", value_parser = parse::<Policy>)]
+    pub policy: Policy,
+    /// Which misses enter it: those used enough (affinity) or all
+    #[arg(long, value_name = "NAME", default_value = "affinity", value_parser = parse::<Admission>)]
+    pub admission: Admission,
+}
+
 /// Sets router, room and top-k of every layer.
 pub fn set_routing(
     model: &mut Model,
-    router: RouterKind,
+    router: Box<dyn Router>,
     rule: Option<CapacityRule>,
     top_k: Option<usize>,
-    seed: u64,
 ) -> Result<()> {
     if let Some(top_k) = top_k {
         model.decoder_mut().set_top_k(top_k)?;
     }
-    model.decoder_mut().set_router(Arc::from(router.build(seed)), rule);
+    model.decoder_mut().set_router(Arc::from(router), rule);
     Ok(())
 }
 

@@ -5,24 +5,24 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use phase_moe::decoder::memory::Admission;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay as Replayer;
 use phase_moe::eval::trace::GateTrace;
-use phase_moe::experts::residency::Policy;
 use phase_moe::report::replay::ReplayReport;
 use phase_moe::routing::registry::RouterKind;
 
 use crate::inspect::Experts;
 use crate::options::{
-    Batches, CacheOptions, CapacityOptions, Global, ModelSource, TextOptions, UserMistake, parse, print_json,
-    warn_unlimited,
+    Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,
+    print_json, warn_unlimited,
 };
 
 /// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.
 ///
 /// Without --logits the model runs over text first, as `trace` does. A step is one token (decode) unless --batch-tokens says
-/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy: plain top-k, and phase for cache+phase.
+/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy and every miss admitted: plain top-k, and phase for cache+phase.
 ///
 /// Example: phase-moe replay --cached-experts 16 --cache-bonus 0.2 --max-mass-loss 0.1
 #[derive(Args)]
@@ -47,9 +47,8 @@ pub struct Replay {
     /// Experts of a layer that fit into fast memory [default: half of them]
     #[arg(long, value_name = "N")]
     cached_experts: Option<usize>,
-    /// Who leaves fast memory: lru, lfu, lfru or affinity
-    #[arg(long, value_name = "NAME", default_value = "lru", value_parser = parse::<Policy>)]
-    policy: Policy,
+    #[command(flatten)]
+    memory: MemoryOptions,
     #[command(flatten)]
     cache: CacheOptions,
     /// Tokens per step
@@ -102,7 +101,8 @@ impl Replay {
             room: &room,
             batch_tokens: self.batch_tokens,
             cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
-            policy: self.policy,
+            policy: self.memory.policy,
+            admission: self.memory.admission,
         };
         let beside: &[RouterKind] = match self.router {
             RouterKind::TopK => &[],
@@ -114,7 +114,8 @@ impl Replay {
         let figures = replay.run(&trace, |tokens| bar.inc(tokens))?;
         let blind = |kind: &RouterKind| -> Result<_> {
             let router = kind.build(self.capacity.seed);
-            let figures = Replayer { router: router.as_ref(), ..replay }.run(&trace, |tokens| bar.inc(tokens))?;
+            let blind = Replayer { router: router.as_ref(), admission: Admission::All, ..replay };
+            let figures = blind.run(&trace, |tokens| bar.inc(tokens))?;
             Ok((kind.name(), figures))
         };
         let beside = beside.iter().map(blind).collect::<Result<_>>()?;
@@ -128,7 +129,8 @@ impl Replay {
                 trace.experts
             ),
             router: self.router.name(),
-            policy: self.policy.name(),
+            policy: self.memory.policy.name(),
+            admission: self.memory.admission.name(),
             cached_experts: replay.cached_experts,
             cache_bonus: aware.then(|| settings.bonus()),
             max_mass_loss: aware.then(|| settings.max_mass_loss()),

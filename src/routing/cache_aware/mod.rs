@@ -38,6 +38,7 @@
 mod limited;
 mod range;
 mod swap;
+pub mod token;
 
 use self::limited::Limited;
 use self::swap::{Swaps, Terms, is_in, set_bit};
@@ -100,6 +101,15 @@ impl CacheRouter {
         Ok(Self { bonus, max_mass_loss, ..Self::default() })
     }
 
+    /// The same with another bonus.
+    ///
+    /// # Errors
+    /// Those of [`CacheRouter::new`].
+    pub fn with_bonus(self, bonus: f64) -> Result<Self> {
+        Self::new(bonus, self.max_mass_loss)?;
+        Ok(Self { bonus, ..self })
+    }
+
     /// The same, leaving each token its `keep_top` best experts.
     pub fn with_keep_top(self, keep_top: usize) -> Self {
         Self { keep_top, ..self }
@@ -149,9 +159,17 @@ impl CacheRouter {
 
     /// The bonus of this batch; 0 switches swaps off.
     fn bonus_now(&self, state: &mut RouteState) -> f64 {
+        let bonus = self.bonus_in(state);
+        if self.target_hit_rate.is_some() && self.max_mass_loss > 0.0 {
+            state.bonus = Some(bonus);
+        }
+        bonus
+    }
+
+    fn bonus_in(&self, state: &RouteState) -> f64 {
         match self.target_hit_rate {
             _ if self.max_mass_loss == 0.0 => 0.0,
-            Some(_) => *state.bonus.get_or_insert(self.bonus.min(MOST_BONUS)),
+            Some(_) => state.bonus.unwrap_or(self.bonus.min(MOST_BONUS)),
             None => self.bonus,
         }
     }
@@ -165,11 +183,43 @@ impl CacheRouter {
         buffers: &mut Buffers,
     ) -> Option<Terms> {
         if let Some(now) = range::of_batch(request, isa, &mut buffers.ranges) {
-            let before = state.score_range.unwrap_or(now);
-            state.score_range = Some(before + (now - before) * RANGE_RATE);
+            state.score_range = Some(running(state.score_range, now));
         }
-        let lift = self.bonus_now(state) * state.score_range.unwrap_or(0.0);
+        self.terms_at(state.score_range.unwrap_or(0.0), state)
+    }
+
+    /// Whether the state is of such a layer, and of this router's memory.
+    fn is_known(&self, experts: usize, state: &RouteState) -> bool {
+        let known = |affinity: &Affinity| affinity.experts() == experts && affinity.decay() == self.decay;
+        state.affinity.as_ref().is_some_and(known)
+    }
+
+    /// A state that saw another layer, or another router's memory, becomes cold.
+    fn prepare(&self, experts: usize, state: &mut RouteState) -> Result<()> {
+        if !self.is_known(experts, state) {
+            (state.score_range, state.bonus) = (None, None);
+            state.affinity = Some(Affinity::new(experts, self.decay)?);
+        }
+        if self.target_hit_rate.is_none() {
+            state.bonus = None;
+        }
+        Ok(())
+    }
+
+    /// The terms of swaps with this score range; `None` where they are off.
+    fn terms_at(&self, range: f64, state: &mut RouteState) -> Option<Terms> {
+        let lift = self.bonus_now(state) * range;
         (lift > 0.0).then_some(Terms { lift, max_mass_loss: self.max_mass_loss, keep_top: self.keep_top })
+    }
+
+    /// The controller's next bonus after a step with so many `hits` and `requests`.
+    fn steer(&self, hits: u32, requests: u32, state: &mut RouteState) {
+        if let (Some(target), Some(bonus)) = (self.target_hit_rate, &mut state.bonus)
+            && requests > 0
+        {
+            let rate = f64::from(hits) / f64::from(requests);
+            *bonus = (*bonus + GAIN * (target - rate)).clamp(0.0, MOST_BONUS);
+        }
     }
 
     /// After routing: use of the experts, and the controller's next bonus.
@@ -178,20 +228,20 @@ impl CacheRouter {
         let Some(affinity) = &mut state.affinity else { return };
         let chosen = || assignment.raw().iter().copied().filter(|&expert| expert != EMPTY);
         chosen().for_each(|expert| affinity.use_expert(ExpertId::from_raw(expert), context.step));
-        let (Some(target), Some(bonus), Some(resident)) = (self.target_hit_rate, &mut state.bonus, context.resident)
-        else {
-            return;
-        };
+        let (Some(_), Some(resident)) = (self.target_hit_rate, context.resident) else { return };
         used.clear();
         used.resize(resident.words().len(), 0);
         chosen().for_each(|expert| set_bit(used, expert));
         let requests: u32 = used.iter().map(|word| word.count_ones()).sum();
         let hits: u32 = used.iter().zip(resident.words()).map(|(used, resident)| (used & resident).count_ones()).sum();
-        if requests > 0 {
-            let rate = f64::from(hits) / f64::from(requests);
-            *bonus = (*bonus + GAIN * (target - rate)).clamp(0.0, MOST_BONUS);
-        }
+        self.steer(hits, requests, state);
     }
+}
+
+/// The running score range after a batch with the range `now`.
+fn running(before: Option<f64>, now: f64) -> f64 {
+    let before = before.unwrap_or(now);
+    before + (now - before) * RANGE_RATE
 }
 
 /// What the router reuses from call to call.
@@ -224,15 +274,7 @@ impl Router for CacheRouter {
         assignment: &mut Assignment,
     ) -> Result<()> {
         let (scores, top_k, isa) = (request.scores(), request.top_k(), scratch.isa());
-        // A state that saw another layer, or another router's memory, is cold.
-        let known = |affinity: &Affinity| affinity.experts() == scores.experts() && affinity.decay() == self.decay;
-        if !state.affinity.as_ref().is_some_and(known) {
-            (state.score_range, state.bonus) = (None, None);
-            state.affinity = Some(Affinity::new(scores.experts(), self.decay)?);
-        }
-        if self.target_hit_rate.is_none() {
-            state.bonus = None;
-        }
+        self.prepare(scores.experts(), state)?;
         let buffers: &mut Buffers = if let Some(phase) = &self.phase {
             phase.route_into(request, state, scratch, assignment)?;
             let buffers = scratch.of::<Buffers>();

@@ -63,24 +63,21 @@ impl Swaps {
         let score = |expert: u16| f64::from(selection[usize::from(expert)]);
         self.find_stand_ins(chosen, selection, near, score(chosen[lowest]) - terms.lift);
 
-        let mass = |expert: u16| f64::from(gate[usize::from(expert)]);
-        let base: f64 = chosen[..filled].iter().map(|&expert| mass(expert)).sum();
-        let most = self.misses.len().min(self.stand_ins.len());
-        let left = |slot: &usize| !self.misses[..most].contains(slot);
-        let mut stays: f64 = (0..filled).filter(left).map(|slot| mass(chosen[slot])).sum();
-        for count in (1..=most).rev() {
-            let (going, coming) = (&self.misses[..count], &self.stand_ins[..count]);
-            // If any pairing wins every comparison, best against best does.
-            let wins = going.iter().rev().zip(coming);
-            let wins = wins.into_iter().all(|(&slot, &expert)| score(expert) + terms.lift > score(chosen[slot]));
-            if wins && terms.allow(stays + coming.iter().map(|&expert| mass(expert)).sum::<f64>(), base, filled) {
-                going.iter().zip(coming).for_each(|(&slot, &expert)| chosen[slot] = expert);
-                sort_by_score(&mut chosen[..filled], selection);
-                return true;
-            }
-            stays += mass(chosen[self.misses[count - 1]]);
+        let pair = |&expert: &u16| (selection[usize::from(expert)], gate[usize::from(expert)]);
+        let count = how_many(
+            terms,
+            filled,
+            &self.misses,
+            |slot| pair(&chosen[slot]),
+            self.stand_ins.len(),
+            |stand_in| pair(&self.stand_ins[stand_in]),
+        );
+        let (going, coming) = (&self.misses[..count], &self.stand_ins[..count]);
+        going.iter().zip(coming).for_each(|(&slot, &expert)| chosen[slot] = expert);
+        if count > 0 {
+            sort_by_score(&mut chosen[..filled], selection);
         }
-        false
+        count > 0
     }
 
     /// The best experts in `near` with a score above `threshold` that are not in `chosen`, as many as there are misses.
@@ -112,6 +109,42 @@ impl Swaps {
             }
         }
     }
+}
+
+/// How many swaps a token with `filled` slots makes: of the slots `misses`, lowest score first, against so many `stand_ins`, best
+/// first; `of_slot` and `of_stand_in` give selection and gate score.
+fn how_many(
+    terms: &Terms,
+    filled: usize,
+    misses: &[usize],
+    of_slot: impl Fn(usize) -> (f32, f32),
+    stand_ins: usize,
+    of_stand_in: impl Fn(usize) -> (f32, f32),
+) -> usize {
+    let most = misses.len().min(stand_ins);
+    let (mut base, mut stays, mut left) = (0.0, 0.0, most);
+    for slot in 0..filled {
+        let mass = f64::from(of_slot(slot).1);
+        base += mass;
+        // Misses come by falling slot.
+        if left > 0 && misses[left - 1] == slot {
+            left -= 1;
+        } else {
+            stays += mass;
+        }
+    }
+    for count in (1..=most).rev() {
+        // If any pairing wins every comparison, best against best does.
+        let wins = (0..count).all(|at| {
+            let (going, coming) = (of_slot(misses[count - 1 - at]).0, of_stand_in(at).0);
+            f64::from(coming) + terms.lift > f64::from(going)
+        });
+        if wins && terms.allow(stays + (0..count).map(|at| f64::from(of_stand_in(at).1)).sum::<f64>(), base, filled) {
+            return count;
+        }
+        stays += f64::from(of_slot(misses[count - 1]).1);
+    }
+    0
 }
 
 /// Best selection score first, ties to the lowest id.

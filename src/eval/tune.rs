@@ -1,0 +1,223 @@
+//! What to set: cache bonus, experts per token and experts in fast memory, swept over decode of real text.
+//!
+//! A row is **on the front** where no other row that needs at most as many experts in memory is at least as good in tokens per
+//! second, hit rate and perplexity, and better in one of them. The **recommended** row reads the fewest bytes per token of those
+//! whose perplexity is within a tolerance of the model as it is (ties: fewer experts in memory, then lower perplexity).
+//!
+//! Quality figures come from whole forward passes over all of the text, tokens per second are the median of decoding its
+//! first sequences token by token. Knows nothing of where the bytes of an expert are read from: `bytes per token = misses · bytes per expert / tokens`.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::decode::{DecodeFigures, Decoding};
+use super::perplexity::Perplexity;
+use crate::decoder::memory::Admission;
+use crate::decoder::{Batch, Decoder};
+use crate::error::Result;
+use crate::experts::residency::Policy;
+use crate::routing::cache_aware::CacheRouter;
+use crate::routing::topk::TopK;
+
+/// What is swept, and over what.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    /// Experts per token.
+    pub top_k: Vec<usize>,
+    /// Bonuses of resident experts, in score ranges.
+    pub bonus: Vec<f64>,
+    /// Experts of a layer in fast memory.
+    pub cached_experts: Vec<usize>,
+    /// The router, but for its bonus.
+    pub cache: CacheRouter,
+    /// Who leaves fast memory.
+    pub policy: Policy,
+    /// Who enters it.
+    pub admission: Admission,
+    /// Sequences that are decoded token by token for the clock.
+    pub timed_sequences: usize,
+}
+
+/// One setting and what it came to. Rates and shares are fractions of 1; what does not apply is `None`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TuneRow {
+    /// Experts per token.
+    pub top_k: usize,
+    /// Bonus of a resident expert, in score ranges.
+    pub cache_bonus: f64,
+    /// Experts of a layer in fast memory.
+    pub cached_experts: usize,
+    /// Hits / requests.
+    pub hit_rate: Option<f64>,
+    /// The same for the best policy there could be on these requests.
+    pub belady_hit_rate: Option<f64>,
+    /// Perplexity of the text.
+    pub perplexity: f64,
+    /// Kept gate mass / gate mass of plain top-k with as many experts per token.
+    pub gate_mass_kept: Option<f64>,
+    /// Tokens per second in decode.
+    pub tokens_per_second: f64,
+    /// Misses times the bytes of an expert, over tokens.
+    pub bytes_read_per_token: f64,
+    /// Whether no other row is better, see above.
+    pub pareto: bool,
+}
+
+impl TuneRow {
+    fn is_beaten_by(&self, other: &Self) -> bool {
+        let (own, its) = (self.hit_rate.unwrap_or(0.0), other.hit_rate.unwrap_or(0.0));
+        let as_good = other.cached_experts <= self.cached_experts
+            && other.tokens_per_second >= self.tokens_per_second
+            && its >= own
+            && other.perplexity <= self.perplexity;
+        let better =
+            other.tokens_per_second > self.tokens_per_second || its > own || other.perplexity < self.perplexity;
+        as_good && better
+    }
+}
+
+impl Sweep {
+    /// Runs of the model that it takes: passes over the text.
+    pub fn settings(&self) -> usize {
+        self.top_k.len() * self.bonus.len() * self.cached_experts.len()
+    }
+
+    /// Measures every setting on `batches`. `progress` is called after each with its tokens.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Parameter`] for a bonus or more cached experts than there can be,
+    /// [`crate::error::Error::TopKZero`], [`crate::error::Error::TopKExceedsExperts`]; whatever the forward pass reports.
+    pub fn run(
+        &self,
+        decoder: &Decoder,
+        batches: &[Batch],
+        bytes_per_expert: u64,
+        mut progress: impl FnMut(u64),
+    ) -> Result<Vec<TuneRow>> {
+        let (mut rows, mut settings) = (Vec::with_capacity(self.settings()), Vec::with_capacity(self.settings()));
+        for &top_k in &self.top_k {
+            let mut decoder = decoder.clone();
+            decoder.set_top_k(top_k)?;
+            for &cached_experts in &self.cached_experts {
+                for &bonus in &self.bonus {
+                    let router = Arc::new(self.cache.clone().with_bonus(bonus)?);
+                    let (policy, admission) = (self.policy, self.admission);
+                    let decoding = Decoding { router, cached_experts, policy, admission };
+                    let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
+                    rows.push(row(top_k, bonus, cached_experts, &figures, bytes_per_expert));
+                    settings.push((decoder.clone(), decoding));
+                    progress(figures.tokens);
+                }
+            }
+        }
+        // In turns, so that a busy neighbour meets all of them.
+        let mut rates = vec![Vec::with_capacity(self.timed_sequences); rows.len()];
+        for batch in self.timed(batches)? {
+            for ((decoder, decoding), rates) in settings.iter().zip(&mut rates) {
+                let clock = decoding.run_by_token(decoder, std::slice::from_ref(&batch), |_| ())?;
+                rates.push(clock.tokens_per_second());
+            }
+        }
+        for (row, rates) in rows.iter_mut().zip(&mut rates) {
+            rates.sort_by(f64::total_cmp);
+            row.tokens_per_second = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
+        }
+        for at in 0..rows.len() {
+            rows[at].pareto = !rows.iter().any(|other| rows[at].is_beaten_by(other));
+        }
+        Ok(rows)
+    }
+
+    /// The first sequences, each a batch of its own.
+    fn timed(&self, batches: &[Batch]) -> Result<Vec<Batch>> {
+        let sequences = batches.iter().flat_map(|batch| {
+            batch.ids().chunks_exact(batch.positions()).enumerate().map(move |(row, ids)| {
+                let padded = |at: &usize| batch.padding().is_some_and(|pads| pads[row * batch.positions() + at]);
+                &ids[..(0..ids.len()).take_while(|at| !padded(at)).count()]
+            })
+        });
+        sequences.take(self.timed_sequences).map(|ids| Batch::new(&[ids])).collect()
+    }
+}
+
+fn row(
+    top_k: usize,
+    cache_bonus: f64,
+    cached_experts: usize,
+    figures: &DecodeFigures,
+    bytes_per_expert: u64,
+) -> TuneRow {
+    TuneRow {
+        top_k,
+        cache_bonus,
+        cached_experts,
+        hit_rate: figures.hit_rate(),
+        belady_hit_rate: figures.belady_hit_rate(),
+        perplexity: figures.perplexity,
+        gate_mass_kept: figures.gate_mass_kept,
+        tokens_per_second: 0.0,
+        bytes_read_per_token: figures.misses as f64 * bytes_per_expert as f64 / figures.tokens as f64,
+        pareto: false,
+    }
+}
+
+/// Perplexity of the model as it is: its own experts per token, no swaps.
+///
+/// # Errors
+/// Whatever the forward pass reports.
+pub fn plain_perplexity(decoder: &Decoder, batches: &[Batch]) -> Result<f64> {
+    let mut decoder = decoder.clone();
+    decoder.set_router(Arc::new(TopK { drop: None }), None);
+    let mut perplexity = Perplexity::default();
+    for batch in batches {
+        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?, batch)?;
+    }
+    Ok(perplexity.value())
+}
+
+/// The row to recommend where perplexity may be at most `most`; `None` where no row is within it.
+pub fn recommended(rows: &[TuneRow], most: f64) -> Option<&TuneRow> {
+    let within = rows.iter().filter(|row| row.perplexity <= most);
+    within.min_by(|a, b| {
+        let bytes = a.bytes_read_per_token.total_cmp(&b.bytes_read_per_token);
+        bytes.then(a.cached_experts.cmp(&b.cached_experts)).then(a.perplexity.total_cmp(&b.perplexity))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(cached_experts: usize, hit_rate: f64, perplexity: f64, tokens_per_second: f64) -> TuneRow {
+        TuneRow {
+            top_k: 2,
+            cache_bonus: 0.0,
+            cached_experts,
+            hit_rate: Some(hit_rate),
+            belady_hit_rate: None,
+            perplexity,
+            gate_mass_kept: None,
+            tokens_per_second,
+            bytes_read_per_token: 1.0 - hit_rate,
+            pareto: false,
+        }
+    }
+
+    #[test]
+    fn a_row_is_beaten_by_one_that_needs_no_more_memory() {
+        let (small, large) = (row(4, 0.5, 10.0, 100.0), row(8, 0.7, 10.0, 100.0));
+        assert!(!small.is_beaten_by(&large) && !large.is_beaten_by(&small));
+        assert!(row(8, 0.4, 10.0, 100.0).is_beaten_by(&small));
+        assert!(!small.is_beaten_by(&small.clone()), "equals stay");
+        assert!(!row(4, 0.4, 9.9, 90.0).is_beaten_by(&small));
+    }
+
+    #[test]
+    fn the_fewest_bytes_within_the_tolerance_are_recommended() {
+        let rows = [row(8, 0.5, 10.0, 1.0), row(8, 0.9, 10.2, 1.0), row(4, 0.8, 10.05, 1.0), row(8, 0.8, 10.0, 1.0)];
+        assert_eq!(recommended(&rows, 10.1), Some(&rows[2]));
+        assert_eq!(recommended(&rows, 11.0), Some(&rows[1]));
+        assert_eq!(recommended(&rows, 9.0), None);
+    }
+}
