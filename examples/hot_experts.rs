@@ -9,11 +9,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phase_moe::decoder::generate::generate_in;
-use phase_moe::decoder::memory::{Admission, ExpertMemory};
+use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
 use phase_moe::expert::ExpertId;
+use phase_moe::experts::admission::Admission;
 use phase_moe::experts::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 

@@ -16,13 +16,13 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Parser;
-use phase_moe::decoder::memory::Admission;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::perplexity::Perplexity;
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::expert::ExpertId;
+use phase_moe::experts::admission::Admission;
 use phase_moe::experts::residency::Policy;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;

@@ -5,11 +5,12 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use phase_moe::decoder::memory::{Admission, ExpertMemory};
+use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::experts::admission::Admission;
 use phase_moe::experts::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::Router;

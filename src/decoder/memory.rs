@@ -9,7 +9,8 @@
 //! policy behind it matters little.
 //!
 //! ```
-//! use phase_moe::decoder::memory::{Admission, ExpertMemory};
+//! use phase_moe::decoder::memory::ExpertMemory;
+//! use phase_moe::experts::admission::Admission;
 //! use phase_moe::experts::residency::Policy;
 //! use phase_moe::routing::assignment::Assignment;
 //!
@@ -27,71 +28,25 @@
 //! Knows nothing of bytes, reads, scores or text.
 
 use crate::error::{Error, Result};
-use crate::expert::{ExpertId, ExpertSet};
+use crate::expert::ExpertSet;
+use crate::experts::admission::{Admission, Admitted};
 use crate::experts::residency::{Policy, Residency, Step};
-use crate::routing::affinity::{Affinity, Decay};
 use crate::routing::assignment::Assignment;
 use crate::routing::requests::Requests;
-
-/// Which misses may take somebody's room; the others are streamed: used and not kept.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Admission {
-    /// All of them: the policy alone decides.
-    All,
-    /// Those that belong to the most used of the residents and the step's experts, as many as fit, by their affinity with this
-    /// decay (ties: residents, then the lowest id). The idea is TinyLFU's (Einziger et al., arXiv 1512.00727).
-    Affinity(Decay),
-}
-
-impl Default for Admission {
-    /// By an affinity of which half is forgotten after 34 steps.
-    fn default() -> Self {
-        Self::Affinity(Decay::SLOW)
-    }
-}
-
-impl Admission {
-    /// Both, the default first.
-    pub const NAMES: [&str; 2] = ["affinity", "all"];
-
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Affinity(_) => "affinity",
-            Self::All => "all",
-        }
-    }
-}
-
-impl std::str::FromStr for Admission {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let known = [Self::default(), Self::All].into_iter().find(|admission| admission.name() == name);
-        known.ok_or_else(|| Error::UnknownName {
-            kind: "admission",
-            got: name.into(),
-            expected: Self::NAMES.join(", "),
-        })
-    }
-}
 
 /// The logical resident set of one layer.
 #[derive(Clone, Debug)]
 struct Layer {
     residency: Residency,
-    /// Use by steps; `None` where all misses are admitted.
-    use_by_step: Option<Affinity>,
-    step: u64,
+    admitted: Admitted,
 }
 
 /// The logical resident set of every MoE layer, and the requests that it met.
 #[derive(Clone, Debug)]
 pub struct ExpertMemory {
     layers: Vec<Layer>,
+    experts: usize,
     asked: Requests,
-    /// What the policy gets to see of a step.
-    admitted: ExpertSet,
     requests: u64,
     hits: u64,
 }
@@ -103,12 +58,8 @@ impl ExpertMemory {
     /// Those of [`Residency::new`].
     pub fn new(layers: usize, experts: usize, cached: usize, policy: Policy, admission: Admission) -> Result<Self> {
         let residency = Residency::new(experts, cached, policy)?;
-        let use_by_step = match admission {
-            Admission::All => None,
-            Admission::Affinity(decay) => Some(Affinity::new(experts, decay)?),
-        };
-        let (layer, admitted) = (Layer { residency, use_by_step, step: 0 }, ExpertSet::new(experts)?);
-        Ok(Self { layers: vec![layer; layers], asked: Requests::default(), admitted, requests: 0, hits: 0 })
+        let layer = Layer { residency, admitted: Admitted::new(experts, admission)? };
+        Ok(Self { layers: vec![layer; layers], experts, asked: Requests::default(), requests: 0, hits: 0 })
     }
 
     /// Layers.
@@ -118,7 +69,7 @@ impl ExpertMemory {
 
     /// Experts of a layer, in fast memory or not.
     pub fn experts(&self) -> usize {
-        self.admitted.experts()
+        self.experts
     }
 
     /// The experts of `layer` that are in fast memory; `None` for a layer that there is not.
@@ -141,22 +92,9 @@ impl ExpertMemory {
         }
         self.asked.refill(assignment, Some(layer.residency.resident()))?;
         let asked = &self.asked;
-        layer.step = layer.step.saturating_add(1);
-        let used = match &mut layer.use_by_step {
-            None => asked.wanted(),
-            Some(affinity) => {
-                asked.wanted().iter().for_each(|expert| affinity.use_expert(expert, layer.step));
-                self.admitted.clear();
-                let wanted = asked.wanted().iter();
-                wanted.filter(|&expert| is_admitted(expert, asked, &layer.residency, affinity, layer.step)).for_each(
-                    |expert| {
-                        self.admitted.insert(expert);
-                    },
-                );
-                &self.admitted
-            }
-        };
-        let evictions = layer.residency.advance(used)?.evictions;
+        let Layer { residency, admitted } = layer;
+        let used = admitted.admit(asked.wanted(), residency.resident(), residency.capacity())?;
+        let evictions = residency.advance(used)?.evictions;
         self.requests += asked.len() as u64;
         self.hits += asked.hits() as u64;
         Ok(Step { hits: asked.hits(), misses: asked.misses(), evictions })
@@ -183,24 +121,10 @@ impl ExpertMemory {
     }
 }
 
-/// Whether fewer than fit of the residents and the step's other experts are used more.
-fn is_admitted(expert: ExpertId, asked: &Requests, residency: &Residency, affinity: &Affinity, step: u64) -> bool {
-    let resident = residency.resident();
-    if resident.contains(expert) {
-        return true;
-    }
-    let own = affinity.at(expert, step);
-    let better = resident.iter().filter(|&other| affinity.at(other, step) >= own).count();
-    let rivals = asked.missing().iter().filter(|&other| {
-        let its = affinity.at(other, step);
-        its > own || its == own && other < expert
-    });
-    better + rivals.count() < residency.capacity()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::expert::ExpertId;
     use proptest::prelude::*;
 
     const EXPERTS: usize = 12;

@@ -23,7 +23,9 @@ use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
+use crate::experts::cache::ExpertCache;
 use crate::experts::engine::Engine;
+use crate::layer::cached::CachedExperts;
 use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
@@ -164,6 +166,24 @@ impl Decoder {
     /// What the builder reports for missing tensors and wrong shapes ([`Error::Checkpoint`] from [`weights::var_builder`]),
     /// [`Error::Parameter`] for sizes that contradict.
     pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))
+    }
+
+    /// The same but for the experts, which come from a cache (see [`weights::expert_store`]).
+    ///
+    /// # Errors
+    /// As [`Decoder::load`] and [`MoeLayer::with_cached`].
+    pub fn load_cached(spec: &ModelSpec, vb: VarBuilder<'_>, cache: Arc<ExpertCache>) -> Result<Self> {
+        Self::build(spec, vb, |layer, vb| {
+            MoeLayer::load_cached(&spec.moe, vb, CachedExperts::new(cache.clone(), layer))
+        })
+    }
+
+    fn build(
+        spec: &ModelSpec,
+        vb: VarBuilder<'_>,
+        moe: impl Fn(usize, VarBuilder<'_>) -> Result<MoeLayer>,
+    ) -> Result<Self> {
         spec.check()?;
         let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
         let table = |vb: VarBuilder<'_>, stdev| {
@@ -182,7 +202,7 @@ impl Decoder {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
                 attention: Attention::load(spec, vb.pp("self_attn"))?,
                 moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                moe: MoeLayer::load(&spec.moe, vb.pp("mlp"))?.with_index(layer).with_engine(engine.clone()),
+                moe: moe(layer, vb.pp("mlp"))?.with_index(layer).with_engine(engine.clone()),
             })
         });
         Ok(Self {
@@ -197,6 +217,11 @@ impl Decoder {
     /// Sizes and family.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// The cache that its experts are in, if they are.
+    pub fn expert_cache(&self) -> Option<&Arc<ExpertCache>> {
+        self.moe_layers().find_map(MoeLayer::cached).map(CachedExperts::cache)
     }
 
     /// The MoE layer of each block.
@@ -279,6 +304,9 @@ impl Decoder {
         if state.routes.len() != self.blocks.len() {
             let layers = |count: usize| format!("{count} layers");
             return Err(Error::shape("decoder state", layers(self.blocks.len()), layers(state.routes.len())));
+        }
+        if state.memory.is_some() && self.expert_cache().is_some() {
+            return Err(Error::shape("expert memory", "none beside an expert cache, which keeps its own", "one"));
         }
         if let Some(memory) = &state.memory {
             let sizes = |layers: usize, experts: usize| format!("{layers} layers of {experts} experts");

@@ -17,6 +17,7 @@ use tokenizers::Tokenizer;
 use super::{Decoder, weights};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::zoo;
 
 /// In which dtype and where to hold the weights.
@@ -26,12 +27,14 @@ pub struct LoadOptions {
     pub dtype: DType,
     /// Device of the weights.
     pub device: Device,
+    /// Experts stay in their files, in their dtype there, and come into memory within a budget; `None` loads all of them.
+    pub expert_cache: Option<CacheOptions>,
 }
 
 impl Default for LoadOptions {
-    /// `f32` on the CPU.
+    /// `f32` on the CPU, all experts in memory.
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu }
+        Self { dtype: DType::F32, device: Device::Cpu, expert_cache: None }
     }
 }
 
@@ -74,11 +77,16 @@ impl ModelFiles {
     /// The transformer alone, which needs no tokenizer.
     ///
     /// # Errors
-    /// As [`Model::from_files`], but for those of the tokenizer.
+    /// As [`Model::from_files`], but for those of the tokenizer; [`Error::Parameter`] for a cache that no expert fits.
     pub fn decoder(&self, options: &LoadOptions) -> Result<Decoder> {
         let spec = zoo::parse_config(&self.config, "config.json")?;
         weights::check_experts(&self.checkpoint, &spec)?;
-        Decoder::load(&spec, weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device))
+        let vb = weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device);
+        let Some(cache) = options.expert_cache else { return Decoder::load(&spec, vb) };
+        let store = weights::expert_store(&self.checkpoint, &spec)?;
+        let cache = if cache.spare_bytes == 0 { cache.sparing(&store) } else { cache };
+        let cache = ExpertCache::new(Arc::new(store), cache)?;
+        Decoder::load_cached(&spec, vb, Arc::new(cache))
     }
 }
 

@@ -9,7 +9,8 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{Error, Result};
-use crate::spec::ModelSpec;
+use crate::experts::store::{ExpertStore, Part, Piece};
+use crate::spec::{ExpertNames, ModelSpec};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
@@ -39,6 +40,24 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Where the experts of every layer of `spec` lie in `checkpoint`; nothing of them is read.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for a tensor that is missing or that is no matrix of floats.
+pub fn expert_store(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertStore> {
+    let ExpertNames { experts, gate_proj, up_proj, down_proj, .. } = &spec.moe.names;
+    let parts = [(Part::Gate, gate_proj), (Part::Up, up_proj), (Part::Down, down_proj)];
+    let expert = |layer: usize, expert: usize| -> Result<Vec<Piece>> {
+        let there = parts.iter().filter(|(part, _)| spec.moe.activation.gated || *part != Part::Gate);
+        let piece = |(part, name): &(Part, &String)| {
+            Piece::tensor(checkpoint, *part, &format!("model.layers.{layer}.mlp.{experts}.{expert}.{name}.weight"))
+        };
+        there.map(piece).collect()
+    };
+    let layers = (0..spec.layers).map(|layer| (0..spec.moe.experts).map(|id| expert(layer, id)).collect());
+    ExpertStore::new(checkpoint.sources().to_vec(), layers.collect::<Result<_>>()?)
 }
 
 struct CheckpointBackend(Arc<Checkpoint>);

@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 
 use super::perplexity::Perplexity;
-use crate::decoder::memory::{Admission, ExpertMemory};
+use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
+use crate::experts::admission::Admission;
 use crate::experts::belady::RequestLog;
 use crate::experts::residency::Policy;
 use crate::routing::assignment::Assignment;

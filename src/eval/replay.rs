@@ -10,8 +10,9 @@ use serde::Serialize;
 
 use super::offline::Room;
 use super::trace::{GateTrace, LayerTrace};
-use crate::decoder::memory::{Admission, ExpertMemory};
+use crate::decoder::memory::ExpertMemory;
 use crate::error::{Error, Result};
+use crate::experts::admission::Admission;
 use crate::experts::belady::RequestLog;
 use crate::experts::residency::Policy;
 use crate::routing::assignment::Assignment;

@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use super::decode::{DecodeFigures, Decoding};
 use super::perplexity::Perplexity;
-use crate::decoder::memory::Admission;
 use crate::decoder::{Batch, Decoder};
 use crate::error::Result;
+use crate::experts::admission::Admission;
 use crate::experts::residency::Policy;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::topk::TopK;

@@ -4,6 +4,7 @@
 //! Knows nothing of tensors: what is resident advances step by step, so that routing never depends on when a read arrives.
 
 pub mod activation;
+pub mod admission;
 pub mod belady;
 pub mod cache;
 pub mod engine;

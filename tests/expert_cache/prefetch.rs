@@ -37,7 +37,7 @@ fn without_room_nothing_is_read_ahead_and_no_resident_goes() {
 
 #[test]
 fn room_that_is_set_aside_is_read_into_again_and_again() {
-    let bed = bed(1, 16, 4, |options| options.prefetch_bytes = options.budget_bytes / 4);
+    let bed = bed(1, 16, 4, |options| options.spare_bytes = options.budget_bytes / 4);
     bed.run(0, &[0, 1, 2]).unwrap();
     for id in 4..10 {
         let before = bed.cache.statistics().bytes_read;
@@ -139,7 +139,7 @@ fn a_request_takes_back_what_was_given_up() {
 
 #[test]
 fn what_is_about_to_leave_can_be_read_ahead() {
-    let bed = bed(1, 8, 3, |options| options.prefetch_bytes = options.budget_bytes / 3);
+    let bed = bed(1, 8, 3, |options| options.spare_bytes = options.budget_bytes / 3);
     bed.run(0, &[0, 1]).unwrap();
     // 0 leaves the logical set; its bytes are still there.
     bed.run(0, &[1, 2]).unwrap();
@@ -150,7 +150,7 @@ fn what_is_about_to_leave_can_be_read_ahead() {
 
 #[test]
 fn what_is_being_pushed_out_while_it_is_used_can_be_read_ahead() {
-    let bed = bed(1, 8, 3, |options| options.prefetch_bytes = options.budget_bytes / 3);
+    let bed = bed(1, 8, 3, |options| options.spare_bytes = options.budget_bytes / 3);
     let held = bed.cache.run(0, &bed.set([0]), |group| {
         // In another thread: a step must not run another one.
         std::thread::scope(|scope| {

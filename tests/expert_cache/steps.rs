@@ -66,9 +66,9 @@ fn a_budget_below_one_expert_is_an_error() {
     let message = |options| ExpertCache::new(store.clone(), options).unwrap_err().to_string();
     let expected = format!("expected at least {slab} bytes, the largest expert, and ");
     let short = message(CacheOptions { budget_bytes: slab - 1, ..options });
-    assert_eq!(short, format!("expert cache budget is {} bytes: {expected}0 for prefetch", slab - 1));
-    let short = message(CacheOptions { budget_bytes: 2 * slab, prefetch_bytes: slab + 1, ..options });
-    assert!(short.ends_with(&format!("{} for prefetch", slab + 1)), "{short}");
+    assert_eq!(short, format!("expert cache budget is {} bytes: {expected}0 to spare", slab - 1));
+    let short = message(CacheOptions { budget_bytes: 2 * slab, spare_bytes: slab + 1, ..options });
+    assert!(short.ends_with(&format!("{} to spare", slab + 1)), "{short}");
     let none = message(CacheOptions { budget_bytes: 2 * slab, readers: 0, ..options });
     assert_eq!(none, "expert readers is 0: expected at least 1");
 }
@@ -187,7 +187,7 @@ proptest! {
             for policy in Policy::ALL {
                 let bed = bed(3, 6, room + set_aside, |options| {
                     (options.scope, options.policy) = (scope, policy);
-                    options.prefetch_bytes = options.budget_bytes / (room + set_aside) * set_aside;
+                    options.spare_bytes = options.budget_bytes / (room + set_aside) * set_aside;
                 });
                 let share = |layer| room / 3 + usize::from(layer < room % 3);
                 let mut naive: Vec<Residency> = match scope {

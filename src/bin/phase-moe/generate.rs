@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::options::{
     CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, set_routing,
-    warn_unlimited,
+    warn_streamed, warn_unlimited,
 };
 
 /// Continues a prompt with a chosen router and prints statistics at the end.
@@ -66,9 +66,9 @@ struct Output {
     prefill_tokens_per_second: f64,
     decode_tokens_per_second: Option<f64>,
     survival: f64,
-    /// Needs `--cached-experts`.
+    /// Needs `--expert-cache` or `--cached-experts`.
     hit_rate: Option<f64>,
-    /// These two need experts that are read from a file.
+    /// These two need `--expert-cache`.
     expert_bytes_read: Option<u64>,
     peak_resident_expert_bytes: Option<u64>,
 }
@@ -78,7 +78,7 @@ impl Generate {
         let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
         let settings = self.cache.settings(self.router)?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
-        let mut model = self.model.load()?;
+        let mut model = self.model.load_with(&self.memory)?;
         let router = self.router.build_with(self.capacity.seed, &settings);
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
         let mut state = model.decoder().generation_state();
@@ -100,6 +100,8 @@ impl Generate {
         bar.set_message("generating");
         let generation = generate_in(&model, &prompt, self.new_tokens, &mut state, &mut sampler, |_| bar.inc(1))?;
         drop(bar);
+        warn_streamed(model.decoder());
+        let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
         let output = Output {
             text: model.decode(&generation.ids)?,
             prompt_tokens: generation.prompt_tokens,
@@ -107,9 +109,12 @@ impl Generate {
             prefill_tokens_per_second: generation.prefill_tokens_per_second(),
             decode_tokens_per_second: generation.decode_tokens_per_second(),
             survival: generation.survival(),
-            hit_rate: state.memory().and_then(ExpertMemory::hit_rate),
-            expert_bytes_read: None,
-            peak_resident_expert_bytes: None,
+            hit_rate: match &cache {
+                Some(cache) => cache.hit_rate(),
+                None => state.memory().and_then(ExpertMemory::hit_rate),
+            },
+            expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
+            peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
         };
         if self.json {
             return print_json(&output);

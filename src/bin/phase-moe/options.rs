@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bytesize::ByteSize;
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use phase_moe::decoder::memory::Admission;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
 use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::experts::admission::Admission;
+use phase_moe::experts::cache;
 use phase_moe::experts::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
@@ -140,26 +142,46 @@ pub struct ModelOptions {
     /// Dtype of the weights in memory
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
+    /// Leave experts in their files and hold at most so many bytes of them in memory, for example 64MiB [default: all]
+    #[arg(long, value_name = "BYTES")]
+    expert_cache: Option<ByteSize>,
 }
 
 impl ModelOptions {
-    fn load_options(&self) -> LoadOptions {
+    fn load_options(&self, memory: Option<&MemoryOptions>) -> Result<LoadOptions> {
         let dtype = match self.dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
         };
-        LoadOptions { dtype, ..LoadOptions::default() }
+        let expert_cache = match self.expert_cache {
+            None => None,
+            Some(bytes) => {
+                let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
+                let options =
+                    cache::CacheOptions { admission: Admission::default(), ..cache::CacheOptions::new(budget) };
+                Some(match memory {
+                    Some(&MemoryOptions { policy, admission }) => cache::CacheOptions { policy, admission, ..options },
+                    None => options,
+                })
+            }
+        };
+        Ok(LoadOptions { dtype, expert_cache, ..LoadOptions::default() })
     }
 
     /// Loads the model.
     pub fn load(&self) -> Result<Model> {
-        Ok(Model::from_files(&self.source.files()?, &self.load_options())?)
+        Ok(Model::from_files(&self.source.files()?, &self.load_options(None)?)?)
+    }
+
+    /// Loads the model with an expert cache, where one is asked for, that goes by `memory`.
+    pub fn load_with(&self, memory: &MemoryOptions) -> Result<Model> {
+        Ok(Model::from_files(&self.source.files()?, &self.load_options(Some(memory))?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer.
     pub fn decoder(&self) -> Result<Decoder> {
-        Ok(self.source.files()?.decoder(&self.load_options())?)
+        Ok(self.source.files()?.decoder(&self.load_options(None)?)?)
     }
 }
 
@@ -340,7 +362,7 @@ impl CacheOptions {
 /// What goes in and out of fast memory.
 #[derive(Args)]
 pub struct MemoryOptions {
-    /// Who leaves fast memory: lru or lfu
+    /// Who leaves fast memory: lru, lfu, lfru or affinity
     #[arg(long, value_name = "NAME", default_value = "lru", value_parser = parse::<Policy>)]
     pub policy: Policy,
     /// Which misses enter it: those used enough (affinity) or all
@@ -393,5 +415,12 @@ pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
              {pool} on average",
             rule.factor, rule.minimum_mean
         );
+    }
+}
+
+/// Says once that an expert cache is too small for what one layer needs at a time.
+pub fn warn_streamed(decoder: &Decoder) {
+    if let Some(warning) = decoder.expert_cache().and_then(|cache| cache.take_warning()) {
+        eprintln!("warning: {warning}");
     }
 }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::memory::Admission;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay as Replayer;
 use phase_moe::eval::trace::GateTrace;
+use phase_moe::experts::admission::Admission;
 use phase_moe::report::replay::ReplayReport;
 use phase_moe::routing::registry::RouterKind;
 

@@ -2,10 +2,11 @@
 //!
 //! Knows nothing of slabs or reads.
 
-use super::Scope;
+use super::{CacheOptions, Scope};
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
-use crate::experts::residency::{Paging, Policy, Residency, Step};
+use crate::experts::admission::Admitted;
+use crate::experts::residency::{Paging, Residency, Step};
 use crate::experts::store::ExpertStore;
 
 /// The sets.
@@ -13,17 +14,21 @@ pub(super) struct Logical {
     scope: Scope,
     /// One for each layer, or the only one.
     sets: Vec<Residency>,
+    /// Of each layer.
+    admitted: Vec<Admitted>,
 }
 
 impl Logical {
     /// Empty, for as many experts as `bytes` hold.
-    pub(super) fn new(store: &ExpertStore, bytes: usize, scope: Scope, policy: Policy) -> Result<Self> {
+    pub(super) fn new(store: &ExpertStore, bytes: usize, options: CacheOptions) -> Result<Self> {
+        let CacheOptions { scope, policy, admission, .. } = options;
         let experts: Vec<usize> = (0..store.layers()).map(|layer| store.experts(layer)).collect();
         let sizes: Vec<usize> = (0..store.layers()).map(|layer| store.slab_bytes(layer)).collect();
+        let admitted = experts.iter().map(|&experts| Admitted::new(experts, admission)).collect::<Result<_>>()?;
         if scope == Scope::Global {
             let largest = sizes.iter().copied().max().unwrap_or(1).max(1);
             let capacity = (bytes / largest).min(experts.iter().sum());
-            return Ok(Self { scope, sets: vec![Residency::shared(&experts, capacity, policy)?] });
+            return Ok(Self { scope, sets: vec![Residency::shared(&experts, capacity, policy)?], admitted });
         }
         let (mut capacities, mut left) = (vec![0; experts.len()], bytes);
         for round in 0..experts.iter().copied().max().unwrap_or(0) {
@@ -35,7 +40,7 @@ impl Logical {
             }
         }
         let sets = experts.iter().zip(capacities).map(|(&experts, capacity)| Residency::new(experts, capacity, policy));
-        Ok(Self { scope, sets: sets.collect::<Result<_>>()? })
+        Ok(Self { scope, sets: sets.collect::<Result<_>>()?, admitted })
     }
 
     /// The number of the set that a layer belongs to, and the layer's number in it.
@@ -76,14 +81,24 @@ impl Logical {
         Ok(())
     }
 
-    /// Runs one step: see [`Residency::page`].
+    /// Runs one step: see [`Residency::page`]. Misses that are not admitted are streamed.
     ///
     /// # Errors
     /// Those of [`Logical::check`]; nothing has changed then.
     pub(super) fn page(&mut self, layer: usize, used: &ExpertSet, paging: &mut Paging) -> Result<Step> {
         self.check(layer, used)?;
         let (set, inside) = self.place(layer);
-        let step = self.sets[set].page(inside, used, paging)?;
+        let residency = &mut self.sets[set];
+        // Where layers share the room, those of the others count as nobody: a layer's use says nothing of theirs.
+        let resident = residency.resident_in(inside).unwrap_or(used);
+        let hits = used.iter().filter(|&expert| resident.contains(expert)).count();
+        let admitted = self.admitted[layer].admit(used, resident, residency.capacity())?;
+        let evictions = residency.page(inside, admitted, paging)?.evictions;
+        for expert in used.iter().filter(|&expert| !admitted.contains(expert)) {
+            paging.urgent.insert(expert);
+            paging.streamed.insert(expert);
+        }
+        let step = Step { hits, misses: used.len() - hits, evictions };
         if self.scope == Scope::PerLayer {
             paging.out.iter_mut().for_each(|(of, _)| *of = layer);
         }

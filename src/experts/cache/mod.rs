@@ -118,17 +118,17 @@ impl ExpertCache {
     /// [`Error::Parameter`] for a budget below the largest expert and what is set aside, and for no readers; [`Error::ExpertCount`] for more
     /// experts than a global scope can count; [`Error::Io`] when no thread can be had.
     pub fn new(store: Arc<ExpertStore>, options: CacheOptions) -> Result<Self> {
-        let CacheOptions { budget_bytes, prefetch_bytes, readers, .. } = options;
+        let CacheOptions { budget_bytes, spare_bytes, readers, .. } = options;
         let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap_or(0);
-        let room = budget_bytes.checked_sub(prefetch_bytes).filter(|&room| room >= largest);
+        let room = budget_bytes.checked_sub(spare_bytes).filter(|&room| room >= largest);
         let Some(room) = room else {
-            let expected = format!("at least {largest} bytes, the largest expert, and {prefetch_bytes} for prefetch");
+            let expected = format!("at least {largest} bytes, the largest expert, and {spare_bytes} to spare");
             return Err(Error::parameter("expert cache budget", format!("{budget_bytes} bytes"), expected));
         };
         if readers == 0 {
             return Err(Error::parameter("expert readers", readers, "at least 1"));
         }
-        let logical = Logical::new(&store, room, options.scope, options.policy)?;
+        let logical = Logical::new(&store, room, options)?;
         let keys = (0..store.layers()).flat_map(|layer| store.keys(layer));
         let state = State {
             logical,
@@ -343,10 +343,14 @@ impl State {
         statistics.evictions += step.evictions as u64;
         let streams = !paging.streamed.is_empty();
         if streams {
-            if statistics.streamed_steps == 0 {
-                *warning = Some(StreamWarning { layer, experts: wanted.len(), capacity: logical.capacity(layer) });
+            let capacity = logical.capacity(layer);
+            // What an admission streams is no matter of the budget.
+            if wanted.len() > capacity {
+                if statistics.streamed_steps == 0 {
+                    *warning = Some(StreamWarning { layer, experts: wanted.len(), capacity });
+                }
+                statistics.streamed_steps += 1;
             }
-            statistics.streamed_steps += 1;
         }
         Ok((step, streams))
     }

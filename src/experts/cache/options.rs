@@ -1,6 +1,8 @@
 //! How an expert cache is made.
 
+use crate::experts::admission::Admission;
 use crate::experts::residency::Policy;
+use crate::experts::store::ExpertStore;
 
 /// Whose the room is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -13,7 +15,7 @@ pub enum Scope {
 }
 
 /// How a cache is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CacheOptions {
     /// Bytes of all slabs together, whatever they are for.
     pub budget_bytes: usize,
@@ -21,16 +23,26 @@ pub struct CacheOptions {
     pub scope: Scope,
     /// Who leaves.
     pub policy: Policy,
-    /// Bytes of the budget that no resident gets, so that there is always room to read ahead. Without, reads ahead take what is free.
-    pub prefetch_bytes: usize,
+    /// Which misses stay.
+    pub admission: Admission,
+    /// Bytes of the budget that no resident gets, so that there is always room for experts that are read ahead or do not stay.
+    /// Without, reads ahead take what is free, and those that do not stay take residents' room for a while.
+    pub spare_bytes: usize,
     /// Threads that read, at least 1.
     pub readers: usize,
 }
 
 impl CacheOptions {
-    /// Per layer, least recently used first, nothing set aside, two reads in flight.
+    /// Per layer, all misses stay, least recently used first to leave, nothing set aside, two reads in flight.
     pub fn new(budget_bytes: usize) -> Self {
-        let (scope, policy, prefetch_bytes, readers) = (Scope::PerLayer, Policy::Lru, 0, 2);
-        Self { budget_bytes, scope, policy, prefetch_bytes, readers }
+        let (scope, policy, admission) = (Scope::PerLayer, Policy::Lru, Admission::All);
+        Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 2 }
+    }
+
+    /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most.
+    pub fn sparing(self, store: &ExpertStore) -> Self {
+        let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap_or(0);
+        let count = (self.budget_bytes / 4).checked_div(largest).unwrap_or(0).min(self.readers);
+        Self { spare_bytes: count * largest, ..self }
     }
 }
