@@ -1,0 +1,397 @@
+//! Experts that do not fit in memory: tokens per second against the budget, beside memory-mapping held to the same memory.
+//!
+//! What is timed are the MoE layers of a model in decode: gate scores, routing, experts, token after token, each layer with the
+//! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files whose least
+//! recently used experts' pages are dropped after every step; *lru*, an expert cache without anything else; *cache*, the
+//! same with admission by affinity and the memory-aware router (bonus 0.15 of the score range, at most 10 % of a token's gate
+//! mass). Perplexity is that of decode over the bundled text with as many experts in memory; random weights have none.
+//!
+//! ```text
+//! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
+//! cargo run --release --example offload_table -- --models tiny --shares 0.25,0.5 --json
+//! ```
+
+mod mapped;
+mod model;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use mapped::Mapped;
+use phase_moe::checkpoint::Checkpoint;
+use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::error::Error;
+use phase_moe::eval::decode::Decoding;
+use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::expert::ExpertSet;
+use phase_moe::experts::activation::Activation;
+use phase_moe::experts::admission::Admission;
+use phase_moe::experts::belady::RequestLog;
+use phase_moe::experts::cache::{CacheOptions, ExpertCache};
+use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+use phase_moe::experts::matrix::Matrix;
+use phase_moe::experts::residency::Policy;
+use phase_moe::experts::slab::Slab;
+use phase_moe::experts::store::{LoadedExpert, Part, Piece};
+use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::capacity::Capacity;
+use phase_moe::routing::logits::Logits;
+use phase_moe::routing::plan::DispatchPlan;
+use phase_moe::routing::requests::Requests;
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
+use phase_moe::routing::topk::TopK;
+use phase_moe::spec::ModelSpec;
+use serde::Serialize;
+
+#[derive(Parser)]
+struct Options {
+    /// Which models
+    #[arg(long, value_delimiter = ',', default_value = "tiny,olmoe")]
+    models: Vec<Which>,
+    /// Budgets as shares of all experts' bytes
+    #[arg(long, value_delimiter = ',', default_value = "0.05,0.1,0.25,0.5,0.75,1")]
+    shares: Vec<f64>,
+    /// Tokens that are decoded [default: 512 of the bundled model, 48 of the other]
+    #[arg(long)]
+    tokens: Option<usize>,
+    /// Tokens of text for perplexity
+    #[arg(long, default_value_t = 8192)]
+    perplexity_tokens: usize,
+    /// Where the model of OLMoE's shape is written
+    #[arg(long, default_value = "target/offload-olmoe")]
+    directory: PathBuf,
+    /// One JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Which {
+    Tiny,
+    Olmoe,
+}
+
+#[derive(Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Mapped,
+    Lru,
+    Cache,
+}
+
+#[derive(Serialize)]
+struct Row {
+    model: &'static str,
+    mode: Mode,
+    budget_share: f64,
+    tokens_per_second: f64,
+    hit_rate: Option<f64>,
+    belady_hit_rate: Option<f64>,
+    bytes_read_per_token: f64,
+    /// (0.01 = +1 % over all experts in memory)
+    perplexity_vs_dropless: Option<f64>,
+    /// Bytes read over the time that steps waited for them; mapped reads have no such time.
+    waiting_gb_per_second: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Table {
+    disk_gb_per_second: f64,
+    rows: Vec<Row>,
+}
+
+/// A model and what its MoE layers saw in one forward pass.
+struct Subject {
+    which: Which,
+    checkpoint: Arc<Checkpoint>,
+    spec: ModelSpec,
+    /// Of every layer, `[tokens, experts]` and `[tokens, hidden]`.
+    logits: Vec<Vec<f32>>,
+    inputs: Vec<Vec<f32>>,
+    tokens: usize,
+    text: Option<(Decoder, Vec<Batch>, f64)>,
+}
+
+fn bundled() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe")
+}
+
+impl Subject {
+    fn new(which: Which, options: &Options) -> Result<Self> {
+        let directory = match which {
+            Which::Tiny => bundled(),
+            Which::Olmoe => model::write(&options.directory)?,
+        };
+        let files = ModelFiles::open(&directory)?;
+        let spec = phase_moe::zoo::parse_config(&files.config, "config.json")?;
+        let (decoder, ids, text) = match which {
+            Which::Tiny => {
+                let model = Model::from_files(&files, &LoadOptions::default())?;
+                let mut texts = Vec::new();
+                for name in ["scripture", "code", "reference"] {
+                    let text = std::fs::read_to_string(directory.join("eval").join(name).with_extension("txt"))?;
+                    texts.push(EvalText { name: name.into(), ids: model.encode(&text)? });
+                }
+                let ids = texts[0].ids.clone();
+                let batching = Batching { tokens: Some(options.perplexity_tokens), ..Batching::default() };
+                let batches = batching.batches(&texts)?;
+                let decoder = model.decoder().clone();
+                let plain = phase_moe::eval::tune::plain_perplexity(&decoder, &batches)?;
+                (decoder.clone(), ids, Some((decoder, batches, plain)))
+            }
+            Which::Olmoe => {
+                let store = weights::expert_store(&files.checkpoint, &spec)?;
+                let all: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+                let options = LoadOptions { expert_cache: Some(CacheOptions::new(all)), ..LoadOptions::default() };
+                let ids = (0..4096u32).map(|at| at.wrapping_mul(2_654_435_761) >> 22).collect();
+                (files.decoder(&options)?, ids, None)
+            }
+        };
+        let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 512 } else { 48 });
+        let ids = ids.get(..tokens).context("as many tokens of text")?;
+        let (mut logits, mut inputs) = (Vec::new(), Vec::new());
+        decoder.forward(&Batch::new(&[ids])?, &mut decoder.batch_state(), |_, routing| {
+            logits.push(routing.logits.flatten_all()?.to_vec1()?);
+            inputs.push(routing.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
+            Ok(())
+        })?;
+        Ok(Self { which, checkpoint: files.checkpoint, spec, logits, inputs, tokens, text })
+    }
+
+    fn pieces(&self) -> Result<Vec<Vec<Vec<Piece>>>> {
+        let parts = [(Part::Gate, "gate_proj"), (Part::Up, "up_proj"), (Part::Down, "down_proj")];
+        let piece = |layer: usize, expert: usize, (part, name): (Part, &str)| {
+            let name = format!("model.layers.{layer}.mlp.experts.{expert}.{name}.weight");
+            Ok(Piece::tensor(&self.checkpoint, part, &name)?)
+        };
+        let expert = |layer, expert| parts.into_iter().map(|part| piece(layer, expert, part)).collect();
+        let layer = |layer| (0..self.spec.moe.experts).map(|id| expert(layer, id)).collect();
+        (0..self.spec.layers).map(layer).collect()
+    }
+
+    fn run(&self, mode: Mode, share: f64) -> Result<Row> {
+        let (moe, layers) = (&self.spec.moe, self.spec.layers);
+        let store = weights::expert_store(&self.checkpoint, &self.spec)?;
+        let budget =
+            (share * (0..layers).map(|layer| moe.experts * store.slab_bytes(layer)).sum::<usize>() as f64) as usize;
+        let budget = budget.max(store.slab_bytes(0));
+        let cached = budget / layers / store.slab_bytes(0);
+        let cache = CacheOptions::new(budget);
+        let mut experts = match mode {
+            Mode::Mapped => Source::Mapped(Mapped::new(&self.checkpoint, self.pieces()?, cached)?),
+            Mode::Lru => Source::Cached(ExpertCache::new(Arc::new(store), cache)?),
+            Mode::Cache => {
+                let cache = CacheOptions { admission: Admission::default(), ..cache }.sparing(&store);
+                Source::Cached(ExpertCache::new(Arc::new(store), cache)?)
+            }
+        };
+        let router: Arc<dyn Router> = match mode {
+            Mode::Cache => Arc::new(CacheRouter::new(0.15, 0.1)?),
+            _ => Arc::new(TopK { drop: None }),
+        };
+        let (engine, capacity) = (Engine::default(), Capacity::unlimited(moe.experts)?);
+        let (mut states, mut scratch) = (vec![RouteState::default(); layers], Scratch::default());
+        let (mut assignment, mut resident) = (Assignment::default(), ExpertSet::new(moe.experts)?);
+        let mut logs = vec![RequestLog::default(); layers];
+        let mut output = vec![0.0; moe.hidden];
+        let (mut hits, mut requests) = (0, 0);
+        let before = disk_bytes();
+        let started = Instant::now();
+        for token in 0..self.tokens {
+            for layer in 0..layers {
+                let row = &self.logits[layer][token * moe.experts..][..moe.experts];
+                let scores = moe.scoring.scores(&Logits::new(row, 1, moe.experts)?, None)?;
+                if let Source::Cached(cache) = &experts {
+                    cache.resident_into(layer, &mut resident)?;
+                }
+                let context =
+                    RouteContext { layer, step: token as u64, resident: Some(&resident), ..RouteContext::default() };
+                let request = RouteRequest::new(&scores, moe.top_k, &capacity, context)?;
+                router.route_into(&request, &mut states[layer], &mut scratch, &mut assignment)?;
+                let wanted = Requests::new(&assignment, None)?;
+                logs[layer].push(wanted.wanted());
+                let plan = DispatchPlan::new(&assignment);
+                let input = &self.inputs[layer][token * moe.hidden..][..moe.hidden];
+                output.fill(0.0);
+                let step = experts.step(&engine, layer, input, wanted.wanted(), &plan, &mut output)?;
+                (hits, requests) = (hits + step.0, requests + step.1);
+            }
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let (bytes, waiting) = match &experts {
+            Source::Cached(cache) => {
+                let statistics = cache.statistics();
+                let waiting = statistics.waiting.as_secs_f64();
+                (statistics.bytes_read as f64, (waiting > 0.1).then(|| 1e-9 * statistics.bytes_read as f64 / waiting))
+            }
+            Source::Mapped(_) => ((disk_bytes() - before) as f64, None),
+        };
+        let kept = match &experts {
+            Source::Cached(cache) => cache.capacity(0),
+            Source::Mapped(_) => cached,
+        };
+        let belady: usize = logs.iter().map(|log| log.most_hits(kept.min(moe.experts))).sum();
+        let perplexity = match (&self.text, mode) {
+            (None, _) => None,
+            (Some(_), Mode::Mapped | Mode::Lru) => Some(0.0),
+            (Some((decoder, batches, plain)), Mode::Cache) => {
+                let (policy, admission) = (Policy::Lru, Admission::default());
+                let decoding = Decoding { router, cached_experts: kept.min(moe.experts), policy, admission };
+                Some(decoding.run(decoder, batches, |_, _| Ok(()))?.perplexity / plain - 1.0)
+            }
+        };
+        let rate = |count: usize| (requests > 0).then(|| count as f64 / requests as f64);
+        Ok(Row {
+            model: if self.which == Which::Tiny { "tiny-moe" } else { "olmoe-shape" },
+            mode,
+            budget_share: share,
+            tokens_per_second: self.tokens as f64 / seconds,
+            hit_rate: rate(hits),
+            belady_hit_rate: rate(belady),
+            bytes_read_per_token: bytes / self.tokens as f64,
+            perplexity_vs_dropless: perplexity,
+            waiting_gb_per_second: waiting,
+        })
+    }
+}
+
+/// Where the experts of a run are.
+enum Source {
+    Mapped(Mapped),
+    Cached(ExpertCache),
+}
+
+impl Source {
+    /// Runs the experts of one step; returns its hits and its requests.
+    fn step(
+        &mut self,
+        engine: &Engine,
+        layer: usize,
+        input: &[f32],
+        wanted: &ExpertSet,
+        plan: &DispatchPlan,
+        output: &mut [f32],
+    ) -> Result<(usize, usize)> {
+        let mut busy = plan.busy_experts();
+        let mut add = |experts: Vec<ExpertWeights<'_>>| -> phase_moe::error::Result<()> {
+            let work: Vec<Work<'_>> = experts
+                .into_iter()
+                .zip(busy.by_ref())
+                .map(|(expert, (_, range))| Work {
+                    expert,
+                    tokens: &plan.tokens()[range.clone()],
+                    weights: &plan.weights()[range],
+                })
+                .collect();
+            engine.add(Matrix::from_f32(1, input.len(), input)?, &work, output)
+        };
+        let step = match self {
+            Self::Cached(cache) => cache.run(layer, wanted, |loaded| {
+                add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::error::Result<_>>()?)
+            })?,
+            Self::Mapped(mapped) => {
+                add(wanted.iter().map(|expert| mapped.expert(layer, expert.index())).collect::<Result<_>>()?)?;
+                mapped.advance(layer, wanted)?
+            }
+        };
+        Ok((step.hits, step.hits + step.misses))
+    }
+}
+
+fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertWeights<'a>> {
+    let part = |part: Part| {
+        let matrix = expert.matrix(part).ok_or_else(|| Error::shape("expert", format!("{part:?}"), "none"));
+        matrix.map(Projection::from)
+    };
+    ExpertWeights::new(Activation::swiglu(), Some(part(Part::Gate)?), part(Part::Up)?, part(Part::Down)?)
+}
+
+/// Bytes that this process has had read from disks, where the system says.
+fn disk_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+    line.and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+/// Gigabytes per second of direct reads of 1 MiB, two in flight: the best of three thirds of up to 1.5 GB.
+fn disk_rate(checkpoint: &Checkpoint) -> Result<f64> {
+    const CHUNK: usize = 1 << 20;
+    let sources = checkpoint.sources();
+    let mut chunks = Vec::new();
+    for (source, (_, bytes)) in sources.iter().enumerate() {
+        let count = bytes.len()? / CHUNK as u64;
+        chunks.extend((0..count).map(|at| (source, at * CHUNK as u64)));
+    }
+    chunks.truncate(1536);
+    let read = |(source, at): (usize, u64), slab: &mut Slab| {
+        sources[source].1.read_exact_at(&mut slab.bytes_mut()[..CHUNK], at)
+    };
+    let mut best = 0f64;
+    for third in chunks.chunks(chunks.len().div_ceil(3).max(1)) {
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = [0, 1]
+                .map(|reader| {
+                    scope.spawn(move || {
+                        let mut slab = Slab::new(CHUNK);
+                        third.iter().skip(reader).step_by(2).try_for_each(|&chunk| read(chunk, &mut slab))
+                    })
+                })
+                .into_iter()
+                .collect();
+            readers.into_iter().try_for_each(|reader| reader.join().expect("a reader that does not panic"))
+        })?;
+        best = best.max(1e-9 * (third.len() * CHUNK) as f64 / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+fn shown(value: Option<f64>, digits: usize) -> String {
+    value.map_or("–".into(), |value| format!("{value:.digits$}"))
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let mut table = Table { disk_gb_per_second: 0.0, rows: Vec::new() };
+    for &which in &options.models {
+        let subject = Subject::new(which, &options)?;
+        table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(&subject.checkpoint)?);
+        for &share in &options.shares {
+            for mode in [Mode::Mapped, Mode::Lru, Mode::Cache] {
+                let row = subject.run(mode, share)?;
+                eprintln!("{}", serde_json::to_string(&row)?);
+                table.rows.push(row);
+            }
+        }
+    }
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&table)?);
+        return Ok(());
+    }
+    println!("direct reads {:.2} GB/s", table.disk_gb_per_second);
+    println!(
+        "| model | budget | mode | tokens/s | hits | Belady | MB read a token | GB/s while waiting | perplexity |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for row in &table.rows {
+        let percent = |share: Option<f64>| share.map_or("–".into(), |share| format!("{:.1} %", 100.0 * share));
+        println!(
+            "| {} | {:.0} % | {} | {:.1} | {} | {} | {:.2} | {} | {} |",
+            row.model,
+            100.0 * row.budget_share,
+            serde_json::to_value(row.mode)?.as_str().unwrap_or_default(),
+            row.tokens_per_second,
+            percent(row.hit_rate),
+            percent(row.belady_hit_rate),
+            1e-6 * row.bytes_read_per_token,
+            shown(row.waiting_gb_per_second, 2),
+            row.perplexity_vs_dropless.map_or("–".into(), |more| format!("{:+.2} %", 100.0 * more)),
+        );
+    }
+    Ok(())
+}
