@@ -4,7 +4,8 @@
 //! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files whose least
 //! recently used experts' pages are dropped after every step; *lru*, an expert cache without anything else; *cache*, the
 //! same with admission by affinity and the memory-aware router (bonus 0.15 of the score range, at most 10 % of a token's gate
-//! mass). Perplexity is that of decode over the bundled text with as many experts in memory; random weights have none.
+//! mass). Memory is touched once before anything is timed. Perplexity is that of decode over the bundled text with as many
+//! experts in memory; random weights have none.
 //!
 //! ```text
 //! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
@@ -311,6 +312,17 @@ fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertW
     ExpertWeights::new(Activation::swiglu(), Some(part(Part::Gate)?), part(Part::Up)?, part(Part::Down)?)
 }
 
+/// Touches as much memory as all experts take and gives it back: on a virtual machine memory that nobody has touched comes
+/// slowly from the host, and the first mode to want it would pay for all.
+fn touch(subject: &Subject) -> Result<()> {
+    let store = weights::expert_store(&subject.checkpoint, &subject.spec)?;
+    let bytes: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+    let mut slab = Slab::new(bytes);
+    slab.bytes_mut().iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    std::hint::black_box(&slab);
+    Ok(())
+}
+
 /// Bytes that this process has had read from disks, where the system says.
 fn disk_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
@@ -361,6 +373,7 @@ fn main() -> Result<()> {
     for &which in &options.models {
         let subject = Subject::new(which, &options)?;
         table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(&subject.checkpoint)?);
+        touch(&subject)?;
         for &share in &options.shares {
             for mode in [Mode::Mapped, Mode::Lru, Mode::Cache] {
                 let row = subject.run(mode, share)?;

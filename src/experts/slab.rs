@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of what is read.
 
+use bytemuck::allocation::zeroed_vec;
 use bytemuck::{Pod, Zeroable};
 
 use crate::checkpoint::PAGE_BYTES;
@@ -17,7 +18,8 @@ pub struct Slab(Vec<Page>);
 impl Slab {
     /// Pages for at least so many bytes, all 0.
     pub fn new(bytes: usize) -> Self {
-        Self(vec![Page::zeroed(); bytes.div_ceil(PAGE_BYTES)])
+        // Pages that nobody has touched yet: the first read into them is what makes them.
+        Self(zeroed_vec(bytes.div_ceil(PAGE_BYTES)))
     }
 
     /// Its size in bytes, whole pages.

@@ -33,10 +33,10 @@ pub struct CacheOptions {
 }
 
 impl CacheOptions {
-    /// Per layer, all misses stay, least recently used first to leave, nothing set aside, two reads in flight.
+    /// Per layer, all misses stay, least recently used first to leave, nothing set aside, four readers: one reads while others check what they have read.
     pub fn new(budget_bytes: usize) -> Self {
         let (scope, policy, admission) = (Scope::PerLayer, Policy::Lru, Admission::All);
-        Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 2 }
+        Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 4 }
     }
 
     /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most.
