@@ -57,7 +57,7 @@ impl Generation {
 /// new token as it comes.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::error::Error::Shape) for an empty prompt; whatever the forward pass reports.
+/// [`Error::Shape`] for an empty prompt; whatever the forward pass reports.
 pub fn generate(
     model: &Model,
     prompt: &[u32],
@@ -71,7 +71,7 @@ pub fn generate(
 /// The same after what `state` has seen so far, with the experts that it has in fast memory; it is as the last token left it.
 ///
 /// # Errors
-/// Those of [`generate`]; [`Error::Shape`](crate::error::Error::Shape) for a state that keeps no keys and values.
+/// Those of [`generate`]; [`Error::Shape`] for a state that keeps no keys and values.
 pub fn generate_in(
     model: &Model,
     prompt: &[u32],
