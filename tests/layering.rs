@@ -13,7 +13,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("experts", &["checkpoint", "error", "expert", "routing", "simd"]),
     ("spec", &["error", "expert", "experts", "routing"]),
     ("zoo", &["error", "routing", "spec"]),
-    ("layer", &["error", "experts", "routing", "spec"]),
+    ("layer", &["error", "expert", "experts", "routing", "spec"]),
     ("decoder", &["checkpoint", "error", "expert", "experts", "layer", "routing", "spec", "zoo"]),
     ("eval", &["checkpoint", "decoder", "error", "expert", "experts", "layer", "routing", "spec"]),
     ("report", &["eval", "routing", "spec"]),

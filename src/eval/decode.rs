@@ -201,7 +201,7 @@ impl Books {
     /// Routes one token of a batch, a step of the memory, and lends its slots.
     fn route(&mut self, router: &dyn Router, all: &RouteRequest<'_>, token: usize) -> Result<&[u16]> {
         let Self { memory, state, scratch, scores, capacity, routed, plain, asked, log, step, mass, top_k_mass } = self;
-        scores.refill_from(all.scores(), token);
+        scores.refill_from(all.scores(), token)?;
         let token_ids = all.context().token_ids.map(|ids| &ids[token..=token]);
         let context = RouteContext {
             layer: all.context().layer,

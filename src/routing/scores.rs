@@ -323,9 +323,14 @@ impl Scores {
         Ok(())
     }
 
-    /// Becomes the scores of one token of `all`, a batch of its own.
-    #[cfg(feature = "candle")]
-    pub(crate) fn refill_from(&mut self, all: &Self, token: usize) {
+    /// Becomes the scores of one token of `all`, a batch of its own, in place of what it held.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a token that is not there; nothing has changed then.
+    pub fn refill_from(&mut self, all: &Self, token: usize) -> Result<()> {
+        if token >= all.tokens {
+            return Err(Error::parameter("token", token, format!("below {}", all.tokens)));
+        }
         let row = token * all.experts..(token + 1) * all.experts;
         self.gate.clear();
         self.gate.extend_from_slice(&all.gate[row.clone()]);
@@ -336,6 +341,7 @@ impl Scores {
         (self.adjusted, self.masked) = (all.adjusted, all.masked);
         (self.tokens, self.experts) = (1, all.experts);
         (self.normalize, self.scale) = (all.normalize, all.scale);
+        Ok(())
     }
 
     /// True when some expert is masked for some token.
