@@ -60,7 +60,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::logical::Logical;
-pub use self::options::{CacheOptions, Scope};
+pub use self::options::{CacheOptions, Prefetch, Scope};
 use self::room::{Found, Room};
 pub use self::statistics::{PrefetchStatistics, Statistics, StreamWarning};
 use crate::error::{Error, Result};
