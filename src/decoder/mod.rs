@@ -388,6 +388,9 @@ impl Decoder {
         let (cache, at) = (experts.cache(), experts.layer());
         let guess = || -> Result<usize> {
             let resident = cache.resident(at)?;
+            if resident.len() == resident.experts() {
+                return Ok(0);
+            }
             let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
             let normed = block.moe_norm.forward(hidden)?;
             cache.prefetch(at, &block.moe.guess(&normed, context, &state.routes[layer])?)
