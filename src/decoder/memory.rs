@@ -125,6 +125,7 @@ impl ExpertMemory {
 mod tests {
     use super::*;
     use crate::expert::ExpertId;
+    use crate::routing::affinity::{Affinity, Decay};
     use proptest::prelude::*;
 
     const EXPERTS: usize = 12;
