@@ -17,7 +17,7 @@
 //! let hidden = Tensor::randn(0f32, 1.0, (1, 16), &Device::Cpu)?;
 //! let guess = layer.guess(&hidden, RouteContext::default(), &RouteState::default())?;
 //! let (_, assignment) = layer.forward_routed(&hidden)?;
-//! assert!(assignment.ids().all(|id| guess.iter().any(|guessed| guessed.index() == id)));
+//! assert!(assignment.ids().all(|id| guess.iter().any(|guessed| guessed.index() as i32 == id)));
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
