@@ -618,3 +618,114 @@ fn generate_counts_the_hits_of_a_memory() {
     assert!(plain > 0.1 && plain < rate(&["--router", "cache", "--cache-bonus", "0.3"]));
     assert!(plain < rate(&["--router", "cache+phase", "--cache-bonus", "0.3"]));
 }
+
+/// Runs a command that must succeed; what it says on standard error.
+fn stderr(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    said
+}
+
+#[test]
+fn compare_on_an_expert_cache_has_the_figures_of_the_model_in_memory() {
+    let arguments = |rest: &[&'static str]| {
+        let common = ["compare", "--tokens", "1500", "--dtype", "bf16", "--json", "--capacity-factor", "1.0"];
+        [&common[..], &["--router"], rest].concat()
+    };
+    let figures = |report: &Value, router: &str| {
+        let keys = ["survival", "gate_mass", "perplexity", "max_violation", "load_cv", "dropped_slots"];
+        keys.map(|key| number(row(report, router), key).to_bits())
+    };
+    let held = json(&arguments(&["top-k,phase"]));
+    let cached = json(&arguments(&["top-k,phase", "--expert-cache", "2MiB"]));
+    for router in ["top-k", "phase"] {
+        assert_eq!(figures(&cached, router), figures(&held, router), "{router}");
+    }
+    // A memory-aware row sees what it has read itself, whatever ran before it.
+    let alone = json(&arguments(&["cache", "--expert-cache", "2MiB"]));
+    let after = json(&arguments(&["top-k,cache", "--expert-cache", "2MiB"]));
+    assert_eq!(figures(&alone, "cache"), figures(&after, "cache"));
+    let said = stderr(&arguments(&["top-k", "--expert-cache", "2MiB"]));
+    assert!(said.starts_with("warning: a step of layer 0 uses ") && said.lines().count() == 1, "{said}");
+    assert_eq!(stderr(&arguments(&["top-k", "--expert-cache", "64MiB"])), "");
+}
+
+#[test]
+fn compare_keeps_account_of_a_memory() {
+    let arguments =
+        |rest: &[&'static str]| [&["compare", "--tokens", "1500", "--json", "--router", "cache"], rest].concat();
+    let (union, eight, all) = (
+        json(&arguments(&[])),
+        json(&arguments(&["--cached-experts", "8"])),
+        json(&arguments(&["--cached-experts", "32"])),
+    );
+    for report in [&union, &eight, &all] {
+        let row = row(report, "cache");
+        assert!((0.9..1.0).contains(&number(row, "gate_mass")) && number(row, "survival") == 1.0, "{row}");
+        assert!(number(row, "perplexity_increase").abs() < 0.02, "{row}");
+    }
+    let perplexity = |report: &Value| number(row(report, "cache"), "perplexity");
+    assert_ne!(perplexity(&union), perplexity(&eight));
+    assert_ne!(perplexity(&eight), perplexity(&all));
+}
+
+#[test]
+fn logits_and_traces_of_an_expert_cache_are_those_of_the_model_in_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    let commands: [&[&str]; 2] =
+        [&["logits", "--ids", "1,2,3,400,500,6", "--dtype", "bf16"], &["trace", "--tokens", "700", "--dtype", "bf16"]];
+    for (number, command) in commands.into_iter().enumerate() {
+        let files = [&[][..], &["--expert-cache", "512KiB"]].map(|cache| {
+            let file = directory.path().join(format!("{number}-{}.safetensors", cache.len()));
+            let said = stderr(&[command, cache, &["--out", file.to_str().unwrap()]].concat());
+            assert_eq!(said.lines().count(), cache.len() / 2, "{said}");
+            Checkpoint::open_files(&[&file]).unwrap()
+        });
+        assert!(!files[0].tensors().is_empty());
+        for name in files[0].tensors().keys() {
+            assert_eq!(words(&files[0], name), words(&files[1], name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn generate_on_an_expert_cache_says_the_same_whatever_is_read_ahead() {
+    let arguments = |rest: &[&'static str]| {
+        let common = ["generate", "--prompt", "And it came to pass", "--new-tokens", "40", "--dtype", "bf16", "--json"];
+        [&common[..], rest].concat()
+    };
+    let held = json(&arguments(&[]));
+    for key in ["hit_rate", "expert_bytes_read", "peak_resident_expert_bytes"] {
+        assert!(held[key].is_null());
+    }
+    let mut hits = Vec::new();
+    for prefetch in ["auto", "off", "always"] {
+        let cached = json(&arguments(&["--expert-cache", "1MiB", "--prefetch", prefetch]));
+        assert_eq!(cached["text"], held["text"]);
+        assert!(number(&cached, "expert_bytes_read") > 0.0);
+        assert!(number(&cached, "peak_resident_expert_bytes") <= f64::from(1 << 20));
+        hits.push(number(&cached, "hit_rate"));
+    }
+    assert!(hits[0] > 0.2 && hits.iter().all(|&rate| rate == hits[0]), "{hits:?}");
+}
+
+#[test]
+fn what_an_expert_cache_cannot_do_ends_with_code_2() {
+    let cases: [(&[&str], &str); 6] = [
+        (
+            &["generate", "--prompt", "a", "--expert-cache", "10KiB"],
+            "expert cache budget is 10240 bytes: expected at least ",
+        ),
+        (&["generate", "--prompt", "a", "--expert-cache", "1MiB", "--cached-experts", "4"], "give one of them"),
+        (&["compare", "--router", "cache", "--expert-cache", "1MiB", "--cached-experts", "4"], "give one of them"),
+        (&["generate", "--prompt", "a", "--prefetch", "off"], "--expert-cache <BYTES>"),
+        (&["logits", "--ids", "1", "--out", "x", "--expert-cache", "many"], "invalid value 'many'"),
+        (&["tune", "--expert-cache", "2MiB"], "unexpected argument '--expert-cache'"),
+    ];
+    for (arguments, expected) in cases {
+        let output = run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains(expected), "{arguments:?}: {said}");
+    }
+}

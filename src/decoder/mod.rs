@@ -5,6 +5,7 @@
 
 mod attention;
 pub mod generate;
+mod lookahead;
 pub mod memory;
 pub mod model;
 mod norm;
@@ -19,11 +20,13 @@ use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
 use crate::decoder::attention::Attention;
+use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
-use crate::experts::cache::ExpertCache;
+use crate::expert::ExpertSet;
+use crate::experts::cache::{ExpertCache, Prefetch};
 use crate::experts::engine::Engine;
 use crate::layer::cached::CachedExperts;
 use crate::layer::{MoeLayer, Routing};
@@ -99,6 +102,9 @@ pub struct DecoderState {
     routes: Vec<RouteState>,
     /// `None` where nobody asks: then it costs nothing.
     memory: Option<ExpertMemory>,
+    /// What is in an expert cache, as a layer's router sees it.
+    resident: ExpertSet,
+    lookahead: Lookahead,
     /// Forward passes so far.
     step: u64,
 }
@@ -259,7 +265,15 @@ impl Decoder {
 
     /// A fresh state that keeps none, for batches of independent texts.
     pub fn batch_state(&self) -> DecoderState {
-        DecoderState { kv: None, routes: vec![RouteState::default(); self.blocks.len()], memory: None, step: 0 }
+        let prefetch = self.expert_cache().map_or(Prefetch::Off, |cache| cache.options().prefetch);
+        DecoderState {
+            kv: None,
+            routes: vec![RouteState::default(); self.blocks.len()],
+            memory: None,
+            resident: ExpertSet::default(),
+            lookahead: Lookahead::new(prefetch),
+            step: 0,
+        }
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
@@ -328,14 +342,30 @@ impl Decoder {
         let mut hidden = self.embedding.forward(&ids)?;
         let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
         let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
+        // A batch uses most experts anyway.
+        let is_decode = state.kv.is_some() && batch.ids.len() <= DECODE_TOKENS;
+        let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
         for (layer, block) in self.blocks.iter().enumerate() {
             let cache = state.kv.as_mut().map(|caches| &mut caches[layer]);
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
             let normed = block.moe_norm.forward(&hidden)?;
-            let resident = state.memory.as_ref().and_then(|memory| memory.resident(layer));
+            if pass.ahead {
+                self.read_ahead(layer + 1, batch, &hidden, state);
+            }
+            let resident = match (&state.memory, block.moe.cached()) {
+                (Some(memory), _) => memory.resident(layer),
+                (None, Some(experts)) => {
+                    experts.cache().resident_into(experts.layer(), &mut state.resident)?;
+                    Some(&state.resident)
+                }
+                (None, None) => None,
+            };
             let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
             let (output, routing) = block.moe.forward_in(&normed, context, &mut state.routes[layer])?;
+            if let Some(experts) = block.moe.cached().filter(|_| pass.ahead) {
+                experts.cache().cancel_prefetch(experts.layer());
+            }
             if let Some(memory) = &mut state.memory {
                 memory.advance(layer, &routing.assignment)?;
             }
@@ -343,9 +373,35 @@ impl Decoder {
             hidden = (hidden + output)?;
         }
         state.step = state.step.saturating_add(1);
-        Ok(self.norm.forward(&hidden)?)
+        let hidden = self.norm.forward(&hidden)?;
+        if is_decode {
+            state.lookahead.end(pass);
+        }
+        Ok(hidden)
+    }
+
+    /// Has what `layer` will use of its cache read, as far as its gate can tell from the hidden state before the layer before it.
+    fn read_ahead(&self, layer: usize, batch: &Batch, hidden: &Tensor, state: &DecoderState) {
+        let Some((block, experts)) = self.blocks.get(layer).and_then(|block| Some((block, block.moe.cached()?))) else {
+            return;
+        };
+        let (cache, at) = (experts.cache(), experts.layer());
+        let guess = || -> Result<usize> {
+            let resident = cache.resident(at)?;
+            if resident.len() == resident.experts() {
+                return Ok(0);
+            }
+            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
+            let normed = block.moe_norm.forward(hidden)?;
+            cache.prefetch(at, &block.moe.guess(&normed, context, &state.routes[layer])?)
+        };
+        // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
+        let _ = guess();
     }
 }
+
+/// Tokens of a forward pass that reads ahead, at most.
+const DECODE_TOKENS: usize = 4;
 
 /// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
 const POSITION_DIM: usize = 2;

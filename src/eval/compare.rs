@@ -1,7 +1,8 @@
 //! Routers side by side: real forward passes of one model over the same batches, each under the same capacities.
 //!
 //! The limit works inside every MoE layer of the forward pass, batch by batch, so what a drop does to one layer is what the
-//! next one sees. Router states (prices) are carried from batch to batch, as a server would.
+//! next one sees. Router states (prices) are carried from batch to batch, as a server would; an expert cache starts each router with
+//! nothing resident.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -129,6 +130,10 @@ pub fn run(
     let mut decoder = decoder.clone();
     let router: Arc<dyn Router> = Arc::from(setting.router.build_with(setting.seed, &setting.cache));
     decoder.set_router(router.clone(), setting.capacity.clone());
+    if let Some(cache) = decoder.expert_cache() {
+        // A row must not depend on the rows before it.
+        cache.forget()?;
+    }
     let mut state = decoder.batch_state();
     if let Some(memory) = &setting.memory {
         state = state.with_memory(memory.clone());

@@ -30,6 +30,7 @@ pub mod cached;
 mod dispatch;
 pub mod expert;
 pub mod gate;
+mod guess;
 pub mod loss;
 pub mod projection;
 pub mod shared;
@@ -299,26 +300,13 @@ impl MoeLayer {
         context: RouteContext<'_>,
         state: &mut RouteState,
     ) -> Result<(Tensor, Routing)> {
-        let width = hidden.dims().last().copied();
-        if width != Some(self.spec.hidden) {
-            return Err(Error::shape(
-                "hidden state",
-                format!("[.., {}]", self.spec.hidden),
-                format!("{:?}", hidden.dims()),
-            ));
-        }
-        self.gate.check_alike("hidden state", hidden)?;
-        let rows = hidden.elem_count() / self.spec.hidden;
-        let tokens = hidden.reshape((rows, self.spec.hidden))?;
-
-        let by_engine = self.fits_engine && !tokens.track_op() && tokens.device().is_cpu();
+        let tokens = self.tokens(hidden)?;
+        let rows = tokens.dim(0)?;
+        let by_engine = self.by_engine(&tokens);
         if !by_engine && self.cached().is_some() {
             return Err(Error::shape("hidden state", CACHED_NEEDS, "another"));
         }
-        let logits = match by_engine {
-            true => self.gate.logits_by(&self.engine, &tokens)?,
-            false => self.gate.logits(&tokens)?,
-        };
+        let logits = self.logits_of(&tokens)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
         let scores =
             self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
@@ -363,6 +351,27 @@ impl MoeLayer {
 }
 
 impl MoeLayer {
+    /// A hidden state of this layer's width, dtype and device as `[tokens, hidden]`.
+    fn tokens(&self, hidden: &Tensor) -> Result<Tensor> {
+        let width = self.spec.hidden;
+        if hidden.dims().last() != Some(&width) {
+            return Err(Error::shape("hidden state", format!("[.., {width}]"), format!("{:?}", hidden.dims())));
+        }
+        self.gate.check_alike("hidden state", hidden)?;
+        Ok(hidden.reshape((hidden.elem_count() / width, width))?)
+    }
+
+    fn by_engine(&self, tokens: &Tensor) -> bool {
+        self.fits_engine && !tokens.track_op() && tokens.device().is_cpu()
+    }
+
+    fn logits_of(&self, tokens: &Tensor) -> Result<Tensor> {
+        match self.by_engine(tokens) {
+            true => self.gate.logits_by(&self.engine, tokens),
+            false => self.gate.logits(tokens),
+        }
+    }
+
     /// The output of experts and shared expert by operations of Candle, each of which has a backward pass, `[tokens, hidden]` in
     /// `f32`.
     fn composed(

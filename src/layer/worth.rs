@@ -23,13 +23,18 @@ pub enum OutputNorms {
 }
 
 impl OutputNorms {
-    /// Norms of the experts' outputs for `tokens`, `[tokens, experts]` row-major.
+    /// Norms of the experts' outputs for `tokens`, `[tokens, experts]` row-major; without experts, which are in a cache then, a probe
+    /// has to do.
     ///
     /// # Errors
-    /// [`Error::Shape`] when a probe is of another layer, [`Error::Candle`] when Candle refuses an operation.
+    /// [`Error::Shape`] when a probe is of another layer and for exact norms without experts, [`Error::Candle`] when Candle refuses an operation.
     pub fn norms(&self, tokens: &Tensor, experts: &[Expert]) -> Result<Vec<f32>> {
         match self {
+            Self::Exact if experts.is_empty() => {
+                Err(Error::shape("exact output norms", "experts held in memory", "experts in a cache: take a probe"))
+            }
             Self::Exact => exact(tokens, experts),
+            Self::Probe(probe) if experts.is_empty() => probe.norms(tokens, probe.experts),
             Self::Probe(probe) => probe.norms(tokens, experts.len()),
         }
     }

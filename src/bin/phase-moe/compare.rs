@@ -13,7 +13,7 @@ use phase_moe::routing::registry::RouterKind;
 
 use crate::options::{
     CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, UserMistake, parse, print_json,
-    warn_unlimited,
+    warn_streamed, warn_unlimited,
 };
 
 /// Runs the model over text with each router at each capacity and prints one table.
@@ -60,7 +60,8 @@ impl Compare {
             return Err(UserMistake(message.into()).into());
         }
         self.capacity.rule(1.0)?; // Options that contradict each other are found before the model is loaded.
-        let mut model = self.model.load()?;
+        self.model.refuse_two_memories(self.cached_experts)?;
+        let mut model = self.model.load_with(&self.memory)?;
         if let Some(top_k) = self.top_k {
             model.decoder_mut().set_top_k(top_k)?;
         }
@@ -94,6 +95,7 @@ impl Compare {
             rows.push(run(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
         }
         drop(bar);
+        warn_streamed(model.decoder());
 
         let report = CompareReport {
             model: ModelSummary::new(model.name(), model.decoder().spec()),

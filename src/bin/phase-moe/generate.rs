@@ -78,6 +78,7 @@ impl Generate {
         let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
         let settings = self.cache.settings(self.router)?;
         let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
+        self.model.refuse_two_memories(self.cached_experts)?;
         let mut model = self.model.load_with(&self.memory)?;
         let router = self.router.build_with(self.capacity.seed, &settings);
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
@@ -131,8 +132,11 @@ impl Generate {
         writeln!(out, "{}", output.text)?;
         let decode = output.decode_tokens_per_second.map_or("–".into(), |rate| format!("{rate:.0}"));
         let hits = output.hit_rate.map_or(String::new(), |rate| format!(", {:.1} % of experts hit", 100.0 * rate));
+        let ahead = cache.map(|cache| cache.prefetch).filter(|ahead| ahead.issued > 0);
+        let ahead =
+            ahead.map_or(String::new(), |ahead| format!(", {} of {} reads ahead used", ahead.used, ahead.issued));
         eprintln!(
-            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}",
+            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}{ahead}",
             output.prompt_tokens,
             output.prefill_tokens_per_second,
             output.new_tokens,

@@ -8,7 +8,7 @@ use clap::Args;
 use phase_moe::checkpoint::{NamedTensor, write_tensors};
 use phase_moe::decoder::Batch;
 
-use crate::options::{ModelOptions, UserMistake, read_text};
+use crate::options::{ModelOptions, UserMistake, read_text, warn_streamed};
 
 /// Writes the model's logits for given token ids: one tensor `logits`, f32 [tokens, vocab].
 ///
@@ -49,6 +49,7 @@ impl Logits {
         }
         let decoder = self.model.decoder()?;
         let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        warn_streamed(&decoder);
         let logits = logits.squeeze(0)?.to_dtype(DType::F32)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
         Ok(write_tensors(&self.out, &[NamedTensor::f32("logits", logits.dims(), &values)], None)?)

@@ -116,6 +116,14 @@ pub enum Dtype {
     F16,
 }
 
+/// When experts are read ahead.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Prefetch {
+    Auto,
+    Off,
+    Always,
+}
+
 #[derive(Args)]
 pub struct ModelSource {
     /// Checkpoint directory in Hugging Face layout [default: the bundled tiny-moe]
@@ -145,6 +153,9 @@ pub struct ModelOptions {
     /// Leave experts in their files and hold at most so many bytes of them in memory, for example 64MiB [default: all]
     #[arg(long, value_name = "BYTES")]
     expert_cache: Option<ByteSize>,
+    /// Read experts ahead of their use in decode: where trials say that it helps, never or always; results are the same
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", requires = "expert_cache")]
+    prefetch: Prefetch,
 }
 
 impl ModelOptions {
@@ -158,15 +169,27 @@ impl ModelOptions {
             None => None,
             Some(bytes) => {
                 let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
-                let options =
-                    cache::CacheOptions { admission: Admission::default(), ..cache::CacheOptions::new(budget) };
-                Some(match memory {
-                    Some(&MemoryOptions { policy, admission }) => cache::CacheOptions { policy, admission, ..options },
-                    None => options,
-                })
+                let prefetch = match self.prefetch {
+                    Prefetch::Auto => cache::Prefetch::Auto,
+                    Prefetch::Off => cache::Prefetch::Off,
+                    Prefetch::Always => cache::Prefetch::Always,
+                };
+                let memory = memory.map(|memory| (memory.policy, memory.admission));
+                let (policy, admission) = memory.unwrap_or((Policy::Lru, Admission::default()));
+                Some(cache::CacheOptions { policy, admission, prefetch, ..cache::CacheOptions::new(budget) })
             }
         };
         Ok(LoadOptions { dtype, expert_cache, ..LoadOptions::default() })
+    }
+
+    /// A logical memory and an expert cache would each say what is in fast memory.
+    pub fn refuse_two_memories(&self, cached_experts: Option<usize>) -> Result<()> {
+        if self.expert_cache.is_some() && cached_experts.is_some() {
+            let message =
+                "--cached-experts keeps account of a memory, which --expert-cache has already: give one of them";
+            return Err(UserMistake(message.into()).into());
+        }
+        Ok(())
     }
 
     /// Loads the model.

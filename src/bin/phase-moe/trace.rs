@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use phase_moe::eval::trace::GateTrace;
 
-use crate::options::{Global, ModelOptions, TextOptions};
+use crate::options::{Global, ModelOptions, TextOptions, warn_streamed};
 
 /// Runs the model over text, dropless, and writes the gate logits of every MoE layer.
 ///
@@ -33,6 +33,8 @@ impl Trace {
             batch_tokens: Some(self.text.batch_tokens),
             ..GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?
         };
+        drop(bar);
+        warn_streamed(model.decoder());
         Ok(trace.write(&self.out)?)
     }
 }

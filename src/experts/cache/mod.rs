@@ -60,7 +60,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::logical::Logical;
-pub use self::options::{CacheOptions, Scope};
+pub use self::options::{CacheOptions, Prefetch, Scope};
 use self::room::{Found, Room};
 pub use self::statistics::{PrefetchStatistics, Statistics, StreamWarning};
 use crate::error::{Error, Result};
@@ -248,6 +248,22 @@ impl ExpertCache {
         let mut state = self.shared.lock();
         self.shared.store.keys(layer).for_each(|key| state.room.cancel(key));
         self.shared.space.notify_all();
+    }
+
+    /// Makes the logical set what it was at first, empty, so that what is measured next does not depend on what was before. Bytes
+    /// stay until their room is needed, and statistics go on.
+    ///
+    /// # Errors
+    /// None that [`ExpertCache::new`] has not reported.
+    pub fn forget(&self) -> Result<()> {
+        let (store, CacheOptions { budget_bytes, spare_bytes, .. }) = (&self.shared.store, self.options);
+        let logical = Logical::new(store, budget_bytes - spare_bytes, self.options)?;
+        let mut state = self.shared.lock();
+        state.logical = logical;
+        for key in (0..store.layers()).flat_map(|layer| store.keys(layer)) {
+            state.room.set_resident(key, false);
+        }
+        Ok(())
     }
 
     /// What it did so far.

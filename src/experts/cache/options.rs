@@ -14,6 +14,18 @@ pub enum Scope {
     Global,
 }
 
+/// Whether a model on the cache guesses what its next layer will use, and has it read while this one works.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Prefetch {
+    /// Never.
+    Off,
+    /// Where trials say that it helps.
+    #[default]
+    Auto,
+    /// Always: to see what it does.
+    Always,
+}
+
 /// How a cache is made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CacheOptions {
@@ -30,13 +42,16 @@ pub struct CacheOptions {
     pub spare_bytes: usize,
     /// Threads that read, at least 1.
     pub readers: usize,
+    /// Whether experts are read before they are asked for; the cache itself only does what it is told.
+    pub prefetch: Prefetch,
 }
 
 impl CacheOptions {
-    /// Per layer, all misses stay, least recently used first to leave, nothing set aside, four readers: one reads while others check what they have read.
+    /// Per layer, all misses stay, least recently used first to leave, nothing set aside, reads ahead where they help, four
+    /// readers: one reads while others check what they have read.
     pub fn new(budget_bytes: usize) -> Self {
         let (scope, policy, admission) = (Scope::PerLayer, Policy::Lru, Admission::All);
-        Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 4 }
+        Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 4, prefetch: Prefetch::Auto }
     }
 
     /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most.
