@@ -1,4 +1,4 @@
-//! The transformer around the MoE layer: embedding, blocks of attention and MoE, final norm, output weights.
+//! The transformer around the MoE layer: embedding, blocks of attention and MoE or a dense FFN, final norm, output weights.
 //!
 //! `[batch, positions]` token ids to `[batch, positions, vocab]` logits. What varies between families is data in
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::experts::cache::ExpertCache;
 use crate::experts::engine::Engine;
 use crate::layer::cached::CachedExperts;
+use crate::layer::expert::Expert;
 use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
@@ -145,8 +146,31 @@ impl DecoderState {
 struct Block {
     attention_norm: RmsNorm,
     attention: Attention,
-    moe_norm: RmsNorm,
-    moe: MoeLayer,
+    ffn_norm: RmsNorm,
+    ffn: Ffn,
+}
+
+/// What follows attention.
+#[derive(Clone)]
+enum Ffn {
+    Dense(Expert),
+    Moe(Box<MoeLayer>),
+}
+
+impl Block {
+    fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) => Some(moe),
+        }
+    }
+
+    fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
+        match &mut self.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) => Some(moe),
+        }
+    }
 }
 
 /// A decoder-only transformer with MoE layers; clones share weights.
@@ -196,13 +220,23 @@ impl Decoder {
         };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(Engine::default());
-        let blocks = (0..spec.layers).map(|layer| {
-            let vb = model.pp("layers").pp(layer);
+        let mut moe_layers = 0;
+        let blocks = (0..spec.layers).map(|block| {
+            let vb = model.pp("layers").pp(block);
+            let ffn = vb.pp(&spec.ffn);
+            let ffn = match spec.dense.blocks.binary_search(&block) {
+                Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, ffn)?),
+                Err(_) => {
+                    let layer = moe_layers;
+                    moe_layers += 1;
+                    Ffn::Moe(Box::new(moe(layer, ffn)?.with_index(layer).with_engine(engine.clone())))
+                }
+            };
             Ok(Block {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
                 attention: Attention::load(spec, vb.pp("self_attn"))?,
-                moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                moe: moe(layer, vb.pp("mlp"))?.with_index(layer).with_engine(engine.clone()),
+                ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                ffn,
             })
         });
         Ok(Self {
@@ -224,14 +258,14 @@ impl Decoder {
         self.moe_layers().find_map(MoeLayer::cached).map(CachedExperts::cache)
     }
 
-    /// The MoE layer of each block.
+    /// The MoE layers, of all blocks that have one.
     pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
-        self.blocks.iter().map(|block| &block.moe)
+        self.blocks.iter().filter_map(Block::moe)
     }
 
-    /// The MoE layer of each block, to be changed.
+    /// The MoE layers, to be changed.
     pub fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeLayer> {
-        self.blocks.iter_mut().map(|block| &mut block.moe)
+        self.blocks.iter_mut().filter_map(Block::moe_mut)
     }
 
     /// Sets router and capacity rule of every layer.
@@ -259,7 +293,7 @@ impl Decoder {
 
     /// A fresh state that keeps none, for batches of independent texts.
     pub fn batch_state(&self) -> DecoderState {
-        DecoderState { kv: None, routes: vec![RouteState::default(); self.blocks.len()], memory: None, step: 0 }
+        DecoderState { kv: None, routes: vec![RouteState::default(); self.spec.moe_layers()], memory: None, step: 0 }
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
@@ -301,16 +335,21 @@ impl Decoder {
         if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
-        if state.routes.len() != self.blocks.len() {
+        let moe_layers = self.spec.moe_layers();
+        if state.routes.len() != moe_layers {
             let layers = |count: usize| format!("{count} layers");
-            return Err(Error::shape("decoder state", layers(self.blocks.len()), layers(state.routes.len())));
+            return Err(Error::shape("decoder state", layers(moe_layers), layers(state.routes.len())));
+        }
+        if let Some(caches) = state.kv.as_ref().filter(|caches| caches.len() != self.blocks.len()) {
+            let blocks = |count: usize| format!("keys and values of {count} blocks");
+            return Err(Error::shape("decoder state", blocks(self.blocks.len()), blocks(caches.len())));
         }
         if state.memory.is_some() && self.expert_cache().is_some() {
             return Err(Error::shape("expert memory", "none beside an expert cache, which keeps its own", "one"));
         }
         if let Some(memory) = &state.memory {
             let sizes = |layers: usize, experts: usize| format!("{layers} layers of {experts} experts");
-            let (got, expected) = ((memory.layers(), memory.experts()), (self.blocks.len(), self.spec.moe.experts));
+            let (got, expected) = ((memory.layers(), memory.experts()), (moe_layers, self.spec.moe.experts));
             if got != expected {
                 return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
             }
@@ -328,14 +367,25 @@ impl Decoder {
         let mut hidden = self.embedding.forward(&ids)?;
         let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
         let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let cache = state.kv.as_mut().map(|caches| &mut caches[layer]);
+        // MoE layers are counted by themselves: blocks without experts have no router.
+        let mut moe_layer = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
-            let normed = block.moe_norm.forward(&hidden)?;
+            let normed = block.ffn_norm.forward(&hidden)?;
+            let moe = match &block.ffn {
+                Ffn::Dense(ffn) => {
+                    hidden = (hidden + ffn.forward(&normed)?)?;
+                    continue;
+                }
+                Ffn::Moe(moe) => moe,
+            };
+            let layer = moe_layer;
+            moe_layer += 1;
             let resident = state.memory.as_ref().and_then(|memory| memory.resident(layer));
             let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
-            let (output, routing) = block.moe.forward_in(&normed, context, &mut state.routes[layer])?;
+            let (output, routing) = moe.forward_in(&normed, context, &mut state.routes[layer])?;
             if let Some(memory) = &mut state.memory {
                 memory.advance(layer, &routing.assignment)?;
             }

@@ -1,14 +1,29 @@
 //! Model families: from a checkpoint's `config.json` to a [`ModelSpec`], one small file per family. Data, no forward pass.
+//!
+//! ```
+//! let config = r#"{"model_type": "mixtral", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
+//!     "num_attention_heads": 4, "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 20}"#;
+//! let spec = phase_moe::zoo::parse_config(config, "config.json")?;
+//! assert_eq!((spec.ffn.as_str(), spec.moe.names.up_proj.as_str()), ("block_sparse_moe", "w3"));
+//! assert!(spec.moe.scoring.normalize);
+//! # Ok::<(), phase_moe::error::Error>(())
+//! ```
+//!
+//! To add one: a file beside these, a line in each of the tables below, and a golden from `tests/goldens/make_zoo_goldens.py`.
 
 mod config;
+mod mixtral;
 mod olmoe;
+mod qwen2_moe;
+mod qwen3_moe;
+mod transformer;
 
 use crate::error::{Error, Result};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, MoeSpec};
 use config::Config;
 
-/// Families there is a file for, as `model_type` names them.
-pub const FAMILIES: [&str; 1] = ["olmoe"];
+/// Families whose decoder there is a file for, as `model_type` names them.
+pub const FAMILIES: [&str; 4] = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"];
 
 /// Reads a `config.json`; `file` is its name in error messages.
 ///
@@ -17,8 +32,30 @@ pub const FAMILIES: [&str; 1] = ["olmoe"];
 /// [`Error::UnknownName`] for a family that is not in [`FAMILIES`].
 pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
     let config = Config::parse(json, file)?;
-    match config.string("model_type")? {
+    let spec = match config.string("model_type")? {
         "olmoe" => olmoe::model_spec(&config),
+        "mixtral" => mixtral::model_spec(&config),
+        "qwen2_moe" => qwen2_moe::model_spec(&config),
+        "qwen3_moe" => qwen3_moe::model_spec(&config),
         other => Err(Error::UnknownName { kind: "model family", got: other.into(), expected: FAMILIES.join(", ") }),
-    }
+    }?;
+    spec.check()?;
+    Ok(spec)
+}
+
+/// The MoE layer alone, for a model of one's own around it.
+///
+/// # Errors
+/// As [`parse_config`], and only keys that concern the layer are looked at.
+pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
+    let config = Config::parse(json, file)?;
+    let spec = match config.string("model_type")? {
+        "olmoe" => olmoe::moe_spec(&config),
+        "mixtral" => mixtral::moe_spec(&config),
+        "qwen2_moe" => qwen2_moe::moe_spec(&config),
+        "qwen3_moe" => qwen3_moe::moe_spec(&config),
+        other => Err(Error::UnknownName { kind: "model family", got: other.into(), expected: FAMILIES.join(", ") }),
+    }?;
+    spec.check()?;
+    Ok(spec)
 }
