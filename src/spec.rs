@@ -27,6 +27,8 @@ pub struct ExpertNames {
     pub shared_gate: String,
     /// The bias of the gate that counts for selection only.
     pub selection_bias: String,
+    /// Gate and up rows of stacked experts take turns (gpt-oss).
+    pub stacked_in_turns: bool,
     /// Gate and up projections of all experts in one tensor, where a checkpoint has them so; it then has no `{experts}.{E}`.
     pub stacked_gate_up: String,
     /// Down projections of all experts in one tensor.
@@ -51,6 +53,7 @@ impl Default for ExpertNames {
             shared,
             shared_gate,
             selection_bias,
+            stacked_in_turns: false,
             stacked_gate_up,
             stacked_down,
         }
@@ -217,6 +220,41 @@ pub enum AttentionBias {
     All,
 }
 
+/// Sizes of latent attention (DeepSeek-V2, arXiv 2405.04434), beside [`ModelSpec::rotary_dim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatentSpec {
+    /// Width of the vector that queries are made of; `None` where they are made of the hidden state.
+    pub query_rank: Option<usize>,
+    /// Width of the vector that keys and values are made of.
+    pub kv_rank: usize,
+    /// Width of a head's key that is not rotated.
+    pub key_width: usize,
+    /// Width of a head's value.
+    pub value_width: usize,
+    /// Neighbours are rotated against each other, not the two halves.
+    pub pairs: bool,
+}
+
+/// Constants that Granite multiplies with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// Of the embeddings.
+    pub embedding: f64,
+    /// Of what each attention and each FFN adds.
+    pub residual: f64,
+    /// Of queries times keys; `None` for `1 / √head_dim`.
+    pub attention: Option<f64>,
+    /// Of the logits.
+    pub logits: f64,
+}
+
+impl Default for Multipliers {
+    /// None.
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, attention: None, logits: 1.0 }
+    }
+}
+
 /// Blocks whose FFN is one for all tokens, without experts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DenseBlocks {
@@ -239,7 +277,7 @@ pub struct ModelSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head; even, for rotary embeddings.
+    /// Width of a head.
     pub head_dim: usize,
     /// Longest sequence the model was made for.
     pub max_positions: usize,
@@ -247,16 +285,24 @@ pub struct ModelSpec {
     pub norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
+    /// How much of a head is rotated, from its front on; even.
+    pub rotary_dim: usize,
     /// RMS norm on queries and keys.
     pub qk_norm: Option<QkNorm>,
     /// Biases of attention.
     pub attention_bias: AttentionBias,
+    /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
+    pub latent: Option<LatentSpec>,
+    /// Constants that it multiplies with.
+    pub multipliers: Multipliers,
     /// Queries, keys and values are clamped to ± this.
     pub clip_qkv: Option<f64>,
     /// Output weights are the embedding's.
     pub tied_embeddings: bool,
     /// Token ids that end a text.
     pub end_of_text: Vec<u32>,
+    /// Blocks past the last one that a checkpoint may hold and no forward pass runs: they predict further tokens.
+    pub extra_blocks: usize,
     /// What a block calls its FFN, with experts or without.
     pub ffn: String,
     /// Blocks that have no experts.
@@ -270,7 +316,7 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd head width, dense blocks that are not there, out of order or all there are, or more weights than can be counted.
+    /// odd rotary width or one above the head width, dense blocks that are not there, out of order or all there are, or more weights than can be counted.
     pub fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
@@ -279,6 +325,7 @@ impl ModelSpec {
             ("heads", self.heads),
             ("key-value heads", self.kv_heads),
             ("head width", self.head_dim),
+            ("rotary width", self.rotary_dim),
             ("positions", self.max_positions),
         ];
         if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size == 0) {
@@ -288,8 +335,15 @@ impl ModelSpec {
             let expected = format!("a divisor of the {} query heads", self.heads);
             return Err(Error::parameter("key-value heads", self.kv_heads, expected));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(Error::parameter("head width", self.head_dim, "an even number (rotary embedding)"));
+        if !self.rotary_dim.is_multiple_of(2) {
+            return Err(Error::parameter("rotary width", self.rotary_dim, "an even number (rotary embedding)"));
+        }
+        if self.latent.is_none() && self.rotary_dim > self.head_dim {
+            return Err(Error::parameter(
+                "rotary width",
+                self.rotary_dim,
+                format!("at most head width {}", self.head_dim),
+            ));
         }
         let dense = &self.dense.blocks;
         if !dense.is_sorted_by(|a, b| a < b) || dense.last().is_some_and(|&last| last >= self.layers) {
@@ -302,7 +356,13 @@ impl ModelSpec {
             return Err(Error::parameter("width of dense blocks", 0, "at least 1"));
         }
         let shared = self.moe.shared.map_or(0, |shared| shared.width);
-        let queries = self.heads.saturating_mul(self.head_dim);
+        let head = self.latent.map_or(self.head_dim, |latent| {
+            let LatentSpec { query_rank, kv_rank, key_width, value_width, .. } = latent;
+            [self.rotary_dim, kv_rank, key_width, value_width]
+                .iter()
+                .fold(query_rank.unwrap_or(0), |a, b| a.saturating_add(*b))
+        });
+        let queries = self.heads.saturating_mul(head);
         let largest = [self.vocab, self.moe.expert_width, queries, self.moe.experts, shared, self.dense.width];
         let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
         let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
@@ -344,6 +404,13 @@ impl ModelSpec {
 
     fn attention_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
+        if let Some(latent) = self.latent {
+            let queries = self.heads * (latent.key_width + self.rotary_dim);
+            let from = latent.query_rank.map_or(hidden * queries, |rank| rank * (hidden + 1 + queries));
+            let down = hidden * (latent.kv_rank + self.rotary_dim) + latent.kv_rank;
+            let up = latent.kv_rank * self.heads * (latent.key_width + latent.value_width);
+            return from + down + up + self.heads * latent.value_width * hidden;
+        }
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let norms = match self.qk_norm {
             Some(QkNorm::Whole) => queries + keys,

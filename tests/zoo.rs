@@ -205,3 +205,37 @@ fn a_stack_of_other_experts_is_an_error() {
     assert!(error.starts_with("stacked experts: expected [5, 40, 32] and [5, 32, 20], or "), "{error}");
     assert!(error.ends_with("got [6, 40, 32] and [6, 32, 20]"), "{error}");
 }
+
+#[test]
+fn deepseek_v2_with_groups_and_latent_attention_equals_transformers() {
+    compare_block("deepseek_v2", "mlp");
+    compare_decoder("deepseek_v2");
+}
+
+#[test]
+fn deepseek_v3_with_a_bias_for_selection_equals_transformers() {
+    compare_block("deepseek_v3", "mlp");
+    compare_decoder("deepseek_v3");
+}
+
+#[test]
+fn glm4_moe_with_heads_rotated_in_part_equals_transformers() {
+    compare_block("glm4_moe", "mlp");
+    compare_decoder("glm4_moe");
+}
+
+#[test]
+fn granitemoe_with_stacked_experts_and_multipliers_equals_transformers() {
+    compare_block("granitemoe", "block_sparse_moe");
+    compare_decoder("granitemoe");
+}
+
+#[test]
+fn lfm2_moe_layers_equal_transformers() {
+    compare_block("lfm2_moe", "feed_forward");
+}
+
+#[test]
+fn gpt_oss_layers_equal_transformers() {
+    compare_block("gpt_oss", "mlp");
+}

@@ -26,17 +26,14 @@ pub(super) struct Attention {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// What products of queries and keys are multiplied by.
+    scale: f64,
 }
 
 impl Attention {
     pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let linear = |name: &str, rows: usize, columns: usize, bias: bool| -> Result<Linear> {
-            let (vb, init) = (vb.pp(name), Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) });
-            let weight = vb.get_with_hints((rows, columns), "weight", init)?;
-            let bias = bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
-            Ok(Linear::new(weight, bias))
-        };
+        let linear = |name: &str, rows, columns, bias| linear(&vb.pp(name), rows, columns, bias);
         let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
         let inputs = spec.attention_bias != AttentionBias::None;
         let norms = match spec.qk_norm {
@@ -55,6 +52,7 @@ impl Attention {
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            scale: spec.multipliers.attention.unwrap_or((spec.head_dim as f64).powf(-0.5)),
         })
     }
 
@@ -90,17 +88,7 @@ impl Attention {
         }
         let (key, value) = (self.repeat(key)?, self.repeat(value)?);
 
-        let scale = (self.head_dim as f64).powf(-0.5);
-        let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
-        let scores = match mask {
-            Some(mask) => scores.broadcast_add(mask)?,
-            None => scores,
-        };
-        let scores = scores.to_dtype(DType::F32)?;
-        // The fused softmax has no backward pass.
-        let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
-        let mixed = shares.to_dtype(value.dtype())?.matmul(&value)?;
-        let mixed = mixed.transpose(1, 2)?.reshape((batch, positions, self.heads * self.head_dim))?;
+        let mixed = attend(&query, &key, &value, mask, self.scale)?;
         Ok(self.output.forward(&mixed)?)
     }
 
@@ -114,4 +102,31 @@ impl Attention {
         let wide = heads.unsqueeze(2)?.expand((batch, kv_heads, group, positions, head_dim))?;
         Ok(wide.reshape((batch, self.heads, positions, head_dim))?)
     }
+}
+
+/// A linear layer `[columns] → [rows]`.
+pub(super) fn linear(vb: &VarBuilder<'_>, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
+    let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
+    let weight = vb.get_with_hints((rows, columns), "weight", init)?;
+    let bias = bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
+    Ok(Linear::new(weight, bias))
+}
+
+/// `softmax(scale·q·kᵀ + mask)·v` of `[batch, heads, positions, width]`, heads side by side: `[batch, positions, heads · width]`.
+pub(super) fn attend(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
+    let scores = match mask {
+        Some(mask) => scores.broadcast_add(mask)?,
+        None => scores,
+    };
+    let scores = scores.to_dtype(DType::F32)?;
+    // The fused softmax has no backward pass.
+    let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+    Ok(shares.to_dtype(value.dtype())?.matmul(value)?.transpose(1, 2)?.flatten_from(2)?)
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 pub mod generate;
+mod latent;
 pub mod memory;
 pub mod model;
 mod norm;
@@ -19,6 +20,7 @@ use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
 use crate::decoder::attention::Attention;
+use crate::decoder::latent::LatentAttention;
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
@@ -30,7 +32,7 @@ use crate::layer::expert::Expert;
 use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Multipliers};
 
 /// Token ids of one forward pass, `[sequences, positions]`, shorter sequences filled up at the end with padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,9 +147,38 @@ impl DecoderState {
 #[derive(Clone)]
 struct Block {
     attention_norm: RmsNorm,
-    attention: Attention,
+    attention: Mixer,
     ffn_norm: RmsNorm,
     ffn: Ffn,
+}
+
+/// How positions look at each other.
+#[derive(Clone)]
+enum Mixer {
+    Grouped(Attention),
+    Latent(LatentAttention),
+}
+
+impl Mixer {
+    fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        Ok(match spec.latent {
+            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb)?),
+            None => Self::Grouped(Attention::load(spec, vb)?),
+        })
+    }
+
+    fn forward(
+        &self,
+        hidden: &Tensor,
+        rotary: &Rotary,
+        mask: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Grouped(attention) => attention.forward(hidden, rotary, mask, cache),
+            Self::Latent(attention) => attention.forward(hidden, rotary, mask, cache),
+        }
+    }
 }
 
 /// What follows attention.
@@ -234,7 +265,7 @@ impl Decoder {
             };
             Ok(Block {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
-                attention: Attention::load(spec, vb.pp("self_attn"))?,
+                attention: Mixer::load(spec, vb.pp("self_attn"))?,
                 ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
                 ffn,
             })
@@ -308,7 +339,7 @@ impl Decoder {
         state: &mut DecoderState,
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
-        Ok(self.output.forward(&self.hidden_states(batch, state, observe)?)?)
+        scaled(self.output.forward(&self.hidden_states(batch, state, observe)?)?, self.spec.multipliers.logits)
     }
 
     /// Logits `[sequences, vocab]` of the last position of `batch` alone: what generation needs of a prompt.
@@ -322,7 +353,8 @@ impl Decoder {
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
         let hidden = self.hidden_states(batch, state, observe)?;
-        Ok(self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?)
+        let logits = self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?;
+        scaled(logits, self.spec.multipliers.logits)
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
@@ -364,7 +396,8 @@ impl Decoder {
         }
         let device = self.embedding.embeddings().device();
         let ids = Tensor::from_slice(&batch.ids, (batch.sequences, batch.positions), device)?;
-        let mut hidden = self.embedding.forward(&ids)?;
+        let Multipliers { embedding, residual, .. } = self.spec.multipliers;
+        let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
         let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
         let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
         // MoE layers are counted by themselves: blocks without experts have no router.
@@ -372,11 +405,11 @@ impl Decoder {
         for (index, block) in self.blocks.iter().enumerate() {
             let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
             let normed = block.attention_norm.forward(&hidden)?;
-            hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
+            hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
             let normed = block.ffn_norm.forward(&hidden)?;
             let moe = match &block.ffn {
                 Ffn::Dense(ffn) => {
-                    hidden = (hidden + ffn.forward(&normed)?)?;
+                    hidden = (hidden + scaled(ffn.forward(&normed)?, residual)?)?;
                     continue;
                 }
                 Ffn::Moe(moe) => moe,
@@ -390,11 +423,16 @@ impl Decoder {
                 memory.advance(layer, &routing.assignment)?;
             }
             observe(layer, routing)?;
-            hidden = (hidden + output)?;
+            hidden = (hidden + scaled(output, residual)?)?;
         }
         state.step = state.step.saturating_add(1);
         Ok(self.norm.forward(&hidden)?)
     }
+}
+
+/// `tensor` times a constant that most models do not have.
+fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {
+    if by == 1.0 { Ok(tensor) } else { Ok((tensor * by)?) }
 }
 
 /// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.

@@ -41,6 +41,10 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
             let detail = format!("tensor `{name}`: expected {expected}");
             Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail }
         };
+        // Nobody runs them.
+        if (spec.layers..spec.layers.saturating_add(spec.extra_blocks)).contains(&block) {
+            continue;
+        }
         let parts = [("blocks", Some(block), spec.layers), ("experts", expert, spec.moe.experts)];
         for (what, id, count) in parts {
             if let Some(id) = id.filter(|&id| id >= count) {
@@ -94,8 +98,8 @@ fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Resul
 fn stacked_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<Vec<Vec<Piece>>> {
     let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
     let order = moe.stack_order(&checkpoint.entry(&gate_up)?.shape, &checkpoint.entry(&down)?.shape)?;
-    if order == StackOrder::ColumnsFirst {
-        let got = format!("`{gate_up}` with columns first");
+    if order == StackOrder::ColumnsFirst || moe.names.stacked_in_turns {
+        let got = format!("`{gate_up}` with columns first or rows in turns");
         return Err(Error::shape("stacked experts in their file", "rows of a projection one after the other", got));
     }
     let rows = |part: Part, name: &str, first: usize, rows: usize| {

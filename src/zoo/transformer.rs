@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers};
 
 /// Defaults that a family has where its configuration is silent.
 pub(super) struct Defaults {
@@ -35,7 +35,11 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
             Some(theta) => theta,
             None => config.optional_number("rope_theta")?.unwrap_or(defaults.rope_theta),
         },
+        rotary_dim: head_dim,
         qk_norm: None,
+        latent: None,
+        multipliers: Multipliers::default(),
+        extra_blocks: 0,
         attention_bias: AttentionBias::None,
         clip_qkv: None,
         tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
