@@ -4,6 +4,7 @@
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
 mod attention;
+mod block;
 pub mod generate;
 mod latent;
 pub mod memory;
@@ -19,8 +20,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
-use crate::decoder::attention::Attention;
-use crate::decoder::latent::LatentAttention;
+use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
 use crate::decoder::rotary::Rotary;
@@ -141,66 +141,6 @@ impl DecoderState {
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
     pub fn begin_text(&mut self) {
         self.kv.iter_mut().flatten().for_each(KvCache::reset);
-    }
-}
-
-#[derive(Clone)]
-struct Block {
-    attention_norm: RmsNorm,
-    attention: Mixer,
-    ffn_norm: RmsNorm,
-    ffn: Ffn,
-}
-
-/// How positions look at each other.
-#[derive(Clone)]
-enum Mixer {
-    Grouped(Attention),
-    Latent(LatentAttention),
-}
-
-impl Mixer {
-    fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        Ok(match spec.latent {
-            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb)?),
-            None => Self::Grouped(Attention::load(spec, vb)?),
-        })
-    }
-
-    fn forward(
-        &self,
-        hidden: &Tensor,
-        rotary: &Rotary,
-        mask: Option<&Tensor>,
-        cache: Option<&mut KvCache>,
-    ) -> Result<Tensor> {
-        match self {
-            Self::Grouped(attention) => attention.forward(hidden, rotary, mask, cache),
-            Self::Latent(attention) => attention.forward(hidden, rotary, mask, cache),
-        }
-    }
-}
-
-/// What follows attention.
-#[derive(Clone)]
-enum Ffn {
-    Dense(Expert),
-    Moe(Box<MoeLayer>),
-}
-
-impl Block {
-    fn moe(&self) -> Option<&MoeLayer> {
-        match &self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
-    }
-
-    fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
-        match &mut self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
     }
 }
 

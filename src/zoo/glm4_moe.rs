@@ -19,7 +19,7 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
         None => config.optional_number("partial_rotary_factor")?.unwrap_or(0.5),
     };
     let rotary_dim = (spec.head_dim as f64 * share) as usize;
-    if rotary_dim == 0 || rotary_dim > spec.head_dim || rotary_dim % 2 != 0 {
+    if rotary_dim == 0 || rotary_dim > spec.head_dim || !rotary_dim.is_multiple_of(2) {
         let expected = format!("an even part of head_dim {}", spec.head_dim);
         return Err(config.error("partial_rotary_factor", &expected, &share.to_string()));
     }

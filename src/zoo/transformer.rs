@@ -15,7 +15,7 @@ pub(super) struct Defaults {
 pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, defaults: Defaults) -> Result<ModelSpec> {
     let heads = config.size("num_attention_heads")?;
     let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         let expected = format!("a divisor of num_attention_heads {heads}");
         return Err(config.error("num_key_value_heads", &expected, &kv_heads.to_string()));
     }
@@ -53,13 +53,13 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
 fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize> {
     let head_dim = match config.optional_size("head_dim")? {
         Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let expected = format!("a divisor of hidden_size {hidden}");
             return Err(config.error("num_attention_heads", &expected, &heads.to_string()));
         }
     };
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         return Err(config.error("head_dim", "an even number (rotary embedding)", &head_dim.to_string()));
     }
     Ok(head_dim)
@@ -108,7 +108,7 @@ pub(super) fn qwen_dense_blocks(config: &Config, layers: usize) -> Result<DenseB
         let expected = format!("blocks of num_hidden_layers {layers}");
         return Err(config.error("mlp_only_layers", &expected, &block.to_string()));
     }
-    let dense = |block: &usize| named.contains(block) || (block + 1) % step != 0;
+    let dense = |block: &usize| named.contains(block) || !(block + 1).is_multiple_of(step);
     dense_blocks(config, "mlp_only_layers and decoder_sparse_step", (0..layers).filter(dense).collect(), layers)
 }
 
