@@ -25,17 +25,48 @@ pub struct ExpertNames {
     pub shared: String,
     /// The linear layer that weighs the shared expert.
     pub shared_gate: String,
+    /// The bias of the gate that counts for selection only.
+    pub selection_bias: String,
+    /// Gate and up rows of stacked experts take turns (gpt-oss).
+    pub stacked_in_turns: bool,
+    /// Gate and up projections of all experts in one tensor, where a checkpoint has them so; it then has no `{experts}.{E}`.
+    pub stacked_gate_up: String,
+    /// Down projections of all experts in one tensor.
+    pub stacked_down: String,
 }
 
 impl Default for ExpertNames {
     /// `gate`, `experts.E.{gate,up,down}_proj`, `shared_expert`, `shared_expert_gate`: OLMoE and Qwen, and DeepSeek but for
-    /// its `shared_experts`.
+    /// its `shared_experts`; stacked, as transformers holds them in memory, `experts.gate_up_proj` and `experts.down_proj`.
     fn default() -> Self {
         let [gate, experts, gate_proj, up_proj, down_proj, shared, shared_gate] =
             ["gate", "experts", "gate_proj", "up_proj", "down_proj", "shared_expert", "shared_expert_gate"]
                 .map(String::from);
-        Self { gate, experts, gate_proj, up_proj, down_proj, shared, shared_gate }
+        let [selection_bias, stacked_gate_up, stacked_down] =
+            ["gate.e_score_correction_bias", "experts.gate_up_proj", "experts.down_proj"].map(String::from);
+        Self {
+            gate,
+            experts,
+            gate_proj,
+            up_proj,
+            down_proj,
+            shared,
+            shared_gate,
+            selection_bias,
+            stacked_in_turns: false,
+            stacked_gate_up,
+            stacked_down,
+        }
     }
+}
+
+/// How the matrices of stacked experts lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackOrder {
+    /// `[experts, out, in]`, as linear layers have them.
+    RowsFirst,
+    /// `[experts, in, out]`.
+    ColumnsFirst,
 }
 
 /// FFNs that every token meets beside its own experts, as one of their width together. Without biases.
@@ -64,6 +95,8 @@ pub struct MoeSpec {
     pub expert_bias: bool,
     /// The gate has a bias, which is part of the logits.
     pub gate_bias: bool,
+    /// The gate has a bias that counts for selection only.
+    pub selection_bias: bool,
     /// What every token meets beside its experts.
     pub shared: Option<SharedExperts>,
     /// How logits become scores and combine weights.
@@ -87,6 +120,7 @@ impl MoeSpec {
             activation: Activation::swiglu(),
             expert_bias: false,
             gate_bias: false,
+            selection_bias: false,
             shared: None,
             scoring: Scoring::softmax(),
             names: ExpertNames::default(),
@@ -113,6 +147,36 @@ impl MoeSpec {
         self.activation.check()
     }
 
+    /// How the matrices of stacked experts lie, by the shapes of gate and up projections, and of down projections. Only where
+    /// there is no gate and the experts are as wide as the hidden state can it be told from neither.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for shapes of other experts, and for those that could be either.
+    pub fn stack_order(&self, gate_up: &[usize], down: &[usize]) -> Result<StackOrder> {
+        let (hidden, width, inner) =
+            (self.hidden, self.expert_width, self.inner_projections().saturating_mul(self.expert_width));
+        let rows_first = [[self.experts, inner, hidden], [self.experts, hidden, width]];
+        let columns_first = rows_first.map(|[experts, rows, columns]| [experts, columns, rows]);
+        let matches = |shapes: [[usize; 3]; 2]| gate_up == shapes[0] && down == shapes[1];
+        match (matches(rows_first), matches(columns_first)) {
+            (true, false) => Ok(StackOrder::RowsFirst),
+            (false, true) => Ok(StackOrder::ColumnsFirst),
+            (true, true) => {
+                let expected = "shapes that tell rows from columns, or experts one by one";
+                Err(Error::shape(
+                    "stacked experts",
+                    expected,
+                    format!("{gate_up:?} and {down:?}, which could be either"),
+                ))
+            }
+            (false, false) => {
+                let shown = |shapes: [[usize; 3]; 2]| format!("{:?} and {:?}", shapes[0], shapes[1]);
+                let expected = format!("{}, or {}", shown(rows_first), shown(columns_first));
+                Err(Error::shape("stacked experts", expected, format!("{gate_up:?} and {down:?}")))
+            }
+        }
+    }
+
     /// Weights of one expert: its projections, and their biases where it has them.
     pub fn parameters_per_expert(&self) -> usize {
         let biases = if self.expert_bias { self.inner_projections() * self.expert_width + self.hidden } else { 0 };
@@ -121,7 +185,7 @@ impl MoeSpec {
 
     /// Weights of the layer that every token meets: the gate, the shared expert and its gate.
     pub fn shared_parameters(&self) -> usize {
-        let gate = self.experts * (self.hidden + usize::from(self.gate_bias));
+        let gate = self.experts * (self.hidden + usize::from(self.gate_bias) + usize::from(self.selection_bias));
         let weigh = |shared: SharedExperts| if shared.gated { self.hidden } else { 0 };
         gate + self.shared.map_or(0, |shared| self.projections(shared.width) + weigh(shared))
     }
@@ -136,7 +200,71 @@ impl MoeSpec {
     }
 }
 
-/// A decoder-only transformer whose FFNs are MoE layers.
+/// RMS norm on queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Over the whole projection, before it is cut into heads (OLMoE).
+    Whole,
+    /// Over each head (Qwen3).
+    PerHead,
+}
+
+/// Which of attention's projections have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionBias {
+    /// None of them.
+    None,
+    /// Those of queries, keys and values (Qwen2).
+    Inputs,
+    /// All of them.
+    All,
+}
+
+/// Sizes of latent attention (DeepSeek-V2, arXiv 2405.04434), beside [`ModelSpec::rotary_dim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatentSpec {
+    /// Width of the vector that queries are made of; `None` where they are made of the hidden state.
+    pub query_rank: Option<usize>,
+    /// Width of the vector that keys and values are made of.
+    pub kv_rank: usize,
+    /// Width of a head's key that is not rotated.
+    pub key_width: usize,
+    /// Width of a head's value.
+    pub value_width: usize,
+    /// Neighbours are rotated against each other, not the two halves.
+    pub pairs: bool,
+}
+
+/// Constants that Granite multiplies with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// Of the embeddings.
+    pub embedding: f64,
+    /// Of what each attention and each FFN adds.
+    pub residual: f64,
+    /// Of queries times keys; `None` for `1 / √head_dim`.
+    pub attention: Option<f64>,
+    /// Of the logits.
+    pub logits: f64,
+}
+
+impl Default for Multipliers {
+    /// None.
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, attention: None, logits: 1.0 }
+    }
+}
+
+/// Blocks whose FFN is one for all tokens, without experts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DenseBlocks {
+    /// Which blocks, ascending.
+    pub blocks: Vec<usize>,
+    /// Width between their up and down projection; their activation and names are those of the experts.
+    pub width: usize,
+}
+
+/// A decoder-only transformer whose FFNs are MoE layers, but for some blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// Model family, as `model_type` names it.
@@ -149,7 +277,7 @@ pub struct ModelSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head; even, for rotary embeddings.
+    /// Width of a head.
     pub head_dim: usize,
     /// Longest sequence the model was made for.
     pub max_positions: usize,
@@ -157,15 +285,29 @@ pub struct ModelSpec {
     pub norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
-    /// RMS norm over the whole query and key projections before they are cut into heads (OLMoE).
-    pub qk_norm: bool,
+    /// How much of a head is rotated, from its front on; even.
+    pub rotary_dim: usize,
+    /// RMS norm on queries and keys.
+    pub qk_norm: Option<QkNorm>,
+    /// Biases of attention.
+    pub attention_bias: AttentionBias,
+    /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
+    pub latent: Option<LatentSpec>,
+    /// Constants that it multiplies with.
+    pub multipliers: Multipliers,
     /// Queries, keys and values are clamped to ± this.
     pub clip_qkv: Option<f64>,
     /// Output weights are the embedding's.
     pub tied_embeddings: bool,
     /// Token ids that end a text.
     pub end_of_text: Vec<u32>,
-    /// The MoE layer of every block.
+    /// Blocks past the last one that a checkpoint may hold and no forward pass runs: they predict further tokens.
+    pub extra_blocks: usize,
+    /// What a block calls its FFN, with experts or without.
+    pub ffn: String,
+    /// Blocks that have no experts.
+    pub dense: DenseBlocks,
+    /// The MoE layer of every other block.
     pub moe: MoeSpec,
 }
 
@@ -174,7 +316,7 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd head width, or more weights than can be counted.
+    /// odd rotary width or one above the head width, dense blocks that are not there, out of order or all there are, or more weights than can be counted.
     pub fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
@@ -183,6 +325,7 @@ impl ModelSpec {
             ("heads", self.heads),
             ("key-value heads", self.kv_heads),
             ("head width", self.head_dim),
+            ("rotary width", self.rotary_dim),
             ("positions", self.max_positions),
         ];
         if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size == 0) {
@@ -192,11 +335,35 @@ impl ModelSpec {
             let expected = format!("a divisor of the {} query heads", self.heads);
             return Err(Error::parameter("key-value heads", self.kv_heads, expected));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(Error::parameter("head width", self.head_dim, "an even number (rotary embedding)"));
+        if !self.rotary_dim.is_multiple_of(2) {
+            return Err(Error::parameter("rotary width", self.rotary_dim, "an even number (rotary embedding)"));
+        }
+        if self.latent.is_none() && self.rotary_dim > self.head_dim {
+            return Err(Error::parameter(
+                "rotary width",
+                self.rotary_dim,
+                format!("at most head width {}", self.head_dim),
+            ));
+        }
+        let dense = &self.dense.blocks;
+        if !dense.is_sorted_by(|a, b| a < b) || dense.last().is_some_and(|&last| last >= self.layers) {
+            return Err(Error::parameter("dense blocks", format!("{dense:?}"), format!("some of 0..{}", self.layers)));
+        }
+        if dense.len() == self.layers {
+            return Err(Error::parameter("dense blocks", "all", "at least one block with experts"));
+        }
+        if !dense.is_empty() && self.dense.width == 0 {
+            return Err(Error::parameter("width of dense blocks", 0, "at least 1"));
         }
         let shared = self.moe.shared.map_or(0, |shared| shared.width);
-        let largest = [self.vocab, self.moe.expert_width, self.heads * self.head_dim, self.moe.experts, shared];
+        let head = self.latent.map_or(self.head_dim, |latent| {
+            let LatentSpec { query_rank, kv_rank, key_width, value_width, .. } = latent;
+            [self.rotary_dim, kv_rank, key_width, value_width]
+                .iter()
+                .fold(query_rank.unwrap_or(0), |a, b| a.saturating_add(*b))
+        });
+        let queries = self.heads.saturating_mul(head);
+        let largest = [self.vocab, self.moe.expert_width, queries, self.moe.experts, shared, self.dense.width];
         let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
         let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
         if !largest.iter().all(countable) {
@@ -205,23 +372,56 @@ impl ModelSpec {
         Ok(())
     }
 
+    /// Blocks that have experts, ascending: the MoE layers, which are counted from 0.
+    pub fn moe_blocks(&self) -> impl Iterator<Item = usize> {
+        (0..self.layers).filter(|block| self.dense.blocks.binary_search(block).is_err())
+    }
+
+    /// How many blocks have experts.
+    pub fn moe_layers(&self) -> usize {
+        self.layers - self.dense.blocks.len()
+    }
+
     /// Weights of the whole model.
     pub fn parameters(&self) -> usize {
-        self.shared_parameters() + self.layers * self.moe.experts * self.moe.parameters_per_expert()
+        self.shared_parameters() + self.moe_layers() * self.moe.experts * self.moe.parameters_per_expert()
     }
 
     /// Weights that one token meets.
     pub fn active_parameters(&self) -> usize {
-        self.shared_parameters() + self.layers * self.moe.top_k * self.moe.parameters_per_expert()
+        self.shared_parameters() + self.moe_layers() * self.moe.top_k * self.moe.parameters_per_expert()
     }
 
     /// Weights that every token meets: all but those of the experts it is routed to.
     pub fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
-        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let qk_norms = if self.qk_norm { queries + keys } else { 0 };
-        let block = hidden * (2 * queries + 2 * keys) + qk_norms + 2 * hidden + self.moe.shared_parameters();
+        let block = self.attention_parameters() + 2 * hidden;
+        let ffns = self.moe_layers() * self.moe.shared_parameters()
+            + self.dense.blocks.len() * self.moe.projections(self.dense.width);
         let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
-        embeddings + self.layers * block + hidden
+        embeddings + self.layers * block + ffns + hidden
+    }
+
+    fn attention_parameters(&self) -> usize {
+        let hidden = self.moe.hidden;
+        if let Some(latent) = self.latent {
+            let queries = self.heads * (latent.key_width + self.rotary_dim);
+            let from = latent.query_rank.map_or(hidden * queries, |rank| rank * (hidden + 1 + queries));
+            let down = hidden * (latent.kv_rank + self.rotary_dim) + latent.kv_rank;
+            let up = latent.kv_rank * self.heads * (latent.key_width + latent.value_width);
+            return from + down + up + self.heads * latent.value_width * hidden;
+        }
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let norms = match self.qk_norm {
+            Some(QkNorm::Whole) => queries + keys,
+            Some(QkNorm::PerHead) => 2 * self.head_dim,
+            None => 0,
+        };
+        let biases = match self.attention_bias {
+            AttentionBias::None => 0,
+            AttentionBias::Inputs => queries + 2 * keys,
+            AttentionBias::All => queries + 2 * keys + hidden,
+        };
+        hidden * (2 * queries + 2 * keys) + norms + biases
     }
 }

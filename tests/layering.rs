@@ -12,7 +12,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("routing", &["error", "expert", "simd"]),
     ("experts", &["checkpoint", "error", "expert", "routing", "simd"]),
     ("spec", &["error", "expert", "experts", "routing"]),
-    ("zoo", &["error", "routing", "spec"]),
+    ("zoo", &["error", "experts", "routing", "spec"]),
     ("layer", &["error", "expert", "experts", "routing", "spec"]),
     ("decoder", &["checkpoint", "error", "expert", "experts", "layer", "routing", "spec", "zoo"]),
     ("eval", &["checkpoint", "decoder", "error", "expert", "experts", "layer", "routing", "spec"]),

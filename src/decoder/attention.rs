@@ -10,7 +10,7 @@ use candle_nn::{Init, Linear, VarBuilder};
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
-use crate::spec::ModelSpec;
+use crate::spec::{AttentionBias, ModelSpec, QkNorm};
 
 #[derive(Clone, Debug)]
 pub(super) struct Attention {
@@ -18,31 +18,41 @@ pub(super) struct Attention {
     key: Linear,
     value: Linear,
     output: Linear,
+    /// Of queries and keys.
     norms: Option<(RmsNorm, RmsNorm)>,
+    /// Each head by itself rather than all of a token together.
+    norm_heads: bool,
     clip: Option<f64>,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// What products of queries and keys are multiplied by.
+    scale: f64,
 }
 
 impl Attention {
     pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let linear = |name: &str, rows: usize, columns: usize| -> Result<Linear> {
-            let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
-            Ok(Linear::new(vb.pp(name).get_with_hints((rows, columns), "weight", init)?, None))
-        };
+        let linear = |name: &str, rows, columns, bias| linear(&vb.pp(name), rows, columns, bias);
         let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
+        let inputs = spec.attention_bias != AttentionBias::None;
+        let norms = match spec.qk_norm {
+            Some(QkNorm::Whole) => Some((norm("q_norm", queries)?, norm("k_norm", keys)?)),
+            Some(QkNorm::PerHead) => Some((norm("q_norm", spec.head_dim)?, norm("k_norm", spec.head_dim)?)),
+            None => None,
+        };
         Ok(Self {
-            query: linear("q_proj", queries, hidden)?,
-            key: linear("k_proj", keys, hidden)?,
-            value: linear("v_proj", keys, hidden)?,
-            output: linear("o_proj", hidden, queries)?,
-            norms: if spec.qk_norm { Some((norm("q_norm", queries)?, norm("k_norm", keys)?)) } else { None },
+            query: linear("q_proj", queries, hidden, inputs)?,
+            key: linear("k_proj", keys, hidden, inputs)?,
+            value: linear("v_proj", keys, hidden, inputs)?,
+            output: linear("o_proj", hidden, queries, spec.attention_bias == AttentionBias::All)?,
+            norms,
+            norm_heads: spec.qk_norm == Some(QkNorm::PerHead),
             clip: spec.clip_qkv,
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            scale: spec.multipliers.attention.unwrap_or((spec.head_dim as f64).powf(-0.5)),
         })
     }
 
@@ -57,7 +67,12 @@ impl Attention {
         let (mut query, mut key) = (self.query.forward(hidden)?, self.key.forward(hidden)?);
         let mut value = self.value.forward(hidden)?;
         if let Some((query_norm, key_norm)) = &self.norms {
-            (query, key) = (query_norm.forward(&query)?, key_norm.forward(&key)?);
+            let norm = |norm: &RmsNorm, projected: Tensor, heads: usize| match self.norm_heads {
+                true => norm.forward(&projected.reshape((batch, positions, heads, self.head_dim))?),
+                false => norm.forward(&projected),
+            };
+            query = norm(query_norm, query, self.heads)?;
+            key = norm(key_norm, key, self.kv_heads)?;
         }
         if let Some(clip) = self.clip {
             (query, key, value) = (query.clamp(-clip, clip)?, key.clamp(-clip, clip)?, value.clamp(-clip, clip)?);
@@ -73,17 +88,7 @@ impl Attention {
         }
         let (key, value) = (self.repeat(key)?, self.repeat(value)?);
 
-        let scale = (self.head_dim as f64).powf(-0.5);
-        let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
-        let scores = match mask {
-            Some(mask) => scores.broadcast_add(mask)?,
-            None => scores,
-        };
-        let scores = scores.to_dtype(DType::F32)?;
-        // The fused softmax has no backward pass.
-        let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
-        let mixed = shares.to_dtype(value.dtype())?.matmul(&value)?;
-        let mixed = mixed.transpose(1, 2)?.reshape((batch, positions, self.heads * self.head_dim))?;
+        let mixed = attend(&query, &key, &value, mask, self.scale)?;
         Ok(self.output.forward(&mixed)?)
     }
 
@@ -97,4 +102,31 @@ impl Attention {
         let wide = heads.unsqueeze(2)?.expand((batch, kv_heads, group, positions, head_dim))?;
         Ok(wide.reshape((batch, self.heads, positions, head_dim))?)
     }
+}
+
+/// A linear layer `[columns] → [rows]`.
+pub(super) fn linear(vb: &VarBuilder<'_>, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
+    let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
+    let weight = vb.get_with_hints((rows, columns), "weight", init)?;
+    let bias = bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
+    Ok(Linear::new(weight, bias))
+}
+
+/// `softmax(scale·q·kᵀ + mask)·v` of `[batch, heads, positions, width]`, heads side by side: `[batch, positions, heads · width]`.
+pub(super) fn attend(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
+    let scores = match mask {
+        Some(mask) => scores.broadcast_add(mask)?,
+        None => scores,
+    };
+    let scores = scores.to_dtype(DType::F32)?;
+    // The fused softmax has no backward pass.
+    let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+    Ok(shares.to_dtype(value.dtype())?.matmul(value)?.transpose(1, 2)?.flatten_from(2)?)
 }

@@ -1,10 +1,12 @@
-//! The transformer around the MoE layer: embedding, blocks of attention and MoE, final norm, output weights.
+//! The transformer around the MoE layer: embedding, blocks of attention and MoE or a dense FFN, final norm, output weights.
 //!
 //! `[batch, positions]` token ids to `[batch, positions, vocab]` logits. What varies between families is data in
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
 mod attention;
+mod block;
 pub mod generate;
+mod latent;
 mod lookahead;
 pub mod memory;
 pub mod model;
@@ -19,7 +21,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
-use crate::decoder::attention::Attention;
+use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::RmsNorm;
@@ -29,10 +31,11 @@ use crate::expert::ExpertSet;
 use crate::experts::cache::{ExpertCache, Prefetch};
 use crate::experts::engine::Engine;
 use crate::layer::cached::CachedExperts;
+use crate::layer::expert::Expert;
 use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Multipliers};
 
 /// Token ids of one forward pass, `[sequences, positions]`, shorter sequences filled up at the end with padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,14 +150,6 @@ impl DecoderState {
     }
 }
 
-#[derive(Clone)]
-struct Block {
-    attention_norm: RmsNorm,
-    attention: Attention,
-    moe_norm: RmsNorm,
-    moe: MoeLayer,
-}
-
 /// A decoder-only transformer with MoE layers; clones share weights.
 #[derive(Clone)]
 pub struct Decoder {
@@ -202,13 +197,23 @@ impl Decoder {
         };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(Engine::default());
-        let blocks = (0..spec.layers).map(|layer| {
-            let vb = model.pp("layers").pp(layer);
+        let mut moe_layers = 0;
+        let blocks = (0..spec.layers).map(|block| {
+            let vb = model.pp("layers").pp(block);
+            let ffn = vb.pp(&spec.ffn);
+            let ffn = match spec.dense.blocks.binary_search(&block) {
+                Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, ffn)?),
+                Err(_) => {
+                    let layer = moe_layers;
+                    moe_layers += 1;
+                    Ffn::Moe(Box::new(moe(layer, ffn)?.with_index(layer).with_engine(engine.clone())))
+                }
+            };
             Ok(Block {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
-                attention: Attention::load(spec, vb.pp("self_attn"))?,
-                moe_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                moe: moe(layer, vb.pp("mlp"))?.with_index(layer).with_engine(engine.clone()),
+                attention: Mixer::load(spec, vb.pp("self_attn"))?,
+                ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                ffn,
             })
         });
         Ok(Self {
@@ -230,14 +235,14 @@ impl Decoder {
         self.moe_layers().find_map(MoeLayer::cached).map(CachedExperts::cache)
     }
 
-    /// The MoE layer of each block.
+    /// The MoE layers, of all blocks that have one.
     pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
-        self.blocks.iter().map(|block| &block.moe)
+        self.blocks.iter().filter_map(Block::moe)
     }
 
-    /// The MoE layer of each block, to be changed.
+    /// The MoE layers, to be changed.
     pub fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeLayer> {
-        self.blocks.iter_mut().map(|block| &mut block.moe)
+        self.blocks.iter_mut().filter_map(Block::moe_mut)
     }
 
     /// Sets router and capacity rule of every layer.
@@ -268,7 +273,7 @@ impl Decoder {
         let prefetch = self.expert_cache().map_or(Prefetch::Off, |cache| cache.options().prefetch);
         DecoderState {
             kv: None,
-            routes: vec![RouteState::default(); self.blocks.len()],
+            routes: vec![RouteState::default(); self.spec.moe_layers()],
             memory: None,
             resident: ExpertSet::default(),
             lookahead: Lookahead::new(prefetch),
@@ -288,7 +293,7 @@ impl Decoder {
         state: &mut DecoderState,
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
-        Ok(self.output.forward(&self.hidden_states(batch, state, observe)?)?)
+        scaled(self.output.forward(&self.hidden_states(batch, state, observe)?)?, self.spec.multipliers.logits)
     }
 
     /// Logits `[sequences, vocab]` of the last position of `batch` alone: what generation needs of a prompt.
@@ -302,7 +307,8 @@ impl Decoder {
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
         let hidden = self.hidden_states(batch, state, observe)?;
-        Ok(self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?)
+        let logits = self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?;
+        scaled(logits, self.spec.multipliers.logits)
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
@@ -315,16 +321,21 @@ impl Decoder {
         if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
-        if state.routes.len() != self.blocks.len() {
+        let moe_layers = self.spec.moe_layers();
+        if state.routes.len() != moe_layers {
             let layers = |count: usize| format!("{count} layers");
-            return Err(Error::shape("decoder state", layers(self.blocks.len()), layers(state.routes.len())));
+            return Err(Error::shape("decoder state", layers(moe_layers), layers(state.routes.len())));
+        }
+        if let Some(caches) = state.kv.as_ref().filter(|caches| caches.len() != self.blocks.len()) {
+            let blocks = |count: usize| format!("keys and values of {count} blocks");
+            return Err(Error::shape("decoder state", blocks(self.blocks.len()), blocks(caches.len())));
         }
         if state.memory.is_some() && self.expert_cache().is_some() {
             return Err(Error::shape("expert memory", "none beside an expert cache, which keeps its own", "one"));
         }
         if let Some(memory) = &state.memory {
             let sizes = |layers: usize, experts: usize| format!("{layers} layers of {experts} experts");
-            let (got, expected) = ((memory.layers(), memory.experts()), (self.blocks.len(), self.spec.moe.experts));
+            let (got, expected) = ((memory.layers(), memory.experts()), (moe_layers, self.spec.moe.experts));
             if got != expected {
                 return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
             }
@@ -339,21 +350,33 @@ impl Decoder {
         }
         let device = self.embedding.embeddings().device();
         let ids = Tensor::from_slice(&batch.ids, (batch.sequences, batch.positions), device)?;
-        let mut hidden = self.embedding.forward(&ids)?;
+        let Multipliers { embedding, residual, .. } = self.spec.multipliers;
+        let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
         let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
         let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
         // A batch uses most experts anyway.
         let is_decode = state.kv.is_some() && batch.ids.len() <= DECODE_TOKENS;
         let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let cache = state.kv.as_mut().map(|caches| &mut caches[layer]);
+        // MoE layers are counted by themselves: blocks without experts have no router.
+        let mut moe_layer = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
             let normed = block.attention_norm.forward(&hidden)?;
-            hidden = (hidden + block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?)?;
-            let normed = block.moe_norm.forward(&hidden)?;
+            hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
+            let normed = block.ffn_norm.forward(&hidden)?;
+            let moe = match &block.ffn {
+                Ffn::Dense(ffn) => {
+                    hidden = (hidden + scaled(ffn.forward(&normed)?, residual)?)?;
+                    continue;
+                }
+                Ffn::Moe(moe) => moe,
+            };
+            let layer = moe_layer;
+            moe_layer += 1;
             if pass.ahead {
                 self.read_ahead(layer + 1, batch, &hidden, state);
             }
-            let resident = match (&state.memory, block.moe.cached()) {
+            let resident = match (&state.memory, moe.cached()) {
                 (Some(memory), _) => memory.resident(layer),
                 (None, Some(experts)) => {
                     experts.cache().resident_into(experts.layer(), &mut state.resident)?;
@@ -362,15 +385,15 @@ impl Decoder {
                 (None, None) => None,
             };
             let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
-            let (output, routing) = block.moe.forward_in(&normed, context, &mut state.routes[layer])?;
-            if let Some(experts) = block.moe.cached().filter(|_| pass.ahead) {
+            let (output, routing) = moe.forward_in(&normed, context, &mut state.routes[layer])?;
+            if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
                 experts.cache().cancel_prefetch(experts.layer());
             }
             if let Some(memory) = &mut state.memory {
                 memory.advance(layer, &routing.assignment)?;
             }
             observe(layer, routing)?;
-            hidden = (hidden + output)?;
+            hidden = (hidden + scaled(output, residual)?)?;
         }
         state.step = state.step.saturating_add(1);
         let hidden = self.norm.forward(&hidden)?;
@@ -382,9 +405,9 @@ impl Decoder {
 
     /// Has what `layer` will use of its cache read, as far as its gate can tell from the hidden state before the layer before it.
     fn read_ahead(&self, layer: usize, batch: &Batch, hidden: &Tensor, state: &DecoderState) {
-        let Some((block, experts)) = self.blocks.get(layer).and_then(|block| Some((block, block.moe.cached()?))) else {
-            return;
-        };
+        let mut with_experts = self.blocks.iter().filter_map(|block| Some((block, block.moe()?)));
+        let Some((block, moe)) = with_experts.nth(layer) else { return };
+        let Some(experts) = moe.cached() else { return };
         let (cache, at) = (experts.cache(), experts.layer());
         let guess = || -> Result<usize> {
             let resident = cache.resident(at)?;
@@ -392,8 +415,8 @@ impl Decoder {
                 return Ok(0);
             }
             let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
-            let normed = block.moe_norm.forward(hidden)?;
-            cache.prefetch(at, &block.moe.guess(&normed, context, &state.routes[layer])?)
+            let normed = block.ffn_norm.forward(hidden)?;
+            cache.prefetch(at, &moe.guess(&normed, context, &state.routes[layer])?)
         };
         // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
         let _ = guess();
@@ -402,6 +425,11 @@ impl Decoder {
 
 /// Tokens of a forward pass that reads ahead, at most.
 const DECODE_TOKENS: usize = 4;
+
+/// `tensor` times a constant that most models do not have.
+fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {
+    if by == 1.0 { Ok(tensor) } else { Ok((tensor * by)?) }
+}
 
 /// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
 const POSITION_DIM: usize = 2;

@@ -1,12 +1,13 @@
-//! Rotary position embedding (arXiv 2104.09864), the two halves of a head rotated against each other, angles in `f32`.
+//! Rotary position embedding (arXiv 2104.09864), the two halves of a head's front or its neighbours rotated against each
+//! other, angles in `f32`.
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::rotary_emb::{rope, rope_slow};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 
 use crate::error::Result;
 use crate::spec::ModelSpec;
 
-/// Cosines and sines of the positions of one forward pass, `[positions, head_dim / 2]`.
+/// Cosines and sines of the positions of one forward pass, `[positions, rotary_dim / 2]`.
 #[derive(Clone, Debug)]
 pub(super) struct Rotary {
     cos: Tensor,
@@ -16,8 +17,8 @@ pub(super) struct Rotary {
 impl Rotary {
     /// For `positions` positions from `start` on, to rotate heads of `dtype`.
     pub(super) fn new(spec: &ModelSpec, start: usize, positions: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let half = spec.head_dim / 2;
-        let rate = |pair: usize| 1.0 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.head_dim as f32);
+        let half = spec.rotary_dim / 2;
+        let rate = |pair: usize| 1.0 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32);
         let rates: Vec<f32> = (0..half).map(rate).collect();
         let angles: Vec<f32> = (start..start + positions)
             .flat_map(|position| rates.iter().map(move |rate| position as f32 * rate))
@@ -26,13 +27,29 @@ impl Rotary {
         Ok(Self { cos: angles.cos()?.to_dtype(dtype)?, sin: angles.sin()?.to_dtype(dtype)? })
     }
 
-    /// Rotates `[batch, heads, positions, head_dim]`.
+    /// Rotates the front of `[batch, heads, positions, head_dim]`, the halves of it against each other.
     pub(super) fn apply(&self, heads: &Tensor) -> Result<Tensor> {
+        let (width, rotated) = (heads.dim(D::Minus1)?, 2 * self.cos.dim(1)?);
+        if rotated < width {
+            let front = self.apply(&heads.narrow(D::Minus1, 0, rotated)?)?;
+            let rest = heads.narrow(D::Minus1, rotated, width - rotated)?;
+            // Joined along the last dimension it would be a view, which a cache of keys does not take.
+            return Ok(Tensor::cat(&[&front, &rest], D::Minus1)?.contiguous()?);
+        }
         let heads = heads.contiguous()?;
         // As with the norm: the fused rotation has no backward pass.
         Ok(match heads.track_op() {
             true => rope_slow(&heads, &self.cos, &self.sin)?,
             false => rope(&heads, &self.cos, &self.sin)?,
+        })
+    }
+
+    /// Rotates `[batch, heads, positions, rotary_dim]`, each number against its neighbour.
+    pub(super) fn apply_pairs(&self, heads: &Tensor) -> Result<Tensor> {
+        let heads = heads.contiguous()?;
+        Ok(match heads.track_op() {
+            true => rope_i_slow(&heads, &self.cos, &self.sin)?,
+            false => rope_i(&heads, &self.cos, &self.sin)?,
         })
     }
 }

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{Error, Result};
 use crate::experts::store::{ExpertStore, Part, Piece};
-use crate::spec::{ExpertNames, ModelSpec};
+use crate::spec::{ExpertNames, ModelSpec, MoeSpec, StackOrder};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
@@ -24,40 +24,105 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
 pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
-    let experts = format!("mlp.{}.", spec.moe.names.experts);
-    let ids = |name: &str| -> Option<(usize, usize)> {
+    let names = &spec.moe.names;
+    let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
+    let ids = |name: &str| -> Option<(usize, Option<usize>)> {
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        let (expert, _) = rest.strip_prefix(&experts)?.split_once('.')?;
-        Some((block.parse().ok()?, expert.parse().ok()?))
+        let block = block.parse().ok()?;
+        if rest == stacked {
+            return Some((block, None));
+        }
+        let (expert, _) = rest.strip_prefix(&experts)?.strip_prefix('.')?.split_once('.')?;
+        Some((block, Some(expert.parse().ok()?)))
     };
     for (name, entry) in checkpoint.tensors() {
         let Some((block, expert)) = ids(name) else { continue };
-        let parts = [("blocks", block, spec.layers), ("experts", expert, spec.moe.experts)];
-        if let Some((what, id, count)) = parts.into_iter().find(|&(_, id, count)| id >= count) {
-            let last = count - 1;
-            let detail = format!("tensor `{name}`: expected {what} 0 to {last} as the configuration says, got {id}");
-            return Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail });
+        let wrong = |expected: String| {
+            let detail = format!("tensor `{name}`: expected {expected}");
+            Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail }
+        };
+        // Nobody runs them.
+        if (spec.layers..spec.layers.saturating_add(spec.extra_blocks)).contains(&block) {
+            continue;
+        }
+        let parts = [("blocks", Some(block), spec.layers), ("experts", expert, spec.moe.experts)];
+        for (what, id, count) in parts {
+            if let Some(id) = id.filter(|&id| id >= count) {
+                return Err(wrong(format!("{what} 0 to {} as the configuration says, got {id}", count - 1)));
+            }
+        }
+        if spec.dense.blocks.binary_search(&block).is_ok() {
+            return Err(wrong(format!("no experts in block {block} as the configuration says, got one")));
         }
     }
     Ok(())
 }
 
-/// Where the experts of every layer of `spec` lie in `checkpoint`; nothing of them is read.
+/// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked with
+/// their rows first. Nothing of them is read.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] for a tensor that is missing or that is no matrix of floats.
-pub fn expert_store(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertStore> {
-    let ExpertNames { experts, gate_proj, up_proj, down_proj, .. } = &spec.moe.names;
-    let parts = [(Part::Gate, gate_proj), (Part::Up, up_proj), (Part::Down, down_proj)];
-    let expert = |layer: usize, expert: usize| -> Result<Vec<Piece>> {
-        let there = parts.iter().filter(|(part, _)| spec.moe.activation.gated || *part != Part::Gate);
-        let piece = |(part, name): &(Part, &String)| {
-            Piece::tensor(checkpoint, *part, &format!("model.layers.{layer}.mlp.{experts}.{expert}.{name}.weight"))
-        };
-        there.map(piece).collect()
+/// [`Error::Checkpoint`] for a tensor that is missing, of another shape or no matrix of floats; [`Error::Shape`] as
+/// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order), and for a stack with its columns first, whose experts lie
+/// nowhere as the engine reads them.
+pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Vec<Vec<Piece>>>> {
+    let layer = |block: usize| {
+        let ffn = format!("model.layers.{block}.{}", spec.ffn);
+        match checkpoint.tensors().contains_key(&format!("{ffn}.{}", spec.moe.names.stacked_gate_up)) {
+            true => stacked_pieces(checkpoint, &spec.moe, &ffn),
+            false => (0..spec.moe.experts).map(|id| pieces(checkpoint, &spec.moe, &ffn, id)).collect(),
+        }
     };
-    let layers = (0..spec.layers).map(|layer| (0..spec.moe.experts).map(|id| expert(layer, id)).collect());
-    ExpertStore::new(checkpoint.sources().to_vec(), layers.collect::<Result<_>>()?)
+    spec.moe_blocks().map(layer).collect()
+}
+
+/// The pieces of expert `id`, which has tensors of its own.
+fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Result<Vec<Piece>> {
+    let ExpertNames { experts, gate_proj, up_proj, down_proj, .. } = &moe.names;
+    let [wide, narrow] = [[moe.expert_width, moe.hidden], [moe.hidden, moe.expert_width]];
+    let parts = [(Part::Gate, gate_proj, wide), (Part::Up, up_proj, wide), (Part::Down, down_proj, narrow)];
+    let there = parts.into_iter().filter(|(part, ..)| moe.activation.gated || *part != Part::Gate);
+    let piece = |(part, name, shape): (Part, &String, [usize; 2])| {
+        let name = format!("{ffn}.{experts}.{id}.{name}.weight");
+        let entry = checkpoint.entry(&name)?;
+        if entry.shape != shape {
+            let detail = format!("tensor `{name}`: expected shape {shape:?}, got {:?}", entry.shape);
+            return Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail });
+        }
+        Piece::tensor(checkpoint, part, &name)
+    };
+    there.map(piece).collect()
+}
+
+/// The pieces of all experts of a layer that has them stacked.
+fn stacked_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<Vec<Vec<Piece>>> {
+    let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
+    let order = moe.stack_order(&checkpoint.entry(&gate_up)?.shape, &checkpoint.entry(&down)?.shape)?;
+    if order == StackOrder::ColumnsFirst || moe.names.stacked_in_turns {
+        let got = format!("`{gate_up}` with columns first or rows in turns");
+        return Err(Error::shape("stacked experts in their file", "rows of a projection one after the other", got));
+    }
+    let rows = |part: Part, name: &str, first: usize, rows: usize| {
+        Piece::tensor(checkpoint, part, name)?.of_rows(first..first + rows)
+    };
+    let (width, hidden) = (moe.expert_width, moe.hidden);
+    let expert = |id: usize| match moe.activation.gated {
+        true => Ok(vec![
+            rows(Part::Gate, &gate_up, 2 * id * width, width)?,
+            rows(Part::Up, &gate_up, (2 * id + 1) * width, width)?,
+            rows(Part::Down, &down, id * hidden, hidden)?,
+        ]),
+        false => Ok(vec![rows(Part::Up, &gate_up, id * width, width)?, rows(Part::Down, &down, id * hidden, hidden)?]),
+    };
+    (0..moe.experts).map(expert).collect()
+}
+
+/// The same as a store to load them from.
+///
+/// # Errors
+/// As [`expert_pieces`].
+pub fn expert_store(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertStore> {
+    ExpertStore::new(checkpoint.sources().to_vec(), expert_pieces(checkpoint, spec)?)
 }
 
 struct CheckpointBackend(Arc<Checkpoint>);

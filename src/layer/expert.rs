@@ -171,6 +171,14 @@ impl Expert {
         Self::load_form(Form::routed(spec), vb)
     }
 
+    /// Loads an FFN of `width` for all tokens, with the activation and the names of the experts of `spec` and without biases.
+    ///
+    /// # Errors
+    /// What the builder reports for missing tensors and wrong shapes.
+    pub fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::load_form(Form { spec, width, bias: false }, vb)
+    }
+
     pub(super) fn load_form(form: Form<'_>, vb: VarBuilder<'_>) -> Result<Self> {
         let (spec, names) = (form.spec, &form.spec.names);
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {

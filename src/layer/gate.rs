@@ -40,6 +40,18 @@ impl Gate {
         Ok(Self { weight, bias: spec.gate_bias.then(bias).transpose()?, selection_bias: None })
     }
 
+    /// Loads what `spec` says and `spec.names` names under `vb`, the layer's own builder: the bias for selection too.
+    pub(super) fn load_in(spec: &MoeSpec, vb: &VarBuilder<'_>) -> Result<Self> {
+        let mut gate = Self::load(spec, vb.pp(&spec.names.gate))?;
+        if spec.selection_bias {
+            // Always in f32, as it is added to scores.
+            let (name, init) = (&spec.names.selection_bias, Init::Const(0.0));
+            let bias = vb.get_with_hints_dtype(spec.experts, name, init, ROUTING_DTYPE)?;
+            gate.set_selection_bias(&bias.to_vec1::<f32>()?)?;
+        }
+        Ok(gate)
+    }
+
     pub(super) fn check(&self, spec: &MoeSpec) -> Result<()> {
         check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])?;
         match &self.bias {

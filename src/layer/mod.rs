@@ -34,6 +34,7 @@ mod guess;
 pub mod loss;
 pub mod projection;
 pub mod shared;
+mod stacked;
 pub mod worth;
 
 use std::sync::Arc;
@@ -178,15 +179,15 @@ impl MoeLayer {
         Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0, engine, fits_engine })
     }
 
-    /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`.
+    /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`; experts one by
+    /// one or stacked, as they are there.
     ///
     /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes.
+    /// What the builder reports for missing tensors and wrong shapes; as [`MoeSpec::stack_order`] for stacked experts.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
-        let experts = vb.pp(&spec.names.experts);
-        let experts = (0..spec.experts).map(|expert| Expert::load(spec, experts.pp(expert))).collect::<Result<_>>()?;
-        let gate = Gate::load(spec, vb.pp(&spec.names.gate))?;
+        let experts = stacked::load_experts(spec, &vb)?;
+        let gate = Gate::load_in(spec, &vb)?;
         Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
     }
 
@@ -196,7 +197,7 @@ impl MoeLayer {
     /// As [`MoeLayer::load`] and [`MoeLayer::with_cached`].
     pub fn load_cached(spec: &MoeSpec, vb: VarBuilder<'_>, experts: CachedExperts) -> Result<Self> {
         spec.check()?;
-        let gate = Gate::load(spec, vb.pp(&spec.names.gate))?;
+        let gate = Gate::load_in(spec, &vb)?;
         Self::with_cached(spec.clone(), gate, experts, Shared::load(spec, vb)?)
     }
 

@@ -70,6 +70,27 @@ impl Config {
         Ok(self.typed(key, "a positive integer", positive)?.map(|size| size as usize))
     }
 
+    /// An integer that may be 0.
+    pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        let count = |value: &Value| value.as_u64().filter(|&count| count <= u32::MAX.into());
+        Ok(self.typed(key, "an integer, at least 0", count)?.map(|count| count as usize))
+    }
+
+    /// A list of integers; nothing is an empty one.
+    pub(super) fn sizes(&self, key: &str) -> Result<Vec<usize>> {
+        let size = |value: &Value| value.as_u64().and_then(|size| u32::try_from(size).ok()).map(|size| size as usize);
+        let list = |value: &Value| value.as_array()?.iter().map(size).collect::<Option<Vec<_>>>();
+        Ok(self.typed(key, "a list of integers, at least 0", list)?.unwrap_or_default())
+    }
+
+    /// Refuses a flag that stands for what no decoder here does.
+    pub(super) fn expect_false(&self, key: &str) -> Result<()> {
+        match self.optional_flag(key)? {
+            Some(true) => Err(self.error(key, "false", "true")),
+            _ => Ok(()),
+        }
+    }
+
     /// A positive finite number.
     pub(super) fn optional_number(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a positive number", |value| {

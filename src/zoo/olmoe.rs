@@ -1,84 +1,21 @@
 //! OLMoE (`model_type: olmoe`, arXiv 2409.02060): softmax, top-k, weights as they are; RMS norm on queries and keys.
 
 use super::config::Config;
+use super::transformer::{self, Defaults};
 use crate::error::Result;
 use crate::routing::scores::Scoring;
-use crate::spec::{ModelSpec, MoeSpec};
+use crate::spec::{ModelSpec, MoeSpec, QkNorm};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
+    Ok(MoeSpec { scoring, ..transformer::moe_spec(config, "num_experts", "intermediate_size")? })
+}
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-    let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
-        return Err(config.error(
-            "num_key_value_heads",
-            &format!("a divisor of num_attention_heads {heads}"),
-            &kv_heads.to_string(),
-        ));
-    }
-    let head_dim = match config.optional_size("head_dim")? {
-        Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
-        None => {
-            let expected = format!("a divisor of hidden_size {hidden}");
-            return Err(config.error("num_attention_heads", &expected, &heads.to_string()));
-        }
-    };
-    if head_dim % 2 != 0 {
-        return Err(config.error("head_dim", "an even number (rotary embedding)", &head_dim.to_string()));
-    }
-    let activation = config.optional_string("hidden_act")?.unwrap_or("silu");
-    if activation != "silu" {
-        return Err(config.error("hidden_act", "silu", activation));
-    }
-    if config.optional_flag("attention_bias")?.unwrap_or(false) {
-        return Err(config.error("attention_bias", "false", "true"));
-    }
-    // Stretched positions are another rotation: refused rather than run as if they were not there.
-    for (object, kinds) in [("rope_scaling", ["rope_type", "type"]), ("rope_parameters", ["rope_type", "type"])] {
-        let mut kind = None;
-        for key in kinds {
-            kind = kind.or(config.optional_string(&format!("{object}.{key}"))?);
-        }
-        match kind {
-            Some("default") => {}
-            Some(other) => return Err(config.error(object, "rope_type default", other)),
-            None if object == "rope_scaling" && config.has(object) => {
-                return Err(config.error(object, "null or rope_type default", "something else"));
-            }
-            None => {}
-        }
-    }
-    let (experts, top_k) = (config.size("num_experts")?, config.size("num_experts_per_tok")?);
-    if top_k > experts {
-        let expected = format!("at most num_experts {experts}");
-        return Err(config.error("num_experts_per_tok", &expected, &top_k.to_string()));
-    }
-    let moe = MoeSpec {
-        scoring: Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false)),
-        ..MoeSpec::new(hidden, experts, top_k, config.size("intermediate_size")?)?
-    };
-    let spec = ModelSpec {
-        family: "olmoe",
-        vocab: config.size("vocab_size")?,
-        layers: config.size("num_hidden_layers")?,
-        heads,
-        kv_heads,
-        head_dim,
-        max_positions: config.optional_size("max_position_embeddings")?.unwrap_or(4096),
-        norm_eps: config.optional_number("rms_norm_eps")?.unwrap_or(1e-5),
-        // transformers 5 nests it, earlier versions do not.
-        rope_theta: match config.optional_number("rope_parameters.rope_theta")? {
-            Some(theta) => theta,
-            None => config.optional_number("rope_theta")?.unwrap_or(10_000.0),
-        },
-        qk_norm: true,
-        clip_qkv: config.optional_number("clip_qkv")?,
-        tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
-        end_of_text: config.token_ids("eos_token_id")?,
-        moe,
-    };
-    spec.check()?;
-    Ok(spec)
+    config.expect_false("attention_bias")?;
+    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 10_000.0, max_positions: 4096 };
+    let spec = transformer::model_spec(config, "olmoe", moe_spec(config)?, defaults)?;
+    Ok(ModelSpec { qk_norm: Some(QkNorm::Whole), clip_qkv: config.optional_number("clip_qkv")?, ..spec })
 }
 
 #[cfg(test)]
@@ -140,7 +77,10 @@ mod tests {
         );
         assert_eq!(error("rope_scaling", json!({"type": "yarn"})), format!("{scaled}rope_type default, got yarn"));
         assert!(config(|config| config["rope_scaling"] = Value::Null).is_ok());
-        assert_eq!(error("model_type", json!("llama")), "unknown model family `llama`: expected one of olmoe");
+        assert_eq!(
+            error("model_type", json!("llama")),
+            format!("unknown model family `llama`: expected one of {}", super::super::FAMILIES.join(", "))
+        );
         assert!(parse_config("[]", "c").is_err() && parse_config("{", "c").is_err());
     }
 }

@@ -5,12 +5,12 @@ use std::io::Write;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::weights::check_experts;
+use phase_moe::decoder::weights::{check_experts, expert_pieces};
 use phase_moe::spec::ModelSpec;
 use phase_moe::zoo;
 use serde::Serialize;
 
-use crate::options::{ModelSource, UserMistake, print_json};
+use crate::options::{ModelSource, print_json};
 
 /// Tells what a checkpoint holds and what would fit in how much memory; reads headers only.
 ///
@@ -52,7 +52,7 @@ impl Inspect {
         let output = Output {
             family: spec.family,
             layers: spec.layers,
-            moe_layers: spec.layers,
+            moe_layers: spec.moe_layers(),
             hidden: spec.moe.hidden,
             experts: spec.moe.experts,
             top_k: spec.moe.top_k,
@@ -108,23 +108,14 @@ pub struct Experts {
 impl Experts {
     /// Counts and checks them.
     pub fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
-        let (names, moe) = (&spec.moe.names, &spec.moe);
-        let (wide, narrow) = ([moe.expert_width, moe.hidden], [moe.hidden, moe.expert_width]);
-        let projections = [(&names.gate_proj, wide), (&names.up_proj, wide), (&names.down_proj, narrow)];
         let mut experts = Self { bytes_per_expert: 0, expert_bytes: 0, dtype: String::new() };
-        for (layer, expert) in (0..spec.layers).flat_map(|layer| (0..moe.experts).map(move |expert| (layer, expert))) {
-            for (projection, shape) in projections {
-                let name = format!("model.layers.{layer}.mlp.{}.{expert}.{projection}.weight", names.experts);
-                let entry = checkpoint.entry(&name)?;
-                if entry.shape != shape {
-                    let file = checkpoint.file_of(entry);
-                    let message = format!("{file}: tensor `{name}`: expected shape {shape:?}, got {:?}", entry.shape);
-                    return Err(UserMistake(message).into());
-                }
-                experts.expert_bytes += entry.bytes as u64;
-                experts.dtype = format!("{:?}", entry.dtype).to_lowercase();
+        for (index, pieces) in expert_pieces(checkpoint, spec)?.iter().flatten().enumerate() {
+            for piece in pieces {
+                let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
+                experts.expert_bytes += (row * piece.rows) as u64;
+                experts.dtype = piece.dtype.to_string();
             }
-            if (layer, expert) == (0, 0) {
+            if index == 0 {
                 experts.bytes_per_expert = experts.expert_bytes;
             }
         }

@@ -1,0 +1,98 @@
+//! Latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come from one narrow vector per position.
+//!
+//! `[latent ‖ rotated key] = kv_a·x`, `[keys ‖ values] = kv_b·norm(latent)` per head; each head's key is its own part and the
+//! rotated part that all heads share. `[batch, positions, hidden] → [batch, positions, hidden]`. What is kept from one forward pass to the next is
+//! latent and rotated key alone, so few numbers per position; keys and values are made of them anew.
+
+use candle_core::{Module, Tensor};
+use candle_nn::kv_cache::KvCache;
+use candle_nn::{Linear, VarBuilder};
+
+use super::attention::{attend, linear};
+use super::norm::RmsNorm;
+use super::rotary::Rotary;
+use crate::error::Result;
+use crate::spec::{LatentSpec, ModelSpec};
+
+/// Epsilon of the norms in here, whatever the configuration says of the others.
+const NORM_EPS: f64 = 1e-6;
+
+#[derive(Clone, Debug)]
+pub(super) struct LatentAttention {
+    query: Query,
+    kv_down: Linear,
+    kv_norm: RmsNorm,
+    kv_up: Linear,
+    output: Linear,
+    sizes: LatentSpec,
+    heads: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Query {
+    Direct(Linear),
+    /// Through a narrow vector of their own.
+    Narrow(Linear, RmsNorm, Linear),
+}
+
+impl LatentAttention {
+    pub(super) fn load(spec: &ModelSpec, sizes: LatentSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        let (hidden, heads) = (spec.moe.hidden, spec.heads);
+        let (rotated, queries) = (spec.rotary_dim, heads * (sizes.key_width + spec.rotary_dim));
+        let linear = |name: &str, rows: usize, columns: usize| linear(&vb.pp(name), rows, columns, false);
+        let query = match sizes.query_rank {
+            None => Query::Direct(linear("q_proj", queries, hidden)?),
+            Some(rank) => Query::Narrow(
+                linear("q_a_proj", rank, hidden)?,
+                RmsNorm::load(rank, NORM_EPS, vb.pp("q_a_layernorm"))?,
+                linear("q_b_proj", queries, rank)?,
+            ),
+        };
+        Ok(Self {
+            query,
+            kv_down: linear("kv_a_proj_with_mqa", sizes.kv_rank + rotated, hidden)?,
+            kv_norm: RmsNorm::load(sizes.kv_rank, NORM_EPS, vb.pp("kv_a_layernorm"))?,
+            kv_up: linear("kv_b_proj", heads * (sizes.key_width + sizes.value_width), sizes.kv_rank)?,
+            output: linear("o_proj", hidden, heads * sizes.value_width)?,
+            sizes,
+            heads,
+        })
+    }
+
+    pub(super) fn forward(
+        &self,
+        hidden: &Tensor,
+        rotary: &Rotary,
+        mask: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let (batch, positions, _) = hidden.dims3()?;
+        let LatentSpec { kv_rank, key_width, value_width, pairs, .. } = self.sizes;
+        let queries = match &self.query {
+            Query::Direct(query) => query.forward(hidden)?,
+            Query::Narrow(down, norm, up) => up.forward(&norm.forward(&down.forward(hidden)?)?)?,
+        };
+        let queries = queries.reshape((batch, positions, self.heads, ()))?.transpose(1, 2)?;
+        let rotated = queries.dim(3)? - key_width;
+        let rotate = |part: &Tensor| if pairs { rotary.apply_pairs(part) } else { rotary.apply(part) };
+        let turned = rotate(&queries.narrow(3, key_width, rotated)?)?;
+        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?;
+
+        let narrow = self.kv_down.forward(hidden)?.unsqueeze(1)?;
+        let mut latent = self.kv_norm.forward(&narrow.narrow(3, 0, kv_rank)?)?;
+        let mut turned = rotate(&narrow.narrow(3, kv_rank, rotated)?)?;
+        if let Some(cache) = cache {
+            (latent, turned) = cache.append(&latent.contiguous()?, &turned)?;
+        }
+        let seen = latent.dim(2)?;
+        let wide = self.kv_up.forward(&latent.squeeze(1)?)?;
+        let wide = wide.reshape((batch, seen, self.heads, key_width + value_width))?.transpose(1, 2)?;
+        let turned = turned.broadcast_as((batch, self.heads, seen, rotated))?;
+        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
+        let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
+
+        let scale = ((key_width + rotated) as f64).powf(-0.5);
+        let mixed = attend(&query, &key, &value, mask, scale)?;
+        Ok(self.output.forward(&mixed)?)
+    }
+}

@@ -1,0 +1,25 @@
+//! DeepSeek-V2 (`model_type: deepseek_v2`, arXiv 2405.04434): softmax, top-k, of the groups with the best experts where the model
+//! is large; weights as they are, times a constant.
+
+use super::config::Config;
+use super::deepseek;
+use crate::error::Result;
+use crate::routing::scores::GroupScore;
+use crate::spec::{ModelSpec, MoeSpec};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    // The published code scales normalised weights in no case, transformers all in any case: no model says what is right.
+    config.expect_false("norm_topk_prob")?;
+    deepseek::expect(config, "scoring_func", "softmax")?;
+    let mut spec = deepseek::moe_spec(config)?;
+    spec.scoring.groups = match config.optional_string("topk_method")? {
+        None | Some("greedy") => None,
+        Some("group_limited_greedy") => deepseek::groups(config, &spec, GroupScore::Max)?,
+        Some(other) => return Err(config.error("topk_method", "greedy or group_limited_greedy", other)),
+    };
+    Ok(spec)
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    deepseek::model_spec(config, "deepseek_v2", moe_spec(config)?, true)
+}

@@ -1,0 +1,28 @@
+//! DeepSeek-V3 (`model_type: deepseek_v3`, arXiv 2412.19437; Moonlight): sigmoid, a bias that counts for selection only, the
+//! groups whose two best experts are best together; weights normalised, then times a constant.
+
+use super::config::Config;
+use super::deepseek;
+use crate::error::Result;
+use crate::routing::scores::{GroupScore, Scoring};
+use crate::spec::{ModelSpec, MoeSpec};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    deepseek::expect(config, "scoring_func", "sigmoid")?;
+    deepseek::expect(config, "topk_method", "noaux_tc")?;
+    biased_spec(config)
+}
+
+/// The same routing in other families, which have no key for it.
+pub(super) fn biased_spec(config: &Config) -> Result<MoeSpec> {
+    let spec = deepseek::moe_spec(config)?;
+    let normalize = config.optional_flag("norm_topk_prob")?.unwrap_or(true);
+    let groups = deepseek::groups(config, &spec, GroupScore::TopTwo)?;
+    let scoring = Scoring { scale: spec.scoring.scale, groups, ..Scoring::sigmoid().normalized(normalize) };
+    Ok(MoeSpec { scoring, selection_bias: true, ..spec })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    let pairs = config.optional_flag("rope_interleave")?.unwrap_or(true);
+    deepseek::model_spec(config, "deepseek_v3", moe_spec(config)?, pairs)
+}

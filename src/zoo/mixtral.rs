@@ -1,0 +1,26 @@
+//! Mixtral (`model_type: mixtral`, arXiv 2401.04088): softmax, top-k, weights normalised; experts in `block_sparse_moe`, their
+//! projections `w1` (gate), `w3` (up) and `w2` (down).
+
+use super::config::Config;
+use super::transformer::{self, Defaults};
+use crate::error::Result;
+use crate::routing::scores::Scoring;
+use crate::spec::{ExpertNames, ModelSpec, MoeSpec};
+
+/// Names of experts that are called by the letters of the paper.
+pub(super) fn names() -> ExpertNames {
+    let [gate_proj, up_proj, down_proj] = ["w1", "w3", "w2"].map(String::from);
+    ExpertNames { gate_proj, up_proj, down_proj, ..ExpertNames::default() }
+}
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
+    Ok(MoeSpec { scoring: Scoring::softmax().normalized(true), names: names(), ..spec })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 1e6, max_positions: 131_072 };
+    let spec = transformer::model_spec(config, "mixtral", moe_spec(config)?, defaults)?;
+    transformer::refuse_sliding_window(config, spec.max_positions)?;
+    Ok(ModelSpec { ffn: "block_sparse_moe".into(), ..spec })
+}

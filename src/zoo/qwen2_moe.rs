@@ -1,0 +1,26 @@
+//! Qwen2-MoE (`model_type: qwen2_moe`, Qwen1.5-MoE): softmax, top-k, weights as they are; an expert that all tokens share,
+//! weighed by a sigmoid; biases on queries, keys and values; some blocks may be dense.
+
+use super::config::Config;
+use super::transformer::{self, Defaults};
+use crate::error::Result;
+use crate::routing::scores::Scoring;
+use crate::spec::{AttentionBias, ModelSpec, MoeSpec, SharedExperts};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    let shared = SharedExperts { width: config.size("shared_expert_intermediate_size")?, gated: true };
+    let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
+    let spec = transformer::moe_spec(config, "num_experts", "moe_intermediate_size")?;
+    Ok(MoeSpec { shared: Some(shared), scoring, ..spec })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    config.expect_false("use_sliding_window")?;
+    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 32_768 };
+    let spec = transformer::model_spec(config, "qwen2_moe", moe_spec(config)?, defaults)?;
+    let attention_bias = match config.optional_flag("qkv_bias")?.unwrap_or(true) {
+        true => AttentionBias::Inputs,
+        false => AttentionBias::None,
+    };
+    Ok(ModelSpec { attention_bias, dense: transformer::qwen_dense_blocks(config, spec.layers)?, ..spec })
+}

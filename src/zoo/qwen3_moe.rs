@@ -1,0 +1,27 @@
+//! Qwen3-MoE (`model_type: qwen3_moe`, arXiv 2505.09388): softmax, top-k, weights normalised where the configuration says so;
+//! RMS norm on each head's queries and keys; some blocks may be dense.
+
+use super::config::Config;
+use super::transformer::{self, Defaults};
+use crate::error::Result;
+use crate::routing::scores::Scoring;
+use crate::spec::{AttentionBias, ModelSpec, MoeSpec, QkNorm};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
+    // transformers reads both; what it writes may say either.
+    let experts = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
+    Ok(MoeSpec { scoring, ..transformer::moe_spec(config, experts, "moe_intermediate_size")? })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    config.expect_false("use_sliding_window")?;
+    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 32_768 };
+    let spec = transformer::model_spec(config, "qwen3_moe", moe_spec(config)?, defaults)?;
+    let attention_bias = match config.optional_flag("attention_bias")?.unwrap_or(false) {
+        true => AttentionBias::All,
+        false => AttentionBias::None,
+    };
+    let dense = transformer::qwen_dense_blocks(config, spec.layers)?;
+    Ok(ModelSpec { qk_norm: Some(QkNorm::PerHead), attention_bias, dense, ..spec })
+}

@@ -1,0 +1,246 @@
+"""Goldens of the model families: a tiny random checkpoint of each, and what Hugging Face transformers computes with it.
+
+Run by hand; the results are committed and the tests need no Python.
+
+    python -m venv venv
+    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
+    venv/bin/python make_zoo_goldens.py zoo                 # every family below that zoo/ does not hold yet
+    venv/bin/python make_zoo_goldens.py zoo mixtral         # this one
+
+Written for each to zoo/FAMILY: config.json and model.safetensors as transformers saves them, and goldens.safetensors, with
+T_p tokens in prompt p, hidden size H, vocabulary V, E experts, all in float32:
+
+    prompt.{p}.ids            i32 [T_p]
+    prompt.{p}.logits         f32 [T_p, V]
+    block.layer               i32 [1]      the last layer that has experts
+    block.input               f32 [T_0, H] what its MoE block got in prompt 0
+    block.output              f32 [T_0, H] what it gave
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Odd lengths; the ends of the vocabulary, and repeats, which differ by position alone.
+PROMPTS = [[0, 60, 5, 17, 5, 5, 42], [31, 3, 60, 17, 29, 44, 1, 2, 50, 2, 2, 33, 12]]
+
+COMMON = dict(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=0,
+)
+
+# Layers without experts come first, in between and by `decoder_sparse_step`; head widths that are not hidden / heads.
+FAMILIES = {
+    "mixtral": dict(intermediate_size=20, num_local_experts=6, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": dict(
+        num_hidden_layers=4,
+        head_dim=6,
+        intermediate_size=28,
+        moe_intermediate_size=12,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        mlp_only_layers=[3],
+        decoder_sparse_step=2,
+    ),
+    "qwen2_moe": dict(
+        num_hidden_layers=3,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=18,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        decoder_sparse_step=1,
+        tie_word_embeddings=True,
+    ),
+    "deepseek_v2": dict(
+        num_key_value_heads=4,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+    ),
+    "deepseek_v3": dict(
+        num_key_value_heads=4,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+    ),
+    "glm4_moe": dict(
+        head_dim=8,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.8,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        attention_bias=True,
+        use_qk_norm=True,
+    ),
+    "granitemoe": dict(
+        intermediate_size=12,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        logits_scaling=2.0,
+    ),
+    "lfm2_moe": dict(
+        num_hidden_layers=2,
+        layer_types=["full_attention", "full_attention"],
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        num_dense_layers=1,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        use_expert_bias=True,
+        routed_scaling_factor=1.5,
+        norm_eps=1e-5,
+    ),
+    "gpt_oss": dict(
+        head_dim=8,
+        intermediate_size=12,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=64,
+    ),
+}
+
+ROUTERS = ("mlp.gate.weight", "router.layer.weight", "mlp.router.weight", "feed_forward.gate.weight")
+
+
+def random_model(family: str, seed: int):
+    """A model in which every stage matters. The usual initialisation (std 0.02, norms of 1) hides most mistakes."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]}), attn_implementation="eager"
+    ).float()
+    generator = torch.Generator().manual_seed(seed)
+    seen = set()
+    with torch.no_grad():
+        # Buffers too: the biases for selection are such.
+        for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                noise = 1 + 0.25 * noise
+            elif "embed_tokens" in name:
+                noise *= 0.3
+            elif name.endswith("bias"):
+                noise *= 0.25
+            else:
+                # Router logits of std 2: a clear choice, and probabilities that renormalising changes.
+                noise *= (2 if name.endswith(ROUTERS) else 1) / math.sqrt(tensor.shape[-1])
+            tensor.copy_(noise)
+    return model
+
+
+def goldens(directory: Path) -> tuple[dict, dict]:
+    """One forward pass per prompt; returns the tensors and what they were made from."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # A key that does not match is otherwise a warning and a random weight.
+    assert not any(loading.values()), loading
+    model.eval()
+    blocks = {
+        index: block
+        for index, layer in enumerate(model.model.layers)
+        for name, block in layer.named_children()
+        if name in ("mlp", "block_sparse_moe", "feed_forward") and len(list(block.children())) > 1
+        and (hasattr(block, "experts") or hasattr(block, "input_linear"))
+    }
+    last = max(blocks)
+    seen = {"block.layer": torch.tensor([last], dtype=torch.int32)}
+
+    def hook(_module, inputs, output):
+        if "block.input" not in seen:
+            output = output[0] if isinstance(output, tuple) else output
+            seen["block.input"] = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).clone()
+            seen["block.output"] = output.detach().reshape(-1, output.shape[-1]).clone()
+
+    blocks[last].register_forward_hook(hook)
+    for prompt, ids in enumerate(PROMPTS):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        seen[f"prompt.{prompt}.ids"] = torch.tensor(ids, dtype=torch.int32)
+        seen[f"prompt.{prompt}.logits"] = logits.contiguous()
+    assert all(tensor.isfinite().all() for tensor in seen.values())
+    sha256 = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    return seen, {"transformers": transformers.__version__, "torch": torch.__version__, "sha256": sha256}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("zoo", type=Path, help="directory with one directory per family")
+    parser.add_argument("families", nargs="*", help="default: all that zoo/ does not hold")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    families = arguments.families or [name for name in FAMILIES if not (arguments.zoo / name).exists()]
+    for family in families:
+        directory = arguments.zoo / family
+        random_model(family, seed=1).save_pretrained(directory)
+        (directory / "generation_config.json").unlink(missing_ok=True)
+        tensors, made_from = goldens(directory)
+        # One key: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, directory / "goldens.safetensors", {"made_from": json.dumps(made_from)})
+        size = sum(file.stat().st_size for file in directory.iterdir())
+        print(f"{family}: {size} bytes, {json.dumps(made_from)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+//! Families against Hugging Face transformers: MoE block and whole decoder, goldens by `tests/goldens/make_zoo_goldens.py`.
+#![cfg(feature = "candle")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Module, Tensor};
+use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use phase_moe::decoder::model::{LoadOptions, ModelFiles};
+use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::experts::cache::CacheOptions;
+use phase_moe::layer::MoeLayer;
+use phase_moe::spec::ModelSpec;
+use phase_moe::zoo;
+
+fn fixture(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/zoo").join(family)
+}
+
+fn config(family: &str) -> String {
+    std::fs::read_to_string(fixture(family).join("config.json")).unwrap()
+}
+
+fn floats(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
+    let bytes = checkpoint.read(name).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+}
+
+fn integers(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
+    let bytes = checkpoint.read(name).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Fails where two tensors differ by more than 1e-4 (absolute and relative together).
+fn assert_close(stage: &str, ours: &[f32], golden: &[f32]) {
+    assert_eq!(ours.len(), golden.len(), "{stage}: length");
+    let worst = ours.iter().zip(golden).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+    assert!(worst <= 1e-4, "{stage}: off by {worst}");
+}
+
+fn goldens(family: &str) -> Checkpoint {
+    Checkpoint::open_files(&[&fixture(family).join("goldens.safetensors")]).unwrap()
+}
+
+/// The MoE block of `family`, which calls it `ffn`, on its golden input.
+fn compare_block(family: &str, ffn: &str) {
+    let spec = zoo::parse_moe_config(&config(family), "config.json").unwrap();
+    let goldens = goldens(family);
+    let checkpoint = Arc::new(Checkpoint::open(&fixture(family)).unwrap());
+    let block = integers(&goldens, "block.layer")[0];
+    let vb = weights::var_builder(checkpoint, DType::F32, &Device::Cpu);
+    let layer = MoeLayer::load(&spec, vb.pp(format!("model.layers.{block}.{ffn}"))).unwrap();
+    let input = Tensor::from_vec(floats(&goldens, "block.input"), ((), spec.hidden), &Device::Cpu).unwrap();
+    let output = layer.forward(&input).unwrap();
+    assert_close(&format!("{family} block"), &values(&output), &floats(&goldens, "block.output"));
+}
+
+/// Logits of both prompts, at once and one token after another.
+fn compare_logits(family: &str, decoder: &Decoder) {
+    let goldens = goldens(family);
+    for prompt in 0..2 {
+        let ids = integers(&goldens, &format!("prompt.{prompt}.ids"));
+        let golden = floats(&goldens, &format!("prompt.{prompt}.logits"));
+        let batch = Batch::new(&[&ids]).unwrap();
+        let mut layers = Vec::new();
+        let seen = |layer: usize, _| {
+            layers.push(layer);
+            Ok(())
+        };
+        let logits = decoder.forward(&batch, &mut decoder.batch_state(), seen).unwrap();
+        assert_close(&format!("{family}, prompt {prompt}"), &values(&logits), &golden);
+        assert_eq!(
+            layers,
+            (0..decoder.spec().moe_layers()).collect::<Vec<_>>(),
+            "MoE layers are counted by themselves"
+        );
+        let mut state = decoder.generation_state();
+        let steps =
+            ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+        let stepped = Tensor::cat(&steps.collect::<Vec<_>>(), 1).unwrap();
+        assert_close(&format!("{family}, prompt {prompt} step by step"), &values(&stepped), &golden);
+    }
+}
+
+fn compare_decoder(family: &str) {
+    let files = ModelFiles::open(&fixture(family)).unwrap();
+    let decoder = files.decoder(&LoadOptions::default()).unwrap();
+    compare_logits(family, &decoder);
+    let stored: usize = files.checkpoint.tensors().values().map(|entry| entry.bytes / 4).sum();
+    assert_eq!(decoder.spec().parameters(), stored, "{family}: parameters");
+    compare_logits(family, &cached(&files));
+}
+
+/// The same model with a cache of two experts.
+fn cached(files: &ModelFiles) -> Decoder {
+    let spec = zoo::parse_config(&files.config, "config.json").unwrap();
+    let store = weights::expert_store(&files.checkpoint, &spec).unwrap();
+    assert_eq!(store.layers(), spec.moe_layers());
+    let options = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
+    let options = LoadOptions { expert_cache: Some(options), ..LoadOptions::default() };
+    let decoder = files.decoder(&options).unwrap();
+    assert!(decoder.expert_cache().is_some());
+    decoder
+}
+
+#[test]
+fn mixtral_equals_transformers() {
+    compare_block("mixtral", "block_sparse_moe");
+    compare_decoder("mixtral");
+}
+
+#[test]
+fn qwen2_moe_with_a_shared_expert_and_a_dense_block_equals_transformers() {
+    compare_block("qwen2_moe", "mlp");
+    compare_decoder("qwen2_moe");
+}
+
+#[test]
+fn qwen3_moe_with_dense_blocks_by_step_and_by_name_equals_transformers() {
+    let spec = zoo::parse_config(&config("qwen3_moe"), "config.json").unwrap();
+    assert_eq!((spec.dense.blocks.as_slice(), spec.moe_layers()), ([0, 2, 3].as_slice(), 1));
+    compare_block("qwen3_moe", "mlp");
+    compare_decoder("qwen3_moe");
+}
+
+/// How a stack lies.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Rows,
+    Columns,
+}
+
+/// A copy of `family` whose experts are stacked, as transformers holds them in memory.
+fn stacked(family: &str, order: Order) -> (tempfile::TempDir, ModelSpec) {
+    let (directory, spec) = (tempfile::tempdir().unwrap(), zoo::parse_config(&config(family), "config.json").unwrap());
+    let checkpoint = Checkpoint::open(&fixture(family)).unwrap();
+    let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = checkpoint
+        .tensors()
+        .iter()
+        .filter(|(name, _)| !name.contains(".experts."))
+        .map(|(name, entry)| (name.clone(), entry.shape.clone(), floats(&checkpoint, name)))
+        .collect();
+    let (names, experts) = (&spec.moe.names, spec.moe.experts);
+    for block in spec.moe_blocks() {
+        let ffn = format!("model.layers.{block}.{}", spec.ffn);
+        let mut stack = |name: &str, parts: &[&String], rows: usize, columns: usize| {
+            let mut numbers = Vec::new();
+            for expert in 0..experts {
+                let part = |part: &&String| floats(&checkpoint, &format!("{ffn}.experts.{expert}.{part}.weight"));
+                let matrix: Vec<f32> = parts.iter().flat_map(part).collect();
+                match order {
+                    Order::Rows => numbers.extend(matrix),
+                    Order::Columns => {
+                        numbers.extend(
+                            (0..columns)
+                                .flat_map(|c| (0..rows).map(move |r| (r, c)))
+                                .map(|(r, c)| matrix[r * columns + c]),
+                        );
+                    }
+                }
+            }
+            let shape = if order == Order::Rows { [rows, columns] } else { [columns, rows] };
+            tensors.push((format!("{ffn}.{name}"), vec![experts, shape[0], shape[1]], numbers));
+        };
+        let (width, hidden) = (spec.moe.expert_width, spec.moe.hidden);
+        stack(&names.stacked_gate_up, &[&names.gate_proj, &names.up_proj], 2 * width, hidden);
+        stack(&names.stacked_down, &[&names.down_proj], hidden, width);
+    }
+    let named: Vec<_> =
+        tensors.iter().map(|(name, shape, numbers)| NamedTensor::f32(name, shape.clone(), numbers)).collect();
+    write_tensors(&directory.path().join("model.safetensors"), &named, None).unwrap();
+    std::fs::write(directory.path().join("config.json"), config(family)).unwrap();
+    (directory, spec)
+}
+
+#[test]
+fn stacked_experts_are_the_same_whichever_way_they_lie() {
+    for family in ["mixtral", "qwen3_moe"] {
+        for order in [Order::Rows, Order::Columns] {
+            let (directory, spec) = stacked(family, order);
+            let files = ModelFiles::open(directory.path()).unwrap();
+            compare_logits(family, &files.decoder(&LoadOptions::default()).unwrap());
+            match order {
+                Order::Rows => compare_logits(family, &cached(&files)),
+                Order::Columns => {
+                    let error = weights::expert_store(&files.checkpoint, &spec).unwrap_err().to_string();
+                    assert!(error.contains("rows of a projection one after the other"), "{error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stack_of_other_experts_is_an_error() {
+    let (directory, _) = stacked("mixtral", Order::Rows);
+    let config = config("mixtral").replace("\"num_local_experts\": 6", "\"num_local_experts\": 5");
+    std::fs::write(directory.path().join("config.json"), config).unwrap();
+    let files = ModelFiles::open(directory.path()).unwrap();
+    let error = files.decoder(&LoadOptions::default()).err().unwrap().to_string();
+    assert!(error.starts_with("stacked experts: expected [5, 40, 32] and [5, 32, 20], or "), "{error}");
+    assert!(error.ends_with("got [6, 40, 32] and [6, 32, 20]"), "{error}");
+}
+
+#[test]
+fn deepseek_v2_with_groups_and_latent_attention_equals_transformers() {
+    compare_block("deepseek_v2", "mlp");
+    compare_decoder("deepseek_v2");
+}
+
+#[test]
+fn deepseek_v3_with_a_bias_for_selection_equals_transformers() {
+    compare_block("deepseek_v3", "mlp");
+    compare_decoder("deepseek_v3");
+}
+
+#[test]
+fn glm4_moe_with_heads_rotated_in_part_equals_transformers() {
+    compare_block("glm4_moe", "mlp");
+    compare_decoder("glm4_moe");
+}
+
+#[test]
+fn granitemoe_with_stacked_experts_and_multipliers_equals_transformers() {
+    compare_block("granitemoe", "block_sparse_moe");
+    compare_decoder("granitemoe");
+}
+
+#[test]
+fn lfm2_moe_layers_equal_transformers() {
+    compare_block("lfm2_moe", "feed_forward");
+}
+
+#[test]
+fn gpt_oss_layers_equal_transformers() {
+    compare_block("gpt_oss", "mlp");
+}
