@@ -235,6 +235,23 @@ pub struct LatentSpec {
     pub pairs: bool,
 }
 
+/// Positions stretched past those that a model was first trained on (YaRN, arXiv 2309.00071).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Yarn {
+    /// How many times as far it now looks.
+    pub factor: f64,
+    /// Positions that it was first trained on.
+    pub original_positions: usize,
+    /// Turns over those positions above which a rotation stays as fast as it was.
+    pub beta_fast: f64,
+    /// Turns below which it is slowed down by the whole factor; in between by a part.
+    pub beta_slow: f64,
+    /// What cosines and sines are multiplied by.
+    pub rotation_scale: f64,
+    /// What products of queries and keys are multiplied by, beside the usual.
+    pub score_scale: f64,
+}
+
 /// Constants that Granite multiplies with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Multipliers {
@@ -285,6 +302,8 @@ pub struct ModelSpec {
     pub norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
+    /// Stretched positions.
+    pub yarn: Option<Yarn>,
     /// How much of a head is rotated, from its front on; even.
     pub rotary_dim: usize,
     /// RMS norm on queries and keys.

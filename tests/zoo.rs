@@ -207,7 +207,7 @@ fn a_stack_of_other_experts_is_an_error() {
 }
 
 #[test]
-fn deepseek_v2_with_groups_and_latent_attention_equals_transformers() {
+fn deepseek_v2_with_groups_latent_attention_and_stretched_positions_equals_transformers() {
     compare_block("deepseek_v2", "mlp");
     compare_decoder("deepseek_v2");
 }

@@ -74,7 +74,7 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
         ("deepseek_v3", "scoring_func", json!("softmax"), "sigmoid, got softmax"),
         ("deepseek_v3", "moe_layer_freq", json!(2), "1, got 2"),
         ("deepseek_v3", "first_k_dense_replace", json!(2), "at least one block with experts, got none"),
-        ("deepseek_v3", "rope_scaling", json!({"type": "yarn"}), "rope_type default, got yarn"),
+        ("deepseek_v3", "rope_scaling", json!({"type": "linear"}), "rope_type default or yarn, got linear"),
         ("granitemoe", "logits_scaling", json!(0), "a positive number, got 0"),
     ];
     for (family, key, value, expected) in cases {
@@ -114,6 +114,21 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     let lite = parse("deepseek_v2", &[("n_group", json!(1)), ("topk_group", json!(1))]).unwrap();
     assert_eq!(lite.moe.scoring.groups, None, "one group limits nobody");
     assert_eq!(parse("mixtral", &[("sliding_window", json!(64))]).unwrap().ffn, "block_sparse_moe");
+}
+
+#[test]
+fn positions_are_stretched_as_transformers_says_now_and_as_it_said() {
+    let now = parse("deepseek_v2", &[]).unwrap().yarn.unwrap();
+    let keys = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.8,
+        "mscale_all_dim": 0.5, "beta_fast": 4, "beta_slow": 0.5});
+    let before = [("rope_parameters", Value::Null), ("rope_theta", json!(20.0)), ("rope_scaling", keys)];
+    let before = parse("deepseek_v2", &before).unwrap();
+    assert_eq!((before.yarn.unwrap(), before.rope_theta), (now, 20.0));
+    let nothing = json!({"type": "yarn"});
+    assert_eq!(
+        message("qwen3_moe", "rope_scaling", nothing),
+        "config.json: key `rope_scaling.factor`: expected a positive number, got nothing: the key is missing"
+    );
 }
 
 #[test]

@@ -36,23 +36,22 @@ impl Attention {
         let linear = |name: &str, rows, columns, bias| linear(&vb.pp(name), rows, columns, bias);
         let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
         let inputs = spec.attention_bias != AttentionBias::None;
-        let norms = match spec.qk_norm {
-            Some(QkNorm::Whole) => Some((norm("q_norm", queries)?, norm("k_norm", keys)?)),
-            Some(QkNorm::PerHead) => Some((norm("q_norm", spec.head_dim)?, norm("k_norm", spec.head_dim)?)),
-            None => None,
-        };
         Ok(Self {
             query: linear("q_proj", queries, hidden, inputs)?,
             key: linear("k_proj", keys, hidden, inputs)?,
             value: linear("v_proj", keys, hidden, inputs)?,
             output: linear("o_proj", hidden, queries, spec.attention_bias == AttentionBias::All)?,
-            norms,
+            norms: match spec.qk_norm {
+                Some(QkNorm::Whole) => Some((norm("q_norm", queries)?, norm("k_norm", keys)?)),
+                Some(QkNorm::PerHead) => Some((norm("q_norm", spec.head_dim)?, norm("k_norm", spec.head_dim)?)),
+                None => None,
+            },
             norm_heads: spec.qk_norm == Some(QkNorm::PerHead),
             clip: spec.clip_qkv,
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
-            scale: spec.multipliers.attention.unwrap_or((spec.head_dim as f64).powf(-0.5)),
+            scale: score_scale(spec, spec.head_dim),
         })
     }
 
@@ -102,6 +101,12 @@ impl Attention {
         let wide = heads.unsqueeze(2)?.expand((batch, kv_heads, group, positions, head_dim))?;
         Ok(wide.reshape((batch, self.heads, positions, head_dim))?)
     }
+}
+
+/// What products of queries and keys of `width` are multiplied by.
+pub(super) fn score_scale(spec: &ModelSpec, width: usize) -> f64 {
+    let usual = spec.multipliers.attention.unwrap_or((width as f64).powf(-0.5));
+    usual * spec.yarn.map_or(1.0, |yarn| yarn.score_scale)
 }
 
 /// A linear layer `[columns] → [rows]`.

@@ -8,7 +8,7 @@ use candle_core::{Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Linear, VarBuilder};
 
-use super::attention::{attend, linear};
+use super::attention::{attend, linear, score_scale};
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
@@ -26,6 +26,8 @@ pub(super) struct LatentAttention {
     output: Linear,
     sizes: LatentSpec,
     heads: usize,
+    /// What products of queries and keys are multiplied by.
+    scale: f64,
 }
 
 #[derive(Clone, Debug)]
@@ -56,6 +58,7 @@ impl LatentAttention {
             output: linear("o_proj", hidden, heads * sizes.value_width)?,
             sizes,
             heads,
+            scale: score_scale(spec, sizes.key_width + rotated),
         })
     }
 
@@ -91,8 +94,7 @@ impl LatentAttention {
         let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
         let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
 
-        let scale = ((key_width + rotated) as f64).powf(-0.5);
-        let mixed = attend(&query, &key, &value, mask, scale)?;
+        let mixed = attend(&query, &key, &value, mask, self.scale)?;
         Ok(self.output.forward(&mixed)?)
     }
 }

@@ -200,20 +200,18 @@ impl Decoder {
         let mut moe_layers = 0;
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
-            let ffn = vb.pp(&spec.ffn);
-            let ffn = match spec.dense.blocks.binary_search(&block) {
-                Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, ffn)?),
-                Err(_) => {
-                    let layer = moe_layers;
-                    moe_layers += 1;
-                    Ffn::Moe(Box::new(moe(layer, ffn)?.with_index(layer).with_engine(engine.clone())))
-                }
-            };
             Ok(Block {
                 attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
                 attention: Mixer::load(spec, vb.pp("self_attn"))?,
                 ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
-                ffn,
+                ffn: match spec.dense.blocks.binary_search(&block) {
+                    Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?),
+                    Err(_) => {
+                        let layer = moe_layers;
+                        moe_layers += 1;
+                        Ffn::Moe(Box::new(moe(layer, vb.pp(&spec.ffn))?.with_index(layer).with_engine(engine.clone())))
+                    }
+                },
             })
         });
         Ok(Self {

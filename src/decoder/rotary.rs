@@ -5,7 +5,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 
 use crate::error::Result;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Yarn};
 
 /// Cosines and sines of the positions of one forward pass, `[positions, rotary_dim / 2]`.
 #[derive(Clone, Debug)]
@@ -18,13 +18,17 @@ impl Rotary {
     /// For `positions` positions from `start` on, to rotate heads of `dtype`.
     pub(super) fn new(spec: &ModelSpec, start: usize, positions: usize, dtype: DType, device: &Device) -> Result<Self> {
         let half = spec.rotary_dim / 2;
-        let rate = |pair: usize| 1.0 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32);
+        let slowed = |pair: usize| spec.yarn.map_or(1.0, |yarn| slowing(&yarn, spec, pair)) as f32;
+        let rate =
+            |pair: usize| slowed(pair) / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32);
         let rates: Vec<f32> = (0..half).map(rate).collect();
         let angles: Vec<f32> = (start..start + positions)
             .flat_map(|position| rates.iter().map(move |rate| position as f32 * rate))
             .collect();
         let angles = Tensor::from_vec(angles, (positions, half), device)?;
-        Ok(Self { cos: angles.cos()?.to_dtype(dtype)?, sin: angles.sin()?.to_dtype(dtype)? })
+        let scale = spec.yarn.map_or(1.0, |yarn| yarn.rotation_scale);
+        let scaled = |tensor: Tensor| (tensor * scale)?.to_dtype(dtype);
+        Ok(Self { cos: scaled(angles.cos()?)?, sin: scaled(angles.sin()?)? })
     }
 
     /// Rotates the front of `[batch, heads, positions, head_dim]`, the halves of it against each other.
@@ -52,4 +56,18 @@ impl Rotary {
             false => rope_i(&heads, &self.cos, &self.sin)?,
         })
     }
+}
+
+/// What a rotation's rate is multiplied by: 1 where it turns often, `1 / factor` where it hardly turns, between them a ramp.
+fn slowing(yarn: &Yarn, spec: &ModelSpec, pair: usize) -> f64 {
+    let dim = spec.rotary_dim as f64;
+    // The pair that turns so many times over the original positions.
+    let pair_of = |turns: f64| {
+        dim * (yarn.original_positions as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * spec.rope_theta.ln())
+    };
+    let low = pair_of(yarn.beta_fast).floor().max(0.0);
+    let high = pair_of(yarn.beta_slow).ceil().min(dim - 1.0);
+    let width = if low == high { 0.001 } else { high - low };
+    let ramp = ((pair as f64 - low) / width).clamp(0.0, 1.0);
+    ramp / yarn.factor + 1.0 - ramp
 }

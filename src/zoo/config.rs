@@ -98,6 +98,12 @@ impl Config {
         })
     }
 
+    /// The same where there must be one.
+    pub(super) fn number(&self, key: &str) -> Result<f64> {
+        let value = self.optional_number(key)?;
+        self.required(key, "a positive number", value)
+    }
+
     pub(super) fn optional_flag(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }

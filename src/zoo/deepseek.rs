@@ -41,7 +41,14 @@ pub(super) fn groups(config: &Config, spec: &MoeSpec, score: GroupScore) -> Resu
 pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, pairs: bool) -> Result<ModelSpec> {
     config.expect_false("attention_bias")?;
     let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 4096 };
-    let spec = transformer::model_spec(config, family, moe, defaults)?;
+    let mut spec = transformer::model_spec(config, family, moe, defaults)?;
+    if let Some(yarn) = &mut spec.yarn {
+        let mut weight = None;
+        for object in ["rope_scaling", "rope_parameters"] {
+            weight = weight.or(config.optional_number(&format!("{object}.mscale_all_dim"))?);
+        }
+        yarn.score_scale = weight.map_or(1.0, |weight| transformer::yarn_scale(yarn.factor, weight).powi(2));
+    }
     let latent = LatentSpec {
         query_rank: config.optional_size("q_lora_rank")?,
         kv_rank: config.size("kv_lora_rank")?,

@@ -73,9 +73,10 @@ mod tests {
         let scaled = "config.json: key `rope_scaling`: expected ";
         assert_eq!(
             error("rope_scaling", json!({"factor": 8.0})),
-            format!("{scaled}null or rope_type default, got something else")
+            format!("{scaled}null or rope_type default or yarn, got something else")
         );
-        assert_eq!(error("rope_scaling", json!({"type": "yarn"})), format!("{scaled}rope_type default, got yarn"));
+        let dynamic = json!({"type": "dynamic"});
+        assert_eq!(error("rope_scaling", dynamic), format!("{scaled}rope_type default or yarn, got dynamic"));
         assert!(config(|config| config["rope_scaling"] = Value::Null).is_ok());
         assert_eq!(
             error("model_type", json!("llama")),

@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Yarn};
 
 /// Defaults that a family has where its configuration is silent.
 pub(super) struct Defaults {
@@ -20,7 +20,6 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         return Err(config.error("num_key_value_heads", &expected, &kv_heads.to_string()));
     }
     let head_dim = head_dim(config, moe.hidden, heads)?;
-    refuse_rope_scaling(config)?;
     Ok(ModelSpec {
         family,
         vocab: config.size("vocab_size")?,
@@ -35,6 +34,7 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
             Some(theta) => theta,
             None => config.optional_number("rope_theta")?.unwrap_or(defaults.rope_theta),
         },
+        yarn: yarn(config)?,
         rotary_dim: head_dim,
         qk_norm: None,
         latent: None,
@@ -65,8 +65,8 @@ fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize> {
     Ok(head_dim)
 }
 
-/// Stretched positions are another rotation: refused rather than run as if they were not there.
-fn refuse_rope_scaling(config: &Config) -> Result<()> {
+/// Stretched positions, if there are any: YaRN, and no other kind.
+fn yarn(config: &Config) -> Result<Option<Yarn>> {
     for object in ["rope_scaling", "rope_parameters"] {
         let mut kind = None;
         for key in ["rope_type", "type"] {
@@ -74,14 +74,42 @@ fn refuse_rope_scaling(config: &Config) -> Result<()> {
         }
         match kind {
             Some("default") => {}
-            Some(other) => return Err(config.error(object, "rope_type default", other)),
+            Some("yarn") => return yarn_in(config, object).map(Some),
+            Some(other) => return Err(config.error(object, "rope_type default or yarn", other)),
             None if object == "rope_scaling" && config.has(object) => {
-                return Err(config.error(object, "null or rope_type default", "something else"));
+                return Err(config.error(object, "null or rope_type default or yarn", "something else"));
             }
             None => {}
         }
     }
-    Ok(())
+    Ok(None)
+}
+
+fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
+    let key = |key: &str| format!("{object}.{key}");
+    let number = |name: &str| config.optional_number(&key(name));
+    let factor = config.number(&key("factor"))?;
+    if config.optional_flag(&key("truncate"))? == Some(false) {
+        return Err(config.error(&key("truncate"), "true", "false"));
+    }
+    let rotation_scale = match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
+        (Some(scale), ..) => scale,
+        (None, Some(above), Some(below)) => yarn_scale(factor, above) / yarn_scale(factor, below),
+        (None, ..) => yarn_scale(factor, 1.0),
+    };
+    Ok(Yarn {
+        factor,
+        original_positions: config.size(&key("original_max_position_embeddings"))?,
+        beta_fast: number("beta_fast")?.unwrap_or(32.0),
+        beta_slow: number("beta_slow")?.unwrap_or(1.0),
+        rotation_scale,
+        score_scale: 1.0,
+    })
+}
+
+/// How much sharper attention has to be at `factor` times the positions (arXiv 2309.00071, section 3.4).
+pub(super) fn yarn_scale(factor: f64, weight: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
 }
 
 /// An MoE layer of SwiGLU experts: how many, under which key, how many a token gets and how wide they are, under which key.

@@ -87,7 +87,18 @@ FAMILIES = {
         kv_lora_rank=16,
         q_lora_rank=12,
         qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
+        qk_rope_head_dim=8,
+        # Of four rotations one stays as it is, two are slowed down in part, one by the whole factor.
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 20.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.5,
+            "beta_fast": 4,
+            "beta_slow": 0.5,
+        },
         v_head_dim=6,
     ),
     "deepseek_v3": dict(
