@@ -113,7 +113,7 @@ impl Swaps {
 
 /// How many swaps a token with `filled` slots makes: of the slots `misses`, lowest score first, against so many `stand_ins`, best
 /// first; `of_slot` and `of_stand_in` give selection and gate score.
-fn how_many(
+pub(super) fn how_many(
     terms: &Terms,
     filled: usize,
     misses: &[usize],

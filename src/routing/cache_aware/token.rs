@@ -21,7 +21,7 @@
 //!
 //! Knows nothing of batches, capacities, selection biases or groups.
 
-use super::swap::{Terms, is_in};
+use super::swap::{Terms, how_many, is_in};
 use super::{CacheRouter, MOST_BONUS, running};
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
@@ -319,7 +319,9 @@ impl Kernel for Token<'_> {
                 lanes.store(lanes.permute(values, order), &mut coming);
                 lanes.store(lanes.permute(found.ids, order), &mut numbers);
                 let stand_ins = coming[..wanted].iter().take_while(|&&score| score > threshold).count();
-                let swaps = how_many_of_best(&terms, &scores[..top_k], misses, &coming[..stand_ins]);
+                // Selection scores are gate scores here.
+                let of_slot = |slot: usize| (scores[slot], scores[slot]);
+                let swaps = how_many(&terms, top_k, misses, of_slot, stand_ins, |at| (coming[at], coming[at]));
                 for (at, &slot) in misses[..swaps].iter().enumerate() {
                     (scores[slot], chosen[slot]) = (coming[at], numbers[at].to_bits() as u16);
                 }
@@ -336,22 +338,6 @@ impl Kernel for Token<'_> {
         }
         Some(range)
     }
-}
-
-/// As for any token (`swap.rs`), where selection scores are gate scores: `chosen` are the best, so every further swap costs mass and
-/// has more to beat, and the first that must not be ends the search.
-#[inline(always)]
-fn how_many_of_best(terms: &Terms, chosen: &[f32], misses: &[usize], stand_ins: &[f32]) -> usize {
-    let base: f64 = chosen.iter().map(|&score| f64::from(score)).sum();
-    let (mut kept, most) = (base, misses.len().min(stand_ins.len()));
-    for count in 0..most {
-        kept -= f64::from(chosen[misses[count]]) - f64::from(stand_ins[count]);
-        let wins = (0..=count).all(|at| f64::from(stand_ins[at]) + terms.lift > f64::from(chosen[misses[count - at]]));
-        if !wins || !terms.allow(kept, base, chosen.len()) {
-            return count;
-        }
-    }
-    most
 }
 
 /// Sorts the first `count` of both: best score first, ties to the lowest id.
