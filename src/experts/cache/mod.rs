@@ -161,7 +161,7 @@ impl ExpertCache {
     }
 
     /// Where the experts come from.
-    pub fn store(&self) -> &ExpertStore {
+    pub fn store(&self) -> &Arc<ExpertStore> {
         &self.shared.store
     }
 
