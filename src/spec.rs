@@ -250,6 +250,8 @@ pub struct Yarn {
     pub rotation_scale: f64,
     /// What products of queries and keys are multiplied by, beside the usual.
     pub score_scale: f64,
+    /// The part in between begins and ends at whole rotations, as in the paper's code, or wherever it does (gpt-oss).
+    pub whole_rotations: bool,
 }
 
 /// Constants that Granite multiplies with.
@@ -281,6 +283,15 @@ pub struct DenseBlocks {
     pub width: usize,
 }
 
+/// Blocks in which a position looks back only so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlidingWindow {
+    /// Which blocks, ascending.
+    pub blocks: Vec<usize>,
+    /// Positions that one sees there, itself among them.
+    pub positions: usize,
+}
+
 /// A decoder-only transformer whose FFNs are MoE layers, but for some blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -310,6 +321,10 @@ pub struct ModelSpec {
     pub qk_norm: Option<QkNorm>,
     /// Biases of attention.
     pub attention_bias: AttentionBias,
+    /// Every head has a number that takes its share of attention beside the positions, and gives nothing for it (gpt-oss).
+    pub sinks: bool,
+    /// Blocks whose positions do not see all before them.
+    pub window: SlidingWindow,
     /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
     pub latent: Option<LatentSpec>,
     /// Constants that it multiplies with.
@@ -335,7 +350,8 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd rotary width or one above the head width, dense blocks that are not there, out of order or all there are, or more weights than can be counted.
+    /// odd rotary width or one above the head width, dense blocks or blocks with a window that are not there or out of order, dense ones that
+    /// are all there are, sinks or windows in latent attention, or more weights than can be counted.
     pub fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
@@ -365,8 +381,16 @@ impl ModelSpec {
             ));
         }
         let dense = &self.dense.blocks;
-        if !dense.is_sorted_by(|a, b| a < b) || dense.last().is_some_and(|&last| last >= self.layers) {
-            return Err(Error::parameter("dense blocks", format!("{dense:?}"), format!("some of 0..{}", self.layers)));
+        for (name, blocks) in [("dense blocks", dense), ("blocks with a window", &self.window.blocks)] {
+            if !blocks.is_sorted_by(|a, b| a < b) || blocks.last().is_some_and(|&last| last >= self.layers) {
+                return Err(Error::parameter(name, format!("{blocks:?}"), format!("some of 0..{}", self.layers)));
+            }
+        }
+        if !self.window.blocks.is_empty() && self.window.positions == 0 {
+            return Err(Error::parameter("positions of a window", 0, "at least 1"));
+        }
+        if self.latent.is_some() && (self.sinks || !self.window.blocks.is_empty()) {
+            return Err(Error::parameter("latent attention", "with sinks or windows", "neither"));
         }
         if dense.len() == self.layers {
             return Err(Error::parameter("dense blocks", "all", "at least one block with experts"));
@@ -441,6 +465,7 @@ impl ModelSpec {
             AttentionBias::Inputs => queries + 2 * keys,
             AttentionBias::All => queries + 2 * keys + hidden,
         };
-        hidden * (2 * queries + 2 * keys) + norms + biases
+        let sinks = if self.sinks { self.heads } else { 0 };
+        hidden * (2 * queries + 2 * keys) + norms + biases + sinks
     }
 }

@@ -236,6 +236,7 @@ fn lfm2_moe_layers_equal_transformers() {
 }
 
 #[test]
-fn gpt_oss_layers_equal_transformers() {
+fn gpt_oss_with_sinks_windows_and_stretched_positions_equals_transformers() {
     compare_block("gpt_oss", "mlp");
+    compare_decoder("gpt_oss");
 }

@@ -22,6 +22,8 @@ pub(super) struct Block {
     pub(super) attention: Mixer,
     pub(super) ffn_norm: RmsNorm,
     pub(super) ffn: Ffn,
+    /// Positions look back only as far as the model's window.
+    pub(super) windowed: bool,
 }
 
 /// How positions look at each other.

@@ -30,11 +30,11 @@ use crate::spec::{ModelSpec, MoeSpec};
 use config::Config;
 
 /// Families whose decoder there is a file for, as `model_type` names them.
-pub const FAMILIES: [&str; 8] =
-    ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe"];
+pub const FAMILIES: [&str; 9] =
+    ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss"];
 
 /// Families of which there is the MoE layer alone.
-pub const MOE_FAMILIES: [&str; 2] = ["lfm2_moe", "gpt_oss"];
+pub const MOE_FAMILIES: [&str; 1] = ["lfm2_moe"];
 
 /// Reads a `config.json`; `file` is its name in error messages.
 ///
@@ -52,6 +52,7 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
         "deepseek_v3" => deepseek_v3::model_spec(&config),
         "glm4_moe" => glm4_moe::model_spec(&config),
         "granitemoe" => granitemoe::model_spec(&config),
+        "gpt_oss" => gpt_oss::model_spec(&config),
         other => Err(unknown(other, &FAMILIES)),
     }?;
     spec.check()?;

@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Yarn};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, SlidingWindow, Yarn};
 
 /// Defaults that a family has where its configuration is silent.
 pub(super) struct Defaults {
@@ -37,6 +37,8 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         yarn: yarn(config)?,
         rotary_dim: head_dim,
         qk_norm: None,
+        sinks: false,
+        window: SlidingWindow::default(),
         latent: None,
         multipliers: Multipliers::default(),
         extra_blocks: 0,
@@ -89,9 +91,6 @@ fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
     let key = |key: &str| format!("{object}.{key}");
     let number = |name: &str| config.optional_number(&key(name));
     let factor = config.number(&key("factor"))?;
-    if config.optional_flag(&key("truncate"))? == Some(false) {
-        return Err(config.error(&key("truncate"), "true", "false"));
-    }
     let rotation_scale = match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
         (Some(scale), ..) => scale,
         (None, Some(above), Some(below)) => yarn_scale(factor, above) / yarn_scale(factor, below),
@@ -104,6 +103,7 @@ fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
         beta_slow: number("beta_slow")?.unwrap_or(1.0),
         rotation_scale,
         score_scale: 1.0,
+        whole_rotations: config.optional_flag(&key("truncate"))?.unwrap_or(true),
     })
 }
 

@@ -157,11 +157,23 @@ FAMILIES = {
         norm_eps=1e-5,
     ),
     "gpt_oss": dict(
-        head_dim=8,
+        num_hidden_layers=3,
+        # Heads together are wider than the hidden state; of their five rotations one stays as it is, two are slowed down in part.
+        head_dim=10,
         intermediate_size=12,
         num_local_experts=6,
         num_experts_per_tok=2,
-        sliding_window=64,
+        # Shorter than both prompts; layers with a window and without take turns.
+        sliding_window=5,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 20.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 3,
+            "beta_slow": 0.75,
+            "truncate": False,
+        },
     ),
 }
 
