@@ -3,7 +3,8 @@
 //! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes: a tensor of a safetensors or
 //! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, pieces that share pages at once,
 //! so that a file that can be read past the page cache needs no copy; a piece then begins anywhere in its first page, which the
-//! engine does not mind. All experts of the same shapes take slabs of the same size.
+//! engine does not mind. All experts of the same shapes take slabs of the same size. A piece of another [`Layout`] than row by row
+//! is read beside the slab, a chunk at a time, and brought into form on the way.
 //!
 //! A checksum of each expert's bytes is taken when it is first loaded, and every later load must give the same.
 //!
@@ -48,7 +49,12 @@ use crate::checkpoint::{Checkpoint, NamedSource, PAGE_BYTES};
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
 use crate::experts::matrix::{Dtype, Matrix};
+use crate::experts::mxfp4;
 use crate::experts::slab::Slab;
+pub use scatter::Layout;
+use scatter::Scatter;
+
+mod scatter;
 
 /// Bytes of one read: long enough for the disk's full rate, short enough to let an urgent read go first.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -81,6 +87,8 @@ pub struct Piece {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
+    /// How they lie there.
+    pub layout: Layout,
 }
 
 impl Piece {
@@ -107,7 +115,48 @@ impl Piece {
             return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
         }
         let (source, offset) = (entry.source(), entry.offset());
-        Ok(Self { part, source, offset, dtype, rows: rows.iter().product(), columns: *columns })
+        let (rows, columns) = (rows.iter().product(), *columns);
+        Ok(Self { part, source, offset, dtype, rows, columns, layout: Layout::Rows })
+    }
+
+    /// Expert `expert` of a stack `[experts, rows, columns]` in MXFP4 as Hugging Face writes it: bytes `{name}_blocks` `[experts, rows,
+    /// columns / 32, 16]` and `{name}_scales` `[experts, rows, columns / 32]`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a tensor that is not there, of another shape or not of bytes, [`Error::ExpertOutOfRange`].
+    pub fn mxfp4(checkpoint: &Checkpoint, part: Part, name: &str, shape: [usize; 3], expert: usize) -> Result<Self> {
+        let [experts, rows, columns] = shape;
+        if expert >= experts {
+            let id = i64::try_from(expert).unwrap_or(i64::MAX);
+            return Err(Error::ExpertOutOfRange { operand: name.into(), id, expected: format!("one of {experts}") });
+        }
+        let find = |suffix: &str, shape: &[usize]| {
+            let name = format!("{name}_{suffix}");
+            let entry = checkpoint.entry(&name)?;
+            if entry.dtype != StoredDtype::U8 || entry.shape != shape {
+                let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
+                let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
+                return Err(Error::Checkpoint { file, detail });
+            }
+            let bytes = entry.bytes / experts;
+            Ok((entry.source(), entry.offset() + (expert * bytes) as u64))
+        };
+        let blocks = columns / mxfp4::WEIGHTS;
+        let (source, offset) = find("blocks", &[experts, rows, blocks, mxfp4::BLOCK_BYTES])?;
+        let (scales_source, scales) = find("scales", &[experts, rows, blocks])?;
+        let layout = Layout::Apart { source: scales_source, scales };
+        Ok(Self { part, source, offset, dtype: Dtype::Mxfp4, rows, columns, layout })
+    }
+
+    /// The same bytes as the matrix whose columns they hold one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for weights that share blocks.
+    pub fn transposed(self) -> Result<Self> {
+        if self.dtype.is_quantized() || self.layout != Layout::Rows {
+            return Err(Error::shape("piece of columns", "floats row by row", self.dtype));
+        }
+        Ok(Self { rows: self.columns, columns: self.rows, layout: Layout::Columns, ..self })
     }
 
     /// Some of the rows: an expert of a stack.
@@ -116,6 +165,13 @@ impl Piece {
     /// [`Error::Shape`] for rows that are not there, or that are no whole number of blocks.
     pub fn of_rows(mut self, rows: Range<usize>) -> Result<Self> {
         let row_bytes = self.row_bytes()?;
+        if self.layout != Layout::Rows {
+            return Err(Error::shape(
+                "piece to take rows of",
+                "one that lies row by row",
+                format!("{:?}", self.layout),
+            ));
+        }
         if rows.start > rows.end || rows.end > self.rows {
             return Err(Error::shape("rows of a piece", format!("within 0..{}", self.rows), format!("{rows:?}")));
         }
@@ -139,6 +195,8 @@ struct Placed {
     dtype: Dtype,
     shape: [usize; 2],
     bytes: Range<usize>,
+    /// Once all is read, blocks get their order.
+    to_turn: bool,
 }
 
 /// What is read in one go: whole pages around pieces that lie close together.
@@ -151,6 +209,8 @@ struct Run {
     bytes: Range<usize>,
     /// From the first piece's beginning to the last one's end: what the checksum is of.
     pieces: Range<usize>,
+    /// It is not read to where it stays: then `bytes` and `pieces` begin with the run.
+    scatter: Option<Scatter>,
 }
 
 /// An expert's place.
@@ -178,6 +238,8 @@ pub(crate) struct Load {
     /// Bytes of the run that have been read.
     done: usize,
     hash: XxHash3_64,
+    /// A chunk on its way into form.
+    beside: Option<Slab>,
 }
 
 /// What a step of a load did.
@@ -271,13 +333,25 @@ impl ExpertStore {
         let at = run.bytes.start + load.done;
         let bytes = at..run.bytes.end.min(at + CHUNK_BYTES);
         let offset = run.offset + load.done as u64;
-        let part = &mut slab.bytes_mut()[bytes.clone()];
+        let part = match run.scatter {
+            None => &mut slab.bytes_mut()[bytes.clone()],
+            Some(_) => {
+                let beside = load.beside.take().filter(|beside| beside.size() >= bytes.len());
+                let beside = load.beside.insert(beside.unwrap_or_else(|| Slab::new(bytes.len())));
+                &mut beside.bytes_mut()[..bytes.len()]
+            }
+        };
         let (file, source) = &self.sources[run.source];
         source.read_exact_at(part, offset).map_err(|reason| {
             self.fault(key, file.clone(), Fault::Read { offset, bytes: bytes.len(), reason: Arc::new(reason) })
         })?;
         let (start, end) = (run.pieces.start.max(bytes.start), run.pieces.end.min(bytes.end));
-        load.hash.write(part.get(start.saturating_sub(bytes.start)..end.saturating_sub(bytes.start)).unwrap_or(&[]));
+        let of_pieces = start.saturating_sub(bytes.start)..end.saturating_sub(bytes.start);
+        load.hash.write(part.get(of_pieces.clone()).unwrap_or(&[]));
+        if let (Some(scatter), Some(beside)) = (&run.scatter, &load.beside) {
+            let numbers = beside.bytes().get(of_pieces).unwrap_or(&[]);
+            scatter.put(numbers, start.saturating_sub(run.pieces.start), slab.bytes_mut());
+        }
         load.done += bytes.len();
         if bytes.end == run.bytes.end {
             (load.run, load.done) = (load.run + 1, 0);
@@ -285,6 +359,10 @@ impl ExpertStore {
         let last = load.run == stored.runs.len();
         if last {
             self.verify(key, load)?;
+            for placed in stored.pieces.iter().filter(|placed| placed.to_turn) {
+                let blocks = slab.bytes_mut()[placed.bytes.clone()].as_chunks_mut::<{ Dtype::Mxfp4.block_bytes() }>().0;
+                blocks.iter_mut().for_each(mxfp4::turn);
+            }
         }
         Ok(Chunk { bytes: bytes.len(), last })
     }
@@ -346,47 +424,70 @@ fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &st
     if pieces.is_empty() {
         return Err(Error::shape(name, "at least one piece", "none"));
     }
-    // In the order of their bytes, with where they end.
-    let mut ordered = Vec::with_capacity(pieces.len());
+    // In the order of their bytes, with where they end; those that are not read to where they stay come last.
+    let (mut ordered, mut scattered) = (Vec::with_capacity(pieces.len()), Vec::new());
     for (at, piece) in pieces.iter().enumerate() {
-        let Some(((file, _), length)) = sources.get(piece.source).zip(lengths.get(piece.source)) else {
-            let expected = format!("a source below {}", sources.len());
-            return Err(Error::shape(format!("{:?} of {name}", piece.part), expected, piece.source));
-        };
         if pieces[..at].iter().any(|other| other.part == piece.part) {
             return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
         }
-        let bytes = piece.row_bytes()?.checked_mul(piece.rows);
-        let end = bytes.and_then(|bytes| piece.offset.checked_add(bytes as u64)).filter(|end| end <= length);
-        let (Some(bytes), Some(end)) = (bytes, end) else {
-            let Piece { part, offset, dtype, rows, columns, .. } = piece;
-            return Err(Error::Checkpoint {
-                file: file.clone(),
-                detail: format!(
-                    "{part:?} of {name}: expected [{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes"
-                ),
-            });
+        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
+        let end_of = |source: usize, offset: u64, bytes: usize| {
+            let Some(((file, _), length)) = sources.get(source).zip(lengths.get(source)) else {
+                let expected = format!("a source below {}", sources.len());
+                return Err(Error::shape(format!("{:?} of {name}", piece.part), expected, source));
+            };
+            offset.checked_add(bytes as u64).filter(|end| end <= length).ok_or_else(|| {
+                let Piece { part, dtype, rows, columns, .. } = piece;
+                let shape = format!("[{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes");
+                Error::Checkpoint { file: file.clone(), detail: format!("{part:?} of {name}: expected {shape}") }
+            })
         };
         // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
-        slab_bytes += bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES;
-        ordered.push((piece, end));
+        slab_bytes += bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0);
+        if piece.layout == Layout::Rows {
+            slab_bytes += PAGE_BYTES;
+            ordered.push((piece, end_of(piece.source, piece.offset, bytes)?));
+            continue;
+        }
+        for (source, offset, scatter) in Scatter::of(piece, bytes) {
+            let end = end_of(source, offset, scatter.bytes.saturating_mul(scatter.count))?;
+            scattered.push((piece, source, offset, end, scatter));
+        }
     }
     ordered.sort_by_key(|(piece, end)| (piece.source, piece.offset, *end));
     let (mut runs, mut placed): (Vec<Run>, Vec<Placed>) = (Vec::new(), Vec::new());
+    let place = |piece: &Piece, bytes: Range<usize>| {
+        let (shape, to_turn) = ([piece.rows, piece.columns], matches!(piece.layout, Layout::Apart { .. }));
+        Placed { part: piece.part, dtype: piece.dtype, shape, bytes, to_turn }
+    };
     for (piece, end) in ordered {
         let (offset, file_end) = (piece.offset / page * page, lengths[piece.source]);
         let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
         let shares = |run: &Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
         if !runs.last().is_some_and(shares) {
             let start = next + (piece.offset - offset) as usize;
-            runs.push(Run { source: piece.source, offset, bytes: next..next, pieces: start..start });
+            runs.push(Run { source: piece.source, offset, bytes: next..next, pieces: start..start, scatter: None });
         }
         let Some(run) = runs.last_mut() else { continue };
         let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
         let bytes = in_slab(piece.offset)..in_slab(end);
         run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
         run.pieces.end = run.pieces.end.max(bytes.end);
-        placed.push(Placed { part: piece.part, dtype: piece.dtype, shape: [piece.rows, piece.columns], bytes });
+        placed.push(place(piece, bytes));
+    }
+    let mut next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+    for (piece, source, offset, end, mut scatter) in scattered {
+        let first = offset / page * page;
+        let in_run = |position: u64| (position - first) as usize;
+        // The scales of a piece go between its blocks.
+        if !placed.last().is_some_and(|placed| placed.part == piece.part) {
+            placed.push(place(piece, next..next + scatter.into.len()));
+            next = (next + scatter.into.len()).next_multiple_of(PAGE_BYTES);
+        }
+        scatter.into = placed.last().map_or(0..0, |placed| placed.bytes.clone());
+        let bytes = 0..in_run(end.next_multiple_of(page).min(lengths[source]));
+        let pieces = in_run(offset)..in_run(end);
+        runs.push(Run { source, offset: first, bytes, pieces, scatter: Some(scatter) });
     }
     Ok(Stored { pieces: placed, runs, slab_bytes, checksum: OnceLock::new() })
 }
