@@ -200,6 +200,16 @@ impl MoeSpec {
     }
 }
 
+/// The norms around attention and FFN, and the last one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Norm {
+    /// `x / √mean(x²) · weight` (arXiv 1910.07467).
+    #[default]
+    Rms,
+    /// `(x − mean(x)) / √var(x) · weight + bias` (arXiv 1607.06450).
+    Layer,
+}
+
 /// RMS norm on queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
@@ -309,7 +319,9 @@ pub struct ModelSpec {
     pub head_dim: usize,
     /// Longest sequence the model was made for.
     pub max_positions: usize,
-    /// Epsilon of the RMS norms.
+    /// Which norms it has.
+    pub norm: Norm,
+    /// Their epsilon.
     pub norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
@@ -333,6 +345,8 @@ pub struct ModelSpec {
     pub clip_qkv: Option<f64>,
     /// Output weights are the embedding's.
     pub tied_embeddings: bool,
+    /// The output has a bias.
+    pub output_bias: bool,
     /// Token ids that end a text.
     pub end_of_text: Vec<u32>,
     /// Blocks past the last one that a checkpoint may hold and no forward pass runs: they predict further tokens.
@@ -438,11 +452,13 @@ impl ModelSpec {
     /// Weights that every token meets: all but those of the experts it is routed to.
     pub fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
-        let block = self.attention_parameters() + 2 * hidden;
+        let norm = if self.norm == Norm::Layer { 2 * hidden } else { hidden };
+        let block = self.attention_parameters() + 2 * norm;
         let ffns = self.moe_layers() * self.moe.shared_parameters()
             + self.dense.blocks.len() * self.moe.projections(self.dense.width);
         let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
-        embeddings + self.layers * block + ffns + hidden
+        let output_bias = if self.output_bias { self.vocab } else { 0 };
+        embeddings + output_bias + self.layers * block + ffns + norm
     }
 
     fn attention_parameters(&self) -> usize {

@@ -238,6 +238,12 @@ fn gpt_oss_with_sinks_windows_and_stretched_positions_equals_transformers() {
     compare_decoder("gpt_oss");
 }
 
+#[test]
+fn phimoe_with_a_sparse_mixer_layer_norms_and_biases_equals_transformers() {
+    compare_block("phimoe", "block_sparse_moe");
+    compare_decoder("phimoe");
+}
+
 /// Fails where two tensors differ by more than a part of the largest number.
 fn assert_near(stage: &str, ours: &[f32], golden: &[f32], limit: f32) {
     assert_eq!(ours.len(), golden.len(), "{stage}: length");

@@ -24,7 +24,7 @@ use candle_nn::{Embedding, Init, Linear, VarBuilder};
 use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
-use crate::decoder::norm::RmsNorm;
+use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
@@ -156,7 +156,7 @@ pub struct Decoder {
     spec: ModelSpec,
     embedding: Embedding,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Norm,
     output: Linear,
 }
 
@@ -195,16 +195,20 @@ impl Decoder {
             true => embeddings.clone(),
             false => table(vb.pp("lm_head"), 0.02)?,
         };
+        let output_bias = match spec.output_bias {
+            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
+            false => None,
+        };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(Engine::default());
         let mut moe_layers = 0;
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
-                attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
+                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
                 attention: Mixer::load(spec, vb.pp("self_attn"))?,
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
-                ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
                     Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?),
                     Err(_) => {
@@ -219,8 +223,8 @@ impl Decoder {
             spec: spec.clone(),
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
-            norm: RmsNorm::load(hidden, spec.norm_eps, model.pp("norm"))?,
-            output: Linear::new(output, None),
+            norm: Norm::load(spec, model.pp("norm"))?,
+            output: Linear::new(output, output_bias),
         })
     }
 

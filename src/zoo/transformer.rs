@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, SlidingWindow, Yarn};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow, Yarn};
 
 /// Defaults that a family has where its configuration is silent.
 pub(super) struct Defaults {
@@ -28,6 +28,7 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         kv_heads,
         head_dim,
         max_positions: config.optional_size("max_position_embeddings")?.unwrap_or(defaults.max_positions),
+        norm: Norm::Rms,
         norm_eps: config.optional_number("rms_norm_eps")?.unwrap_or(defaults.norm_eps),
         // transformers 5 nests it, earlier versions do not.
         rope_theta: match config.optional_number("rope_parameters.rope_theta")? {
@@ -45,6 +46,7 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         attention_bias: AttentionBias::None,
         clip_qkv: None,
         tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
+        output_bias: false,
         end_of_text: config.token_ids("eos_token_id")?,
         ffn: "mlp".into(),
         dense: DenseBlocks::default(),
