@@ -431,6 +431,19 @@ fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &st
             return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
         }
         let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
+        let fits = match piece.layout {
+            Layout::Rows => true,
+            Layout::Columns => !piece.dtype.is_quantized(),
+            Layout::Apart { .. } => piece.dtype == Dtype::Mxfp4,
+        };
+        if !fits {
+            let got = format!("{:?}", piece.layout);
+            return Err(Error::shape(
+                format!("{:?} of {name}", piece.part),
+                format!("{} row by row", piece.dtype),
+                got,
+            ));
+        }
         let end_of = |source: usize, offset: u64, bytes: usize| {
             let Some(((file, _), length)) = sources.get(source).zip(lengths.get(source)) else {
                 let expected = format!("a source below {}", sources.len());

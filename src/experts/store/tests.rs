@@ -217,6 +217,10 @@ fn pieces_that_lie_otherwise_are_checked_too() {
     let outside = "g: Up of expert 0 of layer 0: expected [10, 64] mxfp4 at 981 within the file's 1000 bytes";
     assert_eq!(message(&sources, vec![apart(1, 981)]), outside);
     assert!(message(&sources, vec![apart(2, 0)]).contains("expected a source below 2, got 2"));
+    let odd = message(&sources, vec![Piece { dtype: Dtype::Bf16, ..apart(1, 0) }]);
+    assert!(odd.starts_with("Up of expert 0 of layer 0: expected bf16 row by row, got Apart"), "{odd}");
+    let odd = message(&sources, vec![Piece { layout: Layout::Columns, ..apart(1, 0) }]);
+    assert_eq!(odd, "Up of expert 0 of layer 0: expected mxfp4 row by row, got Columns");
     let turned = piece(Part::Up, 0, 0, 10, 50).transposed().unwrap();
     assert_eq!((turned.rows, turned.columns, turned.layout), (50, 10, Layout::Columns));
 }
