@@ -13,6 +13,7 @@ pub mod model;
 mod norm;
 mod rotary;
 pub mod sampling;
+pub mod unstacked;
 pub mod weights;
 
 use std::sync::Arc;

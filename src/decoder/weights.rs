@@ -18,8 +18,8 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
-/// configuration, and would load as another model than the one that was trained. (Missing ones are found when they are
-/// asked for.)
+/// configuration, and would load as another model than the one that was trained. Likewise for experts that are there both one by
+/// one and stacked, and for stacks of other shapes. (Missing ones are found when they are asked for.)
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
@@ -55,8 +55,22 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         if spec.dense.blocks.binary_search(&block).is_ok() {
             return Err(wrong(format!("no experts in block {block} as the configuration says, got one")));
         }
+        let stack = format!("model.layers.{block}.{stacked}");
+        if expert.is_some() && checkpoint.tensors().contains_key(&stack) {
+            return Err(wrong(format!("experts one by one or stacked, got it beside `{stack}`")));
+        }
     }
-    Ok(())
+    spec.moe_blocks()
+        .try_for_each(|block| check_stack(checkpoint, &spec.moe, &format!("model.layers.{block}.{}", spec.ffn)))
+}
+
+/// Checks the shapes of stacked experts under `ffn`, if there are any, where file and tensors can be named.
+fn check_stack(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<()> {
+    let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
+    let Some(entry) = checkpoint.tensors().get(&gate_up) else { return Ok(()) };
+    let Err(error) = moe.stack_order(&entry.shape, &checkpoint.entry(&down)?.shape) else { return Ok(()) };
+    let detail = format!("tensors `{gate_up}` and `{down}`: {error}");
+    Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail })
 }
 
 /// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked, as floats or

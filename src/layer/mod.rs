@@ -415,6 +415,15 @@ impl Module for MoeLayer {
     }
 }
 
+/// What it is and who routes, without its weights: models of Candle derive this.
+impl std::fmt::Debug for MoeLayer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut layer = formatter.debug_struct("MoeLayer");
+        layer.field("index", &self.index).field("spec", &self.spec);
+        layer.field("router", &self.router.name()).field("capacity", &self.capacity).finish_non_exhaustive()
+    }
+}
+
 /// Checks the shape of a weight.
 fn check_weight<const RANK: usize>(operand: &str, weight: &Tensor, expected: [usize; RANK]) -> Result<()> {
     if weight.dims() != expected {
