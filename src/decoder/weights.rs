@@ -1,4 +1,5 @@
-//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype.
+//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype. Names are those
+//! of transformers, whatever the files are.
 
 use std::sync::Arc;
 
@@ -7,14 +8,19 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, TensorEntry};
+use super::gguf::{self, GgufBackend};
+use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::experts::store::{ExpertStore, Part, Piece};
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, StackOrder};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
+    let backend: Box<dyn SimpleBackend> = match checkpoint.gguf() {
+        Some(_) => Box::new(GgufBackend::new(checkpoint)),
+        None => Box::new(CheckpointBackend(checkpoint)),
+    };
+    VarBuilder::from_backend(backend, dtype, device.clone())
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
@@ -24,6 +30,9 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
 pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    if checkpoint.gguf().is_some() {
+        return gguf::check_experts(checkpoint, spec);
+    }
     let names = &spec.moe.names;
     let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
     let ids = |name: &str| -> Option<(usize, Option<usize>)> {
@@ -67,6 +76,9 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
 /// nowhere as the engine reads them.
 pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Vec<Vec<Piece>>>> {
     let layer = |block: usize| {
+        if checkpoint.gguf().is_some() {
+            return gguf::pieces(checkpoint, &spec.moe, block);
+        }
         let ffn = format!("model.layers.{block}.{}", spec.ffn);
         match checkpoint.tensors().contains_key(&format!("{ffn}.{}", spec.moe.names.stacked_gate_up)) {
             true => stacked_pieces(checkpoint, &spec.moe, &ffn),
@@ -130,9 +142,9 @@ struct CheckpointBackend(Arc<Checkpoint>);
 impl CheckpointBackend {
     fn tensor(&self, entry: &TensorEntry, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let stored = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
+            ElementType::Plain(Dtype::F32) => DType::F32,
+            ElementType::Plain(Dtype::BF16) => DType::BF16,
+            ElementType::Plain(Dtype::F16) => DType::F16,
             other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", format!("{other:?}"))),
         };
         let bytes = self.0.read(name)?;

@@ -5,9 +5,8 @@ use std::io::Write;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::weights::{check_experts, expert_pieces};
+use phase_moe::decoder::weights::expert_pieces;
 use phase_moe::spec::ModelSpec;
-use phase_moe::zoo;
 use serde::Serialize;
 
 use crate::options::{ModelSource, print_json};
@@ -45,8 +44,7 @@ struct Output {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let files = self.model.files()?;
-        let spec = zoo::parse_config(&files.config, "config.json")?;
-        check_experts(&files.checkpoint, &spec)?;
+        let spec = files.spec()?;
         let Experts { bytes_per_expert, expert_bytes, dtype } = Experts::new(&files.checkpoint, &spec)?;
         let all_bytes: u64 = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum();
         let output = Output {
@@ -108,17 +106,22 @@ pub struct Experts {
 impl Experts {
     /// Counts and checks them.
     pub fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
+        let mut dtypes = Vec::new();
         let mut experts = Self { bytes_per_expert: 0, expert_bytes: 0, dtype: String::new() };
         for (index, pieces) in expert_pieces(checkpoint, spec)?.iter().flatten().enumerate() {
             for piece in pieces {
                 let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
                 experts.expert_bytes += (row * piece.rows) as u64;
-                experts.dtype = piece.dtype.to_string();
+                let dtype = piece.dtype.name();
+                if !dtypes.contains(&dtype) {
+                    dtypes.push(dtype);
+                }
             }
             if index == 0 {
                 experts.bytes_per_expert = experts.expert_bytes;
             }
         }
+        experts.dtype = dtypes.join(", ");
         Ok(experts)
     }
 }
