@@ -62,7 +62,7 @@ impl Checkpoint {
             let got = (said("split.no", 0) + 1, said("split.count", 1).max(1));
             if got != (index as i64 + 1, files.len() as i64) {
                 let (part, parts) = got;
-                let expected = format!("part {} of {}", index + 1, files.len());
+                let expected = format!("expected part {} of {}", index + 1, files.len());
                 return Err(wrong(format!(
                     "{expected}, named NAME-00001-of-00002.gguf and so on, got part {part} of {parts}"
                 )));

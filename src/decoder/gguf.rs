@@ -244,6 +244,20 @@ pub(super) fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize) -> Re
     (0..moe.experts).map(expert).collect()
 }
 
+/// Type and bytes of the parts of all experts of a block, whether anything here can read them or not.
+pub(super) fn sizes(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize) -> Result<Vec<Vec<(String, u64)>>> {
+    let part = |place: Place| {
+        let entry = checkpoint.entry(&place.tensor)?;
+        let rows: usize = entry.shape.iter().rev().skip(1).product();
+        let name = match entry.dtype {
+            ElementType::Plain(dtype) => format!("{dtype:?}").to_lowercase(),
+            ElementType::Blocks(blocks) => blocks.name.into(),
+        };
+        Ok((name, (entry.bytes / rows.max(1) * place.rows.len()) as u64))
+    };
+    (0..moe.experts).map(|id| places(checkpoint, moe, block, id)?.into_iter().map(part).collect()).collect()
+}
+
 /// Checks that the file has no experts beyond those of `spec`.
 pub(super) fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     for (name, entry) in checkpoint.tensors() {

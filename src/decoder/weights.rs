@@ -88,6 +88,48 @@ pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Ve
     spec.moe_blocks().map(layer).collect()
 }
 
+/// What the experts of a checkpoint take, as they are stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpertSizes {
+    /// Bytes of the first expert of the first layer.
+    pub first: u64,
+    /// Bytes of all.
+    pub all: u64,
+    /// Types of their weights, in the order of their first use.
+    pub dtypes: Vec<String>,
+}
+
+/// Counts what the experts of `spec` take, every one that it names being there in the shape it says.
+///
+/// # Errors
+/// As [`expert_pieces`], but not for types in a GGUF file that nothing here reads.
+pub fn expert_sizes(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertSizes> {
+    let experts: Vec<Vec<(String, u64)>> = match checkpoint.gguf() {
+        Some(_) => {
+            let blocks = spec.moe_blocks().map(|block| gguf::sizes(checkpoint, &spec.moe, block));
+            blocks.collect::<Result<Vec<_>>>()?.concat()
+        }
+        None => {
+            let part = |piece: &Piece| {
+                let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
+                (piece.dtype.to_string(), (row * piece.rows) as u64)
+            };
+            expert_pieces(checkpoint, spec)?.iter().flatten().map(|pieces| pieces.iter().map(part).collect()).collect()
+        }
+    };
+    let mut sizes = ExpertSizes::default();
+    for (index, (dtype, bytes)) in
+        experts.into_iter().enumerate().flat_map(|(index, parts)| parts.into_iter().map(move |part| (index, part)))
+    {
+        sizes.all += bytes;
+        sizes.first += if index == 0 { bytes } else { 0 };
+        if !sizes.dtypes.contains(&dtype) {
+            sizes.dtypes.push(dtype);
+        }
+    }
+    Ok(sizes)
+}
+
 /// The pieces of expert `id`, which has tensors of its own.
 fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Result<Vec<Piece>> {
     let ExpertNames { experts, gate_proj, up_proj, down_proj, .. } = &moe.names;
