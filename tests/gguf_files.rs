@@ -265,6 +265,84 @@ fn metadata_that_are_missing_or_make_no_model_are_named() {
     }
 }
 
+/// Another integer of four bytes under a key.
+fn set(bytes: Vec<u8>, key: &str, value: u32) -> Vec<u8> {
+    let mut bytes = bytes;
+    let at = bytes.windows(key.len()).position(|part| part == key.as_bytes()).unwrap() + key.len() + 4;
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn metadata_that_contradict_the_tensors_or_each_other_are_named() {
+    let cases = [
+        (
+            "olmoe",
+            "block_count",
+            1,
+            "tensor `blk.1.ffn_gate_inp.weight`: expected no block after 0 as the metadata say, got one",
+        ),
+        ("olmoe", "block_count", 3, "tensor `blk.2.attn_norm.weight`: expected in the checkpoint, got none"),
+        (
+            "olmoe",
+            "block_count",
+            0,
+            "metadata `olmoe.block_count`: expected more than olmoe.nextn_predict_layers 0, got 0",
+        ),
+        (
+            "olmoe",
+            "expert_count",
+            5,
+            "tensor `blk.0.ffn_gate_exps.weight`: expected shape [5, 20, 32], got [6, 20, 32]",
+        ),
+        ("olmoe", "expert_used_count", 7, "key `num_experts_per_tok`: expected at most num_experts 6, got 7"),
+        ("olmoe", "attention.head_count", 0, "key `num_attention_heads`: expected a positive integer, got 0"),
+        (
+            "olmoe",
+            "feed_forward_length",
+            21,
+            "tensor `blk.0.ffn_gate_exps.weight`: expected shape [6, 21, 32], got [6, 20, 32]",
+        ),
+        ("llama", "rope.dimension_count", 6, "metadata `llama.rope.dimension_count`: expected the head's 8, got 6"),
+        (
+            "llama",
+            "attention.head_count_kv",
+            3,
+            "key `num_key_value_heads`: expected a divisor of num_attention_heads 4, got 3",
+        ),
+        (
+            "deepseek2",
+            "leading_dense_block_count",
+            2,
+            "key `first_k_dense_replace`: expected at least one block with experts, got none",
+        ),
+        (
+            "deepseek2",
+            "expert_gating_func",
+            3,
+            "metadata `deepseek2.expert_gating_func`: expected 1 (softmax) or 2 (sigmoid), got 3",
+        ),
+        (
+            "deepseek2",
+            "rope.dimension_count",
+            12,
+            "metadata `deepseek2.attention.key_length_mla`: expected more than the rotated 12, got 12",
+        ),
+        ("deepseek2", "expert_group_used_count", 5, "key `topk_group`: expected at most n_group 4, got 5"),
+        (
+            "qwen3moe",
+            "attention.key_length",
+            8,
+            "metadata `qwen3moe.attention.value_length`: expected the head's 8, got 6",
+        ),
+    ];
+    for (architecture, key, value, expected) in cases {
+        let key = format!("{architecture}.{key}");
+        let error = load(&format!("{architecture}.gguf"), |bytes| set(bytes, &key, value)).unwrap_err();
+        assert!(error.is_user_error() && error.to_string().ends_with(&format!("m.gguf: {expected}")), "{key}: {error}");
+    }
+}
+
 #[test]
 fn a_directory_holds_one_file_and_one_file_may_have_parts() {
     let directory = tempfile::tempdir().unwrap();
