@@ -7,7 +7,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, MutexGuard};
 
 use super::loading::Job;
-use super::room::Next;
 use super::{Shared, State};
 use crate::error::{ExpertFault, Fault};
 use crate::experts::slab::Slab;
@@ -39,29 +38,26 @@ pub(super) fn read(shared: &Shared, key: usize, mut job: Job) -> MutexGuard<'_, 
             Ok(chunk) => {
                 state.statistics.bytes_read += chunk.bytes as u64;
                 if !chunk.last {
-                    let next = if state.stop { Next::Stop } else { state.room.after_chunk(key, job) };
-                    match next {
-                        Next::Continue(more) => {
-                            job = more;
-                            continue;
-                        }
-                        Next::Stop => {
-                            shared.wake_reader(&state);
-                            // It may have failed meanwhile.
-                            shared.done.notify_all();
-                            shared.space.notify_all();
-                            return state;
-                        }
-                    }
+                    let next = if state.stop { None } else { state.room.after_chunk(key, job) };
+                    let Some(more) = next else {
+                        shared.wake_reader(&state);
+                        // It may have failed meanwhile.
+                        shared.done.notify_all();
+                        shared.space.notify_all();
+                        return state;
+                    };
+                    job = more;
+                    continue;
                 }
                 Ok(())
             }
             Err(fault) => Err(fault),
         };
-        state.room.finish(key, job, result);
+        if state.room.finish(key, job, result) {
+            shared.done.notify_all();
+            shared.space.notify_all();
+        }
         shared.wake_reader(&state);
-        shared.done.notify_all();
-        shared.space.notify_all();
         return state;
     }
 }

@@ -64,13 +64,6 @@ impl Entry {
     }
 }
 
-/// What becomes of a load after a chunk.
-pub(super) enum Next {
-    Continue(Job),
-    /// Put back or given up.
-    Stop,
-}
-
 /// What a request finds.
 pub(super) enum Found {
     Here(Arc<Vec<Slab>>),
@@ -432,14 +425,14 @@ impl Room {
         Some((key, job))
     }
 
-    /// A chunk has been read and is not the last: whether to go on.
-    pub(super) fn after_chunk(&mut self, key: usize, job: Job) -> Next {
+    /// A chunk has been read and is not the last: the load to go on with, `None` where it was put back or given up.
+    pub(super) fn after_chunk(&mut self, key: usize, job: Job) -> Option<Job> {
         let entry = &mut self.entries[key];
-        let State::Loading(loading) = &mut entry.state else { return Next::Stop };
+        let State::Loading(loading) = &mut entry.state else { return None };
         let stops = entry.cancelled || loading.has_failed();
         let gives_way = !entry.urgent && (self.urgent_reads > 0 || self.lists.first(URGENT).is_some());
         if !stops && !gives_way {
-            return Next::Continue(job);
+            return Some(job);
         }
         loading.put_back(job);
         self.urgent_reads -= usize::from(entry.urgent);
@@ -447,19 +440,20 @@ impl Room {
             self.lists.push_front(AHEAD, key);
         }
         self.settle(key);
-        Next::Stop
+        None
     }
 
-    /// A slab is there, or could not be read.
-    pub(super) fn finish(&mut self, key: usize, job: Job, result: Result<(), ExpertFault>) {
+    /// A slab is there, or could not be read; true when the expert's load is over.
+    pub(super) fn finish(&mut self, key: usize, job: Job, result: Result<(), ExpertFault>) -> bool {
         let entry = &mut self.entries[key];
-        let State::Loading(loading) = &mut entry.state else { return };
+        let State::Loading(loading) = &mut entry.state else { return false };
         loading.finish(job, result);
         self.urgent_reads -= usize::from(entry.urgent);
         if loading.has_failed() {
             self.lists.remove(key);
         }
         self.settle(key);
+        !matches!(self.entries[key].state, State::Loading(_))
     }
 
     /// A load that nobody reads any more is over if it is complete, failed or given up.
