@@ -201,6 +201,15 @@ impl MoeLayer {
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = stacked::load_experts(spec, &vb)?;
+        Self::load_with(spec, vb, experts)
+    }
+
+    /// Loads the same but for the experts, which are these.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::load`] and [`MoeLayer::new`].
+    pub fn load_with(spec: &MoeSpec, vb: VarBuilder<'_>, experts: Vec<Expert>) -> Result<Self> {
+        spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
         Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
     }
