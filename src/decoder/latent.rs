@@ -79,7 +79,8 @@ impl LatentAttention {
         let rotated = queries.dim(3)? - key_width;
         let rotate = |part: &Tensor| if pairs { rotary.apply_pairs(part) } else { rotary.apply(part) };
         let turned = rotate(&queries.narrow(3, key_width, rotated)?)?;
-        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?;
+        // Joined along the last dimension they would be views, which products of several sequences do not take.
+        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
 
         let narrow = self.kv_down.forward(hidden)?.unsqueeze(1)?;
         let mut latent = self.kv_norm.forward(&narrow.narrow(3, 0, kv_rank)?)?;
@@ -91,7 +92,7 @@ impl LatentAttention {
         let wide = self.kv_up.forward(&latent.squeeze(1)?)?;
         let wide = wide.reshape((batch, seen, self.heads, key_width + value_width))?.transpose(1, 2)?;
         let turned = turned.broadcast_as((batch, self.heads, seen, rotated))?;
-        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
+        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
         let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
 
         let mixed = attend(&query, &key, &value, mask, self.scale)?;

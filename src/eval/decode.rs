@@ -137,7 +137,7 @@ impl Decoding {
     ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
         decoder.set_router(self.router.clone(), None);
-        let (layers, experts) = (decoder.spec().layers, decoder.spec().moe.experts);
+        let (layers, experts) = (decoder.spec().moe_layers(), decoder.spec().moe.experts);
         let memory = ExpertMemory::new(layers, experts, self.cached_experts, self.policy, self.admission)?;
         let mut state = decoder.generation_state().with_memory(memory);
         let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bundled;
+mod chat;
 mod compare;
 mod generate;
 mod inspect;

@@ -197,9 +197,19 @@ impl ModelOptions {
         Ok(Model::from_files(&self.source.files()?, &self.load_options(None)?)?)
     }
 
+    /// Opens the files; nothing is loaded yet.
+    pub fn files(&self) -> Result<ModelFiles> {
+        self.source.files()
+    }
+
     /// Loads the model with an expert cache, where one is asked for, that goes by `memory`.
     pub fn load_with(&self, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::from_files(&self.source.files()?, &self.load_options(Some(memory))?)?)
+        self.load_from(&self.files()?, memory)
+    }
+
+    /// The same from files that are open.
+    pub fn load_from(&self, files: &ModelFiles, memory: &MemoryOptions) -> Result<Model> {
+        Ok(Model::from_files(files, &self.load_options(Some(memory))?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer.
