@@ -5,6 +5,7 @@ mod bundled;
 mod chat;
 mod compare;
 mod generate;
+mod hub;
 mod inspect;
 mod logits;
 mod options;
