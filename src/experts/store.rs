@@ -1,17 +1,17 @@
 //! Experts in their files: where each one's projections lie, how they are read into a [`Slab`], and what they must be.
 //!
 //! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes: a tensor of a safetensors or
-//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, pieces that share pages at once,
-//! so that a file that can be read past the page cache needs no copy; a piece then begins anywhere in its first page, which the
-//! engine does not mind. All experts of the same shapes take slabs of the same size.
+//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, so that a file that can be read past
+//! the page cache needs no copy; a piece then begins anywhere in its first page, which the engine does not mind. A small expert takes
+//! one slab, and pieces that share pages are read at once; of a large one every piece has its own, so that several readers can work on
+//! it. All experts of the same shapes take slabs of the same sizes.
 //!
-//! A checksum of each expert's bytes is taken when it is first loaded, and every later load must give the same.
+//! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
 //! ```
 //! # let directory = tempfile::tempdir().unwrap();
 //! # let path = directory.path().join("model.safetensors");
 //! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::experts::slab::Slab;
 //! use phase_moe::experts::store::{ExpertStore, Part, Piece};
 //!
 //! // Two experts of width 1 on a hidden width of 2; the up projections are stacked.
@@ -28,8 +28,8 @@
 //! };
 //! let store = ExpertStore::new(file.sources().to_vec(), vec![vec![expert(0)?, expert(1)?]])?;
 //!
-//! let mut slab = Slab::new(store.slab_bytes(0));
-//! let loaded = store.load(0, 1, &mut slab)?;
+//! let mut slabs = store.slabs(0, 1)?;
+//! let loaded = store.load(0, 1, &mut slabs)?;
 //! let up = loaded.matrix(Part::Up).unwrap();
 //! assert_eq!((up.shape(), up.row(0)), ([1, 2], [3.0f32, 4.0].map(f32::to_le_bytes).as_flattened()));
 //! # Ok::<(), phase_moe::error::Error>(())
@@ -132,12 +132,13 @@ impl Piece {
     }
 }
 
-/// A piece in the slab.
+/// A piece in its slab.
 #[derive(Debug)]
 struct Placed {
     part: Part,
     dtype: Dtype,
     shape: [usize; 2],
+    slab: usize,
     bytes: Range<usize>,
 }
 
@@ -153,13 +154,20 @@ struct Run {
     pieces: Range<usize>,
 }
 
+/// What is read into one slab.
+#[derive(Debug)]
+struct Filling {
+    runs: Vec<Run>,
+    checksum: OnceLock<u64>,
+}
+
 /// An expert's place.
 #[derive(Debug)]
 struct Stored {
     pieces: Vec<Placed>,
-    runs: Vec<Run>,
-    slab_bytes: usize,
-    checksum: OnceLock<u64>,
+    /// One for each slab.
+    fillings: Vec<Filling>,
+    slab_bytes: Vec<usize>,
 }
 
 /// All experts of a model, in their files.
@@ -171,7 +179,7 @@ pub struct ExpertStore {
     first: Vec<usize>,
 }
 
-/// How far an expert's load has come.
+/// How far the load of one of an expert's slabs has come.
 #[derive(Default)]
 pub(crate) struct Load {
     run: usize,
@@ -183,7 +191,7 @@ pub(crate) struct Load {
 /// What a step of a load did.
 pub(crate) struct Chunk {
     pub(crate) bytes: usize,
-    /// The expert is there, whole and as it was.
+    /// The slab is there, whole and as it was.
     pub(crate) last: bool,
 }
 
@@ -217,9 +225,9 @@ impl ExpertStore {
         self.keys(layer).len()
     }
 
-    /// Bytes of the largest slab that an expert of a layer takes; 0 for a layer that is not there.
+    /// Bytes of memory that the largest expert of a layer takes, whole pages; 0 for a layer that is not there.
     pub fn slab_bytes(&self, layer: usize) -> usize {
-        self.keys(layer).map(|key| self.experts[key].slab_bytes).max().unwrap_or(0)
+        self.keys(layer).map(|key| self.slab_bytes_of(key).iter().sum()).max().unwrap_or(0)
     }
 
     /// Type and shape `[rows, columns]` of a part of an expert; `None` where there is none.
@@ -228,25 +236,39 @@ impl ExpertStore {
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }
 
-    /// Loads an expert into a slab.
+    /// Memory for an expert, all 0.
+    ///
+    /// # Errors
+    /// [`Error::ExpertOutOfRange`] for an expert that is not there.
+    pub fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
+        Ok(self.slab_bytes_of(self.key(layer, expert)?).iter().map(|&bytes| Slab::new(bytes)).collect())
+    }
+
+    /// Loads an expert into memory as [`ExpertStore::slabs`] makes it.
     ///
     /// # Errors
     /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
-    /// not there, [`Error::Shape`] for a slab that is too small.
-    pub fn load<'a>(&'a self, layer: usize, expert: usize, slab: &'a mut Slab) -> Result<LoadedExpert<'a>> {
-        let experts = self.experts(layer);
-        if expert >= experts {
-            let (operand, id) = (format!("layer {layer}"), i64::try_from(expert).unwrap_or(i64::MAX));
-            return Err(Error::ExpertOutOfRange { operand, id, expected: format!("one of {experts}") });
-        }
-        let key = self.keys(layer).start + expert;
+    /// not there, [`Error::Shape`] for slabs that are too few or too small.
+    pub fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
+        let key = self.key(layer, expert)?;
         let bytes = self.slab_bytes_of(key);
-        if slab.size() < bytes {
-            return Err(Error::shape("slab", format!("{bytes} bytes"), slab.size()));
+        let got: Vec<usize> = slabs.iter().map(Slab::size).collect();
+        if got.len() != bytes.len() || got.iter().zip(bytes).any(|(got, bytes)| got < bytes) {
+            return Err(Error::shape("slabs", format!("{bytes:?} bytes"), format!("{got:?}")));
         }
-        let mut load = Load::default();
-        while !self.read_chunk(key, &mut load, slab).map_err(Error::Expert)?.last {}
-        Ok(self.view(key, slab))
+        for (at, slab) in slabs.iter_mut().enumerate() {
+            let mut load = Load::default();
+            while !self.read_chunk(key, at, &mut load, slab).map_err(Error::Expert)?.last {}
+        }
+        Ok(self.view(key, slabs))
+    }
+
+    fn key(&self, layer: usize, expert: usize) -> Result<usize> {
+        self.keys(layer).nth(expert).ok_or_else(|| Error::ExpertOutOfRange {
+            operand: format!("layer {layer}"),
+            id: i64::try_from(expert).unwrap_or(i64::MAX),
+            expected: format!("one of {}", self.experts(layer)),
+        })
     }
 
     /// Keys of a layer's experts; keys count the experts of all layers.
@@ -257,19 +279,26 @@ impl ExpertStore {
         }
     }
 
-    pub(crate) fn slab_bytes_of(&self, key: usize) -> usize {
-        self.experts[key].slab_bytes
+    /// Sizes of an expert's slabs.
+    pub(crate) fn slab_bytes_of(&self, key: usize) -> &[usize] {
+        &self.experts[key].slab_bytes
     }
 
-    /// Reads the next chunk of an expert into a slab that is large enough; the last one is followed by the checksum.
-    pub(crate) fn read_chunk(&self, key: usize, load: &mut Load, slab: &mut Slab) -> Result<Chunk, ExpertFault> {
-        let stored = &self.experts[key];
-        let Some(run) = stored.runs.get(load.run) else {
-            self.verify(key, load)?;
+    /// Reads the next chunk of one of an expert's slabs, which is large enough; the last one is followed by the checksum.
+    pub(crate) fn read_chunk(
+        &self,
+        key: usize,
+        at: usize,
+        load: &mut Load,
+        slab: &mut Slab,
+    ) -> Result<Chunk, ExpertFault> {
+        let filling = &self.experts[key].fillings[at];
+        let Some(run) = filling.runs.get(load.run) else {
+            self.verify(key, filling, load)?;
             return Ok(Chunk { bytes: 0, last: true });
         };
-        let at = run.bytes.start + load.done;
-        let bytes = at..run.bytes.end.min(at + CHUNK_BYTES);
+        let start = run.bytes.start + load.done;
+        let bytes = start..run.bytes.end.min(start + CHUNK_BYTES);
         let offset = run.offset + load.done as u64;
         let part = &mut slab.bytes_mut()[bytes.clone()];
         let (file, source) = &self.sources[run.source];
@@ -282,16 +311,16 @@ impl ExpertStore {
         if bytes.end == run.bytes.end {
             (load.run, load.done) = (load.run + 1, 0);
         }
-        let last = load.run == stored.runs.len();
+        let last = load.run == filling.runs.len();
         if last {
-            self.verify(key, load)?;
+            self.verify(key, filling, load)?;
         }
         Ok(Chunk { bytes: bytes.len(), last })
     }
 
-    fn verify(&self, key: usize, load: &Load) -> Result<(), ExpertFault> {
+    fn verify(&self, key: usize, filling: &Filling, load: &Load) -> Result<(), ExpertFault> {
         let got = load.hash.finish();
-        let expected = *self.experts[key].checksum.get_or_init(|| got);
+        let expected = *filling.checksum.get_or_init(|| got);
         if got == expected {
             return Ok(());
         }
@@ -300,8 +329,8 @@ impl ExpertStore {
 
     /// Names of the files that an expert is in.
     pub(crate) fn files(&self, key: usize) -> String {
-        let mut files: Vec<&str> =
-            self.experts[key].runs.iter().map(|run| self.sources[run.source].0.as_str()).collect();
+        let runs = self.experts[key].fillings.iter().flat_map(|filling| &filling.runs);
+        let mut files: Vec<&str> = runs.map(|run| self.sources[run.source].0.as_str()).collect();
         files.dedup();
         files.join(", ")
     }
@@ -311,9 +340,9 @@ impl ExpertStore {
         ExpertFault { file, layer, expert: key - self.first[layer], fault }
     }
 
-    /// The expert that was loaded into a slab.
-    pub(crate) fn view<'a>(&'a self, key: usize, slab: &'a Slab) -> LoadedExpert<'a> {
-        LoadedExpert { stored: &self.experts[key], bytes: slab.bytes() }
+    /// The expert that was loaded into its slabs.
+    pub(crate) fn view<'a>(&'a self, key: usize, slabs: &'a [Slab]) -> LoadedExpert<'a> {
+        LoadedExpert { stored: &self.experts[key], slabs }
     }
 }
 
@@ -321,7 +350,7 @@ impl ExpertStore {
 #[derive(Clone, Copy)]
 pub struct LoadedExpert<'a> {
     stored: &'a Stored,
-    bytes: &'a [u8],
+    slabs: &'a [Slab],
 }
 
 impl<'a> LoadedExpert<'a> {
@@ -330,7 +359,8 @@ impl<'a> LoadedExpert<'a> {
         let placed = self.stored.pieces.iter().find(|placed| placed.part == part)?;
         let [rows, columns] = placed.shape;
         // Checked when the store was made.
-        Matrix::new(placed.dtype, rows, columns, &self.bytes[placed.bytes.clone()]).ok()
+        let bytes = &self.slabs[placed.slab].bytes()[placed.bytes.clone()];
+        Matrix::new(placed.dtype, rows, columns, bytes).ok()
     }
 }
 
@@ -340,14 +370,13 @@ impl std::fmt::Debug for LoadedExpert<'_> {
     }
 }
 
-/// Lays an expert's pieces out in a slab.
+/// Lays an expert's pieces out in slabs.
 fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &str) -> Result<Stored> {
-    let (page, mut slab_bytes) = (PAGE_BYTES as u64, 0);
     if pieces.is_empty() {
         return Err(Error::shape(name, "at least one piece", "none"));
     }
-    // In the order of their bytes, with where they end.
-    let mut ordered = Vec::with_capacity(pieces.len());
+    // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
+    let (mut slab_bytes, mut ends) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
     for (at, piece) in pieces.iter().enumerate() {
         let Some(((file, _), length)) = sources.get(piece.source).zip(lengths.get(piece.source)) else {
             let expected = format!("a source below {}", sources.len());
@@ -367,28 +396,53 @@ fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &st
                 ),
             });
         };
-        // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
-        slab_bytes += bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES;
-        ordered.push((piece, end));
+        slab_bytes.push(bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES);
+        ends.push(end);
     }
-    ordered.sort_by_key(|(piece, end)| (piece.source, piece.offset, *end));
-    let (mut runs, mut placed): (Vec<Run>, Vec<Placed>) = (Vec::new(), Vec::new());
-    for (piece, end) in ordered {
-        let (offset, file_end) = (piece.offset / page * page, lengths[piece.source]);
-        let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
-        let shares = |run: &Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
-        if !runs.last().is_some_and(shares) {
-            let start = next + (piece.offset - offset) as usize;
-            runs.push(Run { source: piece.source, offset, bytes: next..next, pieces: start..start });
+    let total = slab_bytes.iter().sum();
+    let mut numbered: Vec<(usize, Piece, u64)> =
+        pieces.into_iter().zip(ends).enumerate().map(|(at, (piece, end))| (at, piece, end)).collect();
+    if total <= CHUNK_BYTES {
+        slab_bytes = vec![total];
+        numbered.iter_mut().for_each(|(at, ..)| *at = 0);
+    }
+    // In the order of their bytes.
+    numbered.sort_by_key(|(slab, piece, end)| (*slab, piece.source, piece.offset, *end));
+    let mut stored = Stored { pieces: Vec::new(), fillings: Vec::new(), slab_bytes };
+    for pieces in numbered.chunk_by(|(slab, ..), (next, ..)| slab == next) {
+        let slab = stored.fillings.len();
+        let mut runs = Vec::new();
+        for (_, piece, end) in pieces {
+            let bytes = add(&mut runs, piece, *end, lengths[piece.source]);
+            stored.pieces.push(Placed {
+                part: piece.part,
+                dtype: piece.dtype,
+                shape: [piece.rows, piece.columns],
+                slab,
+                bytes,
+            });
         }
-        let Some(run) = runs.last_mut() else { continue };
-        let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
-        let bytes = in_slab(piece.offset)..in_slab(end);
-        run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
-        run.pieces.end = run.pieces.end.max(bytes.end);
-        placed.push(Placed { part: piece.part, dtype: piece.dtype, shape: [piece.rows, piece.columns], bytes });
+        stored.fillings.push(Filling { runs, checksum: OnceLock::new() });
     }
-    Ok(Stored { pieces: placed, runs, slab_bytes, checksum: OnceLock::new() })
+    Ok(stored)
+}
+
+/// Adds a piece that ends at `end` to the runs of its slab, behind all that begin before it; where in the slab it will be.
+fn add(runs: &mut Vec<Run>, piece: &Piece, end: u64, file_end: u64) -> Range<usize> {
+    let page = PAGE_BYTES as u64;
+    let offset = piece.offset / page * page;
+    let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+    let shares = |run: &mut Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
+    let mut run = runs.pop_if(shares).unwrap_or_else(|| {
+        let start = next + (piece.offset - offset) as usize;
+        Run { source: piece.source, offset, bytes: next..next, pieces: start..start }
+    });
+    let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
+    let bytes = in_slab(piece.offset)..in_slab(end);
+    run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
+    run.pieces.end = run.pieces.end.max(bytes.end);
+    runs.push(run);
+    bytes
 }
 
 #[cfg(test)]

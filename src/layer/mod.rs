@@ -146,6 +146,19 @@ impl MoeLayer {
         Ok(layer)
     }
 
+    /// Has its experts come from a cache from now on; whatever held them before goes.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::with_cached`]; nothing has changed then.
+    pub fn set_cached(&mut self, experts: CachedExperts) -> Result<()> {
+        experts.check(&self.spec)?;
+        if !self.fits_engine {
+            return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
+        }
+        self.experts = Experts::Cached(experts);
+        Ok(())
+    }
+
     fn build(spec: MoeSpec, gate: Gate, experts: Experts, shared: Option<Shared>) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
