@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use bytemuck::{Pod, cast_slice_mut, zeroed_vec};
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
+use half::{bf16, f16};
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, TensorEntry};
@@ -135,8 +137,19 @@ impl CheckpointBackend {
             Dtype::F16 => DType::F16,
             other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", format!("{other:?}"))),
         };
-        let bytes = self.0.read(name)?;
-        Ok(Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?.to_dtype(dtype)?)
+        let tensor = match stored {
+            DType::F32 => self.numbers::<f32>(entry, name, device),
+            DType::BF16 => self.numbers::<bf16>(entry, name, device),
+            _ => self.numbers::<f16>(entry, name, device),
+        };
+        Ok(tensor?.to_dtype(dtype)?)
+    }
+
+    /// A tensor read where it stays: one of the size of a vocabulary is not there twice.
+    fn numbers<T: WithDType + Pod>(&self, entry: &TensorEntry, name: &str, device: &Device) -> Result<Tensor> {
+        let mut numbers: Vec<T> = zeroed_vec(entry.shape.iter().product());
+        self.0.read_into(name, cast_slice_mut(&mut numbers))?;
+        Ok(Tensor::from_vec(numbers, entry.shape.as_slice(), device)?)
     }
 
     fn wrong(&self, entry: &TensorEntry, name: &str, expected: &str, got: String) -> Error {
