@@ -23,7 +23,7 @@ use phase_moe::routing::router::Router;
 use phase_moe::routing::topk::TopK;
 
 /// A fixture of every kind of attention and of positions.
-const FAMILIES: [&str; 4] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe"];
+const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)

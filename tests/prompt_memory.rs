@@ -49,7 +49,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const CONFIG: &str = r#"{
-    "model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 8, "intermediate_size": 8, "num_experts": 2,
+    "model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 32, "intermediate_size": 32, "num_experts": 2,
     "num_experts_per_tok": 1, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 4,
     "vocab_size": 16, "max_position_embeddings": 10000, "norm_topk_prob": true, "hidden_act": "silu"
 }"#;

@@ -29,7 +29,7 @@ use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
 use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::lookahead::{Lookahead, Pass};
-use crate::decoder::norm::RmsNorm;
+use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
 use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ pub struct Decoder {
     spec: ModelSpec,
     embedding: Embedding,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Norm,
     output: Linear,
 }
 
@@ -88,15 +88,20 @@ impl Decoder {
             true => embeddings.clone(),
             false => table(vb.pp("lm_head"), 0.02)?,
         };
+        let output_bias = match spec.output_bias {
+            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
+            false => None,
+        };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(Engine::default());
         let mut moe_layers = 0;
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
-                attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
+                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
                 attention: Mixer::load(spec, vb.pp("self_attn"))?,
-                ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                windowed: spec.window.blocks.binary_search(&block).is_ok(),
+                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
                     Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?),
                     Err(_) => {
@@ -111,8 +116,8 @@ impl Decoder {
             spec: spec.clone(),
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
-            norm: RmsNorm::load(hidden, spec.norm_eps, model.pp("norm"))?,
-            output: Linear::new(output, None),
+            norm: Norm::load(spec, model.pp("norm"))?,
+            output: Linear::new(output, output_bias),
         })
     }
 
@@ -291,7 +296,9 @@ impl Decoder {
         let Multipliers { embedding, residual, .. } = self.spec.multipliers;
         let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
         let rotary = Rotary::new(&self.spec, &starts, batch.positions(), hidden.dtype(), device)?;
-        let mask = state.seen.mask(batch, None, hidden.dtype(), device)?;
+        let mask = |window: Option<usize>| state.seen.mask(batch, window, hidden.dtype(), device);
+        let window = Some(self.spec.window.positions).filter(|_| !self.spec.window.blocks.is_empty());
+        let (whole_mask, window_mask) = (mask(None)?, window.map(|_| mask(window)).transpose()?.flatten());
         // A batch uses most experts anyway.
         let is_decode = state.kv.is_some() && batch.ids().len() <= DECODE_TOKENS;
         let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
@@ -299,6 +306,7 @@ impl Decoder {
         let mut moe_layer = 0;
         for (index, block) in self.blocks.iter().enumerate() {
             let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
+            let mask = if block.windowed { &window_mask } else { &whole_mask };
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
             let normed = block.ffn_norm.forward(&hidden)?;
