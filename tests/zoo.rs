@@ -10,7 +10,6 @@ use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
 use phase_moe::experts::cache::CacheOptions;
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::slab::Slab;
 use phase_moe::experts::store::Part;
 use phase_moe::layer::{MoeLayer, Routing};
 use phase_moe::spec::ModelSpec;
@@ -199,7 +198,9 @@ fn a_stack_of_other_experts_is_an_error() {
     std::fs::write(directory.path().join("config.json"), config).unwrap();
     let files = ModelFiles::open(directory.path()).unwrap();
     let error = files.decoder(&LoadOptions::default()).err().unwrap().to_string();
-    assert!(error.starts_with("stacked experts: expected [5, 40, 32] and [5, 32, 20], or "), "{error}");
+    let tensors = "tensors `model.layers.0.block_sparse_moe.experts.gate_up_proj` and `model.layers.0.block_sparse_moe.experts.down_proj`";
+    let expected = format!("model.safetensors: {tensors}: stacked experts: expected [5, 40, 32] and [5, 32, 20], or ");
+    assert!(error.contains(&expected), "{error}");
     assert!(error.ends_with("got [6, 40, 32] and [6, 32, 20]"), "{error}");
 }
 
@@ -314,8 +315,8 @@ fn in_floats(files: &ModelFiles, spec: &ModelSpec, directory: &Path) {
         for (part, name) in [(Part::GateUp, "gate_up_proj"), (Part::Down, "down_proj")] {
             let (_, [rows, columns]) = store.piece(layer, 0, part).unwrap();
             let numbers = (0..spec.moe.experts).flat_map(|expert| {
-                let mut slab = Slab::new(store.slab_bytes(layer));
-                store.load(layer, expert, &mut slab).unwrap().matrix(part).unwrap().to_f32()
+                let mut slabs = store.slabs(layer, expert).unwrap();
+                store.load(layer, expert, &mut slabs).unwrap().matrix(part).unwrap().to_f32()
             });
             let name = format!("model.layers.{layer}.mlp.experts.{name}");
             tensors.push((name, vec![spec.moe.experts, rows, columns], numbers.collect()));

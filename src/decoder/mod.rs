@@ -7,7 +7,9 @@ mod attention;
 mod batch;
 mod block;
 pub mod generate;
+mod gguf;
 mod latent;
+mod linear;
 mod lookahead;
 pub mod memory;
 pub mod model;
@@ -16,6 +18,7 @@ mod rotary;
 pub mod sampling;
 mod seen;
 mod state;
+pub mod unstacked;
 pub mod weights;
 
 pub use self::batch::Batch;
@@ -25,9 +28,11 @@ use std::sync::Arc;
 
 use candle_core::{Module, Tensor};
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Embedding, Init, Linear, VarBuilder};
+use candle_nn::{Embedding, Init, VarBuilder};
 
+use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
+use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
@@ -61,6 +66,19 @@ impl Decoder {
     /// [`Error::Parameter`] for sizes that contradict.
     pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         Self::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))
+    }
+
+    /// The same but for the experts, which are those of a GGUF file, as they are stored there; `vb` is that of
+    /// [`weights::var_builder`].
+    ///
+    /// # Errors
+    /// As [`Decoder::load`], and [`Error::Checkpoint`] for experts of another shape or of a type that Candle does not read.
+    pub fn load_gguf(spec: &ModelSpec, vb: VarBuilder<'_>, checkpoint: &Checkpoint) -> Result<Self> {
+        let blocks: Vec<usize> = spec.moe_blocks().collect();
+        Self::build(spec, vb, |layer, vb| {
+            let experts = gguf::experts(checkpoint, &spec.moe, blocks[layer], vb.device())?;
+            MoeLayer::load_with(&spec.moe, vb, experts)
+        })
     }
 
     /// The same but for the experts, which come from a cache (see [`weights::expert_store`]).
@@ -99,7 +117,7 @@ impl Decoder {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
                 attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
-                attention: Mixer::load(spec, vb.pp("self_attn"))?,
+                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
                 ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
@@ -117,7 +135,7 @@ impl Decoder {
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
             norm: Norm::load(spec, model.pp("norm"))?,
-            output: Linear::new(output, output_bias),
+            output: Linear::new(output, output_bias, engine),
         })
     }
 

@@ -45,7 +45,7 @@ use std::sync::{Arc, OnceLock};
 use safetensors::Dtype as StoredDtype;
 use twox_hash::XxHash3_64;
 
-use crate::checkpoint::{Checkpoint, NamedSource, PAGE_BYTES};
+use crate::checkpoint::{BlockType, Checkpoint, ElementType, NamedSource, PAGE_BYTES};
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
 use crate::experts::matrix::{Dtype, Matrix};
@@ -95,7 +95,7 @@ impl Piece {
     /// A tensor of a checkpoint: the last dimension are its columns, all before it are rows.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of f32, f16 or bf16.
+    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of a [`Dtype`].
     pub fn tensor(checkpoint: &Checkpoint, part: Part, name: &str) -> Result<Self> {
         let entry = checkpoint.entry(name)?;
         let wrong = |expected: &str, got: String| Error::Checkpoint {
@@ -103,10 +103,14 @@ impl Piece {
             detail: format!("tensor `{name}`: expected {expected}, got {got}"),
         };
         let dtype = match entry.dtype {
-            StoredDtype::F32 => Dtype::F32,
-            StoredDtype::F16 => Dtype::F16,
-            StoredDtype::BF16 => Dtype::Bf16,
-            other => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
+            ElementType::Plain(StoredDtype::F32) => Dtype::F32,
+            ElementType::Plain(StoredDtype::F16) => Dtype::F16,
+            ElementType::Plain(StoredDtype::BF16) => Dtype::Bf16,
+            ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
+            ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
+            ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
+            ElementType::Plain(other) => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
+            ElementType::Blocks(other) => return Err(wrong("dtype q8_0, q4_K or q6_K", other.name.into())),
         };
         let [rows @ .., columns] = entry.shape.as_slice() else {
             return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
@@ -133,7 +137,7 @@ impl Piece {
         let find = |suffix: &str, shape: &[usize]| {
             let name = format!("{name}_{suffix}");
             let entry = checkpoint.entry(&name)?;
-            if entry.dtype != StoredDtype::U8 || entry.shape != shape {
+            if entry.dtype != ElementType::Plain(StoredDtype::U8) || entry.shape != shape {
                 let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
                 let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
                 return Err(Error::Checkpoint { file, detail });

@@ -134,7 +134,7 @@ pub enum Prefetch {
 
 #[derive(Args)]
 pub struct ModelSource {
-    /// Checkpoint directory in Hugging Face layout, or a model on the hub as org/name [default: the bundled tiny-moe]
+    /// Checkpoint directory in Hugging Face layout, GGUF file, or a model on the hub as org/name [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 }
