@@ -44,7 +44,7 @@ use candle_nn::{Init, VarBuilder};
 use safetensors::Dtype;
 
 use super::weights;
-use crate::checkpoint::{Checkpoint, TensorEntry};
+use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::spec::{ExpertNames, StackOrder};
 
@@ -161,9 +161,9 @@ impl Unstacked {
         device: &Device,
     ) -> Result<Tensor> {
         let (dtype, size) = match entry.dtype {
-            Dtype::F32 => (DType::F32, 4),
-            Dtype::BF16 => (DType::BF16, 2),
-            Dtype::F16 => (DType::F16, 2),
+            ElementType::Plain(Dtype::F32) => (DType::F32, 4),
+            ElementType::Plain(Dtype::BF16) => (DType::BF16, 2),
+            ElementType::Plain(Dtype::F16) => (DType::F16, 2),
             other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", &format!("{other:?}"))),
         };
         let (mut bytes, offset) = (vec![0; shape.0 * shape.1 * size], entry.offset() + (first * shape.1 * size) as u64);

@@ -1,4 +1,5 @@
-//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype.
+//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype. Names are those
+//! of transformers, whatever the files are.
 
 use std::sync::Arc;
 
@@ -7,14 +8,19 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, TensorEntry};
+use super::gguf::{self, GgufBackend};
+use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::experts::store::{ExpertStore, Part, Piece};
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, StackOrder};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
+    let backend: Box<dyn SimpleBackend> = match checkpoint.gguf() {
+        Some(_) => Box::new(GgufBackend::new(checkpoint)),
+        None => Box::new(CheckpointBackend(checkpoint)),
+    };
+    VarBuilder::from_backend(backend, dtype, device.clone())
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
@@ -24,12 +30,16 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
 pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    if checkpoint.gguf().is_some() {
+        return gguf::check_experts(checkpoint, spec);
+    }
     let names = &spec.moe.names;
     let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
+    let packed = format!("{stacked}{BLOCKS}");
     let ids = |name: &str| -> Option<(usize, Option<usize>)> {
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let block = block.parse().ok()?;
-        if rest == stacked {
+        if rest == stacked || rest == packed {
             return Some((block, None));
         }
         let (expert, _) = rest.strip_prefix(&experts)?.strip_prefix('.')?.split_once('.')?;
@@ -72,22 +82,69 @@ fn check_stack(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<()> 
     Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail })
 }
 
-/// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked with
-/// their rows first. Nothing of them is read.
+/// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked, as floats or
+/// in MXFP4. Nothing of them is read.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a tensor that is missing, of another shape or no matrix of floats; [`Error::Shape`] as
-/// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order), and for a stack with its columns first, whose experts lie
-/// nowhere as the engine reads them.
+/// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order).
 pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Vec<Vec<Piece>>>> {
     let layer = |block: usize| {
-        let ffn = format!("model.layers.{block}.{}", spec.ffn);
-        match checkpoint.tensors().contains_key(&format!("{ffn}.{}", spec.moe.names.stacked_gate_up)) {
-            true => stacked_pieces(checkpoint, &spec.moe, &ffn),
-            false => (0..spec.moe.experts).map(|id| pieces(checkpoint, &spec.moe, &ffn, id)).collect(),
+        if checkpoint.gguf().is_some() {
+            return gguf::pieces(checkpoint, &spec.moe, block);
         }
+        let ffn = format!("model.layers.{block}.{}", spec.ffn);
+        let stacked = format!("{ffn}.{}", spec.moe.names.stacked_gate_up);
+        if checkpoint.tensors().contains_key(&stacked) {
+            return stacked_pieces(checkpoint, &spec.moe, &ffn);
+        }
+        let packed = checkpoint.tensors().contains_key(&format!("{stacked}{BLOCKS}"));
+        let one = if packed { packed_pieces } else { pieces };
+        (0..spec.moe.experts).map(|id| one(checkpoint, &spec.moe, &ffn, id)).collect()
     };
     spec.moe_blocks().map(layer).collect()
+}
+
+/// What the experts of a checkpoint take, as they are stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpertSizes {
+    /// Bytes of the first expert of the first layer.
+    pub first: u64,
+    /// Bytes of all.
+    pub all: u64,
+    /// Types of their weights, in the order of their first use.
+    pub dtypes: Vec<String>,
+}
+
+/// Counts what the experts of `spec` take, every one that it names being there in the shape it says.
+///
+/// # Errors
+/// As [`expert_pieces`], but not for types in a GGUF file that nothing here reads.
+pub fn expert_sizes(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertSizes> {
+    let experts: Vec<Vec<(String, u64)>> = match checkpoint.gguf() {
+        Some(_) => {
+            let blocks = spec.moe_blocks().map(|block| gguf::sizes(checkpoint, &spec.moe, block));
+            blocks.collect::<Result<Vec<_>>>()?.concat()
+        }
+        None => {
+            let part = |piece: &Piece| {
+                let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
+                (piece.dtype.to_string(), (row * piece.rows) as u64)
+            };
+            expert_pieces(checkpoint, spec)?.iter().flatten().map(|pieces| pieces.iter().map(part).collect()).collect()
+        }
+    };
+    let mut sizes = ExpertSizes::default();
+    for (index, (dtype, bytes)) in
+        experts.into_iter().enumerate().flat_map(|(index, parts)| parts.into_iter().map(move |part| (index, part)))
+    {
+        sizes.all += bytes;
+        sizes.first += if index == 0 { bytes } else { 0 };
+        if !sizes.dtypes.contains(&dtype) {
+            sizes.dtypes.push(dtype);
+        }
+    }
+    Ok(sizes)
 }
 
 /// The pieces of expert `id`, which has tensors of its own.
@@ -112,23 +169,44 @@ fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Resul
 fn stacked_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<Vec<Vec<Piece>>> {
     let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
     let order = moe.stack_order(&checkpoint.entry(&gate_up)?.shape, &checkpoint.entry(&down)?.shape)?;
-    if order == StackOrder::ColumnsFirst || moe.names.stacked_in_turns {
-        let got = format!("`{gate_up}` with columns first or rows in turns");
-        return Err(Error::shape("stacked experts in their file", "rows of a projection one after the other", got));
-    }
     let rows = |part: Part, name: &str, first: usize, rows: usize| {
         Piece::tensor(checkpoint, part, name)?.of_rows(first..first + rows)
     };
-    let (width, hidden) = (moe.expert_width, moe.hidden);
-    let expert = |id: usize| match moe.activation.gated {
-        true => Ok(vec![
+    let (width, hidden, gated) = (moe.expert_width, moe.hidden, moe.activation.gated);
+    let inner = if gated { Part::GateUp } else { Part::Up };
+    let expert = |id: usize| match order {
+        StackOrder::RowsFirst if gated && !moe.names.stacked_in_turns => Ok(vec![
             rows(Part::Gate, &gate_up, 2 * id * width, width)?,
             rows(Part::Up, &gate_up, (2 * id + 1) * width, width)?,
             rows(Part::Down, &down, id * hidden, hidden)?,
         ]),
-        false => Ok(vec![rows(Part::Up, &gate_up, id * width, width)?, rows(Part::Down, &down, id * hidden, hidden)?]),
+        StackOrder::RowsFirst => {
+            let inner_rows = if gated { 2 * width } else { width };
+            Ok(vec![rows(inner, &gate_up, id * inner_rows, inner_rows)?, rows(Part::Down, &down, id * hidden, hidden)?])
+        }
+        StackOrder::ColumnsFirst => Ok(vec![
+            rows(inner, &gate_up, id * hidden, hidden)?.transposed()?,
+            rows(Part::Down, &down, id * width, width)?.transposed()?,
+        ]),
     };
     (0..moe.experts).map(expert).collect()
+}
+
+/// How the name of a stack in MXFP4 ends, that of its blocks.
+const BLOCKS: &str = "_blocks";
+
+/// The pieces of expert `id` of a layer that has them stacked in MXFP4.
+fn packed_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Result<Vec<Piece>> {
+    let (width, hidden, gated) = (moe.expert_width, moe.hidden, moe.activation.gated);
+    let (part, inner) = if gated { (Part::GateUp, 2 * width) } else { (Part::Up, width) };
+    let piece = |part: Part, name: &str, rows: usize, columns: usize| {
+        Piece::mxfp4(checkpoint, part, &format!("{ffn}.{name}"), [moe.experts, rows, columns], id)
+    };
+    let names = &moe.names;
+    Ok(vec![
+        piece(part, &names.stacked_gate_up, inner, hidden)?,
+        piece(Part::Down, &names.stacked_down, hidden, width)?,
+    ])
 }
 
 /// The same as a store to load them from.
@@ -144,11 +222,19 @@ struct CheckpointBackend(Arc<Checkpoint>);
 impl CheckpointBackend {
     fn tensor(&self, entry: &TensorEntry, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let stored = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", format!("{other:?}"))),
+            ElementType::Plain(Dtype::F32) => DType::F32,
+            ElementType::Plain(Dtype::BF16) => DType::BF16,
+            ElementType::Plain(Dtype::F16) => DType::F16,
+            // Not numbers but blocks of them: whoever wants them asks for bytes.
+            ElementType::Plain(Dtype::U8) if dtype == DType::U8 => DType::U8,
+            other => {
+                let expected = if dtype == DType::U8 { "dtype U8" } else { "dtype F32, BF16 or F16" };
+                return Err(self.wrong(entry, name, expected, format!("{other:?}")));
+            }
         };
+        if dtype == DType::U8 && stored != dtype {
+            return Err(self.wrong(entry, name, "dtype U8", format!("{:?}", entry.dtype)));
+        }
         let bytes = self.0.read(name)?;
         Ok(Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?.to_dtype(dtype)?)
     }

@@ -11,6 +11,7 @@ use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
 use super::gate::Gate;
+use super::packed::Packed;
 use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 
@@ -26,6 +27,14 @@ pub enum Weight {
         /// The rows that are this weight's.
         rows: Range<usize>,
     },
+    /// Bytes of a dtype that Candle does not have.
+    Packed(Packed),
+}
+
+impl From<Packed> for Weight {
+    fn from(packed: Packed) -> Self {
+        Self::Packed(packed)
+    }
 }
 
 impl From<Tensor> for Weight {
@@ -39,6 +48,19 @@ impl From<Arc<QTensor>> for Weight {
     fn from(tensor: Arc<QTensor>) -> Self {
         let rows = 0..matrix(&tensor)[0];
         Self::Quantized { tensor, rows }
+    }
+}
+
+impl Weight {
+    /// Some rows of `tensor`: on the CPU a view of them, elsewhere a tensor of their own, since nothing there reads a part of one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for rows that are not there.
+    pub fn rows(tensor: Arc<QTensor>, rows: Range<usize>) -> Result<Self> {
+        match tensor.device().is_cpu() {
+            true => Ok(Self::Quantized { tensor, rows }),
+            false => Ok(Self::from(Arc::new(own_blocks(&tensor, &rows)?))),
+        }
     }
 }
 
@@ -70,7 +92,7 @@ impl Projection {
     }
 
     pub(super) fn is_quantized(&self) -> bool {
-        matches!(self.weight, Weight::Quantized { .. })
+        matches!(self.weight, Weight::Quantized { .. } | Weight::Packed(_))
     }
 
     /// The projection of `rows` `[rows, in]`, which are of the weight's dtype, or all in `f32` where `in_f32` says so.
@@ -79,6 +101,7 @@ impl Projection {
         let weight = match &self.weight {
             Weight::Dense(weight) => cast(&own_rows(weight)?)?,
             Weight::Quantized { tensor, rows } => dequantize(tensor, rows)?,
+            Weight::Packed(packed) => packed.dequantize(rows.device())?,
         };
         let product = rows.matmul(&weight.t()?)?;
         match &self.bias {
@@ -99,6 +122,10 @@ impl Projection {
                 check_rows(operand, tensor, rows, shape)?;
                 gate.check_device(operand, &tensor.device())?;
             }
+            Weight::Packed(packed) if packed.shape() != shape => {
+                return Err(Error::shape(operand, format!("{shape:?}"), format!("{:?}", packed.shape())));
+            }
+            Weight::Packed(_) => {}
         }
         let operand = format!("{operand} bias");
         match &self.bias {
@@ -131,7 +158,7 @@ fn row_bytes(tensor: &QTensor, columns: usize) -> usize {
 }
 
 /// `rows` as a tensor of their own.
-pub(super) fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
+fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
     let columns = matrix(tensor)[1];
     let row = row_bytes(tensor, columns);
     let data = tensor.data()?;
