@@ -13,7 +13,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::tensor::{Metadata as SafetensorsHeader, TensorView};
+use safetensors::tensor::{Metadata as SafetensorsHeader, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 
 pub use self::direct::{DirectFile, PAGE_BYTES};
@@ -344,11 +344,31 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader
     }
     let mut header = vec![0; header_length as usize];
     source.read_exact_at(&mut header, 8).map_err(io)?;
-    // Deserialising checks that tensors neither overlap nor leave gaps and that shape and dtype give their length.
-    let metadata: SafetensorsHeader = serde_json::from_slice(&header)
-        .map_err(|error| wrong(format!("expected a safetensors header, got {error}")))?;
-    let mut spans: Vec<_> =
-        metadata.tensors().into_iter().map(|(name, info)| (info.data_offsets, name, info.clone())).collect();
+    // Deserialising checks that tensors neither overlap nor leave gaps and that shape and dtype give their length, but does not
+    // always say which tensor is at fault.
+    let metadata: SafetensorsHeader = serde_json::from_slice(&header).map_err(|error| {
+        wrong(misplaced(&header).unwrap_or_else(|| format!("expected a safetensors header, got {error}")))
+    })?;
+    let end = end_of_tensors(metadata.tensors().into_iter()).map_err(wrong)?;
+    let data_start = 8 + header_length;
+    if data_start + end as u64 != length {
+        return Err(wrong(format!("expected {} bytes as the header says, got {length}", data_start + end as u64)));
+    }
+    Ok((metadata, data_start))
+}
+
+/// What is wrong with the first tensor of a refused header that does not lie as it should, if that is what is wrong.
+fn misplaced(header: &[u8]) -> Option<String> {
+    let mut header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    header.remove("__metadata__");
+    let info = |(name, value)| Some((name, serde_json::from_value::<TensorInfo>(value).ok()?));
+    let tensors: Vec<_> = header.into_iter().map(info).collect::<Option<_>>()?;
+    end_of_tensors(tensors.iter().map(|(name, info)| (name.clone(), info))).err()
+}
+
+/// Where the data end that begin at 0 and that tensors fill one after another, each as long as its shape and dtype say.
+fn end_of_tensors<'a>(tensors: impl Iterator<Item = (String, &'a TensorInfo)>) -> Result<usize, String> {
+    let mut spans: Vec<_> = tensors.map(|(name, info)| (info.data_offsets, name, info)).collect();
     spans.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
     let mut end = 0;
     for ((start, stop), tensor, info) in spans {
@@ -356,18 +376,14 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader
         let bytes =
             elements.and_then(|elements| elements.checked_mul(info.dtype.bitsize())).map(|bits| bits.div_ceil(8));
         if start != end || stop < start || bytes != Some(stop - start) {
-            return Err(wrong(format!(
+            return Err(format!(
                 "tensor `{tensor}`: expected {:?} {:?} to fill the bytes from {end}, got the span {start}..{stop}",
                 info.dtype, info.shape
-            )));
+            ));
         }
         end = stop;
     }
-    let data_start = 8 + header_length;
-    if data_start + end as u64 != length {
-        return Err(wrong(format!("expected {} bytes as the header says, got {length}", data_start + end as u64)));
-    }
-    Ok((metadata, data_start))
+    Ok(end)
 }
 
 #[cfg(test)]
@@ -410,7 +426,10 @@ mod tests {
             (file(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8), "tensor"),
             (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#, 12), "tensor"),
             (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8), "tensor"),
-            (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,800]}}"#, 8), "tensor"),
+            (
+                file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,800]}}"#, 8),
+                "tensor `a`: expected F32 [2] to fill the bytes from 0, got the span 0..800",
+            ),
             (file(r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#, 0), "tensor"),
             (
                 file(

@@ -200,6 +200,16 @@ impl MoeSpec {
     }
 }
 
+/// The norms around attention and FFN, and the last one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Norm {
+    /// `x / √mean(x²) · weight` (arXiv 1910.07467).
+    #[default]
+    Rms,
+    /// `(x − mean(x)) / √var(x) · weight + bias` (arXiv 1607.06450).
+    Layer,
+}
+
 /// RMS norm on queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
@@ -250,6 +260,8 @@ pub struct Yarn {
     pub rotation_scale: f64,
     /// What products of queries and keys are multiplied by, beside the usual.
     pub score_scale: f64,
+    /// The part in between begins and ends at whole rotations, as in the paper's code, or wherever it does (gpt-oss).
+    pub whole_rotations: bool,
 }
 
 /// Constants that Granite multiplies with.
@@ -281,6 +293,15 @@ pub struct DenseBlocks {
     pub width: usize,
 }
 
+/// Blocks in which a position looks back only so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlidingWindow {
+    /// Which blocks, ascending.
+    pub blocks: Vec<usize>,
+    /// Positions that one sees there, itself among them.
+    pub positions: usize,
+}
+
 /// A decoder-only transformer whose FFNs are MoE layers, but for some blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -298,7 +319,9 @@ pub struct ModelSpec {
     pub head_dim: usize,
     /// Longest sequence the model was made for.
     pub max_positions: usize,
-    /// Epsilon of the RMS norms.
+    /// Which norms it has.
+    pub norm: Norm,
+    /// Their epsilon.
     pub norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
@@ -310,6 +333,10 @@ pub struct ModelSpec {
     pub qk_norm: Option<QkNorm>,
     /// Biases of attention.
     pub attention_bias: AttentionBias,
+    /// Every head has a number that takes its share of attention beside the positions, and gives nothing for it (gpt-oss).
+    pub sinks: bool,
+    /// Blocks whose positions do not see all before them.
+    pub window: SlidingWindow,
     /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
     pub latent: Option<LatentSpec>,
     /// Constants that it multiplies with.
@@ -318,6 +345,8 @@ pub struct ModelSpec {
     pub clip_qkv: Option<f64>,
     /// Output weights are the embedding's.
     pub tied_embeddings: bool,
+    /// The output has a bias.
+    pub output_bias: bool,
     /// Token ids that end a text.
     pub end_of_text: Vec<u32>,
     /// Blocks past the last one that a checkpoint may hold and no forward pass runs: they predict further tokens.
@@ -335,7 +364,8 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd rotary width or one above the head width, dense blocks that are not there, out of order or all there are, or more weights than can be counted.
+    /// odd rotary width or one above the head width, dense blocks or blocks with a window that are not there or out of order, dense ones that
+    /// are all there are, sinks or windows in latent attention, or more weights than can be counted.
     pub fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
@@ -365,8 +395,16 @@ impl ModelSpec {
             ));
         }
         let dense = &self.dense.blocks;
-        if !dense.is_sorted_by(|a, b| a < b) || dense.last().is_some_and(|&last| last >= self.layers) {
-            return Err(Error::parameter("dense blocks", format!("{dense:?}"), format!("some of 0..{}", self.layers)));
+        for (name, blocks) in [("dense blocks", dense), ("blocks with a window", &self.window.blocks)] {
+            if !blocks.is_sorted_by(|a, b| a < b) || blocks.last().is_some_and(|&last| last >= self.layers) {
+                return Err(Error::parameter(name, format!("{blocks:?}"), format!("some of 0..{}", self.layers)));
+            }
+        }
+        if !self.window.blocks.is_empty() && self.window.positions == 0 {
+            return Err(Error::parameter("positions of a window", 0, "at least 1"));
+        }
+        if self.latent.is_some() && (self.sinks || !self.window.blocks.is_empty()) {
+            return Err(Error::parameter("latent attention", "with sinks or windows", "neither"));
         }
         if dense.len() == self.layers {
             return Err(Error::parameter("dense blocks", "all", "at least one block with experts"));
@@ -414,11 +452,13 @@ impl ModelSpec {
     /// Weights that every token meets: all but those of the experts it is routed to.
     pub fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
-        let block = self.attention_parameters() + 2 * hidden;
+        let norm = if self.norm == Norm::Layer { 2 * hidden } else { hidden };
+        let block = self.attention_parameters() + 2 * norm;
         let ffns = self.moe_layers() * self.moe.shared_parameters()
             + self.dense.blocks.len() * self.moe.projections(self.dense.width);
         let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
-        embeddings + self.layers * block + ffns + hidden
+        let output_bias = if self.output_bias { self.vocab } else { 0 };
+        embeddings + output_bias + self.layers * block + ffns + norm
     }
 
     fn attention_parameters(&self) -> usize {
@@ -441,6 +481,7 @@ impl ModelSpec {
             AttentionBias::Inputs => queries + 2 * keys,
             AttentionBias::All => queries + 2 * keys + hidden,
         };
-        hidden * (2 * queries + 2 * keys) + norms + biases
+        let sinks = if self.sinks { self.heads } else { 0 };
+        hidden * (2 * queries + 2 * keys) + norms + biases + sinks
     }
 }

@@ -16,9 +16,9 @@ use phase_moe::experts::admission::Admission;
 use phase_moe::experts::cache::{CacheOptions, ExpertCache, Prefetch};
 use phase_moe::experts::matrix::Dtype;
 use phase_moe::experts::residency::Policy;
-use phase_moe::experts::store::{ExpertStore, Part, Piece};
+use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
 use phase_moe::layer::MoeLayer;
-use phase_moe::layer::cached::CachedExperts;
+use phase_moe::layer::cached::{CachedExperts, ExpertBiases};
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::shared::Shared;
@@ -204,7 +204,7 @@ fn cached(experts: usize, room: usize) -> CachedExperts {
         let mut pieces = Vec::new();
         for (part, seed, [rows, columns]) in matrices(id) {
             let offset = bytes.len() as u64;
-            pieces.push(Piece { part, source: 0, offset, dtype: Dtype::F32, rows, columns });
+            pieces.push(Piece { part, source: 0, offset, dtype: Dtype::F32, rows, columns, layout: Layout::Rows });
             bytes.extend(drawn(seed, rows * columns).into_iter().flat_map(f32::to_le_bytes));
         }
         layer.push(pieces);
@@ -247,11 +247,15 @@ fn mistakes_are_named() {
         message(wide, gate(), cached(6, 2), None),
         "stored expert 0 of layer 0, Gate: expected [9, 16], got f32 [8, 16]"
     );
-    let biased = MoeSpec { expert_bias: true, ..plain() };
-    assert_eq!(
-        message(biased, gate(), cached(6, 2), None),
-        "stored experts: expected none with biases, got a model that has them"
-    );
+    let biased = || MoeSpec { expert_bias: true, ..plain() };
+    assert_eq!(message(biased(), gate(), cached(6, 2), None), "biases of stored experts: expected some, got none");
+    let biases = |experts: usize| vec![ExpertBiases::default(); experts];
+    let wrong = message(plain(), gate(), cached(6, 2).with_biases(biases(6)), None);
+    assert_eq!(wrong, "biases of stored experts: expected none, got some");
+    let wrong = message(biased(), gate(), cached(6, 2).with_biases(biases(5)), None);
+    assert_eq!(wrong, "biases of stored experts: expected 6 experts, got 5");
+    let wrong = message(biased(), gate(), cached(6, 2).with_biases(biases(6)), None);
+    assert_eq!(wrong, "gate biases of stored expert 0: expected 8 values, got 0");
     let missing = message(spec(), gate(), cached(6, 2), None);
     assert_eq!(missing, "shared expert: expected one of width 24, got none");
     let needs = "expected one on the CPU without gradients, as experts in a cache need";

@@ -149,7 +149,7 @@ fn limit(isa: Isa, dtypes: [Dtype; 2]) -> f64 {
             Dtype::F32 | Dtype::F16 => 2e-6,
             _ if !isa.to_string().contains("bf16") => 2e-6,
             Dtype::Bf16 => 6e-3,
-            Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => 1.5e-2,
+            Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => 1.5e-2,
         }
     };
     of(dtypes[0]).max(of(dtypes[1]))
@@ -232,7 +232,7 @@ fn every_activation_with_and_without_biases() {
 
 #[test]
 fn one_expert_with_more_tokens_than_a_group_is_the_dense_ffn() {
-    for dtypes in [[Dtype::F32; 2], [Dtype::Bf16; 2], [Dtype::Q8_0; 2], [Dtype::Q4K, Dtype::Q6K]] {
+    for dtypes in [[Dtype::F32; 2], [Dtype::Bf16; 2], [Dtype::Q8_0; 2], [Dtype::Q4K, Dtype::Q6K], [Dtype::Mxfp4; 2]] {
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         let (hidden, width, tokens) = (256, 256, 301u32);
         let experts = [Stored::new(&mut rng, Activation::swiglu(), [hidden, width], dtypes)];
@@ -251,7 +251,7 @@ fn one_expert_with_more_tokens_than_a_group_is_the_dense_ffn() {
 
 #[test]
 fn threads_and_what_buffers_held_change_no_bit() {
-    for dtypes in [[Dtype::F32; 2], [Dtype::Bf16; 2], [Dtype::Q4K, Dtype::Q6K]] {
+    for dtypes in [[Dtype::F32; 2], [Dtype::Bf16; 2], [Dtype::Q4K, Dtype::Q6K], [Dtype::Mxfp4; 2]] {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let quantized = dtypes[0].is_quantized();
         // Large enough for threads, with widths that no piece divides.

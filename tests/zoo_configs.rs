@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use phase_moe::error::{Error, Result};
-use phase_moe::routing::scores::{GroupLimit, GroupScore};
+use phase_moe::routing::scores::{GroupLimit, GroupScore, Scoring};
 use phase_moe::spec::{AttentionBias, ModelSpec, MoeSpec, StackOrder};
 use phase_moe::zoo::{FAMILIES, MOE_FAMILIES, parse_config, parse_moe_config};
 use serde_json::{Value, json};
@@ -76,6 +76,13 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
         ("deepseek_v3", "first_k_dense_replace", json!(2), "at least one block with experts, got none"),
         ("deepseek_v3", "rope_scaling", json!({"type": "linear"}), "rope_type default or yarn, got linear"),
         ("granitemoe", "logits_scaling", json!(0), "a positive number, got 0"),
+        ("gpt_oss", "layer_types", json!(["full_attention"]), "one for each of num_hidden_layers 3, got 1"),
+        ("gpt_oss", "layer_types", json!([1, 2, 3]), "a list of strings, got [1,2,3]"),
+        ("gpt_oss", "sliding_window", json!(0), "a positive integer, got 0"),
+        ("phimoe", "num_experts_per_tok", json!(3), "2, got 3"),
+        ("phimoe", "router_jitter_noise", json!(-1), "a positive number, got -1"),
+        ("phimoe", "rope_scaling", json!({"type": "longrope"}), "rope_type default or yarn, got longrope"),
+        ("phimoe", "sliding_window", json!(63), "null or at least max_position_embeddings 64, got 63"),
     ];
     for (family, key, value, expected) in cases {
         assert_eq!(message(family, key, value), format!("config.json: key `{key}`: expected {expected}"), "{family}");
@@ -90,8 +97,8 @@ fn an_unknown_family_is_told_those_there_are() {
     let error = parse_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
     assert_eq!(error, format!("unknown model family `llama`: expected one of {known}"));
     // Its layer is known, its decoder is not.
-    let error = parse_config(&changed("gpt_oss", &[]), "config.json").unwrap_err().to_string();
-    assert_eq!(error, format!("unknown model family `gpt_oss`: expected one of {known}"));
+    let error = parse_config(&changed("lfm2_moe", &[]), "config.json").unwrap_err().to_string();
+    assert_eq!(error, format!("unknown model family `lfm2_moe`: expected one of {known}"));
     let error = parse_moe_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
     assert_eq!(error, format!("unknown model family `llama`: expected one of {known}, {}", MOE_FAMILIES.join(", ")));
     for family in FAMILIES.iter().filter(|&&family| family != "olmoe").chain(&MOE_FAMILIES) {
@@ -113,6 +120,18 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     assert_eq!((v2.moe.scoring.groups, v2.latent.unwrap().query_rank), (None, None));
     let lite = parse("deepseek_v2", &[("n_group", json!(1)), ("topk_group", json!(1))]).unwrap();
     assert_eq!(lite.moe.scoring.groups, None, "one group limits nobody");
+    let every_other = [null("layer_types"), null("rope_parameters"), null("sliding_window"), null("attention_bias")];
+    let gpt_oss = parse("gpt_oss", &every_other).unwrap();
+    assert_eq!((gpt_oss.window.blocks, gpt_oss.window.positions), (vec![0, 2], 128));
+    assert_eq!((gpt_oss.attention_bias, gpt_oss.rope_theta), (AttentionBias::All, 150_000.0));
+    assert!(gpt_oss.yarn.is_some_and(|yarn| yarn.factor == 32.0 && !yarn.whole_rotations));
+    let kinds = ["full_attention", "full_attention", "chunked_attention"];
+    let chunked = message("gpt_oss", "layer_types", json!(kinds));
+    assert!(chunked.ends_with("expected sliding_attention or full_attention, got chunked_attention"), "{chunked}");
+    let whole = parse("gpt_oss", &[("layer_types", json!(vec!["full_attention"; 3]))]).unwrap();
+    assert!(whole.window.blocks.is_empty());
+    let phi = parse("phimoe", &[null("router_jitter_noise"), null("attention_bias"), null("lm_head_bias")]).unwrap();
+    assert_eq!((phi.moe.scoring, phi.output_bias), (Scoring::sparse_mixer(0.01), false));
     assert_eq!(parse("mixtral", &[("sliding_window", json!(64))]).unwrap().ffn, "block_sparse_moe");
 }
 

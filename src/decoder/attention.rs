@@ -1,6 +1,7 @@
 //! Grouped-query attention (arXiv 2305.13245) with rotary positions and a key–value cache.
 //!
-//! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`.
+//! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`. Where
+//! heads have sinks the softmax goes over one more score, the sink, whose share nobody gets.
 
 use candle_core::{D, DType, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
@@ -23,6 +24,8 @@ pub(super) struct Attention {
     /// Each head by itself rather than all of a token together.
     norm_heads: bool,
     clip: Option<f64>,
+    /// One for each head.
+    sinks: Option<Tensor>,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -48,6 +51,7 @@ impl Attention {
             },
             norm_heads: spec.qk_norm == Some(QkNorm::PerHead),
             clip: spec.clip_qkv,
+            sinks: spec.sinks.then(|| vb.get_with_hints(spec.heads, "sinks", Init::Const(0.0))).transpose()?,
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
@@ -87,7 +91,7 @@ impl Attention {
         }
         let (key, value) = (self.repeat(key)?, self.repeat(value)?);
 
-        let mixed = attend(&query, &key, &value, mask, self.scale)?;
+        let mixed = attend(&query, &key, &value, mask, self.scale, self.sinks.as_ref())?;
         Ok(self.output.forward(&mixed)?)
     }
 
@@ -117,21 +121,32 @@ pub(super) fn linear(vb: &VarBuilder<'_>, rows: usize, columns: usize, bias: boo
     Ok(Linear::new(weight, bias))
 }
 
-/// `softmax(scale·q·kᵀ + mask)·v` of `[batch, heads, positions, width]`, heads side by side: `[batch, positions, heads · width]`.
+/// `softmax(scale·q·kᵀ + mask)·v` of `[batch, heads, positions, width]`, heads side by side: `[batch, positions, heads · width]`;
+/// `sinks` `[heads]` are one more score each.
 pub(super) fn attend(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
     mask: Option<&Tensor>,
     scale: f64,
+    sinks: Option<&Tensor>,
 ) -> Result<Tensor> {
     let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
     let scores = match mask {
         Some(mask) => scores.broadcast_add(mask)?,
         None => scores,
     };
-    let scores = scores.to_dtype(DType::F32)?;
+    let mut scores = scores.to_dtype(DType::F32)?;
+    let seen = scores.dim(D::Minus1)?;
+    if let Some(sinks) = sinks {
+        let (batch, heads, positions, _) = scores.dims4()?;
+        let sinks = sinks.to_dtype(DType::F32)?.reshape((1, heads, 1, 1))?.expand((batch, heads, positions, 1))?;
+        scores = Tensor::cat(&[&scores, &sinks], D::Minus1)?.contiguous()?;
+    }
     // The fused softmax has no backward pass.
-    let shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+    let mut shares = if scores.track_op() { softmax(&scores, D::Minus1)? } else { softmax_last_dim(&scores)? };
+    if sinks.is_some() {
+        shares = shares.narrow(D::Minus1, 0, seen)?.contiguous()?;
+    }
     Ok(shares.to_dtype(value.dtype())?.matmul(value)?.transpose(1, 2)?.flatten_from(2)?)
 }

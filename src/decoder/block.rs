@@ -8,7 +8,7 @@ use candle_nn::kv_cache::KvCache;
 
 use super::attention::Attention;
 use super::latent::LatentAttention;
-use super::norm::RmsNorm;
+use super::norm::Norm;
 use super::rotary::Rotary;
 use crate::error::Result;
 use crate::layer::MoeLayer;
@@ -18,10 +18,12 @@ use crate::spec::ModelSpec;
 /// The parts of a block; clones share weights.
 #[derive(Clone)]
 pub(super) struct Block {
-    pub(super) attention_norm: RmsNorm,
+    pub(super) attention_norm: Norm,
     pub(super) attention: Mixer,
-    pub(super) ffn_norm: RmsNorm,
+    pub(super) ffn_norm: Norm,
     pub(super) ffn: Ffn,
+    /// Positions look back only as far as the model's window.
+    pub(super) windowed: bool,
 }
 
 /// How positions look at each other.

@@ -94,7 +94,7 @@ impl LatentAttention {
         let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
         let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
 
-        let mixed = attend(&query, &key, &value, mask, self.scale)?;
+        let mixed = attend(&query, &key, &value, mask, self.scale, None)?;
         Ok(self.output.forward(&mixed)?)
     }
 }

@@ -14,6 +14,7 @@ pub mod model;
 mod norm;
 mod rotary;
 pub mod sampling;
+pub mod unstacked;
 pub mod weights;
 
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
-use crate::decoder::norm::RmsNorm;
+use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
@@ -158,7 +159,7 @@ pub struct Decoder {
     spec: ModelSpec,
     embedding: Embedding,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Norm,
     output: Linear,
 }
 
@@ -210,15 +211,20 @@ impl Decoder {
             true => embeddings.clone(),
             false => table(vb.pp("lm_head"), 0.02)?,
         };
+        let output_bias = match spec.output_bias {
+            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
+            false => None,
+        };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(Engine::default());
         let mut moe_layers = 0;
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
-                attention_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("input_layernorm"))?,
+                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
                 attention: Mixer::load(spec, vb.pp("self_attn"))?,
-                ffn_norm: RmsNorm::load(hidden, spec.norm_eps, vb.pp("post_attention_layernorm"))?,
+                windowed: spec.window.blocks.binary_search(&block).is_ok(),
+                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
                     Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?),
                     Err(_) => {
@@ -233,8 +239,8 @@ impl Decoder {
             spec: spec.clone(),
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
-            norm: RmsNorm::load(hidden, spec.norm_eps, model.pp("norm"))?,
-            output: Linear::new(output, None),
+            norm: Norm::load(spec, model.pp("norm"))?,
+            output: Linear::new(output, output_bias),
         })
     }
 
@@ -375,7 +381,9 @@ impl Decoder {
         let Multipliers { embedding, residual, .. } = self.spec.multipliers;
         let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
         let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
-        let mask = causal_mask(batch.positions, start, hidden.dtype(), device)?;
+        let mask = |window: Option<usize>| causal_mask(batch.positions, start, window, hidden.dtype(), device);
+        let window = Some(self.spec.window.positions).filter(|_| !self.spec.window.blocks.is_empty());
+        let (whole_mask, window_mask) = (mask(None)?, window.map(|_| mask(window)).transpose()?.flatten());
         // A batch uses most experts anyway.
         let is_decode = state.kv.is_some() && batch.ids.len() <= DECODE_TOKENS;
         let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
@@ -383,6 +391,7 @@ impl Decoder {
         let mut moe_layer = 0;
         for (index, block) in self.blocks.iter().enumerate() {
             let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
+            let mask = if block.windowed { &window_mask } else { &whole_mask };
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
             let normed = block.ffn_norm.forward(&hidden)?;
@@ -459,13 +468,23 @@ const POSITION_DIM: usize = 2;
 /// Positions that a cache of keys and values grows by.
 const KV_POSITIONS: usize = 256;
 
-/// 0 where a position may look, −∞ where it may not: `[positions, start + positions]`; `None` for a single position.
-fn causal_mask(positions: usize, start: usize, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
-    if positions == 1 {
+/// 0 where a position may look, at those before it and itself, of them the last `window`, −∞ where it may not:
+/// `[positions, start + positions]`; `None` for a single position that sees all.
+fn causal_mask(
+    positions: usize,
+    start: usize,
+    window: Option<usize>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Option<Tensor>> {
+    let columns = start + positions;
+    if positions == 1 && window.is_none_or(|window| columns <= window) {
         return Ok(None);
     }
-    let columns = start + positions;
-    let cell = |row: usize, column: usize| if column > start + row { f32::NEG_INFINITY } else { 0.0 };
+    let sees = |row: usize, column: usize| {
+        column <= start + row && window.is_none_or(|window| start + row < column.saturating_add(window))
+    };
+    let cell = |row: usize, column: usize| if sees(row, column) { 0.0 } else { f32::NEG_INFINITY };
     let cells: Vec<f32> = (0..positions).flat_map(|row| (0..columns).map(move |column| cell(row, column))).collect();
     Ok(Some(Tensor::from_vec(cells, (positions, columns), device)?.to_dtype(dtype)?))
 }

@@ -65,8 +65,9 @@ fn slowing(yarn: &Yarn, spec: &ModelSpec, pair: usize) -> f64 {
     let pair_of = |turns: f64| {
         dim * (yarn.original_positions as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * spec.rope_theta.ln())
     };
-    let low = pair_of(yarn.beta_fast).floor().max(0.0);
-    let high = pair_of(yarn.beta_slow).ceil().min(dim - 1.0);
+    let (low, high) = (pair_of(yarn.beta_fast), pair_of(yarn.beta_slow));
+    let (low, high) = if yarn.whole_rotations { (low.floor(), high.ceil()) } else { (low, high) };
+    let (low, high) = (low.max(0.0), high.min(dim - 1.0));
     let width = if low == high { 0.001 } else { high - low };
     let ramp = ((pair as f64 - low) / width).clamp(0.0, 1.0);
     ramp / yarn.factor + 1.0 - ramp

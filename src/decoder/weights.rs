@@ -24,8 +24,8 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
-/// configuration, and would load as another model than the one that was trained. (Missing ones are found when they are
-/// asked for.)
+/// configuration, and would load as another model than the one that was trained. Likewise for experts that are there both one by
+/// one and stacked, and for stacks of other shapes. (Missing ones are found when they are asked for.)
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
@@ -35,10 +35,11 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     }
     let names = &spec.moe.names;
     let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
+    let packed = format!("{stacked}{BLOCKS}");
     let ids = |name: &str| -> Option<(usize, Option<usize>)> {
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let block = block.parse().ok()?;
-        if rest == stacked {
+        if rest == stacked || rest == packed {
             return Some((block, None));
         }
         let (expert, _) = rest.strip_prefix(&experts)?.strip_prefix('.')?.split_once('.')?;
@@ -63,27 +64,43 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         if spec.dense.blocks.binary_search(&block).is_ok() {
             return Err(wrong(format!("no experts in block {block} as the configuration says, got one")));
         }
+        let stack = format!("model.layers.{block}.{stacked}");
+        if expert.is_some() && checkpoint.tensors().contains_key(&stack) {
+            return Err(wrong(format!("experts one by one or stacked, got it beside `{stack}`")));
+        }
     }
-    Ok(())
+    spec.moe_blocks()
+        .try_for_each(|block| check_stack(checkpoint, &spec.moe, &format!("model.layers.{block}.{}", spec.ffn)))
 }
 
-/// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked with
-/// their rows first. Nothing of them is read.
+/// Checks the shapes of stacked experts under `ffn`, if there are any, where file and tensors can be named.
+fn check_stack(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<()> {
+    let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
+    let Some(entry) = checkpoint.tensors().get(&gate_up) else { return Ok(()) };
+    let Err(error) = moe.stack_order(&entry.shape, &checkpoint.entry(&down)?.shape) else { return Ok(()) };
+    let detail = format!("tensors `{gate_up}` and `{down}`: {error}");
+    Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail })
+}
+
+/// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked, as floats or
+/// in MXFP4. Nothing of them is read.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a tensor that is missing, of another shape or no matrix of floats; [`Error::Shape`] as
-/// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order), and for a stack with its columns first, whose experts lie
-/// nowhere as the engine reads them.
+/// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order).
 pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Vec<Vec<Piece>>>> {
     let layer = |block: usize| {
         if checkpoint.gguf().is_some() {
             return gguf::pieces(checkpoint, &spec.moe, block);
         }
         let ffn = format!("model.layers.{block}.{}", spec.ffn);
-        match checkpoint.tensors().contains_key(&format!("{ffn}.{}", spec.moe.names.stacked_gate_up)) {
-            true => stacked_pieces(checkpoint, &spec.moe, &ffn),
-            false => (0..spec.moe.experts).map(|id| pieces(checkpoint, &spec.moe, &ffn, id)).collect(),
+        let stacked = format!("{ffn}.{}", spec.moe.names.stacked_gate_up);
+        if checkpoint.tensors().contains_key(&stacked) {
+            return stacked_pieces(checkpoint, &spec.moe, &ffn);
         }
+        let packed = checkpoint.tensors().contains_key(&format!("{stacked}{BLOCKS}"));
+        let one = if packed { packed_pieces } else { pieces };
+        (0..spec.moe.experts).map(|id| one(checkpoint, &spec.moe, &ffn, id)).collect()
     };
     spec.moe_blocks().map(layer).collect()
 }
@@ -152,23 +169,44 @@ fn pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Resul
 fn stacked_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<Vec<Vec<Piece>>> {
     let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
     let order = moe.stack_order(&checkpoint.entry(&gate_up)?.shape, &checkpoint.entry(&down)?.shape)?;
-    if order == StackOrder::ColumnsFirst || moe.names.stacked_in_turns {
-        let got = format!("`{gate_up}` with columns first or rows in turns");
-        return Err(Error::shape("stacked experts in their file", "rows of a projection one after the other", got));
-    }
     let rows = |part: Part, name: &str, first: usize, rows: usize| {
         Piece::tensor(checkpoint, part, name)?.of_rows(first..first + rows)
     };
-    let (width, hidden) = (moe.expert_width, moe.hidden);
-    let expert = |id: usize| match moe.activation.gated {
-        true => Ok(vec![
+    let (width, hidden, gated) = (moe.expert_width, moe.hidden, moe.activation.gated);
+    let inner = if gated { Part::GateUp } else { Part::Up };
+    let expert = |id: usize| match order {
+        StackOrder::RowsFirst if gated && !moe.names.stacked_in_turns => Ok(vec![
             rows(Part::Gate, &gate_up, 2 * id * width, width)?,
             rows(Part::Up, &gate_up, (2 * id + 1) * width, width)?,
             rows(Part::Down, &down, id * hidden, hidden)?,
         ]),
-        false => Ok(vec![rows(Part::Up, &gate_up, id * width, width)?, rows(Part::Down, &down, id * hidden, hidden)?]),
+        StackOrder::RowsFirst => {
+            let inner_rows = if gated { 2 * width } else { width };
+            Ok(vec![rows(inner, &gate_up, id * inner_rows, inner_rows)?, rows(Part::Down, &down, id * hidden, hidden)?])
+        }
+        StackOrder::ColumnsFirst => Ok(vec![
+            rows(inner, &gate_up, id * hidden, hidden)?.transposed()?,
+            rows(Part::Down, &down, id * width, width)?.transposed()?,
+        ]),
     };
     (0..moe.experts).map(expert).collect()
+}
+
+/// How the name of a stack in MXFP4 ends, that of its blocks.
+const BLOCKS: &str = "_blocks";
+
+/// The pieces of expert `id` of a layer that has them stacked in MXFP4.
+fn packed_pieces(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str, id: usize) -> Result<Vec<Piece>> {
+    let (width, hidden, gated) = (moe.expert_width, moe.hidden, moe.activation.gated);
+    let (part, inner) = if gated { (Part::GateUp, 2 * width) } else { (Part::Up, width) };
+    let piece = |part: Part, name: &str, rows: usize, columns: usize| {
+        Piece::mxfp4(checkpoint, part, &format!("{ffn}.{name}"), [moe.experts, rows, columns], id)
+    };
+    let names = &moe.names;
+    Ok(vec![
+        piece(part, &names.stacked_gate_up, inner, hidden)?,
+        piece(Part::Down, &names.stacked_down, hidden, width)?,
+    ])
 }
 
 /// The same as a store to load them from.
@@ -187,8 +225,16 @@ impl CheckpointBackend {
             ElementType::Plain(Dtype::F32) => DType::F32,
             ElementType::Plain(Dtype::BF16) => DType::BF16,
             ElementType::Plain(Dtype::F16) => DType::F16,
-            other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", format!("{other:?}"))),
+            // Not numbers but blocks of them: whoever wants them asks for bytes.
+            ElementType::Plain(Dtype::U8) if dtype == DType::U8 => DType::U8,
+            other => {
+                let expected = if dtype == DType::U8 { "dtype U8" } else { "dtype F32, BF16 or F16" };
+                return Err(self.wrong(entry, name, expected, format!("{other:?}")));
+            }
         };
+        if dtype == DType::U8 && stored != dtype {
+            return Err(self.wrong(entry, name, "dtype U8", format!("{:?}", entry.dtype)));
+        }
         let bytes = self.0.read(name)?;
         Ok(Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?.to_dtype(dtype)?)
     }

@@ -114,11 +114,15 @@ impl GateTrace {
                 match self.scoring.function {
                     ScoreFunction::Softmax => "softmax".into(),
                     ScoreFunction::Sigmoid => "sigmoid".into(),
+                    ScoreFunction::SparseMixer { .. } => "sparse-mixer".into(),
                 },
             ),
             ("normalize".to_owned(), self.scoring.normalize.to_string()),
             ("scale".to_owned(), self.scoring.scale.to_string()),
         ]);
+        if let ScoreFunction::SparseMixer { jitter } = self.scoring.function {
+            metadata.insert("jitter".into(), jitter.to_string());
+        }
         metadata.extend(self.model.clone().map(|model| ("model".to_owned(), model)));
         metadata.extend(self.batch_tokens.map(|tokens| ("batch_tokens".to_owned(), tokens.to_string())));
         if let Some(limit) = self.scoring.groups {
@@ -153,7 +157,13 @@ impl GateTrace {
         let function = match text("score") {
             None | Some("softmax") => ScoreFunction::Softmax,
             Some("sigmoid") => ScoreFunction::Sigmoid,
-            Some(other) => return Err(bad("score", "softmax or sigmoid", other)),
+            Some("sparse-mixer") => {
+                let jitter = text("jitter").unwrap_or("nothing");
+                let parsed = jitter.parse().ok().filter(|jitter: &f32| jitter.is_finite() && *jitter >= 0.0);
+                let expected = "0 or a positive finite number";
+                ScoreFunction::SparseMixer { jitter: parsed.ok_or_else(|| bad("jitter", expected, jitter))? }
+            }
+            Some(other) => return Err(bad("score", "softmax, sigmoid or sparse-mixer", other)),
         };
         let normalize = match text("normalize") {
             None | Some("false") => false,
@@ -177,7 +187,7 @@ impl GateTrace {
                     (Some("top-two"), _) => GroupScore::TopTwo,
                     (Some(other), _) => return Err(bad("group_score", "max or top-two", other)),
                     // The models that score groups by their best two are those with sigmoid scores (DeepSeek-V3).
-                    (None, ScoreFunction::Softmax) => GroupScore::Max,
+                    (None, ScoreFunction::Softmax | ScoreFunction::SparseMixer { .. }) => GroupScore::Max,
                     (None, ScoreFunction::Sigmoid) => GroupScore::TopTwo,
                 };
                 Some(GroupLimit { groups, top_groups, score })
@@ -318,6 +328,6 @@ mod tests {
         let tokens = NamedTensor::i32("tokens", [1], &[-1]);
         assert_eq!(error(&[layer.clone(), tokens], &good), "tensor `tokens`: expected ids from 0, got -1");
         let score = [good[0], good[1], ("score", "tanh")];
-        assert_eq!(error(&[layer], &score), "metadata `score`: expected softmax or sigmoid, got tanh");
+        assert_eq!(error(&[layer], &score), "metadata `score`: expected softmax, sigmoid or sparse-mixer, got tanh");
     }
 }

@@ -34,10 +34,10 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Result};
 use crate::experts::activation::Activation;
 use crate::experts::fused::Activate;
-use crate::experts::matrix::{Dtype, Matrix};
-use crate::simd::multiply::{Line, Multiply};
+use crate::experts::matrix::{Dtype, Matrix, Widen};
+use crate::simd::multiply::Line;
 use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
-use crate::simd::{Isa, Kernel, LANES};
+use crate::simd::{Isa, LANES};
 
 /// Rows of activations that go through an expert together.
 const GROUP_ROWS: usize = 256;
@@ -502,7 +502,7 @@ fn form(isa: Isa, dtype: Dtype) -> Form {
         Dtype::F32 | Dtype::F16 => Form::Floats,
         _ if !isa.has_dots() => Form::Floats,
         Dtype::Bf16 => Form::Pairs,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => Form::Bytes,
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => Form::Bytes,
     }
 }
 
@@ -603,20 +603,4 @@ fn check(input: Matrix<'_>, work: &[Work<'_>], output: &[f32]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A row of the input as floats.
-struct Widen<'a> {
-    from: Matrix<'a>,
-    row: usize,
-    values: &'a mut [f32],
-}
-
-impl Kernel for Widen<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Multiply>(self, lanes: L) {
-        crate::simd::quantized::decode(lanes, self.from.dtype(), self.from.row(self.row), 0, self.values);
-    }
 }

@@ -20,6 +20,8 @@ use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 pub use crate::simd::dtype::Dtype;
+use crate::simd::multiply::Multiply;
+use crate::simd::{Isa, Kernel, quantized};
 
 /// A borrowed matrix of weights or activations.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +103,16 @@ impl<'a> Matrix<'a> {
         Ok(Self { rows: self.rows / 2, stride: 2 * self.stride, bytes, ..*self })
     }
 
+    /// The numbers that it stands for, row by row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.columns];
+        let isa = Isa::default();
+        for (row, values) in values.chunks_exact_mut(self.columns.max(1)).enumerate() {
+            isa.run(Widen { from: *self, row, values });
+        }
+        values
+    }
+
     /// Type of the weights.
     pub fn dtype(&self) -> Dtype {
         self.dtype
@@ -123,5 +135,21 @@ impl<'a> Matrix<'a> {
     pub fn row(&self, row: usize) -> &'a [u8] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         &self.bytes[row * self.stride..][..self.row_bytes]
+    }
+}
+
+/// A row as floats.
+pub(super) struct Widen<'a> {
+    pub(super) from: Matrix<'a>,
+    pub(super) row: usize,
+    pub(super) values: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        quantized::decode(lanes, self.from.dtype(), self.from.row(self.row), 0, self.values);
     }
 }

@@ -10,6 +10,7 @@ pub mod cache;
 pub mod engine;
 mod fused;
 pub mod matrix;
+pub mod mxfp4;
 mod policy;
 pub mod residency;
 pub mod slab;

@@ -4,7 +4,8 @@
 //! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, so that a file that can be read past
 //! the page cache needs no copy; a piece then begins anywhere in its first page, which the engine does not mind. A small expert takes
 //! one slab, and pieces that share pages are read at once; of a large one every piece has its own, so that several readers can work on
-//! it. All experts of the same shapes take slabs of the same sizes.
+//! it. All experts of the same shapes take slabs of the same sizes. A piece of another [`Layout`] than row by row is read through a buffer of at most
+//! 1 MiB beside its slab and brought into form on the way.
 //!
 //! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
@@ -48,7 +49,12 @@ use crate::checkpoint::{BlockType, Checkpoint, ElementType, NamedSource, PAGE_BY
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
 use crate::experts::matrix::{Dtype, Matrix};
+use crate::experts::mxfp4;
 use crate::experts::slab::Slab;
+pub use scatter::Layout;
+use scatter::Scatter;
+
+mod scatter;
 
 /// Bytes of one read: long enough for the disk's full rate, short enough to let an urgent read go first.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -81,6 +87,8 @@ pub struct Piece {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
+    /// How they lie there.
+    pub layout: Layout,
 }
 
 impl Piece {
@@ -111,7 +119,48 @@ impl Piece {
             return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
         }
         let (source, offset) = (entry.source(), entry.offset());
-        Ok(Self { part, source, offset, dtype, rows: rows.iter().product(), columns: *columns })
+        let (rows, columns) = (rows.iter().product(), *columns);
+        Ok(Self { part, source, offset, dtype, rows, columns, layout: Layout::Rows })
+    }
+
+    /// Expert `expert` of a stack `[experts, rows, columns]` in MXFP4 as Hugging Face writes it: bytes `{name}_blocks` `[experts, rows,
+    /// columns / 32, 16]` and `{name}_scales` `[experts, rows, columns / 32]`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a tensor that is not there, of another shape or not of bytes, [`Error::ExpertOutOfRange`].
+    pub fn mxfp4(checkpoint: &Checkpoint, part: Part, name: &str, shape: [usize; 3], expert: usize) -> Result<Self> {
+        let [experts, rows, columns] = shape;
+        if expert >= experts {
+            let id = i64::try_from(expert).unwrap_or(i64::MAX);
+            return Err(Error::ExpertOutOfRange { operand: name.into(), id, expected: format!("one of {experts}") });
+        }
+        let find = |suffix: &str, shape: &[usize]| {
+            let name = format!("{name}_{suffix}");
+            let entry = checkpoint.entry(&name)?;
+            if entry.dtype != ElementType::Plain(StoredDtype::U8) || entry.shape != shape {
+                let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
+                let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
+                return Err(Error::Checkpoint { file, detail });
+            }
+            let bytes = entry.bytes / experts;
+            Ok((entry.source(), entry.offset() + (expert * bytes) as u64))
+        };
+        let blocks = columns / mxfp4::WEIGHTS;
+        let (source, offset) = find("blocks", &[experts, rows, blocks, mxfp4::BLOCK_BYTES])?;
+        let (scales_source, scales) = find("scales", &[experts, rows, blocks])?;
+        let layout = Layout::Apart { source: scales_source, scales };
+        Ok(Self { part, source, offset, dtype: Dtype::Mxfp4, rows, columns, layout })
+    }
+
+    /// The same bytes as the matrix whose columns they hold one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for weights that share blocks.
+    pub fn transposed(self) -> Result<Self> {
+        if self.dtype.is_quantized() || self.layout != Layout::Rows {
+            return Err(Error::shape("piece of columns", "floats row by row", self.dtype));
+        }
+        Ok(Self { rows: self.columns, columns: self.rows, layout: Layout::Columns, ..self })
     }
 
     /// Some of the rows: an expert of a stack.
@@ -120,6 +169,13 @@ impl Piece {
     /// [`Error::Shape`] for rows that are not there, or that are no whole number of blocks.
     pub fn of_rows(mut self, rows: Range<usize>) -> Result<Self> {
         let row_bytes = self.row_bytes()?;
+        if self.layout != Layout::Rows {
+            return Err(Error::shape(
+                "piece to take rows of",
+                "one that lies row by row",
+                format!("{:?}", self.layout),
+            ));
+        }
         if rows.start > rows.end || rows.end > self.rows {
             return Err(Error::shape("rows of a piece", format!("within 0..{}", self.rows), format!("{rows:?}")));
         }
@@ -144,6 +200,8 @@ struct Placed {
     shape: [usize; 2],
     slab: usize,
     bytes: Range<usize>,
+    /// Once all is read, blocks get their order.
+    to_turn: bool,
 }
 
 /// What is read in one go: whole pages around pieces that lie close together.
@@ -156,6 +214,8 @@ struct Run {
     bytes: Range<usize>,
     /// From the first piece's beginning to the last one's end: what the checksum is of.
     pieces: Range<usize>,
+    /// It is not read to where it stays: then `bytes` and `pieces` begin with the run.
+    scatter: Option<Scatter>,
 }
 
 /// What is read into one slab.
@@ -190,6 +250,8 @@ pub(crate) struct Load {
     /// Bytes of the run that have been read.
     done: usize,
     hash: XxHash3_64,
+    /// A chunk on its way into form.
+    beside: Option<Slab>,
 }
 
 /// What a step of a load did.
@@ -304,13 +366,25 @@ impl ExpertStore {
         let start = run.bytes.start + load.done;
         let bytes = start..run.bytes.end.min(start + CHUNK_BYTES);
         let offset = run.offset + load.done as u64;
-        let part = &mut slab.bytes_mut()[bytes.clone()];
+        let part = match run.scatter {
+            None => &mut slab.bytes_mut()[bytes.clone()],
+            Some(_) => {
+                let beside = load.beside.take().filter(|beside| beside.size() >= bytes.len());
+                let beside = load.beside.insert(beside.unwrap_or_else(|| Slab::new(bytes.len())));
+                &mut beside.bytes_mut()[..bytes.len()]
+            }
+        };
         let (file, source) = &self.sources[run.source];
         source.read_exact_at(part, offset).map_err(|reason| {
             self.fault(key, file.clone(), Fault::Read { offset, bytes: bytes.len(), reason: Arc::new(reason) })
         })?;
         let (start, end) = (run.pieces.start.max(bytes.start), run.pieces.end.min(bytes.end));
-        load.hash.write(part.get(start.saturating_sub(bytes.start)..end.saturating_sub(bytes.start)).unwrap_or(&[]));
+        let of_pieces = start.saturating_sub(bytes.start)..end.saturating_sub(bytes.start);
+        load.hash.write(part.get(of_pieces.clone()).unwrap_or(&[]));
+        if let (Some(scatter), Some(beside)) = (&run.scatter, &load.beside) {
+            let numbers = beside.bytes().get(of_pieces).unwrap_or(&[]);
+            scatter.put(numbers, start.saturating_sub(run.pieces.start), slab.bytes_mut());
+        }
         load.done += bytes.len();
         if bytes.end == run.bytes.end {
             (load.run, load.done) = (load.run + 1, 0);
@@ -318,6 +392,10 @@ impl ExpertStore {
         let last = load.run == filling.runs.len();
         if last {
             self.verify(key, filling, load)?;
+            for placed in self.experts[key].pieces.iter().filter(|placed| placed.slab == at && placed.to_turn) {
+                let blocks = slab.bytes_mut()[placed.bytes.clone()].as_chunks_mut::<{ Dtype::Mxfp4.block_bytes() }>().0;
+                blocks.iter_mut().for_each(mxfp4::turn);
+            }
         }
         Ok(Chunk { bytes: bytes.len(), last })
     }
@@ -374,57 +452,96 @@ impl std::fmt::Debug for LoadedExpert<'_> {
     }
 }
 
+/// A piece and where its bytes come from: one run where it is read to where it stays, else what is scattered into it.
+struct Found {
+    slab: usize,
+    piece: Piece,
+    /// Where a piece that lies row by row ends.
+    end: u64,
+    /// Source, offset and end of the rest.
+    scattered: Vec<(usize, u64, u64, Scatter)>,
+}
+
 /// Lays an expert's pieces out in slabs.
 fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &str) -> Result<Stored> {
     if pieces.is_empty() {
         return Err(Error::shape(name, "at least one piece", "none"));
     }
     // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
-    let (mut slab_bytes, mut ends) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
+    let (mut slab_bytes, mut found) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
     for (at, piece) in pieces.iter().enumerate() {
-        let Some(((file, _), length)) = sources.get(piece.source).zip(lengths.get(piece.source)) else {
-            let expected = format!("a source below {}", sources.len());
-            return Err(Error::shape(format!("{:?} of {name}", piece.part), expected, piece.source));
-        };
+        let operand = || format!("{:?} of {name}", piece.part);
         if pieces[..at].iter().any(|other| other.part == piece.part) {
             return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
         }
-        let bytes = piece.row_bytes()?.checked_mul(piece.rows);
-        let end = bytes.and_then(|bytes| piece.offset.checked_add(bytes as u64)).filter(|end| end <= length);
-        let (Some(bytes), Some(end)) = (bytes, end) else {
-            let Piece { part, offset, dtype, rows, columns, .. } = piece;
-            return Err(Error::Checkpoint {
-                file: file.clone(),
-                detail: format!(
-                    "{part:?} of {name}: expected [{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes"
-                ),
-            });
+        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
+        let fits = match piece.layout {
+            Layout::Rows => true,
+            Layout::Columns => !piece.dtype.is_quantized(),
+            Layout::Apart { .. } => piece.dtype == Dtype::Mxfp4,
         };
-        slab_bytes.push(bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES);
-        ends.push(end);
+        if !fits {
+            let got = format!("{:?}", piece.layout);
+            return Err(Error::shape(operand(), format!("{} row by row", piece.dtype), got));
+        }
+        let end_of = |source: usize, offset: u64, bytes: usize| {
+            let Some(((file, _), length)) = sources.get(source).zip(lengths.get(source)) else {
+                return Err(Error::shape(operand(), format!("a source below {}", sources.len()), source));
+            };
+            offset.checked_add(bytes as u64).filter(|end| end <= length).ok_or_else(|| {
+                let Piece { dtype, rows, columns, .. } = piece;
+                let shape = format!("[{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes");
+                Error::Checkpoint { file: file.clone(), detail: format!("{}: expected {shape}", operand()) }
+            })
+        };
+        let (mut end, mut scattered) = (0, Vec::new());
+        // The bytes of what is scattered are no fewer than those of the matrix, so one that is too large does not get here.
+        let pages = bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0);
+        if piece.layout == Layout::Rows {
+            end = end_of(piece.source, piece.offset, bytes)?;
+            slab_bytes.push(pages + PAGE_BYTES);
+        } else {
+            for (source, offset, scatter) in Scatter::of(piece, bytes) {
+                let end = end_of(source, offset, scatter.bytes.saturating_mul(scatter.count))?;
+                scattered.push((source, offset, end, scatter));
+            }
+            slab_bytes.push(pages);
+        }
+        found.push(Found { slab: at, piece: piece.clone(), end, scattered });
     }
     let total = slab_bytes.iter().sum();
-    let mut numbered: Vec<(usize, Piece, u64)> =
-        pieces.into_iter().zip(ends).enumerate().map(|(at, (piece, end))| (at, piece, end)).collect();
     if total <= CHUNK_BYTES {
         slab_bytes = vec![total];
-        numbered.iter_mut().for_each(|(at, ..)| *at = 0);
+        found.iter_mut().for_each(|found| found.slab = 0);
     }
-    // In the order of their bytes.
-    numbered.sort_by_key(|(slab, piece, end)| (*slab, piece.source, piece.offset, *end));
+    // In the order of their bytes; those that are not read to where they stay come last.
+    found.sort_by_key(|Found { slab, piece, end, .. }| {
+        (*slab, piece.layout != Layout::Rows, piece.source, piece.offset, *end)
+    });
     let mut stored = Stored { pieces: Vec::new(), fillings: Vec::new(), slab_bytes };
-    for pieces in numbered.chunk_by(|(slab, ..), (next, ..)| slab == next) {
-        let slab = stored.fillings.len();
-        let mut runs = Vec::new();
-        for (_, piece, end) in pieces {
-            let bytes = add(&mut runs, piece, *end, lengths[piece.source]);
-            stored.pieces.push(Placed {
-                part: piece.part,
-                dtype: piece.dtype,
-                shape: [piece.rows, piece.columns],
-                slab,
-                bytes,
-            });
+    for of_slab in found.chunk_by(|found, next| found.slab == next.slab) {
+        let (slab, mut runs) = (stored.fillings.len(), Vec::new());
+        let mut place = |piece: &Piece, bytes: Range<usize>| {
+            let (shape, to_turn) = ([piece.rows, piece.columns], matches!(piece.layout, Layout::Apart { .. }));
+            stored.pieces.push(Placed { part: piece.part, dtype: piece.dtype, shape, slab, bytes, to_turn });
+        };
+        let (rows, others) = of_slab.split_at(of_slab.partition_point(|found| found.piece.layout == Layout::Rows));
+        for Found { piece, end, .. } in rows {
+            place(piece, add(&mut runs, piece, *end, lengths[piece.source]));
+        }
+        let mut next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+        for Found { piece, scattered, .. } in others {
+            let bytes = next..next + scattered.first().map_or(0, |(.., scatter)| scatter.into.len());
+            next = bytes.end.next_multiple_of(PAGE_BYTES);
+            for (source, offset, end, scatter) in scattered {
+                let first = offset / PAGE_BYTES as u64 * PAGE_BYTES as u64;
+                let in_run = |position: u64| (position - first) as usize;
+                let pieces = in_run(*offset)..in_run(*end);
+                let pages = 0..in_run(end.next_multiple_of(PAGE_BYTES as u64).min(lengths[*source]));
+                let scatter = scatter.clone().into_bytes_of(bytes.clone());
+                runs.push(Run { source: *source, offset: first, bytes: pages, pieces, scatter: Some(scatter) });
+            }
+            place(piece, bytes);
         }
         stored.fillings.push(Filling { runs, checksum: OnceLock::new() });
     }
@@ -439,7 +556,7 @@ fn add(runs: &mut Vec<Run>, piece: &Piece, end: u64, file_end: u64) -> Range<usi
     let shares = |run: &mut Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
     let mut run = runs.pop_if(shares).unwrap_or_else(|| {
         let start = next + (piece.offset - offset) as usize;
-        Run { source: piece.source, offset, bytes: next..next, pieces: start..start }
+        Run { source: piece.source, offset, bytes: next..next, pieces: start..start, scatter: None }
     });
     let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
     let bytes = in_slab(piece.offset)..in_slab(end);

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef, Tensor};
 use super::ROUTING_DTYPE;
 use super::cached::CachedExperts;
 use super::expert::Expert;
+use super::packed::Packed;
 use super::projection::{Projection, Weight};
 use super::shared::Shared;
 use crate::error::{Error, Result};
@@ -23,6 +24,7 @@ use crate::spec::MoeSpec;
 pub(super) enum Borrowed<'a> {
     Dense(StorageRef<'a>, &'a Layout),
     Quantized { dtype: Dtype, columns: usize, rows: Range<usize>, bytes: Cow<'a, [u8]> },
+    Packed(&'a Packed),
 }
 
 impl<'a> Borrowed<'a> {
@@ -40,6 +42,7 @@ impl<'a> Borrowed<'a> {
                 let columns = tensor.shape().dims().last().copied().unwrap_or(0);
                 Ok(Self::Quantized { dtype, columns, rows: rows.clone(), bytes: tensor.data()? })
             }
+            Weight::Packed(packed) => Ok(Self::Packed(packed)),
         }
     }
 
@@ -63,6 +66,7 @@ impl<'a> Borrowed<'a> {
                 let all = row_bytes.map_or(0, |row| bytes.len() / row);
                 Matrix::new(*dtype, all, *columns, bytes)?.rows(rows.clone())
             }
+            Self::Packed(packed) => packed.matrix(),
         }
     }
 }
@@ -95,6 +99,7 @@ pub(super) fn projection_fits(projection: &Projection) -> bool {
     let weight = match projection.weight() {
         Weight::Dense(tensor) => fits(tensor),
         Weight::Quantized { tensor, .. } => tensor.device().is_cpu() && dtype(tensor.dtype()).is_some(),
+        Weight::Packed(_) => true,
     };
     weight && projection.bias().is_none_or(|bias| !bias.track_op())
 }
@@ -109,6 +114,7 @@ pub(super) fn alike(gate: &Projection, up: &Projection) -> bool {
             _ => None,
         },
         Weight::Quantized { tensor, .. } => dtype(tensor.dtype()),
+        Weight::Packed(packed) => Some(packed.dtype()),
     };
     of(gate) == of(up)
 }

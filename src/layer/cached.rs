@@ -1,6 +1,7 @@
 //! Experts that stay in their files and come into memory through an [`ExpertCache`], a layer's part of it.
 //!
-//! Their weights are used in the dtype that they are stored in. Knows nothing of files, budgets or who stays in memory.
+//! Their weights are used in the dtype that they are stored in. Their biases, where they have any, are a few numbers for each row of weights
+//! and always in memory, beside the cache's budget. Knows nothing of files, budgets or who stays in memory.
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::experts::cache::ExpertCache;
 use crate::experts::engine::{ExpertWeights, Projection};
+use crate::experts::matrix::Matrix;
 use crate::experts::store::{LoadedExpert, Part};
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
@@ -17,12 +19,29 @@ use crate::spec::MoeSpec;
 pub struct CachedExperts {
     cache: Arc<ExpertCache>,
     layer: usize,
+    biases: Option<Arc<[ExpertBiases]>>,
+}
+
+/// Biases of one expert's projections.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ExpertBiases {
+    /// Of the gate projection, `[width]`; none where the activation has no gate.
+    pub gate: Vec<f32>,
+    /// Of the up projection, `[width]`.
+    pub up: Vec<f32>,
+    /// Of the down projection, `[hidden]`.
+    pub down: Vec<f32>,
 }
 
 impl CachedExperts {
     /// Layer `layer` of `cache`.
     pub fn new(cache: Arc<ExpertCache>, layer: usize) -> Self {
-        Self { cache, layer }
+        Self { cache, layer, biases: None }
+    }
+
+    /// The same with biases, of each expert by id.
+    pub fn with_biases(self, biases: Vec<ExpertBiases>) -> Self {
+        Self { biases: Some(biases.into()), ..self }
     }
 
     /// The cache.
@@ -42,12 +61,14 @@ impl CachedExperts {
         if experts != spec.experts {
             return Err(Error::shape(format!("stored experts of layer {}", self.layer), spec.experts, experts));
         }
-        if spec.expert_bias {
-            return Err(Error::shape("stored experts", "none with biases", "a model that has them"));
-        }
+        self.check_biases(spec)?;
         let [narrow, wide] = [[spec.expert_width, spec.hidden], [spec.hidden, spec.expert_width]];
         for expert in 0..experts {
-            let parts = [(Part::Gate, narrow), (Part::Up, narrow), (Part::Down, wide)];
+            let both = store.piece(self.layer, expert, Part::GateUp).is_some() && spec.activation.gated;
+            let parts = match both {
+                true => vec![(Part::GateUp, [2 * spec.expert_width, spec.hidden]), (Part::Down, wide)],
+                false => vec![(Part::Gate, narrow), (Part::Up, narrow), (Part::Down, wide)],
+            };
             for (part, shape) in parts.into_iter().filter(|(part, _)| spec.activation.gated || *part != Part::Gate) {
                 let got = store.piece(self.layer, expert, part);
                 if got.is_none_or(|(_, got)| got != shape) {
@@ -55,6 +76,30 @@ impl CachedExperts {
                     let got = got.map_or("none".into(), |(dtype, shape)| format!("{dtype} {shape:?}"));
                     return Err(Error::shape(operand, format!("{shape:?}"), got));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_biases(&self, spec: &MoeSpec) -> Result<()> {
+        let Some(biases) = self.biases.as_deref().filter(|_| spec.expert_bias) else {
+            let word = |is_there: bool| if is_there { "some" } else { "none" };
+            let (expected, got) = (spec.expert_bias, self.biases.is_some());
+            return if expected == got {
+                Ok(())
+            } else {
+                Err(Error::shape("biases of stored experts", word(expected), word(got)))
+            };
+        };
+        if biases.len() != spec.experts {
+            return Err(Error::shape("biases of stored experts", format!("{} experts", spec.experts), biases.len()));
+        }
+        let gate = if spec.activation.gated { spec.expert_width } else { 0 };
+        for (expert, ExpertBiases { gate: of_gate, up, down }) in biases.iter().enumerate() {
+            let sizes = [("gate", of_gate, gate), ("up", up, spec.expert_width), ("down", down, spec.hidden)];
+            if let Some((name, bias, size)) = sizes.into_iter().find(|(_, bias, size)| bias.len() != *size) {
+                let operand = format!("{name} biases of stored expert {expert}");
+                return Err(Error::shape(operand, format!("{size} values"), bias.len()));
             }
         }
         Ok(())
@@ -77,7 +122,8 @@ impl CachedExperts {
             wanted.insert(ExpertId::new(expert, spec.experts)?);
         }
         self.cache.run(self.layer, &wanted, |loaded| {
-            let weights = loaded.iter().map(|(id, expert)| Ok((*id, weights(spec, expert)?)));
+            let biases = |id: ExpertId| self.biases.as_deref().and_then(|biases| biases.get(id.index()));
+            let weights = loaded.iter().map(|(id, expert)| Ok((*id, weights(spec, expert, biases(*id))?)));
             work(&weights.collect::<Result<Vec<_>>>()?)
         })?;
         Ok(())
@@ -85,11 +131,24 @@ impl CachedExperts {
 }
 
 /// A loaded expert as the engine takes it.
-fn weights<'a>(spec: &MoeSpec, expert: &LoadedExpert<'a>) -> Result<ExpertWeights<'a>> {
-    let part = |part: Part| -> Result<Projection<'a>> {
-        let matrix = expert.matrix(part);
-        matrix.map(Projection::from).ok_or_else(|| Error::shape("loaded expert", format!("{part:?}"), "none"))
+fn weights<'a>(
+    spec: &MoeSpec,
+    expert: &LoadedExpert<'a>,
+    biases: Option<&'a ExpertBiases>,
+) -> Result<ExpertWeights<'a>> {
+    let part =
+        |part: Part| expert.matrix(part).ok_or_else(|| Error::shape("loaded expert", format!("{part:?}"), "none"));
+    let (gate, up) = match (spec.activation.gated, expert.matrix(Part::GateUp)) {
+        (false, _) => (None, part(Part::Up)?),
+        (true, None) => (Some(part(Part::Gate)?), part(Part::Up)?),
+        (true, Some(both)) if spec.names.stacked_in_turns => (Some(both.interleaved(0)?), both.interleaved(1)?),
+        (true, Some(both)) => {
+            let width = spec.expert_width;
+            (Some(both.rows(0..width)?), both.rows(width..2 * width)?)
+        }
     };
-    let gate = spec.activation.gated.then(|| part(Part::Gate)).transpose()?;
-    ExpertWeights::new(spec.activation, gate, part(Part::Up)?, part(Part::Down)?)
+    let with = |weight: Matrix<'a>, bias: fn(&ExpertBiases) -> &[f32]| Projection { weight, bias: biases.map(bias) };
+    let gate = gate.map(|gate| with(gate, |biases| &biases.gate));
+    let (up, down) = (with(up, |biases| &biases.up), with(part(Part::Down)?, |biases| &biases.down));
+    ExpertWeights::new(spec.activation, gate, up, down)
 }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::ROUTING_DTYPE;
 use super::expert::Expert;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::plan::DispatchPlan;
 use crate::routing::scores::{ScoreFunction, Scoring};
@@ -36,6 +36,10 @@ pub(super) fn slot_weights(
     let scores = match scoring.function {
         ScoreFunction::Softmax => softmax(logits, D::Minus1)?,
         ScoreFunction::Sigmoid => sigmoid(logits)?,
+        function @ ScoreFunction::SparseMixer { .. } => {
+            // In training its picks are drawn and its gradient is an estimate of its own.
+            return Err(Error::parameter("score function under `Var`s", format!("{function:?}"), "softmax or sigmoid"));
+        }
     };
     let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, width), device)?, 1)?;
     let chosen = (chosen * Tensor::from_vec(filled, (tokens, width), device)?)?;

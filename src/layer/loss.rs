@@ -25,7 +25,7 @@ pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor
     let slots = share.iter().sum::<f32>().max(1.0);
     let share = (Tensor::from_vec(share, experts, logits.device())? / f64::from(slots))?;
     let scores = match scoring.function {
-        ScoreFunction::Softmax => softmax(&logits, D::Minus1)?,
+        ScoreFunction::Softmax | ScoreFunction::SparseMixer { .. } => softmax(&logits, D::Minus1)?,
         ScoreFunction::Sigmoid => {
             let scores = sigmoid(&logits)?;
             scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?

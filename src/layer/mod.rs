@@ -32,6 +32,7 @@ pub mod expert;
 pub mod gate;
 mod guess;
 pub mod loss;
+pub mod packed;
 pub mod projection;
 pub mod shared;
 mod stacked;
@@ -136,8 +137,8 @@ impl MoeLayer {
     /// Such a layer runs on the CPU without gradients; routers see what is in the cache.
     ///
     /// # Errors
-    /// As [`MoeLayer::new`] and [`MoeLayer::with_shared`]; [`Error::Shape`] for experts with biases, and for a gate or a shared expert on
-    /// another device or under `Var`s.
+    /// As [`MoeLayer::new`] and [`MoeLayer::with_shared`]; [`Error::Shape`] for biases that are missing or too many, and for a gate or a
+    /// shared expert on another device or under `Var`s.
     pub fn with_cached(spec: MoeSpec, gate: Gate, experts: CachedExperts, shared: Option<Shared>) -> Result<Self> {
         let layer = Self::build(spec, gate, Experts::Cached(experts), shared)?;
         if !layer.fits_engine {
@@ -213,13 +214,17 @@ impl MoeLayer {
         Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
     }
 
-    /// Loads the same but for the experts, which come from a cache.
+    /// Loads the same but for the experts, which come from a cache; their biases are loaded.
     ///
     /// # Errors
     /// As [`MoeLayer::load`] and [`MoeLayer::with_cached`].
     pub fn load_cached(spec: &MoeSpec, vb: VarBuilder<'_>, experts: CachedExperts) -> Result<Self> {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
+        let experts = match spec.expert_bias {
+            true => experts.with_biases(stacked::load_biases(spec, &vb)?),
+            false => experts,
+        };
         Self::with_cached(spec.clone(), gate, experts, Shared::load(spec, vb)?)
     }
 
@@ -416,6 +421,15 @@ impl MoeLayer {
 impl Module for MoeLayer {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
         Ok(self.forward_routed(hidden)?.0)
+    }
+}
+
+/// What it is and who routes, without its weights: models of Candle derive this.
+impl std::fmt::Debug for MoeLayer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut layer = formatter.debug_struct("MoeLayer");
+        layer.field("index", &self.index).field("spec", &self.spec);
+        layer.field("router", &self.router.name()).field("capacity", &self.capacity).finish_non_exhaustive()
     }
 }
 

@@ -11,6 +11,7 @@ use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
 use super::gate::Gate;
+use super::packed::Packed;
 use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 
@@ -26,6 +27,14 @@ pub enum Weight {
         /// The rows that are this weight's.
         rows: Range<usize>,
     },
+    /// Bytes of a dtype that Candle does not have.
+    Packed(Packed),
+}
+
+impl From<Packed> for Weight {
+    fn from(packed: Packed) -> Self {
+        Self::Packed(packed)
+    }
 }
 
 impl From<Tensor> for Weight {
@@ -83,7 +92,7 @@ impl Projection {
     }
 
     pub(super) fn is_quantized(&self) -> bool {
-        matches!(self.weight, Weight::Quantized { .. })
+        matches!(self.weight, Weight::Quantized { .. } | Weight::Packed(_))
     }
 
     /// The projection of `rows` `[rows, in]`, which are of the weight's dtype, or all in `f32` where `in_f32` says so.
@@ -92,6 +101,7 @@ impl Projection {
         let weight = match &self.weight {
             Weight::Dense(weight) => cast(&own_rows(weight)?)?,
             Weight::Quantized { tensor, rows } => dequantize(tensor, rows)?,
+            Weight::Packed(packed) => packed.dequantize(rows.device())?,
         };
         let product = rows.matmul(&weight.t()?)?;
         match &self.bias {
@@ -112,6 +122,10 @@ impl Projection {
                 check_rows(operand, tensor, rows, shape)?;
                 gate.check_device(operand, &tensor.device())?;
             }
+            Weight::Packed(packed) if packed.shape() != shape => {
+                return Err(Error::shape(operand, format!("{shape:?}"), format!("{:?}", packed.shape())));
+            }
+            Weight::Packed(_) => {}
         }
         let operand = format!("{operand} bias");
         match &self.bias {

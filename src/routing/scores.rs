@@ -1,9 +1,9 @@
 //! Gate scores: what the gate thinks each expert is worth to each token, `[tokens, experts]` in `f32`.
 //!
 //! softmax: `score = exp(logit − max) / Σ exp(logit − max)`, sigmoid: `score = 1 / (1 + exp(−logit))`, both the same bits on
-//! every CPU. A score below 2^−126 is 0.
+//! every CPU. A score below 2^−126 is 0. Sparse mixer: see [`ScoreFunction::SparseMixer`].
 //! Two numbers per pair matter: the **gate score** is what combine weights are made of; the **selection score** is what
-//! decides who is chosen. They differ where a model adds a selection bias (DeepSeek-V3, arXiv 2408.15664) or limits a
+//! decides who is chosen. They differ in a sparse mixer, where a model adds a selection bias (DeepSeek-V3, arXiv 2408.15664) or limits a
 //! token to some groups of experts (DeepSeek-V2, arXiv 2405.04434): experts outside are masked with −∞.
 //!
 //! ```
@@ -28,12 +28,24 @@ use crate::simd::score::{any_masked, sigmoid, softmax};
 use crate::simd::{Isa, Kernel, Lanes};
 
 /// How a logit becomes a score.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum ScoreFunction {
     /// Over all experts of the token; the scores of a row sum to 1.
     Softmax,
     /// Each expert by itself.
     Sigmoid,
+    /// Two experts picked one after the other, each weighed by a softmax over those that are left and near it (SparseMixer at
+    /// inference, arXiv 2409.12136; Phi-3.5-MoE). An expert is near a pick with logit `m` where
+    /// `(m − logit) / max(|logit|, m) ≤ 2 · jitter`.
+    ///
+    /// The best expert's gate score is its share among those near it. Of every other it is the share in the second pick, so
+    /// 0 far from the second best: a router that gives a token another expert than these two weighs it as if it had been in
+    /// their place. The selection score is the softmax over all, since the weight of the second pick may be above that
+    /// of the first.
+    SparseMixer {
+        /// How near is near, at least 0.
+        jitter: f32,
+    },
 }
 
 /// What a group of experts is worth when a model limits a token to its best groups.
@@ -78,6 +90,11 @@ impl Scoring {
         Self { function: ScoreFunction::Softmax, normalize: false, scale: 1.0, groups: None }
     }
 
+    /// A sparse mixer, weights as they are.
+    pub const fn sparse_mixer(jitter: f32) -> Self {
+        Self { function: ScoreFunction::SparseMixer { jitter }, normalize: false, scale: 1.0, groups: None }
+    }
+
     /// Sigmoid, weights as they are.
     pub const fn sigmoid() -> Self {
         Self { function: ScoreFunction::Sigmoid, normalize: false, scale: 1.0, groups: None }
@@ -91,8 +108,8 @@ impl Scoring {
     /// The scores of `logits`; `bias` (`[experts]`) is added for selection only.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a bias of another length, [`Error::Parameter`] for a bias or a scale that is not finite and for
-    /// groups that do not divide the experts or are more than there are.
+    /// [`Error::Shape`] for a bias of another length, [`Error::Parameter`] for a bias, a scale or a jitter that is not finite, a negative
+    /// jitter, and for groups that do not divide the experts or are more than there are.
     pub fn scores(&self, logits: &Logits<'_>, bias: Option<&[f32]>) -> Result<Scores> {
         let mut scores = Scores::default();
         self.scores_into(logits, bias, &mut scores)?;
@@ -121,10 +138,16 @@ impl Scoring {
             rows(&mut scores.gate, logits.values())
         };
 
-        scores.adjusted = scores.masked || bias.is_some() || self.groups.is_some();
+        let mixed = matches!(self.function, ScoreFunction::SparseMixer { .. });
+        scores.adjusted = scores.masked || mixed || bias.is_some() || self.groups.is_some();
         if scores.adjusted {
             scores.selection.resize(scores.gate.len(), 0.0);
             scores.selection.copy_from_slice(&scores.gate);
+            if let ScoreFunction::SparseMixer { jitter } = self.function {
+                let Scores { gate, near, .. } = &mut *scores;
+                near.resize(experts, 0.0);
+                isa.run(MixRows { jitter, logits: logits.values(), near, gate });
+            }
             let Scores { selection, groups, .. } = scores;
             for (selection, logits) in selection.chunks_exact_mut(experts).zip(logits.values().chunks_exact(experts)) {
                 if let Some(bias) = bias {
@@ -147,6 +170,11 @@ impl Scoring {
     fn check(&self, experts: usize, bias: Option<&[f32]>) -> Result<()> {
         if !self.scale.is_finite() {
             return Err(Error::parameter("scale", self.scale, "a finite number"));
+        }
+        if let ScoreFunction::SparseMixer { jitter } = self.function
+            && !(jitter.is_finite() && jitter >= 0.0)
+        {
+            return Err(Error::parameter("jitter", jitter, "0 or a positive finite number"));
         }
         if let Some(bias) = bias {
             if bias.len() != experts {
@@ -189,11 +217,60 @@ impl Kernel for ScoreRows<'_> {
         for (logits, gate) in self.logits.chunks_exact(self.experts).zip(self.gate.chunks_exact_mut(self.experts)) {
             masked |= any_masked(lanes, logits);
             match self.function {
-                ScoreFunction::Softmax => softmax(lanes, logits, gate),
+                // A sparse mixer's selection scores are these; its gate scores are made of them.
+                ScoreFunction::Softmax | ScoreFunction::SparseMixer { .. } => softmax(lanes, logits, gate),
                 ScoreFunction::Sigmoid => sigmoid(lanes, logits, gate),
             }
         }
         masked
+    }
+}
+
+/// Makes the gate scores of a sparse mixer of softmax scores.
+struct MixRows<'a> {
+    jitter: f32,
+    logits: &'a [f32],
+    /// Room for the logits of a row.
+    near: &'a mut [f32],
+    gate: &'a mut [f32],
+}
+
+impl Kernel for MixRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let experts = self.near.len();
+        for (logits, gate) in self.logits.chunks_exact(experts).zip(self.gate.chunks_exact_mut(experts)) {
+            let Some(first) = best(logits, None) else { continue };
+            let second = best(logits, Some(first));
+            near(logits, logits[first], self.jitter, self.near);
+            softmax(lanes, self.near, gate);
+            let share = gate[first];
+            match second {
+                Some(second) => {
+                    near(logits, logits[second], self.jitter, self.near);
+                    self.near[first] = f32::NEG_INFINITY;
+                    softmax(lanes, self.near, gate);
+                }
+                None => gate.fill(0.0),
+            }
+            gate[first] = share;
+        }
+    }
+}
+
+/// The largest logit but that of `other`, the first of equals; `None` where all are masked.
+fn best(logits: &[f32], other: Option<usize>) -> Option<usize> {
+    let others = (0..logits.len()).filter(|&expert| Some(expert) != other && logits[expert] > f32::NEG_INFINITY);
+    others.reduce(|best, expert| if logits[expert] > logits[best] { expert } else { best })
+}
+
+/// The logits that are near the largest of those that count, −∞ for the others.
+fn near(logits: &[f32], largest: f32, jitter: f32, near: &mut [f32]) {
+    for (near, &logit) in near.iter_mut().zip(logits) {
+        let distance = (largest - logit) / logit.abs().max(largest);
+        *near = if distance > 2.0 * jitter { f32::NEG_INFINITY } else { logit };
     }
 }
 
@@ -242,6 +319,8 @@ pub struct Scores {
     isa: Isa,
     /// Room to rank groups in.
     groups: Vec<(f32, usize)>,
+    /// Room for a row of a sparse mixer.
+    near: Vec<f32>,
 }
 
 impl Scores {
@@ -411,6 +490,30 @@ mod tests {
     }
 
     #[test]
+    fn a_sparse_mixer_weighs_each_pick_among_those_near_it() {
+        let share = |among: &[f32], of: f32| of.exp() / among.iter().map(|logit| logit.exp()).sum::<f32>();
+        // 1.8 is near 2.0 and 1.7 is near 1.8, but not 2.0; all others are far.
+        let logits = [-1.0, 1.8, f32::NEG_INFINITY, 2.0, 1.7, 0.0];
+        let got = scores(Scoring::sparse_mixer(0.06), &logits, 6, None);
+        let wanted = [0.0, share(&[1.8, 1.7], 1.8), 0.0, share(&[2.0, 1.8], 2.0), share(&[1.8, 1.7], 1.7), 0.0];
+        for (got, wanted) in got.gate(0).iter().zip(wanted) {
+            assert!((got - wanted).abs() < 1e-6, "{got}, not {wanted}");
+        }
+        let plain = scores(Scoring::softmax(), &logits, 6, None);
+        assert_eq!(got.selection(0), plain.selection(0));
+        // A second pick that is alone counts in full, more than the first one that is not.
+        let alone = scores(Scoring::sparse_mixer(0.01), &[1.0, 0.5, 1.0], 3, None);
+        assert_eq!((alone.gate(0)[0], alone.gate(0)[2], alone.gate(0)[1]), (0.5, 1.0, 0.0));
+        let negative = scores(Scoring::sparse_mixer(0.1), &[-1.0, -1.1, -9.0], 3, None);
+        assert_eq!(negative.gate(0)[1..], [1.0, 0.0]);
+        assert!((negative.gate(0)[0] - share(&[-1.0, -1.1], -1.0)).abs() < 1e-6);
+        let one = scores(Scoring::sparse_mixer(0.1), &[f32::NEG_INFINITY, 3.0], 2, None);
+        assert_eq!((one.gate(0), one.is_allowed(0, 0)), ([0.0, 1.0].as_slice(), false));
+        let none = scores(Scoring::sparse_mixer(0.1), &[f32::NEG_INFINITY; 2], 2, None);
+        assert_eq!(none.gate(0), [0.0; 2]);
+    }
+
+    #[test]
     fn group_limits_rank_by_max_or_by_the_best_two() {
         let row = [0.9, 0.0, 0.5, 0.6f32].map(|score: f32| (score / (1.0 - score)).max(1e-6).ln());
         for (score, allowed) in
@@ -440,5 +543,9 @@ mod tests {
             message(Scoring { scale: f32::NAN, ..Scoring::softmax() }, None),
             "scale is NaN: expected a finite number"
         );
+        for jitter in [-0.1, f32::NAN, f32::INFINITY] {
+            let expected = format!("jitter is {jitter}: expected 0 or a positive finite number");
+            assert_eq!(message(Scoring::sparse_mixer(jitter), None), expected);
+        }
     }
 }

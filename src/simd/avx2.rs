@@ -202,6 +202,22 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn and(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_and_ps(a.0, b.0), _mm256_and_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], a: Pair) -> Pair {
+        // SAFETY: see above; the table has sixteen bytes.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            let of = |half| _mm256_castsi256_ps(_mm256_shuffle_epi8(table, _mm256_castps_si256(half)));
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
     fn half(self, from: [u8; 2]) -> f32 {
         // SAFETY: see above.
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }

@@ -337,6 +337,21 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
+    fn shift_words_left(self, a: __m512, by: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_sllv_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(by as i32))) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], a: __m512) -> __m512 {
+        // SAFETY: see above; the table has sixteen bytes.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_shuffle_epi8(table, _mm512_castps_si512(a)))
+        }
+    }
+
+    #[inline(always)]
     fn low_halves(self, a: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(a))) }

@@ -6,8 +6,11 @@
 //! | `q8_0` | 32 | 34 | `d · q`, q an `i8` |
 //! | `q4_K` | 256 | 144 | `d · s · q − dmin · m`, q of 4 bits, s and m of 6 bits for each 32 |
 //! | `q6_K` | 256 | 210 | `d · s · (q − 32)`, q of 6 bits, s an `i8` for each 16 |
+//! | `mxfp4` | 32 | 17 | `2^(e − 127) · q`, e a byte, q one of ±{0, ½, 1, 1½, 2, 3, 4, 6} by 4 bits; of e = 255 no number |
 //!
-//! Layouts of blocks: ggml's `block_q8_0`, `block_q4_K` and `block_q6_K` (ggml-common.h). All little-endian.
+//! Layouts of blocks: ggml's `block_q8_0`, `block_q4_K`, `block_q6_K` and `block_mxfp4` (ggml-common.h). All little-endian. MXFP4 is a format
+//! of the OCP Microscaling specification; a block's scale comes first, then the weights 0 to 15 in the lower halves of sixteen
+//! bytes and 16 to 31 in the upper ones.
 
 use std::fmt;
 
@@ -26,17 +29,19 @@ pub enum Dtype {
     Q4K,
     /// Blocks of 256 six-bit weights, a scale for each 16.
     Q6K,
+    /// Blocks of 32 floats of four bits, a scale that is a power of two.
+    Mxfp4,
 }
 
 impl Dtype {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K];
+    pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K, Self::Mxfp4];
 
     /// Weights that share a block; a row holds whole blocks.
     pub const fn block(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q8_0 => 32,
+            Self::Q8_0 | Self::Mxfp4 => 32,
             Self::Q4K | Self::Q6K => 256,
         }
     }
@@ -49,6 +54,7 @@ impl Dtype {
             Self::Q8_0 => 2 + 32,
             Self::Q4K => 2 + 2 + 12 + 128,
             Self::Q6K => 128 + 64 + 16 + 2,
+            Self::Mxfp4 => 1 + 16,
         }
     }
 
@@ -74,6 +80,7 @@ impl Dtype {
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_K",
             Self::Q6K => "q6_K",
+            Self::Mxfp4 => "mxfp4",
         }
     }
 }

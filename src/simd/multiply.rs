@@ -127,6 +127,20 @@ pub(crate) trait Multiply: Lanes {
         self.of_words(self.words(a).map(|word| word >> by))
     }
 
+    /// Every word shifted left; by 32 there is nothing left.
+    #[inline(always)]
+    fn shift_words_left(self, a: Self::Vector, by: u32) -> Self::Vector {
+        self.of_words(self.words(a).map(|word| word.checked_shl(by).unwrap_or(0)))
+    }
+
+    /// For every byte, whose upper half is 0, that entry of the table.
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], a: Self::Vector) -> Self::Vector {
+        self.of_words(
+            self.words(a).map(|word| u32::from_le_bytes(word.to_le_bytes().map(|byte| table[usize::from(byte & 15)]))),
+        )
+    }
+
     /// Floats of one byte of every word, without sign.
     #[inline(always)]
     fn byte_floats(self, a: Self::Vector, byte: usize) -> Self::Vector {

@@ -1,4 +1,4 @@
-//! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K` in ggml-quants.c).
+//! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c).
 
 use super::LANES;
 use super::dtype::Dtype;
@@ -52,6 +52,15 @@ pub(crate) fn decode<L: Multiply>(lanes: L, dtype: Dtype, row: &[u8], first: usi
                         let scale = lanes.splat(scale * f32::from(block[192 + 4 * quarter + part] as i8));
                         lanes.store(lanes.mul(lanes.sub(floats[part], lanes.splat(32.0)), scale), values);
                     }
+                }
+            }
+        }
+        Dtype::Mxfp4 => {
+            for (values, block) in values.as_chunks_mut::<GROUP>().0.iter_mut().zip(row.as_chunks().0) {
+                let floats = lanes.widen_bytes(unpack_mxfp4(lanes, block));
+                let scale = power_of_two(lanes, lanes.repeat(u32::from(block[0])));
+                for (part, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                    lanes.store(lanes.mul(lanes.sub(floats[part], lanes.splat(128.0)), scale), values);
                 }
             }
         }
@@ -120,4 +129,27 @@ fn unpack_q6_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q6K.block_bytes()], qu
     let pairs = lanes.shift_left_4(lanes.and(pairs, lanes.repeat(0x0303_0303)));
     // The two have no bit in common.
     lanes.xor(lanes.and(nibbles, lanes.repeat(0x0f0f_0f0f)), pairs)
+}
+
+/// Twice the number that four bits of MXFP4 stand for, plus 128: sign, two bits of exponent, one of mantissa.
+pub(super) const TWICE: [u8; 16] = [128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116];
+
+/// `2^(e − 128)` of words that are bytes: half a scale of MXFP4, whose weights count twice. Of 255 it is no number.
+#[inline(always)]
+pub(super) fn power_of_two<L: Multiply>(lanes: L, exponents: L::Vector) -> L::Vector {
+    // 255 gives infinity; 0 gives zero, which stands for a number too small for an exponent of its own.
+    let power = lanes.max(lanes.shift_words_left(exponents, 23), lanes.repeat(0x0040_0000));
+    lanes.mul(lanes.add(power, lanes.sub(power, power)), lanes.splat(0.5))
+}
+
+/// The 32 weights of an `mxfp4` block in order, as bytes of [`TWICE`], then what does not count.
+#[inline(always)]
+fn unpack_mxfp4<L: Multiply>(lanes: L, block: &[u8; Dtype::Mxfp4.block_bytes()]) -> L::Vector {
+    /// The second four words by 4 bits.
+    const BY: Line = Line([0, 0, 0, 0, 0x0004_0004, 0x0004_0004, 0x0004_0004, 0x0004_0004, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let mut twice = [0; 32];
+    twice[..16].copy_from_slice(&block[1..]);
+    twice[16..].copy_from_slice(&block[1..]);
+    let nibbles = lanes.shift_right(lanes.halves(&twice, &twice), lanes.line(&BY));
+    lanes.lookup(&TWICE, lanes.and(nibbles, lanes.repeat(0x0f0f_0f0f)))
 }

@@ -83,6 +83,11 @@ impl Config {
         Ok(self.typed(key, "a list of integers, at least 0", list)?.unwrap_or_default())
     }
 
+    /// A list of strings, if there is one.
+    pub(super) fn optional_strings(&self, key: &str) -> Result<Option<Vec<&str>>> {
+        self.typed(key, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
+    }
+
     /// Refuses a flag that stands for what no decoder here does.
     pub(super) fn expect_false(&self, key: &str) -> Result<()> {
         match self.optional_flag(key)? {

@@ -1,18 +1,24 @@
-//! The MoE layer of gpt-oss (`model_type: gpt_oss`): a gate with a bias, top-k, then softmax; a clamped activation, biases on all
-//! projections, gate and up rows in turns. Its weights as floats, not in MXFP4. The decoder around it is not here: attention has
-//! sinks and a sliding window.
+//! gpt-oss (`model_type: gpt_oss`, arXiv 2508.10925): a gate with a bias, top-k, then softmax; a clamped activation, biases on all
+//! projections, gate and up rows in turns, weights as floats or in MXFP4. Attention has biases and sinks, and looks back through a
+//! sliding window in every other block.
 
 use super::config::Config;
-use super::transformer;
+use super::transformer::{self, Defaults};
 use crate::error::Result;
 use crate::experts::activation::Activation;
 use crate::routing::scores::Scoring;
-use crate::spec::{ExpertNames, MoeSpec};
+use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, SlidingWindow, Yarn};
 
 pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
     let number =
         |key: &str, default: f64| -> Result<f32> { Ok(config.optional_number(key)?.unwrap_or(default) as f32) };
+    if config.has("quantization_config") {
+        let method = config.string("quantization_config.quant_method")?;
+        if method != "mxfp4" {
+            return Err(config.error("quantization_config.quant_method", "mxfp4", method));
+        }
+    }
     Ok(MoeSpec {
         activation: Activation::clamped_swiglu(number("swiglu_alpha", 1.702)?, number("swiglu_limit", 7.0)?),
         expert_bias: true,
@@ -21,4 +27,61 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
         names: ExpertNames { gate: "router".into(), stacked_in_turns: true, ..ExpertNames::default() },
         ..spec
     })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 150_000.0, max_positions: 131_072 };
+    let spec = transformer::model_spec(config, "gpt_oss", moe_spec(config)?, defaults)?;
+    let says_nothing = !config.has("rope_scaling") && !config.has("rope_parameters");
+    Ok(ModelSpec {
+        yarn: if says_nothing { Some(usual_yarn()) } else { spec.yarn },
+        attention_bias: match config.optional_flag("attention_bias")? {
+            Some(false) => AttentionBias::None,
+            _ => AttentionBias::All,
+        },
+        sinks: true,
+        window: window(config, spec.layers)?,
+        ..spec
+    })
+}
+
+/// What a configuration that says nothing means.
+fn usual_yarn() -> Yarn {
+    Yarn {
+        factor: 32.0,
+        original_positions: 4096,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        rotation_scale: transformer::yarn_scale(32.0, 1.0),
+        score_scale: 1.0,
+        whole_rotations: false,
+    }
+}
+
+/// Blocks with a window: those that `layer_types` says, or every other from the first on.
+fn window(config: &Config, layers: usize) -> Result<SlidingWindow> {
+    const KEY: &str = "layer_types";
+    let kinds = config.optional_strings(KEY)?;
+    if let Some(kinds) = kinds.as_ref().filter(|kinds| kinds.len() != layers) {
+        let expected = format!("one for each of num_hidden_layers {layers}");
+        return Err(config.error(KEY, &expected, &kinds.len().to_string()));
+    }
+    let kind = |block: usize| match &kinds {
+        Some(kinds) => kinds[block],
+        None if block.is_multiple_of(2) => "sliding_attention",
+        None => "full_attention",
+    };
+    let mut blocks = Vec::new();
+    for block in 0..layers {
+        match kind(block) {
+            "sliding_attention" => blocks.push(block),
+            "full_attention" => {}
+            other => return Err(config.error(KEY, "sliding_attention or full_attention", other)),
+        }
+    }
+    let positions = match blocks.is_empty() {
+        true => 0,
+        false => config.optional_size("sliding_window")?.unwrap_or(128),
+    };
+    Ok(SlidingWindow { blocks, positions })
 }

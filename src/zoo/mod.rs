@@ -24,6 +24,7 @@ mod granitemoe;
 mod lfm2_moe;
 mod mixtral;
 mod olmoe;
+mod phimoe;
 mod qwen2_moe;
 mod qwen3_moe;
 mod transformer;
@@ -33,11 +34,21 @@ use crate::spec::{ModelSpec, MoeSpec};
 use config::Config;
 
 /// Families whose decoder there is a file for, as `model_type` names them.
-pub const FAMILIES: [&str; 8] =
-    ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe"];
+pub const FAMILIES: [&str; 10] = [
+    "olmoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "gpt_oss",
+    "phimoe",
+];
 
 /// Families of which there is the MoE layer alone.
-pub const MOE_FAMILIES: [&str; 2] = ["lfm2_moe", "gpt_oss"];
+pub const MOE_FAMILIES: [&str; 1] = ["lfm2_moe"];
 
 /// Reads a `config.json`; `file` is its name in error messages.
 ///
@@ -55,6 +66,8 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
         "deepseek_v3" => deepseek_v3::model_spec(&config),
         "glm4_moe" => glm4_moe::model_spec(&config),
         "granitemoe" => granitemoe::model_spec(&config),
+        "gpt_oss" => gpt_oss::model_spec(&config),
+        "phimoe" => phimoe::model_spec(&config),
         other => Err(unknown(other, &FAMILIES)),
     }?;
     spec.check()?;
@@ -78,6 +91,7 @@ pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
         "granitemoe" => granitemoe::moe_spec(&config),
         "lfm2_moe" => lfm2_moe::moe_spec(&config),
         "gpt_oss" => gpt_oss::moe_spec(&config),
+        "phimoe" => phimoe::moe_spec(&config),
         other => Err(unknown(other, &[FAMILIES.as_slice(), &MOE_FAMILIES].concat())),
     }?;
     spec.check()?;

@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Yarn};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow, Yarn};
 
 /// Defaults that a family has where its configuration is silent.
 pub(super) struct Defaults {
@@ -28,6 +28,7 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         kv_heads,
         head_dim,
         max_positions: config.optional_size("max_position_embeddings")?.unwrap_or(defaults.max_positions),
+        norm: Norm::Rms,
         norm_eps: config.optional_number("rms_norm_eps")?.unwrap_or(defaults.norm_eps),
         // transformers 5 nests it, earlier versions do not.
         rope_theta: match config.optional_number("rope_parameters.rope_theta")? {
@@ -37,12 +38,15 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         yarn: yarn(config)?,
         rotary_dim: head_dim,
         qk_norm: None,
+        sinks: false,
+        window: SlidingWindow::default(),
         latent: None,
         multipliers: Multipliers::default(),
         extra_blocks: 0,
         attention_bias: AttentionBias::None,
         clip_qkv: None,
         tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
+        output_bias: false,
         end_of_text: config.token_ids("eos_token_id")?,
         ffn: "mlp".into(),
         dense: DenseBlocks::default(),
@@ -89,9 +93,6 @@ fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
     let key = |key: &str| format!("{object}.{key}");
     let number = |name: &str| config.optional_number(&key(name));
     let factor = config.number(&key("factor"))?;
-    if config.optional_flag(&key("truncate"))? == Some(false) {
-        return Err(config.error(&key("truncate"), "true", "false"));
-    }
     let rotation_scale = match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
         (Some(scale), ..) => scale,
         (None, Some(above), Some(below)) => yarn_scale(factor, above) / yarn_scale(factor, below),
@@ -104,6 +105,7 @@ fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
         beta_slow: number("beta_slow")?.unwrap_or(1.0),
         rotation_scale,
         score_scale: 1.0,
+        whole_rotations: config.optional_flag(&key("truncate"))?.unwrap_or(true),
     })
 }
 

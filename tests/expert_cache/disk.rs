@@ -9,7 +9,7 @@ use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::experts::cache::{CacheOptions, ExpertCache};
 use phase_moe::experts::matrix::Dtype;
 use phase_moe::experts::residency::Step;
-use phase_moe::experts::store::{ExpertStore, LoadedExpert, Part, Piece};
+use phase_moe::experts::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};
 
 /// What a read does beside reading.
 pub type Fault = Box<dyn Fn(u64) -> Result<()> + Send + Sync>;
@@ -135,6 +135,7 @@ pub fn store(layers: usize, experts: usize, rows: usize) -> (ExpertStore, Arc<Di
         dtype: Dtype::F32,
         rows,
         columns,
+        layout: Layout::Rows,
     };
     let expert = |key: usize| {
         let at = 40 + key * each;

@@ -138,8 +138,9 @@ fn layers_of_several_sizes_share_one_budget() {
     // The same disk, cut into experts of two sizes.
     use phase_moe::checkpoint::NamedSource;
     use phase_moe::experts::matrix::Dtype;
-    use phase_moe::experts::store::{ExpertStore, Part, Piece};
-    let piece = |offset, rows| Piece { part: Part::Up, source: 0, offset, dtype: Dtype::F32, rows, columns: 16 };
+    use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
+    let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
+    let piece = |offset, rows| Piece { part, source: 0, offset, dtype, rows, columns: 16, layout };
     let layers = vec![
         (0..4).map(|id| vec![piece(64 * id, 1)]).collect(),
         (0..4).map(|id| vec![piece(64 * id, 100)]).collect::<Vec<_>>(),

@@ -3,7 +3,7 @@
 Run by hand; the results are committed and the tests need no Python.
 
     python -m venv venv
-    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
+    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
     venv/bin/python make_zoo_goldens.py zoo                 # every family below that zoo/ does not hold yet
     venv/bin/python make_zoo_goldens.py zoo mixtral         # this one
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # Odd lengths; the ends of the vocabulary, and repeats, which differ by position alone.
@@ -157,13 +157,51 @@ FAMILIES = {
         norm_eps=1e-5,
     ),
     "gpt_oss": dict(
-        head_dim=8,
+        num_hidden_layers=3,
+        # Heads together are wider than the hidden state; of their five rotations one stays as it is, two are slowed down in part.
+        head_dim=10,
         intermediate_size=12,
         num_local_experts=6,
         num_experts_per_tok=2,
-        sliding_window=64,
+        # Shorter than both prompts; layers with a window and without take turns.
+        sliding_window=5,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 20.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 3,
+            "beta_slow": 0.75,
+            "truncate": False,
+        },
+    ),
+    "phimoe": dict(
+        intermediate_size=12,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        # Far from the published 0.01, so that some experts are near a pick.
+        router_jitter_noise=0.2,
+        attention_bias=True,
+        lm_head_bias=True,
+        sliding_window=None,
+    ),
+    # gpt-oss with weights of experts in MXFP4, which takes 32 columns to a block.
+    "gpt_oss_mxfp4": dict(
+        hidden_size=96,
+        head_dim=6,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        quantization_config={
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+        },
     ),
 }
+
+# What transformers calls a family, where its directory is called otherwise.
+MODEL_TYPES = {"gpt_oss_mxfp4": "gpt_oss"}
 
 ROUTERS = ("mlp.gate.weight", "router.layer.weight", "mlp.router.weight", "feed_forward.gate.weight")
 
@@ -171,7 +209,11 @@ ROUTERS = ("mlp.gate.weight", "router.layer.weight", "mlp.router.weight", "feed_
 def random_model(family: str, seed: int):
     """A model in which every stage matters. The usual initialisation (std 0.02, norms of 1) hides most mistakes."""
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]}), attn_implementation="eager"
+        AutoConfig.for_model(
+            MODEL_TYPES.get(family, family),
+            **{key: value for key, value in {**COMMON, **FAMILIES[family]}.items() if key != "quantization_config"},
+        ),
+        attn_implementation="eager",
     ).float()
     generator = torch.Generator().manual_seed(seed)
     seen = set()
@@ -193,6 +235,23 @@ def random_model(family: str, seed: int):
                 noise *= (2 if name.endswith(ROUTERS) else 1) / math.sqrt(tensor.shape[-1])
             tensor.copy_(noise)
     return model
+
+
+def pack_experts(family: str, directory: Path, seed: int) -> None:
+    """Puts random blocks and scales of MXFP4 in place of the experts' weights of a saved model."""
+    file, generator = directory / "model.safetensors", torch.Generator().manual_seed(seed)
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        size = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*size, 16), generator=generator, dtype=torch.uint8)
+        # The root of a weight's mean square is 2.9 times its scale.
+        scale = round(math.log2(1 / (2.9 * math.sqrt(columns))))
+        tensors[f"{name}_scales"] = torch.randint(126 + scale, 129 + scale, size, generator=generator).to(torch.uint8)
+    save_file(tensors, file, {"format": "pt"})
+    config["quantization_config"] = FAMILIES[family]["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def goldens(directory: Path) -> tuple[dict, dict]:
@@ -245,6 +304,8 @@ def main() -> None:
     for family in families:
         directory = arguments.zoo / family
         random_model(family, seed=1).save_pretrained(directory)
+        if "quantization_config" in FAMILIES[family]:
+            pack_experts(family, directory, seed=2)
         (directory / "generation_config.json").unlink(missing_ok=True)
         tensors, made_from = goldens(directory)
         # One key: safetensors writes several in an order that changes from run to run.

@@ -6,8 +6,15 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// Names of dtypes, columns and bytes of a block.
-pub const BLOCKS: [(&str, usize, usize); 6] =
-    [("f32", 1, 4), ("f16", 1, 2), ("bf16", 1, 2), ("q8_0", 32, 34), ("q4_K", 256, 144), ("q6_K", 256, 210)];
+pub const BLOCKS: [(&str, usize, usize); 7] = [
+    ("f32", 1, 4),
+    ("f16", 1, 2),
+    ("bf16", 1, 2),
+    ("q8_0", 32, 34),
+    ("q4_K", 256, 144),
+    ("q6_K", 256, 210),
+    ("mxfp4", 32, 17),
+];
 
 fn block(dtype: &str) -> (usize, usize) {
     let (_, columns, bytes) = BLOCKS.into_iter().find(|(name, ..)| *name == dtype).expect("a known dtype");
@@ -28,6 +35,7 @@ pub fn decoded(dtype: &str, bytes: &[u8]) -> Vec<f64> {
         "bf16" => blocks.map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
         "q8_0" => blocks.flat_map(|b| b[2..].iter().map(|&q| half(b) * f64::from(q as i8))).collect(),
         "q4_K" => blocks.flat_map(q4_k).collect(),
+        "mxfp4" => blocks.flat_map(mxfp4).collect(),
         _ => blocks.flat_map(q6_k).collect(),
     }
 }
@@ -66,6 +74,23 @@ fn q6_k(block: &[u8]) -> Vec<f64> {
     (0..256).map(weight).collect()
 }
 
+/// An exponent; sixteen bytes of floats of four bits (a sign, two bits of exponent, one of mantissa), 16 weights in the lower
+/// halves, then 16 in the upper ones.
+fn mxfp4(block: &[u8]) -> Vec<f64> {
+    let weight = |at: usize| {
+        let byte = block[1 + at % 16];
+        let bits = if at < 16 { byte & 15 } else { byte >> 4 };
+        let (exponent, mantissa) = (i32::from(bits >> 1 & 3), f64::from(bits & 1));
+        let size = match exponent {
+            0 => mantissa / 2.0,
+            _ => (1.0 + mantissa / 2.0) * 2f64.powi(exponent - 1),
+        };
+        let sign = if bits & 8 == 0 { 1.0 } else { -1.0 };
+        sign * size * 2f64.powi(i32::from(block[0]) - 127)
+    };
+    (0..32).map(weight).collect()
+}
+
 /// Random weights of about the size `scale`, as bytes. Any bytes are a block but for the halves in it.
 pub fn drawn(rng: &mut ChaCha8Rng, dtype: &str, count: usize, scale: f32) -> Vec<u8> {
     let value = |rng: &mut ChaCha8Rng| scale * rng.random_range(-1.7f32..1.7);
@@ -86,6 +111,10 @@ pub fn drawn(rng: &mut ChaCha8Rng, dtype: &str, count: usize, scale: f32) -> Vec
                     "q4_K" => {
                         put(0, 1.0 / 200.0);
                         put(2, 1.0 / 27.0);
+                    }
+                    "mxfp4" => {
+                        let exponent = (scale / 4.0).log2().round() as i32 + rng.random_range(-1..2);
+                        block[0] = (127 + exponent) as u8;
                     }
                     _ => put(208, 1.0 / 1300.0),
                 }

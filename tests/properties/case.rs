@@ -186,7 +186,13 @@ impl Case {
         };
         let limit = |(groups, top_groups, score)| GroupLimit { groups, top_groups, score };
         Scoring {
-            function: if self.sigmoid { ScoreFunction::Sigmoid } else { ScoreFunction::Softmax },
+            function: match self.sigmoid {
+                true => ScoreFunction::Sigmoid,
+                false if noise(self.seed, [15, 0, 0]).is_multiple_of(4) => {
+                    ScoreFunction::SparseMixer { jitter: 0.3 * unit(self.seed, [16, 0, 0]) }
+                }
+                false => ScoreFunction::Softmax,
+            },
             normalize: self.normalize,
             scale: self.scale,
             groups: self.groups.filter(fits).map(limit),

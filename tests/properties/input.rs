@@ -3,7 +3,7 @@
 use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::router::{RouteContext, RouteRequest};
-use phase_moe::routing::scores::{GroupScore, Scoring};
+use phase_moe::routing::scores::{GroupScore, ScoreFunction, Scoring};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -17,12 +17,45 @@ fn biased(case: &Case, logits: &[f32], gate: &[f32]) -> Vec<f32> {
     (0..logits.len()).map(score).collect()
 }
 
+/// Two picks, and a softmax among those near each.
+fn check_mixed(logits: &[f32], jitter: f32, gate: &[f32]) {
+    let mut left: Vec<usize> = (0..logits.len()).filter(|&expert| logits[expert] > f32::NEG_INFINITY).collect();
+    // The first of equals first, −0 and 0 among them.
+    left.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap());
+    let share = |of: usize, left: &[usize]| {
+        let most = logits[left[0]];
+        let is_near = |expert: usize| {
+            let distance = (most - logits[expert]) / logits[expert].abs().max(most);
+            distance.is_nan() || distance <= 2.0 * jitter
+        };
+        let weight = |expert: usize| f64::from(logits[expert] - most).exp();
+        let sum: f64 = left.iter().filter(|&&expert| is_near(expert)).map(|&expert| weight(expert)).sum();
+        if is_near(of) { weight(of) / sum } else { 0.0 }
+    };
+    for (expert, &score) in gate.iter().enumerate() {
+        let exact = match left.iter().position(|&at| at == expert) {
+            None => 0.0,
+            Some(0) => share(expert, &left),
+            Some(_) => share(expert, &left[1..]),
+        };
+        let rounding = f64::from(f32::EPSILON) * (2 + logits.len()) as f64;
+        assert!((f64::from(score) - exact).abs() <= rounding, "expert {expert}: {score}, not {exact}: {logits:?}");
+    }
+}
+
 #[test]
 fn scores_match_their_formulas() {
     property("scores_match_their_formulas", cases(), |case| {
         let batch = case.batch();
         for (token, logits) in batch.values.chunks_exact(case.experts).enumerate() {
-            let (gate, selection) = (batch.scores.gate(token), batch.scores.selection(token));
+            let (mut gate, selection) = (batch.scores.gate(token), batch.scores.selection(token));
+            let plain = Scoring { groups: None, ..Scoring::softmax() };
+            let plain = plain.scores(&Logits::new(logits, 1, case.experts).unwrap(), None).unwrap();
+            if let ScoreFunction::SparseMixer { jitter } = case.scoring().function {
+                check_mixed(logits, jitter, gate);
+                // What it selects by.
+                gate = plain.gate(0);
+            }
             let wide: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
             let max = wide.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = wide.iter().map(|logit| (logit - max).exp()).sum();

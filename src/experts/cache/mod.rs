@@ -22,11 +22,12 @@
 //! use phase_moe::expert::{ExpertId, ExpertSet};
 //! use phase_moe::experts::cache::{CacheOptions, ExpertCache};
 //! use phase_moe::experts::matrix::Dtype;
-//! use phase_moe::experts::store::{ExpertStore, Part, Piece};
+//! use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
 //!
 //! // One layer of four experts, each a row of four numbers, of which two have room.
 //! let file: &'static [u8] = bytemuck::cast_slice(&[0.0f32, 0., 0., 0., 1., 1., 1., 1., 2., 2., 2., 2., 3., 3., 3., 3.]);
-//! let piece = |id: u64| Piece { part: Part::Up, source: 0, offset: 16 * id, dtype: Dtype::F32, rows: 1, columns: 4 };
+//! let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
+//! let piece = |id: u64| Piece { part, source: 0, offset: 16 * id, dtype, rows: 1, columns: 4, layout };
 //! let layer = (0..4).map(|id| vec![piece(id)]).collect();
 //! let store = ExpertStore::new(vec![("memory".into(), Arc::new(file))], vec![layer])?;
 //! let cache = ExpertCache::new(Arc::new(store), CacheOptions::new(2 * 8192))?;

@@ -14,7 +14,7 @@ fn bytes(length: usize) -> Vec<u8> {
 }
 
 fn piece(part: Part, source: usize, offset: u64, rows: usize, columns: usize) -> Piece {
-    Piece { part, source, offset, dtype: Dtype::Bf16, rows, columns }
+    Piece { part, source, offset, dtype: Dtype::Bf16, rows, columns, layout: Layout::Rows }
 }
 
 fn message(sources: &[NamedSource], pieces: Vec<Piece>) -> String {
@@ -124,7 +124,7 @@ fn a_flipped_bit_is_found_at_every_load_but_the_first() {
 proptest! {
     #[test]
     fn a_load_gives_the_pieces_of_the_files(
-        places in prop::collection::vec((0usize..2, 0u64..30_000, 0usize..50, 0usize..700, 0usize..6), 1..5),
+        places in prop::collection::vec((0usize..2, 0u64..30_000, 0usize..50, 0usize..700, 0usize..7), 1..5),
     ) {
         let (first, second) = (bytes(180_000), bytes(190_000));
         let sources = vec![source("f", first.clone()), source("g", second.clone())];
@@ -134,7 +134,7 @@ proptest! {
             .map(|(&(source, offset, rows, columns, dtype), part)| {
                 let dtype = Dtype::ALL[dtype];
                 let columns = columns / dtype.block() * dtype.block();
-                Piece { part, source, offset, dtype, rows, columns }
+                Piece { part, source, offset, dtype, rows, columns, layout: Layout::Rows }
             })
             .collect();
         let store = ExpertStore::new(sources, vec![vec![pieces.clone()]]).unwrap();
@@ -143,7 +143,7 @@ proptest! {
             prop_assert!(filling.runs.iter().all(|run| run.bytes.end <= slab.size()));
         }
         let loaded = store.load(0, 0, &mut slabs).unwrap();
-        for Piece { part, source, offset, dtype, rows, columns } in pieces {
+        for Piece { part, source, offset, dtype, rows, columns, .. } in pieces {
             let matrix = loaded.matrix(part).unwrap();
             prop_assert_eq!((matrix.shape(), matrix.dtype()), ([rows, columns], dtype));
             let (file, row_bytes) = ([&first, &second][source], dtype.row_bytes(columns).unwrap());
@@ -152,4 +152,100 @@ proptest! {
             }
         }
     }
+}
+
+/// What a piece is in memory, row by row.
+fn formed(piece: &Piece, files: [&[u8]; 2]) -> Vec<u8> {
+    let Piece { source, offset, rows, columns, .. } = *piece;
+    let from = &files[source][offset as usize..];
+    match piece.layout {
+        Layout::Rows => from[..rows * piece.dtype.row_bytes(columns).unwrap()].to_vec(),
+        Layout::Columns => {
+            let size = piece.dtype.block_bytes();
+            let number = |row: usize, column: usize| &from[(column * rows + row) * size..][..size];
+            (0..rows).flat_map(|row| (0..columns).flat_map(move |column| number(row, column))).copied().collect()
+        }
+        Layout::Apart { source, scales } => {
+            let blocks = rows * columns / 32;
+            mxfp4::joined(&from[..16 * blocks], &files[source][scales as usize..][..blocks]).unwrap()
+        }
+    }
+}
+
+/// Two files for all cases.
+static FILES: std::sync::LazyLock<[Vec<u8>; 2]> = std::sync::LazyLock::new(|| [bytes(5_000_000), bytes(5_100_000)]);
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn pieces_that_lie_otherwise_are_brought_into_form(
+        kinds in prop::collection::vec(0usize..5, 1..4),
+        places in prop::collection::vec((0usize..2, 0u64..90_000), 6),
+        rows in 0usize..70,
+        blocks in 0usize..7,
+        far in prop::bool::ANY,
+    ) {
+        // Longer than a chunk, some of them.
+        let rows = if far { rows * 150 } else { rows };
+        let [first, second] = &*FILES;
+        let source = |name: &str, bytes: &'static [u8]| -> NamedSource { (name.into(), Arc::new(bytes)) };
+        let sources = vec![source("f", first), source("g", second)];
+        let pieces: Vec<Piece> = kinds
+            .iter()
+            .zip([Part::Up, Part::Down, Part::Gate])
+            .enumerate()
+            .map(|(at, (&kind, part))| {
+                let (here, there) = (places[2 * at], places[2 * at + 1]);
+                let (dtype, layout) = match kind {
+                    0 => (Dtype::Bf16, Layout::Rows),
+                    1 => (Dtype::F32, Layout::Columns),
+                    2 => (Dtype::Bf16, Layout::Columns),
+                    _ => (Dtype::Mxfp4, Layout::Apart { source: there.0, scales: there.1 }),
+                };
+                Piece { part, source: here.0, offset: here.1, dtype, rows, columns: 32 * blocks, layout }
+            })
+            .map(|piece| match piece.dtype {
+                Dtype::Mxfp4 => piece,
+                // Odd ones too.
+                _ => Piece { columns: piece.columns / 2 + 1, ..piece },
+            })
+            .collect();
+        let store = ExpertStore::new(sources, vec![vec![pieces.clone()]]).unwrap();
+        let mut slabs = store.slabs(0, 0).unwrap();
+        for _ in 0..2 {
+            let loaded = store.load(0, 0, &mut slabs).unwrap();
+            for piece in &pieces {
+                let matrix = loaded.matrix(piece.part).unwrap();
+                let expected = formed(piece, [first, second]);
+                let got: Vec<u8> = (0..rows).flat_map(|row| matrix.row(row)).copied().collect();
+                prop_assert!(got == expected, "{piece:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn pieces_that_lie_otherwise_are_checked_too() {
+    let sources = [source("f", bytes(1000)), source("g", bytes(1000))];
+    let up = Piece { layout: Layout::Columns, ..piece(Part::Up, 0, 1, 10, 50) };
+    let outside = "f: Up of expert 0 of layer 0: expected [10, 50] bf16 at 1 within the file's 1000 bytes";
+    assert_eq!(message(&sources, vec![up.clone()]), outside);
+    assert!(up.clone().transposed().is_err() && up.of_rows(0..1).is_err());
+    let apart = |source, scales| Piece {
+        dtype: Dtype::Mxfp4,
+        columns: 64,
+        layout: Layout::Apart { source, scales },
+        ..piece(Part::Up, 0, 0, 10, 64)
+    };
+    assert!(ExpertStore::new(sources.to_vec(), vec![vec![vec![apart(1, 980)]]]).is_ok());
+    let outside = "g: Up of expert 0 of layer 0: expected [10, 64] mxfp4 at 981 within the file's 1000 bytes";
+    assert_eq!(message(&sources, vec![apart(1, 981)]), outside);
+    assert!(message(&sources, vec![apart(2, 0)]).contains("expected a source below 2, got 2"));
+    let odd = message(&sources, vec![Piece { dtype: Dtype::Bf16, ..apart(1, 0) }]);
+    assert!(odd.starts_with("Up of expert 0 of layer 0: expected bf16 row by row, got Apart"), "{odd}");
+    let odd = message(&sources, vec![Piece { layout: Layout::Columns, ..apart(1, 0) }]);
+    assert_eq!(odd, "Up of expert 0 of layer 0: expected mxfp4 row by row, got Columns");
+    let turned = piece(Part::Up, 0, 0, 10, 50).transposed().unwrap();
+    assert_eq!((turned.rows, turned.columns, turned.layout), (50, 10, Layout::Columns));
 }

@@ -4,7 +4,7 @@
 //! each, an instruction multiplies them with a word of activations, and the scales of sixteen rows are a vector too. What
 //! is turned stays in the first cache while all tokens meet it.
 //!
-//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K` in ggml-quants.c). Activations are rounded to bytes with one
+//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c). Activations are rounded to bytes with one
 //! scale for each 32 of them, `scale = max |x| / 127`, as ggml does for `q8_0`. A [`Line`] holds 32 of them and what is known of them:
 //!
 //! | word | |
@@ -23,6 +23,7 @@ use super::{BLOCK, CHUNK, Product, Rows};
 use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
+use crate::simd::quantized::{TWICE, power_of_two};
 
 /// Activations of a line.
 pub(super) const GROUP: usize = 32;
@@ -90,6 +91,7 @@ pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
     match product.dtype {
         Dtype::Q4K => run::<Q4K, L>(lanes, product),
         Dtype::Q6K => run::<Q6K, L>(lanes, product),
+        Dtype::Mxfp4 => run::<Mxfp4, L>(lanes, product),
         _ => run::<Q8_0, L>(lanes, product),
     }
 }
@@ -245,6 +247,7 @@ trait Blocks {
 struct Q8_0;
 struct Q4K;
 struct Q6K;
+struct Mxfp4;
 
 /// Sixteen words from each row.
 ///
@@ -507,6 +510,62 @@ impl Blocks for Q6K {
                 unsafe {
                     let start = word(lanes, line, 12 + 4 * half);
                     let products = dots(lanes, &weights, line, BYTES_AT + 16 * half, start);
+                    *sum = scaled(lanes, products, word(lanes, line, 0), scales, *sum);
+                }
+            }
+        }
+    }
+}
+
+impl Blocks for Mxfp4 {
+    const BYTES: usize = 8 * Dtype::Mxfp4.block_bytes();
+
+    /// Eight blocks are 34 words, in which scales and weights begin at any byte: two words are joined into one of weights.
+    #[inline(always)]
+    unsafe fn turn<L: Multiply>(lanes: L, chunk: &Chunk<'_>, turned: &mut [Line; TURNED]) {
+        let mut words = [lanes.splat(0.0); 35];
+        // SAFETY: they lie within eight blocks.
+        let (first, second, last) =
+            unsafe { (sixteen(lanes, chunk, 0), sixteen(lanes, chunk, LINE_BYTES), four(lanes, chunk, 120)) };
+        words[..LANES].copy_from_slice(&first);
+        words[LANES..2 * LANES].copy_from_slice(&second);
+        words[32..34].copy_from_slice(&last[2..]);
+        let (low, by) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0004_0004));
+        for group in 0..2 * PAIRS {
+            let at = Dtype::Mxfp4.block_bytes() * group;
+            let scale = lanes.and(lanes.shift_words(words[at / 4], 8 * (at % 4) as u32), lanes.repeat(0xff));
+            lanes.store_line(power_of_two(lanes, scale), &mut turned[SCALES + group]);
+            let (at, line) = (at + 1, PAIR * (group / 2) + 8 * (group % 2));
+            for word in 0..4 {
+                let (word_at, shift) = (at / 4 + word, 8 * (at % 4) as u32);
+                // The two have no bit in common.
+                let nibbles = lanes.xor(
+                    lanes.shift_words(words[word_at], shift),
+                    lanes.shift_words_left(words[word_at + 1], 32 - shift),
+                );
+                let upper = lanes.and(lanes.shift_right(nibbles, by), low);
+                lanes.store_line(lanes.lookup(&TWICE, lanes.and(nibbles, low)), &mut turned[line + word]);
+                lanes.store_line(lanes.lookup(&TWICE, upper), &mut turned[line + 4 + word]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pair<L: Multiply, const T: usize>(
+        lanes: L,
+        turned: &[Line; TURNED],
+        pair: usize,
+        inputs: &[*const Line; T],
+        all: &mut [L::Vector; T],
+    ) {
+        for half in 0..2 {
+            let weights: [L::Vector; 8] = lines(lanes, turned, PAIR * pair + 8 * half);
+            let scales = lanes.line(&turned[SCALES + 2 * pair + half]);
+            for (sum, line) in all.iter_mut().zip(inputs) {
+                let line = line.wrapping_add(half);
+                // SAFETY: the caller has the line.
+                unsafe {
+                    let products = dots(lanes, &weights, line, BYTES_AT, word(lanes, line, 8));
                     *sum = scaled(lanes, products, word(lanes, line, 0), scales, *sum);
                 }
             }

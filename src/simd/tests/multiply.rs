@@ -57,6 +57,11 @@ impl Kernel for Exact<'_> {
         for by in [0, 7, 16, 31] {
             made.push(("shift_words", lanes.words(lanes.shift_words(va, by))));
         }
+        for by in [0, 8, 24, 32] {
+            made.push(("shift_words_left", lanes.words(lanes.shift_words_left(va, by))));
+        }
+        let nibbles = lanes.and(va, lanes.repeat(0x0f0f_0f0f));
+        made.push(("lookup", lanes.words(lanes.lookup(&sixteen, nibbles))));
         for byte in 0..4 {
             made.push(("byte_floats", lanes.words(lanes.byte_floats(va, byte))));
         }
@@ -175,6 +180,11 @@ fn plain_rust_does_what_the_words_say() {
                 assert_eq!(words[lane], f32::from(a[lane].to_le_bytes()[byte]).to_bits());
             }
             assert_eq!(of("shift_words")[1][lane], a[lane] >> 7);
+            for (by, words) in [0, 8, 24, 32].into_iter().zip(of("shift_words_left")) {
+                assert_eq!(words[lane], (u64::from(a[lane]) << by) as u32);
+            }
+            let looked_up = a[lane].to_le_bytes().map(|byte| memory[5 + usize::from(byte & 15)]);
+            assert_eq!(one("lookup")[lane].to_le_bytes(), looked_up);
             assert_eq!(one("narrow_bytes")[lane], a[lane] & 0xff);
             let half = f16::from_le_bytes([halves[4 * lane], halves[4 * lane + 1]]);
             assert_eq!(one("low_halves")[lane], half.to_f32().to_bits());

@@ -132,7 +132,7 @@ fn forms_of(dtype: Dtype) -> &'static [Form] {
     match dtype {
         Dtype::F32 | Dtype::F16 => &[Form::Floats],
         Dtype::Bf16 => &[Form::Floats, Form::Pairs],
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => &[Form::Floats, Form::Bytes],
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => &[Form::Floats, Form::Bytes],
     }
 }
 
@@ -153,7 +153,7 @@ impl Kernel for HasDots {
 
 fn columns_of(dtype: Dtype) -> &'static [usize] {
     match dtype {
-        Dtype::Q8_0 => &[32, 64, 96, 256, 288, 544, 1024, 2080, 4512],
+        Dtype::Q8_0 | Dtype::Mxfp4 => &[32, 64, 96, 256, 288, 544, 1024, 2080, 4512],
         Dtype::Q4K | Dtype::Q6K => &[256, 512, 768, 2048, 2304, 4608],
         _ => &[1, 2, 7, 16, 17, 31, 33, 64, 255, 256, 257, 300, 512, 513, 1025, 2047, 2049, 4097, 4500],
     }
@@ -258,6 +258,11 @@ fn products_of_q6_k() {
 }
 
 #[test]
+fn products_of_mxfp4() {
+    check_dtype(Dtype::Mxfp4);
+}
+
+#[test]
 fn rows_without_columns_have_sums_of_zero() {
     for isa in Isa::all() {
         for (dtype, form) in [(Dtype::F32, Form::Floats), (Dtype::Bf16, Form::Pairs), (Dtype::Q8_0, Form::Bytes)] {
@@ -277,9 +282,14 @@ fn rows_without_columns_have_sums_of_zero() {
 #[test]
 fn what_is_no_number_stays_with_its_row_in_every_form() {
     let mut rng = ChaCha8Rng::seed_from_u64(8);
-    for (dtype, columns) in
-        [(Dtype::F32, 77), (Dtype::Bf16, 300), (Dtype::Q8_0, 96), (Dtype::Q4K, 512), (Dtype::Q6K, 256)]
-    {
+    for (dtype, columns) in [
+        (Dtype::F32, 77),
+        (Dtype::Bf16, 300),
+        (Dtype::Q8_0, 96),
+        (Dtype::Q4K, 512),
+        (Dtype::Q6K, 256),
+        (Dtype::Mxfp4, 96),
+    ] {
         for &form in forms_of(dtype) {
             for column in (0..columns).step_by(5) {
                 for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
@@ -357,6 +367,24 @@ fn weights_decode_to_the_numbers_that_they_stand_for() {
             }
         }
         assert!(least_and_most.0 < -1.5 && least_and_most.1 > 1.5, "{dtype} {least_and_most:?}");
+    }
+}
+
+#[test]
+fn the_least_scales_of_mxfp4_are_exact_and_the_last_is_no_number() {
+    for isa in Isa::all() {
+        for exponent in [0u8, 1, 2, 127, 252, 255] {
+            let mut row = [exponent; 17];
+            row[1..].copy_from_slice(&std::array::from_fn::<u8, 16, _>(|at| (at + 16 * (15 - at)) as u8));
+            let (wanted, mut values) = (naive::decoded("mxfp4", &row), [0.0; 32]);
+            isa.run(Decode { dtype: Dtype::Mxfp4, row: &row, first: 0, values: &mut values });
+            for (got, wanted) in values.into_iter().zip(wanted) {
+                match exponent {
+                    255 => assert!(got.is_nan(), "{got} on {isa}"),
+                    _ => assert_eq!(f64::from(got), wanted, "exponent {exponent} on {isa}"),
+                }
+            }
+        }
     }
 }
 

@@ -1,0 +1,34 @@
+//! Phi-3.5-MoE (`model_type: phimoe`, arXiv 2404.14219): a sparse mixer of two experts, experts in `block_sparse_moe` with the
+//! names of Mixtral's; layer norms, biases in attention and on the output. Positions stretched by factors of their own
+//! (`longrope`), which the published model has, are not here.
+
+use super::config::Config;
+use super::mixtral;
+use super::transformer::{self, Defaults};
+use crate::error::Result;
+use crate::routing::scores::Scoring;
+use crate::spec::{AttentionBias, ModelSpec, MoeSpec, Norm};
+
+pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+    let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
+    if spec.top_k != 2 {
+        // Other numbers have no published meaning: transformers picks two, whatever the configuration says.
+        return Err(config.error("num_experts_per_tok", "2", &spec.top_k.to_string()));
+    }
+    let jitter = config.optional_number("router_jitter_noise")?.unwrap_or(0.01) as f32;
+    Ok(MoeSpec { scoring: Scoring::sparse_mixer(jitter), names: mixtral::names(), ..spec })
+}
+
+pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 1e6, max_positions: 131_072 };
+    let spec = transformer::model_spec(config, "phimoe", moe_spec(config)?, defaults)?;
+    transformer::refuse_sliding_window(config, spec.max_positions)?;
+    let flag = |key: &str| -> Result<bool> { Ok(config.optional_flag(key)?.unwrap_or(false)) };
+    Ok(ModelSpec {
+        norm: Norm::Layer,
+        attention_bias: if flag("attention_bias")? { AttentionBias::All } else { AttentionBias::None },
+        output_bias: flag("lm_head_bias")?,
+        ffn: "block_sparse_moe".into(),
+        ..spec
+    })
+}
