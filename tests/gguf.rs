@@ -15,11 +15,13 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// A file and the goldens of its model.
-const FILES: [(&str, &str); 6] = [
+const FILES: [(&str, &str); 8] = [
     ("llama", "zoo/mixtral/goldens.safetensors"),
     ("olmoe", "gguf/olmoe.goldens.safetensors"),
     ("qwen2moe", "zoo/qwen2_moe/goldens.safetensors"),
     ("qwen3moe", "zoo/qwen3_moe/goldens.safetensors"),
+    ("glm4moe", "zoo/glm4_moe/goldens.safetensors"),
+    ("granitemoe", "zoo/granitemoe/goldens.safetensors"),
     ("deepseek2", "zoo/deepseek_v3/goldens.safetensors"),
     ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
 ];
