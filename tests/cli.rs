@@ -570,6 +570,27 @@ fn a_limit_that_small_batches_switch_off_is_told() {
 }
 
 #[test]
+fn tune_measures_expert_caches_of_several_budgets() {
+    let arguments = ["tune", "--tokens", "400", "--expert-cache", "2MiB,6MiB", "--cache-bonus", "0,0.2"];
+    let report = json(&[&arguments[..], &["--json"]].concat());
+    let rows = report["rows"].as_array().unwrap();
+    let budgets: Vec<f64> = rows.iter().map(|row| number(row, "expert_cache_bytes")).collect();
+    assert_eq!(budgets, [2.0, 2.0, 6.0, 6.0].map(|budget: f64| budget * f64::from(1 << 20)));
+    for row in rows {
+        assert!(number(row, "tokens_per_second") > 0.0 && number(row, "bytes_read_per_token") > 0.0, "{row}");
+    }
+    let cached: Vec<f64> = rows.iter().map(|row| number(row, "cached_experts")).collect();
+    assert!(
+        cached[0] >= 1.0 && cached[0] == cached[1] && cached[2] > cached[1] && cached[2] == cached[3],
+        "{cached:?}"
+    );
+    assert!(number(&rows[2], "bytes_read_per_token") < number(&rows[0], "bytes_read_per_token"));
+    assert!(number(&rows[3], "hit_rate") > number(&rows[2], "hit_rate"));
+    let table = String::from_utf8(run(&arguments).stdout).unwrap();
+    assert!(table.contains("budget") && table.contains("6.3 MB"), "{table}");
+}
+
+#[test]
 fn tune_prints_its_front_and_one_to_take() {
     let arguments = ["tune", "--tokens", "700", "--cached-experts", "8,16", "--cache-bonus", "0,0.2", "--top-k", "3,4"];
     let report = json(&[&arguments[..], &["--json"]].concat());
@@ -712,7 +733,7 @@ fn generate_on_an_expert_cache_says_the_same_whatever_is_read_ahead() {
 
 #[test]
 fn what_an_expert_cache_cannot_do_ends_with_code_2() {
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
         (
             &["generate", "--prompt", "a", "--expert-cache", "10KiB"],
             "expert cache budget is 10240 bytes: expected at least ",
@@ -721,7 +742,11 @@ fn what_an_expert_cache_cannot_do_ends_with_code_2() {
         (&["compare", "--router", "cache", "--expert-cache", "1MiB", "--cached-experts", "4"], "give one of them"),
         (&["generate", "--prompt", "a", "--prefetch", "off"], "--expert-cache <BYTES>"),
         (&["logits", "--ids", "1", "--out", "x", "--expert-cache", "many"], "invalid value 'many'"),
-        (&["tune", "--expert-cache", "2MiB"], "unexpected argument '--expert-cache'"),
+        (&["tune", "--expert-cache", "2MiB", "--cached-experts", "4"], "cannot be used with '--cached-experts"),
+        (
+            &["tune", "--tokens", "64", "--expert-cache", "1KiB"],
+            "expert cache budget is 1024 bytes: expected at least ",
+        ),
     ];
     for (arguments, expected) in cases {
         let output = run(arguments);

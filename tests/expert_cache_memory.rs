@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::experts::cache::{CacheOptions, ExpertCache, Scope};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
+use phase_moe::experts::store::{self, ExpertStore, Part, Piece};
 
 /// Bytes of slabs now, and the most since the last look.
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -57,7 +57,7 @@ fn slabs_never_take_more_than_the_budget() {
         dtype: Dtype::F32,
         rows: rows(layer),
         columns: 256,
-        layout: Layout::Rows,
+        layout: store::Layout::Rows,
     };
     let layers = (0..3).map(|layer| (0..8).map(|id| vec![piece(layer, id)]).collect()).collect();
     let store = Arc::new(ExpertStore::new(vec![("memory".into(), Arc::new(file))], layers).unwrap());

@@ -10,7 +10,6 @@ use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
 use phase_moe::experts::cache::CacheOptions;
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::slab::Slab;
 use phase_moe::experts::store::Part;
 use phase_moe::layer::{MoeLayer, Routing};
 use phase_moe::spec::ModelSpec;
@@ -314,8 +313,8 @@ fn in_floats(files: &ModelFiles, spec: &ModelSpec, directory: &Path) {
         for (part, name) in [(Part::GateUp, "gate_up_proj"), (Part::Down, "down_proj")] {
             let (_, [rows, columns]) = store.piece(layer, 0, part).unwrap();
             let numbers = (0..spec.moe.experts).flat_map(|expert| {
-                let mut slab = Slab::new(store.slab_bytes(layer));
-                store.load(layer, expert, &mut slab).unwrap().matrix(part).unwrap().to_f32()
+                let mut slabs = store.slabs(layer, expert).unwrap();
+                store.load(layer, expert, &mut slabs).unwrap().matrix(part).unwrap().to_f32()
             });
             let name = format!("model.layers.{layer}.mlp.experts.{name}");
             tensors.push((name, vec![spec.moe.experts, rows, columns], numbers.collect()));

@@ -4,8 +4,9 @@
 //! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files whose least
 //! recently used experts' pages are dropped after every step; *lru*, an expert cache without anything else; *cache*, the
 //! same with admission by affinity and the memory-aware router (bonus 0.15 of the score range, at most 10 % of a token's gate
-//! mass). Memory is touched once before anything is timed. Perplexity is that of decode over the bundled text with as many
-//! experts in memory; random weights have none.
+//! mass). A run begins with nothing in memory. What its first half of tokens needs is mostly read for the first time; rates, hits and
+//! bytes are those of the second half, and the first half's tokens per second stand beside them. Memory is touched before every run.
+//! Perplexity is that of decode over the bundled text with as many experts in memory; random weights have none.
 //!
 //! ```text
 //! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
@@ -57,7 +58,7 @@ struct Options {
     /// Budgets as shares of all experts' bytes
     #[arg(long, value_delimiter = ',', default_value = "0.05,0.1,0.25,0.5,0.75,1")]
     shares: Vec<f64>,
-    /// Tokens that are decoded [default: 512 of the bundled model, 48 of the other]
+    /// Tokens that are decoded, in two halves [default: 1024 of the bundled model, 96 of the other]
     #[arg(long)]
     tokens: Option<usize>,
     /// Tokens of text for perplexity
@@ -91,6 +92,8 @@ struct Row {
     mode: Mode,
     budget_share: f64,
     tokens_per_second: f64,
+    /// Of the first half, from nothing in memory.
+    cold_tokens_per_second: f64,
     hit_rate: Option<f64>,
     belady_hit_rate: Option<f64>,
     bytes_read_per_token: f64,
@@ -153,7 +156,7 @@ impl Subject {
                 (files.decoder(&options)?, ids, None)
             }
         };
-        let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 512 } else { 48 });
+        let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 1024 } else { 96 });
         let ids = ids.get(..tokens).context("as many tokens of text")?;
         let (mut logits, mut inputs) = (Vec::new(), Vec::new());
         decoder.forward(&Batch::new(&[ids])?, &mut decoder.batch_state(), |_, routing| {
@@ -199,11 +202,19 @@ impl Subject {
         let (mut states, mut scratch) = (vec![RouteState::default(); layers], Scratch::default());
         let (mut assignment, mut resident) = (Assignment::default(), ExpertSet::new(moe.experts)?);
         let mut logs = vec![RequestLog::default(); layers];
+        let mut cold_logs = logs.clone();
         let mut output = vec![0.0; moe.hidden];
         let (mut hits, mut requests) = (0, 0);
-        let before = disk_bytes();
-        let started = Instant::now();
+        let half = self.tokens / 2;
+        let (mut before, mut cold) = (Reads::of(&experts), f64::NAN);
+        let mut started = Instant::now();
         for token in 0..self.tokens {
+            if token == half {
+                cold = half as f64 / started.elapsed().as_secs_f64();
+                (hits, requests) = (0, 0);
+                cold_logs = logs.clone();
+                (before, started) = (Reads::of(&experts), Instant::now());
+            }
             for layer in 0..layers {
                 let row = &self.logits[layer][token * moe.experts..][..moe.experts];
                 let scores = moe.scoring.scores(&Logits::new(row, 1, moe.experts)?, None)?;
@@ -224,19 +235,19 @@ impl Subject {
             }
         }
         let seconds = started.elapsed().as_secs_f64();
-        let (bytes, waiting) = match &experts {
-            Source::Cached(cache) => {
-                let statistics = cache.statistics();
-                let waiting = statistics.waiting.as_secs_f64();
-                (statistics.bytes_read as f64, (waiting > 0.1).then(|| 1e-9 * statistics.bytes_read as f64 / waiting))
-            }
-            Source::Mapped(_) => ((disk_bytes() - before) as f64, None),
-        };
+        let after = Reads::of(&experts);
+        let (bytes, waiting) = (
+            (after.bytes - before.bytes) as f64,
+            after.waiting.zip(before.waiting).map(|(after, before)| after - before),
+        );
+        let timed = self.tokens - half;
         let kept = match &experts {
             Source::Cached(cache) => cache.capacity(0),
             Source::Mapped(_) => cached,
         };
-        let belady: usize = logs.iter().map(|log| log.most_hits(kept.min(moe.experts))).sum();
+        // Belady knows all tokens; of the hits it has at most, the second half's are what it gains by it.
+        let belady = |logs: &[RequestLog]| logs.iter().map(|log| log.most_hits(kept.min(moe.experts))).sum::<usize>();
+        let belady = belady(&logs) - belady(&cold_logs);
         let perplexity = match (&self.text, mode) {
             (None, _) => None,
             (Some(_), Mode::Mapped | Mode::Lru) => Some(0.0),
@@ -251,13 +262,32 @@ impl Subject {
             model: if self.which == Which::Tiny { "tiny-moe" } else { "olmoe-shape" },
             mode,
             budget_share: share,
-            tokens_per_second: self.tokens as f64 / seconds,
+            tokens_per_second: timed as f64 / seconds,
+            cold_tokens_per_second: cold,
             hit_rate: rate(hits),
             belady_hit_rate: rate(belady),
-            bytes_read_per_token: bytes / self.tokens as f64,
+            bytes_read_per_token: bytes / timed as f64,
             perplexity_vs_dropless: perplexity,
-            waiting_gb_per_second: waiting,
+            waiting_gb_per_second: waiting.filter(|&seconds| seconds > 0.1).map(|seconds| 1e-9 * bytes / seconds),
         })
+    }
+}
+
+/// What was read so far, and the seconds that steps waited for it.
+struct Reads {
+    bytes: u64,
+    waiting: Option<f64>,
+}
+
+impl Reads {
+    fn of(experts: &Source) -> Self {
+        match experts {
+            Source::Cached(cache) => {
+                let statistics = cache.statistics();
+                Self { bytes: statistics.bytes_read, waiting: Some(statistics.waiting.as_secs_f64()) }
+            }
+            Source::Mapped(_) => Self { bytes: disk_bytes(), waiting: None },
+        }
     }
 }
 
@@ -373,9 +403,9 @@ fn main() -> Result<()> {
     for &which in &options.models {
         let subject = Subject::new(which, &options)?;
         table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(&subject.checkpoint)?);
-        touch(&subject)?;
         for &share in &options.shares {
             for mode in [Mode::Mapped, Mode::Lru, Mode::Cache] {
+                touch(&subject)?;
                 let row = subject.run(mode, share)?;
                 eprintln!("{}", serde_json::to_string(&row)?);
                 table.rows.push(row);
@@ -388,17 +418,18 @@ fn main() -> Result<()> {
     }
     println!("direct reads {:.2} GB/s", table.disk_gb_per_second);
     println!(
-        "| model | budget | mode | tokens/s | hits | Belady | MB read a token | GB/s while waiting | perplexity |"
+        "| model | budget | mode | tokens/s | cold | hits | Belady | MB read a token | GB/s while waiting | perplexity |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     for row in &table.rows {
         let percent = |share: Option<f64>| share.map_or("–".into(), |share| format!("{:.1} %", 100.0 * share));
         println!(
-            "| {} | {:.0} % | {} | {:.1} | {} | {} | {:.2} | {} | {} |",
+            "| {} | {:.0} % | {} | {:.1} | {:.1} | {} | {} | {:.2} | {} | {} |",
             row.model,
             100.0 * row.budget_share,
             serde_json::to_value(row.mode)?.as_str().unwrap_or_default(),
             row.tokens_per_second,
+            row.cold_tokens_per_second,
             percent(row.hit_rate),
             percent(row.belady_hit_rate),
             1e-6 * row.bytes_read_per_token,

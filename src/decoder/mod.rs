@@ -238,6 +238,15 @@ impl Decoder {
         self.moe_layers().find_map(MoeLayer::cached).map(CachedExperts::cache)
     }
 
+    /// Has the experts of all layers come from another cache; clones of the decoder keep theirs.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::with_cached`].
+    pub fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
+        let layers = self.moe_layers_mut().enumerate();
+        layers.into_iter().try_for_each(|(at, layer)| layer.set_cached(CachedExperts::new(cache.clone(), at)))
+    }
+
     /// The MoE layers, of all blocks that have one.
     pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
         self.blocks.iter().filter_map(Block::moe)

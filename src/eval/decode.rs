@@ -59,6 +59,8 @@ pub struct DecodeFigures {
     pub belady_hits: Option<u64>,
     /// Kept gate mass / gate mass of plain top-k; `None` where nobody looked, or that has none.
     pub gate_mass_kept: Option<f64>,
+    /// Bytes that an expert cache read; `None` without one.
+    pub bytes_read: Option<u64>,
     /// Time of all forward passes.
     pub time: Duration,
 }
@@ -125,7 +127,8 @@ impl Decoding {
     }
 
     /// Decodes `batches`, a sequence after the other, in a forward pass a token, with keys and values kept. `progress` is called
-    /// after each sequence with its tokens.
+    /// after each sequence with its tokens. Where the experts are in an expert cache, that one says what is in fast memory, in place of
+    /// the number, policy and admission here.
     ///
     /// # Errors
     /// As [`Decoding::run`].
@@ -138,8 +141,12 @@ impl Decoding {
         let mut decoder = decoder.clone();
         decoder.set_router(self.router.clone(), None);
         let (layers, experts) = (decoder.spec().layers, decoder.spec().moe.experts);
-        let memory = ExpertMemory::new(layers, experts, self.cached_experts, self.policy, self.admission)?;
-        let mut state = decoder.generation_state().with_memory(memory);
+        let before = decoder.expert_cache().map(|cache| cache.statistics());
+        let mut state = decoder.generation_state();
+        if before.is_none() {
+            let memory = ExpertMemory::new(layers, experts, self.cached_experts, self.policy, self.admission)?;
+            state = state.with_memory(memory);
+        }
         let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());
         for (batch, row) in batches.iter().flat_map(|batch| (0..batch.sequences()).map(move |row| (batch, row))) {
             let first = row * batch.positions();
@@ -158,6 +165,12 @@ impl Decoding {
         figures.perplexity = perplexity.value();
         if let Some(memory) = state.memory() {
             (figures.requests, figures.hits, figures.misses) = (memory.requests(), memory.hits(), memory.misses());
+        }
+        if let Some((cache, before)) = decoder.expert_cache().zip(before) {
+            let statistics = cache.statistics().since(&before);
+            (figures.requests, figures.hits, figures.misses) =
+                (statistics.requests, statistics.hits, statistics.misses);
+            figures.bytes_read = Some(statistics.bytes_read);
         }
         Ok(figures)
     }

@@ -5,7 +5,9 @@
 //! whose perplexity is within a tolerance of the model as it is (ties: fewer experts in memory, then lower perplexity).
 //!
 //! Quality figures come from whole forward passes over all of the text, tokens per second are the median of decoding its
-//! first sequences token by token. Knows nothing of where the bytes of an expert are read from: `bytes per token = misses · bytes per expert / tokens`.
+//! first sequences token by token. With [`FastMemory::Counted`] all experts are in memory and `bytes per token = misses · bytes per expert /
+//! tokens` is what a memory of that size would read; with [`FastMemory::Cache`] the timed sequences run on an expert cache of that
+//! budget, one setting after the other, and bytes are those that were read after the first of them.
 
 use std::sync::Arc;
 
@@ -14,11 +16,28 @@ use serde::Serialize;
 use super::decode::{DecodeFigures, Decoding};
 use super::perplexity::Perplexity;
 use crate::decoder::{Batch, Decoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::experts::admission::Admission;
+use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::experts::residency::Policy;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::topk::TopK;
+
+/// What experts have for fast memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum FastMemory {
+    /// Room for so many experts of a layer, of which account is kept.
+    Counted {
+        /// How many.
+        experts: usize,
+        /// Who leaves.
+        policy: Policy,
+        /// Who enters.
+        admission: Admission,
+    },
+    /// An expert cache, per layer. The decoder must have its experts in one already: another of this kind takes its place.
+    Cache(CacheOptions),
+}
 
 /// What is swept, and over what.
 #[derive(Clone, Debug)]
@@ -27,14 +46,10 @@ pub struct Sweep {
     pub top_k: Vec<usize>,
     /// Bonuses of resident experts, in score ranges.
     pub bonus: Vec<f64>,
-    /// Experts of a layer in fast memory.
-    pub cached_experts: Vec<usize>,
+    /// Fast memories.
+    pub memories: Vec<FastMemory>,
     /// The router, but for its bonus.
     pub cache: CacheRouter,
-    /// Who leaves fast memory.
-    pub policy: Policy,
-    /// Who enters it.
-    pub admission: Admission,
     /// Sequences that are decoded token by token for the clock.
     pub timed_sequences: usize,
 }
@@ -48,6 +63,9 @@ pub struct TuneRow {
     pub cache_bonus: f64,
     /// Experts of a layer in fast memory.
     pub cached_experts: usize,
+    /// Budget of the expert cache; `None` where account was kept of a memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_cache_bytes: Option<u64>,
     /// Hits / requests.
     pub hit_rate: Option<f64>,
     /// The same for the best policy there could be on these requests.
@@ -58,7 +76,7 @@ pub struct TuneRow {
     pub gate_mass_kept: Option<f64>,
     /// Tokens per second in decode.
     pub tokens_per_second: f64,
-    /// Misses times the bytes of an expert, over tokens.
+    /// Misses times the bytes of an expert, over tokens; with an expert cache what it read.
     pub bytes_read_per_token: f64,
     /// Whether no other row is better, see above.
     pub pareto: bool,
@@ -80,14 +98,15 @@ impl TuneRow {
 impl Sweep {
     /// Runs of the model that it takes: passes over the text.
     pub fn settings(&self) -> usize {
-        self.top_k.len() * self.bonus.len() * self.cached_experts.len()
+        self.top_k.len() * self.bonus.len() * self.memories.len()
     }
 
     /// Measures every setting on `batches`. `progress` is called after each with its tokens.
     ///
     /// # Errors
-    /// [`crate::error::Error::Parameter`] for a bonus or more cached experts than there can be,
-    /// [`crate::error::Error::TopKZero`], [`crate::error::Error::TopKExceedsExperts`]; whatever the forward pass reports.
+    /// [`Error::Parameter`] for a bonus or more cached experts than there can be and for a budget that no expert fits,
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::Shape`] for a budget where the decoder has no expert cache; whatever
+    /// the forward pass reports.
     pub fn run(
         &self,
         decoder: &Decoder,
@@ -95,33 +114,51 @@ impl Sweep {
         bytes_per_expert: u64,
         mut progress: impl FnMut(u64),
     ) -> Result<Vec<TuneRow>> {
-        let (mut rows, mut settings) = (Vec::with_capacity(self.settings()), Vec::with_capacity(self.settings()));
+        let timed = self.timed(batches)?;
+        let (mut rows, mut counted) = (Vec::with_capacity(self.settings()), Vec::new());
         for &top_k in &self.top_k {
             let mut decoder = decoder.clone();
             decoder.set_top_k(top_k)?;
-            for &cached_experts in &self.cached_experts {
+            for &memory in &self.memories {
                 for &bonus in &self.bonus {
                     let router = Arc::new(self.cache.clone().with_bonus(bonus)?);
-                    let (policy, admission) = (self.policy, self.admission);
-                    let decoding = Decoding { router, cached_experts, policy, admission };
-                    let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
-                    rows.push(row(top_k, bonus, cached_experts, &figures, bytes_per_expert));
-                    settings.push((decoder.clone(), decoding));
-                    progress(figures.tokens);
+                    match memory {
+                        FastMemory::Counted { experts, policy, admission } => {
+                            let decoding = Decoding { router, cached_experts: experts, policy, admission };
+                            let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
+                            counted.push((rows.len(), decoder.clone(), decoding));
+                            rows.push(row(top_k, bonus, experts, &figures, bytes_per_expert));
+                        }
+                        FastMemory::Cache(options) => {
+                            // Gone before the next one comes, so that there is never more than one budget.
+                            let mut decoder = decoder.clone();
+                            let cache = Arc::new(another_cache(&decoder, options)?);
+                            decoder.set_expert_cache(&cache)?;
+                            let layers = 0..cache.store().layers();
+                            let cached_experts = layers.map(|layer| cache.capacity(layer)).min().unwrap_or(0);
+                            let CacheOptions { policy, admission, .. } = options;
+                            let decoding = Decoding { router, cached_experts, policy, admission };
+                            let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
+                            let mut row = row(top_k, bonus, cached_experts, &figures, bytes_per_expert);
+                            row.expert_cache_bytes = Some(options.budget_bytes as u64);
+                            time_cached(&mut row, &decoding, &decoder, &timed)?;
+                            rows.push(row);
+                        }
+                    }
+                    progress(batches.iter().map(Batch::live_tokens).sum());
                 }
             }
         }
         // In turns, so that a busy neighbour meets all of them.
-        let mut rates = vec![Vec::with_capacity(self.timed_sequences); rows.len()];
-        for batch in self.timed(batches)? {
-            for ((decoder, decoding), rates) in settings.iter().zip(&mut rates) {
-                let clock = decoding.run_by_token(decoder, std::slice::from_ref(&batch), |_| ())?;
+        let mut rates = vec![Vec::with_capacity(timed.len()); counted.len()];
+        for batch in &timed {
+            for ((_, decoder, decoding), rates) in counted.iter().zip(&mut rates) {
+                let clock = decoding.run_by_token(decoder, std::slice::from_ref(batch), |_| ())?;
                 rates.push(clock.tokens_per_second());
             }
         }
-        for (row, rates) in rows.iter_mut().zip(&mut rates) {
-            rates.sort_by(f64::total_cmp);
-            row.tokens_per_second = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
+        for ((row, ..), rates) in counted.iter().zip(rates) {
+            rows[*row].tokens_per_second = median(rates);
         }
         for at in 0..rows.len() {
             rows[at].pareto = !rows.iter().any(|other| rows[at].is_beaten_by(other));
@@ -141,6 +178,36 @@ impl Sweep {
     }
 }
 
+/// An empty cache over the store of a decoder's own.
+fn another_cache(decoder: &Decoder, options: CacheOptions) -> Result<ExpertCache> {
+    let own = decoder.expert_cache();
+    let store = own.ok_or_else(|| Error::shape("decoder", "one with an expert cache", "one without"))?.store().clone();
+    ExpertCache::new(store.clone(), options.sparing(&store))
+}
+
+/// Decodes the timed sequences from an empty logical set; the first one's reads do not count where there are more.
+fn time_cached(row: &mut TuneRow, decoding: &Decoding, decoder: &Decoder, timed: &[Batch]) -> Result<()> {
+    if let Some(cache) = decoder.expert_cache() {
+        cache.forget()?;
+    }
+    let (mut rates, mut tokens, mut bytes) = (Vec::with_capacity(timed.len()), 0, 0);
+    for (at, batch) in timed.iter().enumerate() {
+        let clock = decoding.run_by_token(decoder, std::slice::from_ref(batch), |_| ())?;
+        rates.push(clock.tokens_per_second());
+        if at > 0 || timed.len() == 1 {
+            (tokens, bytes) = (tokens + clock.tokens, bytes + clock.bytes_read.unwrap_or(0));
+        }
+    }
+    row.tokens_per_second = median(rates);
+    row.bytes_read_per_token = bytes as f64 / tokens.max(1) as f64;
+    Ok(())
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).copied().unwrap_or(0.0)
+}
+
 fn row(
     top_k: usize,
     cache_bonus: f64,
@@ -152,6 +219,7 @@ fn row(
         top_k,
         cache_bonus,
         cached_experts,
+        expert_cache_bytes: None,
         hit_rate: figures.hit_rate(),
         belady_hit_rate: figures.belady_hit_rate(),
         perplexity: figures.perplexity,
@@ -194,6 +262,7 @@ mod tests {
             top_k: 2,
             cache_bonus: 0.0,
             cached_experts,
+            expert_cache_bytes: None,
             hit_rate: Some(hit_rate),
             belady_hit_rate: None,
             perplexity,

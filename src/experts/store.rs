@@ -1,18 +1,18 @@
 //! Experts in their files: where each one's projections lie, how they are read into a [`Slab`], and what they must be.
 //!
 //! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes: a tensor of a safetensors or
-//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, pieces that share pages at once,
-//! so that a file that can be read past the page cache needs no copy; a piece then begins anywhere in its first page, which the
-//! engine does not mind. All experts of the same shapes take slabs of the same size. A piece of another [`Layout`] than row by row
-//! is read beside the slab, a chunk at a time, and brought into form on the way.
+//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, so that a file that can be read past
+//! the page cache needs no copy; a piece then begins anywhere in its first page, which the engine does not mind. A small expert takes
+//! one slab, and pieces that share pages are read at once; of a large one every piece has its own, so that several readers can work on
+//! it. All experts of the same shapes take slabs of the same sizes. A piece of another [`Layout`] than row by row is read beside its slab, a
+//! chunk at a time, and brought into form on the way.
 //!
-//! A checksum of each expert's bytes is taken when it is first loaded, and every later load must give the same.
+//! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
 //! ```
 //! # let directory = tempfile::tempdir().unwrap();
 //! # let path = directory.path().join("model.safetensors");
 //! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::experts::slab::Slab;
 //! use phase_moe::experts::store::{ExpertStore, Part, Piece};
 //!
 //! // Two experts of width 1 on a hidden width of 2; the up projections are stacked.
@@ -29,8 +29,8 @@
 //! };
 //! let store = ExpertStore::new(file.sources().to_vec(), vec![vec![expert(0)?, expert(1)?]])?;
 //!
-//! let mut slab = Slab::new(store.slab_bytes(0));
-//! let loaded = store.load(0, 1, &mut slab)?;
+//! let mut slabs = store.slabs(0, 1)?;
+//! let loaded = store.load(0, 1, &mut slabs)?;
 //! let up = loaded.matrix(Part::Up).unwrap();
 //! assert_eq!((up.shape(), up.row(0)), ([1, 2], [3.0f32, 4.0].map(f32::to_le_bytes).as_flattened()));
 //! # Ok::<(), phase_moe::error::Error>(())
@@ -119,46 +119,6 @@ impl Piece {
         Ok(Self { part, source, offset, dtype, rows, columns, layout: Layout::Rows })
     }
 
-    /// Expert `expert` of a stack `[experts, rows, columns]` in MXFP4 as Hugging Face writes it: bytes `{name}_blocks` `[experts, rows,
-    /// columns / 32, 16]` and `{name}_scales` `[experts, rows, columns / 32]`.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] for a tensor that is not there, of another shape or not of bytes, [`Error::ExpertOutOfRange`].
-    pub fn mxfp4(checkpoint: &Checkpoint, part: Part, name: &str, shape: [usize; 3], expert: usize) -> Result<Self> {
-        let [experts, rows, columns] = shape;
-        if expert >= experts {
-            let id = i64::try_from(expert).unwrap_or(i64::MAX);
-            return Err(Error::ExpertOutOfRange { operand: name.into(), id, expected: format!("one of {experts}") });
-        }
-        let find = |suffix: &str, shape: &[usize]| {
-            let name = format!("{name}_{suffix}");
-            let entry = checkpoint.entry(&name)?;
-            if entry.dtype != StoredDtype::U8 || entry.shape != shape {
-                let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
-                let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
-                return Err(Error::Checkpoint { file, detail });
-            }
-            let bytes = entry.bytes / experts;
-            Ok((entry.source(), entry.offset() + (expert * bytes) as u64))
-        };
-        let blocks = columns / mxfp4::WEIGHTS;
-        let (source, offset) = find("blocks", &[experts, rows, blocks, mxfp4::BLOCK_BYTES])?;
-        let (scales_source, scales) = find("scales", &[experts, rows, blocks])?;
-        let layout = Layout::Apart { source: scales_source, scales };
-        Ok(Self { part, source, offset, dtype: Dtype::Mxfp4, rows, columns, layout })
-    }
-
-    /// The same bytes as the matrix whose columns they hold one after the other.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for weights that share blocks.
-    pub fn transposed(self) -> Result<Self> {
-        if self.dtype.is_quantized() || self.layout != Layout::Rows {
-            return Err(Error::shape("piece of columns", "floats row by row", self.dtype));
-        }
-        Ok(Self { rows: self.columns, columns: self.rows, layout: Layout::Columns, ..self })
-    }
-
     /// Some of the rows: an expert of a stack.
     ///
     /// # Errors
@@ -188,12 +148,13 @@ impl Piece {
     }
 }
 
-/// A piece in the slab.
+/// A piece in its slab.
 #[derive(Debug)]
 struct Placed {
     part: Part,
     dtype: Dtype,
     shape: [usize; 2],
+    slab: usize,
     bytes: Range<usize>,
     /// Once all is read, blocks get their order.
     to_turn: bool,
@@ -213,13 +174,32 @@ struct Run {
     scatter: Option<Scatter>,
 }
 
+impl Run {
+    /// Bytes of a file that go elsewhere than where they are read to.
+    fn scattered(source: usize, bytes: Range<u64>, file_end: u64, scatter: Scatter) -> Self {
+        let page = PAGE_BYTES as u64;
+        let offset = bytes.start / page * page;
+        let in_run = |position: u64| (position - offset) as usize;
+        let pieces = in_run(bytes.start)..in_run(bytes.end);
+        let bytes = 0..in_run(bytes.end.next_multiple_of(page).min(file_end));
+        Self { source, offset, bytes, pieces, scatter: Some(scatter) }
+    }
+}
+
+/// What is read into one slab.
+#[derive(Debug)]
+struct Filling {
+    runs: Vec<Run>,
+    checksum: OnceLock<u64>,
+}
+
 /// An expert's place.
 #[derive(Debug)]
 struct Stored {
     pieces: Vec<Placed>,
-    runs: Vec<Run>,
-    slab_bytes: usize,
-    checksum: OnceLock<u64>,
+    /// One for each slab.
+    fillings: Vec<Filling>,
+    slab_bytes: Vec<usize>,
 }
 
 /// All experts of a model, in their files.
@@ -231,7 +211,7 @@ pub struct ExpertStore {
     first: Vec<usize>,
 }
 
-/// How far an expert's load has come.
+/// How far the load of one of an expert's slabs has come.
 #[derive(Default)]
 pub(crate) struct Load {
     run: usize,
@@ -245,7 +225,7 @@ pub(crate) struct Load {
 /// What a step of a load did.
 pub(crate) struct Chunk {
     pub(crate) bytes: usize,
-    /// The expert is there, whole and as it was.
+    /// The slab is there, whole and as it was.
     pub(crate) last: bool,
 }
 
@@ -279,9 +259,9 @@ impl ExpertStore {
         self.keys(layer).len()
     }
 
-    /// Bytes of the largest slab that an expert of a layer takes; 0 for a layer that is not there.
+    /// Bytes of memory that the largest expert of a layer takes, whole pages; 0 for a layer that is not there.
     pub fn slab_bytes(&self, layer: usize) -> usize {
-        self.keys(layer).map(|key| self.experts[key].slab_bytes).max().unwrap_or(0)
+        self.keys(layer).map(|key| self.slab_bytes_of(key).iter().sum()).max().unwrap_or(0)
     }
 
     /// Type and shape `[rows, columns]` of a part of an expert; `None` where there is none.
@@ -290,25 +270,39 @@ impl ExpertStore {
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }
 
-    /// Loads an expert into a slab.
+    /// Memory for an expert, all 0.
+    ///
+    /// # Errors
+    /// [`Error::ExpertOutOfRange`] for an expert that is not there.
+    pub fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
+        Ok(self.slab_bytes_of(self.key(layer, expert)?).iter().map(|&bytes| Slab::new(bytes)).collect())
+    }
+
+    /// Loads an expert into memory as [`ExpertStore::slabs`] makes it.
     ///
     /// # Errors
     /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
-    /// not there, [`Error::Shape`] for a slab that is too small.
-    pub fn load<'a>(&'a self, layer: usize, expert: usize, slab: &'a mut Slab) -> Result<LoadedExpert<'a>> {
-        let experts = self.experts(layer);
-        if expert >= experts {
-            let (operand, id) = (format!("layer {layer}"), i64::try_from(expert).unwrap_or(i64::MAX));
-            return Err(Error::ExpertOutOfRange { operand, id, expected: format!("one of {experts}") });
-        }
-        let key = self.keys(layer).start + expert;
+    /// not there, [`Error::Shape`] for slabs that are too few or too small.
+    pub fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
+        let key = self.key(layer, expert)?;
         let bytes = self.slab_bytes_of(key);
-        if slab.size() < bytes {
-            return Err(Error::shape("slab", format!("{bytes} bytes"), slab.size()));
+        let got: Vec<usize> = slabs.iter().map(Slab::size).collect();
+        if got.len() != bytes.len() || got.iter().zip(bytes).any(|(got, bytes)| got < bytes) {
+            return Err(Error::shape("slabs", format!("{bytes:?} bytes"), format!("{got:?}")));
         }
-        let mut load = Load::default();
-        while !self.read_chunk(key, &mut load, slab).map_err(Error::Expert)?.last {}
-        Ok(self.view(key, slab))
+        for (at, slab) in slabs.iter_mut().enumerate() {
+            let mut load = Load::default();
+            while !self.read_chunk(key, at, &mut load, slab).map_err(Error::Expert)?.last {}
+        }
+        Ok(self.view(key, slabs))
+    }
+
+    fn key(&self, layer: usize, expert: usize) -> Result<usize> {
+        self.keys(layer).nth(expert).ok_or_else(|| Error::ExpertOutOfRange {
+            operand: format!("layer {layer}"),
+            id: i64::try_from(expert).unwrap_or(i64::MAX),
+            expected: format!("one of {}", self.experts(layer)),
+        })
     }
 
     /// Keys of a layer's experts; keys count the experts of all layers.
@@ -319,19 +313,26 @@ impl ExpertStore {
         }
     }
 
-    pub(crate) fn slab_bytes_of(&self, key: usize) -> usize {
-        self.experts[key].slab_bytes
+    /// Sizes of an expert's slabs.
+    pub(crate) fn slab_bytes_of(&self, key: usize) -> &[usize] {
+        &self.experts[key].slab_bytes
     }
 
-    /// Reads the next chunk of an expert into a slab that is large enough; the last one is followed by the checksum.
-    pub(crate) fn read_chunk(&self, key: usize, load: &mut Load, slab: &mut Slab) -> Result<Chunk, ExpertFault> {
-        let stored = &self.experts[key];
-        let Some(run) = stored.runs.get(load.run) else {
-            self.verify(key, load)?;
+    /// Reads the next chunk of one of an expert's slabs, which is large enough; the last one is followed by the checksum.
+    pub(crate) fn read_chunk(
+        &self,
+        key: usize,
+        at: usize,
+        load: &mut Load,
+        slab: &mut Slab,
+    ) -> Result<Chunk, ExpertFault> {
+        let filling = &self.experts[key].fillings[at];
+        let Some(run) = filling.runs.get(load.run) else {
+            self.verify(key, filling, load)?;
             return Ok(Chunk { bytes: 0, last: true });
         };
-        let at = run.bytes.start + load.done;
-        let bytes = at..run.bytes.end.min(at + CHUNK_BYTES);
+        let start = run.bytes.start + load.done;
+        let bytes = start..run.bytes.end.min(start + CHUNK_BYTES);
         let offset = run.offset + load.done as u64;
         let part = match run.scatter {
             None => &mut slab.bytes_mut()[bytes.clone()],
@@ -356,20 +357,18 @@ impl ExpertStore {
         if bytes.end == run.bytes.end {
             (load.run, load.done) = (load.run + 1, 0);
         }
-        let last = load.run == stored.runs.len();
+        let last = load.run == filling.runs.len();
         if last {
-            self.verify(key, load)?;
-            for placed in stored.pieces.iter().filter(|placed| placed.to_turn) {
-                let blocks = slab.bytes_mut()[placed.bytes.clone()].as_chunks_mut::<{ Dtype::Mxfp4.block_bytes() }>().0;
-                blocks.iter_mut().for_each(mxfp4::turn);
-            }
+            self.verify(key, filling, load)?;
+            let blocks = self.experts[key].pieces.iter().filter(|placed| placed.slab == at && placed.to_turn);
+            blocks.for_each(|placed| mxfp4::turn_all(&mut slab.bytes_mut()[placed.bytes.clone()]));
         }
         Ok(Chunk { bytes: bytes.len(), last })
     }
 
-    fn verify(&self, key: usize, load: &Load) -> Result<(), ExpertFault> {
+    fn verify(&self, key: usize, filling: &Filling, load: &Load) -> Result<(), ExpertFault> {
         let got = load.hash.finish();
-        let expected = *self.experts[key].checksum.get_or_init(|| got);
+        let expected = *filling.checksum.get_or_init(|| got);
         if got == expected {
             return Ok(());
         }
@@ -378,8 +377,8 @@ impl ExpertStore {
 
     /// Names of the files that an expert is in.
     pub(crate) fn files(&self, key: usize) -> String {
-        let mut files: Vec<&str> =
-            self.experts[key].runs.iter().map(|run| self.sources[run.source].0.as_str()).collect();
+        let runs = self.experts[key].fillings.iter().flat_map(|filling| &filling.runs);
+        let mut files: Vec<&str> = runs.map(|run| self.sources[run.source].0.as_str()).collect();
         files.dedup();
         files.join(", ")
     }
@@ -389,9 +388,9 @@ impl ExpertStore {
         ExpertFault { file, layer, expert: key - self.first[layer], fault }
     }
 
-    /// The expert that was loaded into a slab.
-    pub(crate) fn view<'a>(&'a self, key: usize, slab: &'a Slab) -> LoadedExpert<'a> {
-        LoadedExpert { stored: &self.experts[key], bytes: slab.bytes() }
+    /// The expert that was loaded into its slabs.
+    pub(crate) fn view<'a>(&'a self, key: usize, slabs: &'a [Slab]) -> LoadedExpert<'a> {
+        LoadedExpert { stored: &self.experts[key], slabs }
     }
 }
 
@@ -399,7 +398,7 @@ impl ExpertStore {
 #[derive(Clone, Copy)]
 pub struct LoadedExpert<'a> {
     stored: &'a Stored,
-    bytes: &'a [u8],
+    slabs: &'a [Slab],
 }
 
 impl<'a> LoadedExpert<'a> {
@@ -408,7 +407,8 @@ impl<'a> LoadedExpert<'a> {
         let placed = self.stored.pieces.iter().find(|placed| placed.part == part)?;
         let [rows, columns] = placed.shape;
         // Checked when the store was made.
-        Matrix::new(placed.dtype, rows, columns, &self.bytes[placed.bytes.clone()]).ok()
+        let bytes = &self.slabs[placed.slab].bytes()[placed.bytes.clone()];
+        Matrix::new(placed.dtype, rows, columns, bytes).ok()
     }
 }
 
@@ -418,31 +418,16 @@ impl std::fmt::Debug for LoadedExpert<'_> {
     }
 }
 
-/// Lays an expert's pieces out in a slab.
+/// Lays an expert's pieces out in slabs.
 fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &str) -> Result<Stored> {
-    let (page, mut slab_bytes) = (PAGE_BYTES as u64, 0);
     if pieces.is_empty() {
         return Err(Error::shape(name, "at least one piece", "none"));
     }
-    // In the order of their bytes, with where they end; those that are not read to where they stay come last.
-    let (mut ordered, mut scattered) = (Vec::with_capacity(pieces.len()), Vec::new());
+    // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
+    let (mut slab_bytes, mut numbered) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
     for (at, piece) in pieces.iter().enumerate() {
         if pieces[..at].iter().any(|other| other.part == piece.part) {
             return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
-        }
-        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
-        let fits = match piece.layout {
-            Layout::Rows => true,
-            Layout::Columns => !piece.dtype.is_quantized(),
-            Layout::Apart { .. } => piece.dtype == Dtype::Mxfp4,
-        };
-        if !fits {
-            let got = format!("{:?}", piece.layout);
-            return Err(Error::shape(
-                format!("{:?} of {name}", piece.part),
-                format!("{} row by row", piece.dtype),
-                got,
-            ));
         }
         let end_of = |source: usize, offset: u64, bytes: usize| {
             let Some(((file, _), length)) = sources.get(source).zip(lengths.get(source)) else {
@@ -455,54 +440,65 @@ fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &st
                 Error::Checkpoint { file: file.clone(), detail: format!("{part:?} of {name}: expected {shape}") }
             })
         };
-        // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
-        slab_bytes += bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0);
-        if piece.layout == Layout::Rows {
-            slab_bytes += PAGE_BYTES;
-            ordered.push((piece, end_of(piece.source, piece.offset, bytes)?));
-            continue;
-        }
-        for (source, offset, scatter) in Scatter::of(piece, bytes) {
-            let end = end_of(source, offset, scatter.bytes.saturating_mul(scatter.count))?;
-            scattered.push((piece, source, offset, end, scatter));
-        }
+        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
+        let scatters = Scatter::of(piece, bytes, name)?;
+        let scattered = scatters.into_iter().map(|(source, offset, scatter)| {
+            Ok((source, offset, end_of(source, offset, scatter.file_bytes())?, scatter))
+        });
+        let scattered = scattered.collect::<Result<Vec<_>>>()?;
+        let (end, page) = match piece.layout {
+            Layout::Rows => (end_of(piece.source, piece.offset, bytes)?, PAGE_BYTES),
+            // It begins with its first page.
+            _ => (0, 0),
+        };
+        slab_bytes.push(bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0) + page);
+        numbered.push((at, piece, end, scattered));
     }
-    ordered.sort_by_key(|(piece, end)| (piece.source, piece.offset, *end));
-    let (mut runs, mut placed): (Vec<Run>, Vec<Placed>) = (Vec::new(), Vec::new());
-    let place = |piece: &Piece, bytes: Range<usize>| {
-        let (shape, to_turn) = ([piece.rows, piece.columns], matches!(piece.layout, Layout::Apart { .. }));
-        Placed { part: piece.part, dtype: piece.dtype, shape, bytes, to_turn }
-    };
-    for (piece, end) in ordered {
-        let (offset, file_end) = (piece.offset / page * page, lengths[piece.source]);
-        let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
-        let shares = |run: &Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
-        if !runs.last().is_some_and(shares) {
-            let start = next + (piece.offset - offset) as usize;
-            runs.push(Run { source: piece.source, offset, bytes: next..next, pieces: start..start, scatter: None });
-        }
-        let Some(run) = runs.last_mut() else { continue };
-        let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
-        let bytes = in_slab(piece.offset)..in_slab(end);
-        run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
-        run.pieces.end = run.pieces.end.max(bytes.end);
-        placed.push(place(piece, bytes));
+    let total = slab_bytes.iter().sum();
+    if total <= CHUNK_BYTES {
+        slab_bytes = vec![total];
+        numbered.iter_mut().for_each(|(at, ..)| *at = 0);
     }
-    let mut next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
-    for (piece, source, offset, end, mut scatter) in scattered {
-        let first = offset / page * page;
-        let in_run = |position: u64| (position - first) as usize;
-        // The scales of a piece go between its blocks.
-        if !placed.last().is_some_and(|placed| placed.part == piece.part) {
-            placed.push(place(piece, next..next + scatter.into.len()));
-            next = (next + scatter.into.len()).next_multiple_of(PAGE_BYTES);
+    // In the order of their bytes, those that are not read to where they stay behind all others.
+    numbered
+        .sort_by_key(|(slab, piece, end, scattered)| (*slab, !scattered.is_empty(), piece.source, piece.offset, *end));
+    let mut stored = Stored { pieces: Vec::new(), fillings: Vec::new(), slab_bytes };
+    for pieces in numbered.chunk_by(|(slab, ..), (next, ..)| slab == next) {
+        let slab = stored.fillings.len();
+        let (mut runs, mut free) = (Vec::new(), 0);
+        for (_, piece, end, scattered) in pieces {
+            let bytes = match scattered.first() {
+                None => add(&mut runs, piece, *end, lengths[piece.source]),
+                Some((.., scatter)) => free..free + scatter.slab_bytes(),
+            };
+            free = free.max(bytes.end.next_multiple_of(PAGE_BYTES));
+            for (source, offset, end, scatter) in scattered {
+                runs.push(Run::scattered(*source, *offset..*end, lengths[*source], scatter.into(bytes.clone())));
+            }
+            let (shape, to_turn) = ([piece.rows, piece.columns], matches!(piece.layout, Layout::Apart { .. }));
+            stored.pieces.push(Placed { part: piece.part, dtype: piece.dtype, shape, slab, bytes, to_turn });
         }
-        scatter.into = placed.last().map_or(0..0, |placed| placed.bytes.clone());
-        let bytes = 0..in_run(end.next_multiple_of(page).min(lengths[source]));
-        let pieces = in_run(offset)..in_run(end);
-        runs.push(Run { source, offset: first, bytes, pieces, scatter: Some(scatter) });
+        stored.fillings.push(Filling { runs, checksum: OnceLock::new() });
     }
-    Ok(Stored { pieces: placed, runs, slab_bytes, checksum: OnceLock::new() })
+    Ok(stored)
+}
+
+/// Adds a piece that ends at `end` to the runs of its slab, behind all that begin before it; where in the slab it will be.
+fn add(runs: &mut Vec<Run>, piece: &Piece, end: u64, file_end: u64) -> Range<usize> {
+    let page = PAGE_BYTES as u64;
+    let offset = piece.offset / page * page;
+    let next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+    let shares = |run: &mut Run| run.source == piece.source && offset <= run.offset + (next - run.bytes.start) as u64;
+    let mut run = runs.pop_if(shares).unwrap_or_else(|| {
+        let start = next + (piece.offset - offset) as usize;
+        Run { source: piece.source, offset, bytes: next..next, pieces: start..start, scatter: None }
+    });
+    let in_slab = |position: u64| run.bytes.start + (position - run.offset) as usize;
+    let bytes = in_slab(piece.offset)..in_slab(end);
+    run.bytes.end = run.bytes.end.max(in_slab(end.next_multiple_of(page).min(file_end)));
+    run.pieces.end = run.pieces.end.max(bytes.end);
+    runs.push(run);
+    bytes
 }
 
 #[cfg(test)]

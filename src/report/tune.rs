@@ -25,7 +25,7 @@ impl Display for TuneReport {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}; perplexity {:.3} as it is", self.source, self.plain_perplexity)?;
         writeln!(f, "* nothing with as few experts in memory beats it in tokens/s, hit rate and perplexity\n")?;
-        writeln!(
+        write!(
             f,
             "  {:>5}{:>7}{:>8}{:>10}{:>10}{:>12}{:>10}{:>10}{:>11}{:>12}",
             "top-k",
@@ -39,6 +39,10 @@ impl Display for TuneReport {
             "tokens/s",
             "read/token"
         )?;
+        match self.rows.iter().any(|row| row.expert_cache_bytes.is_some()) {
+            true => writeln!(f, "{:>12}", "budget")?,
+            false => writeln!(f)?,
+        }
         for row in &self.rows {
             self.row(f, if row.pareto { "*" } else { " " }, row)?;
         }
@@ -55,7 +59,7 @@ impl Display for TuneReport {
 impl TuneReport {
     fn row(&self, f: &mut Formatter<'_>, mark: &str, row: &TuneRow) -> fmt::Result {
         let percent = |share: Option<f64>| share.map_or("–".into(), |share| format!("{:.1} %", 100.0 * share));
-        writeln!(
+        write!(
             f,
             "{mark} {:>5}{:>7}{:>8}{:>10}{:>10}{:>12.3}{:>10}{:>10}{:>11.0}{:>12}",
             row.top_k,
@@ -68,6 +72,10 @@ impl TuneReport {
             percent(row.gate_mass_kept),
             row.tokens_per_second,
             format!("{:.1} KB", row.bytes_read_per_token / 1e3)
-        )
+        )?;
+        match row.expert_cache_bytes {
+            Some(bytes) => writeln!(f, "{:>12}", format!("{:.1} MB", bytes as f64 / 1e6)),
+            None => writeln!(f),
+        }
     }
 }

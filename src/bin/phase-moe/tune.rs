@@ -2,10 +2,12 @@
 
 use std::io::Write;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
 use clap::Args;
 use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::eval::tune::{Sweep, plain_perplexity, recommended};
+use phase_moe::eval::tune::{FastMemory, Sweep, plain_perplexity, recommended};
+use phase_moe::experts::cache;
 use phase_moe::report::tune::TuneReport;
 use phase_moe::routing::registry::RouterKind;
 
@@ -14,8 +16,9 @@ use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptio
 
 /// Sweeps cache bonus, experts per token and experts in fast memory over decode of real text; prints the front and one to take.
 ///
-/// Perplexity and hits are those of decoding the text, each token a step. Tokens per second are measured with all experts in
-/// memory; what a miss reads is counted beside.
+/// Perplexity and hits are those of decoding the text, each token a step. With --expert-cache the experts stay in their files, and
+/// tokens per second and bytes are those of decoding on caches of these budgets; without, tokens per second are measured with all
+/// experts in memory, and what a miss would read is counted beside.
 ///
 /// Example: phase-moe tune --cached-experts 8,16 --cache-bonus 0,0.1,0.2 --tokens 8192
 #[derive(Args)]
@@ -39,6 +42,9 @@ pub struct Tune {
     /// Experts of a layer that fit into fast memory [default: a quarter, a half and three quarters of them]
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     cached_experts: Vec<usize>,
+    /// Budgets of an expert cache, for example 64MiB,128MiB, in place of --cached-experts
+    #[arg(long, value_name = "BYTES,..", value_delimiter = ',', conflicts_with = "cached_experts")]
+    expert_cache: Vec<ByteSize>,
     /// Largest share of a token's gate mass that swaps may cost [default: 0.1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     max_mass_loss: Option<f64>,
@@ -64,24 +70,32 @@ impl Tune {
             let message = format!("--max-perplexity-increase is {}: expected a number", self.max_perplexity_increase);
             return Err(UserMistake(message).into());
         }
-        let cache = CacheOptions::of(self.max_mass_loss, self.keep_top).settings(RouterKind::Cache)?;
+        let router = CacheOptions::of(self.max_mass_loss, self.keep_top).settings(RouterKind::Cache)?;
         for &bonus in &self.cache_bonus {
-            cache.clone().with_bonus(bonus)?;
+            router.clone().with_bonus(bonus)?;
         }
+        let MemoryOptions { policy, admission } = self.memory;
+        let budget = |bytes: &ByteSize| -> Result<cache::CacheOptions> {
+            let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
+            Ok(cache::CacheOptions { policy, admission, ..cache::CacheOptions::new(budget) })
+        };
+        let budgets = self.expert_cache.iter().map(budget).collect::<Result<Vec<_>>>()?;
         let files = self.model.files()?;
-        let model = Model::from_files(&files, &LoadOptions::default())?;
+        // The smallest, so that one that no expert fits is found at once.
+        let expert_cache = budgets.iter().copied().min_by_key(|options| options.budget_bytes);
+        let model = Model::from_files(&files, &LoadOptions { expert_cache, ..LoadOptions::default() })?;
         let (name, decoder) = (model.name(), model.decoder());
         let (moe, bytes) = (&decoder.spec().moe, Experts::new(&files.checkpoint, decoder.spec())?.bytes_per_expert);
+        let counted = |experts| FastMemory::Counted { experts, policy, admission };
         let sweep = Sweep {
             top_k: if self.top_k.is_empty() { vec![moe.top_k] } else { self.top_k },
             bonus: self.cache_bonus,
-            cached_experts: match self.cached_experts.is_empty() {
-                true => [1, 2, 3].into_iter().map(|quarters| (moe.experts * quarters / 4).max(1)).collect(),
-                false => self.cached_experts,
+            memories: match self.cached_experts.is_empty() {
+                _ if !budgets.is_empty() => budgets.into_iter().map(FastMemory::Cache).collect(),
+                true => [1, 2, 3].map(|quarters| counted((moe.experts * quarters / 4).max(1))).to_vec(),
+                false => self.cached_experts.into_iter().map(counted).collect(),
             },
-            cache,
-            policy: self.memory.policy,
-            admission: self.memory.admission,
+            cache: router,
             timed_sequences: TIMED_SEQUENCES,
         };
         let (_, batches) = self.text.batches(&model)?;
@@ -98,8 +112,8 @@ impl Tune {
                 decoder.spec().layers,
                 moe.experts,
                 moe.top_k,
-                self.memory.policy.name(),
-                self.memory.admission.name()
+                policy.name(),
+                admission.name()
             ),
             plain_perplexity,
             recommended: recommended(&rows, most).cloned(),

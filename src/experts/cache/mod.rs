@@ -49,6 +49,7 @@
 //!
 //! Knows nothing of what experts compute, nor of which ones will be used next.
 
+mod loading;
 mod logical;
 mod options;
 mod reader;
@@ -98,6 +99,13 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code of others runs under the lock, so that what a panic left there is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells a reader that there is something to read, if there is. It will tell the next one.
+    fn wake_reader(&self, state: &State) {
+        if state.room.is_work_queued() {
+            self.work.notify_one();
+        }
     }
 
     fn wait<'a>(&self, what: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -154,7 +162,7 @@ impl ExpertCache {
     }
 
     /// Where the experts come from.
-    pub fn store(&self) -> &ExpertStore {
+    pub fn store(&self) -> &Arc<ExpertStore> {
         &self.shared.store
     }
 
@@ -211,8 +219,7 @@ impl ExpertCache {
         let keys: Vec<usize> = ids.iter().map(|id| first + id.index()).collect();
         let mut state = self.shared.lock();
         let (step, streams) = state.advance(store, layer, wanted)?;
-        // What a stream may lend: as much as can be read at once.
-        let stream = streams.then(|| self.options.readers * store.slab_bytes(layer));
+        let stream = streams.then(|| self.options.room_to_read(store, layer));
         let (mut state, mut start) = (Some(state), 0);
         while start < keys.len() {
             let pinned = self.pin(state.take().unwrap_or_else(|| self.shared.lock()), &keys[start..], stream)?;
@@ -238,9 +245,7 @@ impl ExpertCache {
         }
         let first = self.shared.store.keys(layer).start;
         let count = experts.iter().take_while(|id| state.room.read_ahead(first + id.index())).count();
-        if state.room.is_work_queued() {
-            self.shared.work.notify_all();
-        }
+        self.shared.wake_reader(&state);
         Ok(count)
     }
 
@@ -301,11 +306,20 @@ impl ExpertCache {
                 }
                 Found::NotYet => {
                     waiting.get_or_insert_with(Instant::now);
-                    state = shared.wait(&shared.done, state);
+                    state = match state.room.next_urgent() {
+                        Some((key, job)) => {
+                            shared.wake_reader(&state);
+                            drop(state);
+                            reader::read(shared, key, job)
+                        }
+                        None => shared.wait(&shared.done, state),
+                    };
                 }
             }
         }
         state.statistics.waiting += waiting.map_or(Duration::ZERO, |since| since.elapsed());
+        // Who waits reads too, but what comes after this group, or after a fault, is for others.
+        shared.wake_reader(&state);
         // Letting go of what is pinned takes the lock.
         drop(state);
         result.map(|()| pinned)
@@ -330,9 +344,6 @@ impl ExpertCache {
                 if count > 0 {
                     state.served += 1;
                     state.statistics.streamed_rounds += u64::from(stream.is_some());
-                    if state.room.is_work_queued() {
-                        self.shared.work.notify_all();
-                    }
                     self.shared.space.notify_all();
                     return (state, count, since);
                 }
@@ -377,7 +388,7 @@ impl State {
 struct Pinned<'a> {
     shared: &'a Shared,
     keys: &'a [usize],
-    slabs: Vec<Arc<Slab>>,
+    slabs: Vec<Arc<Vec<Slab>>>,
 }
 
 impl Drop for Pinned<'_> {

@@ -54,10 +54,23 @@ impl CacheOptions {
         Self { budget_bytes, scope, policy, admission, spare_bytes: 0, readers: 4, prefetch: Prefetch::Auto }
     }
 
-    /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most.
+    /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most; none
+    /// of what residents need where all experts fit.
     pub fn sparing(self, store: &ExpertStore) -> Self {
-        let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap_or(0);
-        let count = (self.budget_bytes / 4).checked_div(largest).unwrap_or(0).min(self.readers);
-        Self { spare_bytes: count * largest, ..self }
+        let layers = 0..store.layers();
+        let largest = layers.clone().map(|layer| store.slab_bytes(layer)).max().unwrap_or(0);
+        let most = layers.clone().map(|layer| self.room_to_read(store, layer)).max().unwrap_or(0);
+        let all: usize = layers.map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+        let most = match self.budget_bytes.checked_sub(all) {
+            Some(left) => most.min(left),
+            None => most.min((self.budget_bytes / 4).checked_div(largest).unwrap_or(0) * largest),
+        };
+        Self { spare_bytes: most, ..self }
+    }
+
+    /// Room for experts of a layer that keeps all readers busy, two at least: one is used while the next one is read.
+    pub(super) fn room_to_read(&self, store: &ExpertStore, layer: usize) -> usize {
+        let slabs = store.keys(layer).map(|key| store.slab_bytes_of(key).len()).max().unwrap_or(1);
+        self.readers.div_ceil(slabs.max(1)).max(2) * store.slab_bytes(layer)
     }
 }

@@ -1,11 +1,12 @@
-//! The threads that read: each takes a load, urgent ones first, and after every chunk looks whether something else matters more.
+//! Those who read: each takes the load of a slab, urgent ones first, and after every chunk looks whether something else matters more.
+//! Beside threads that do nothing else, a request reads while it waits.
 //!
 //! Knows nothing of room or of the resident set beyond asking what to do next.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
-use super::room::{Job, Next};
+use super::loading::Job;
 use super::{Shared, State};
 use crate::error::{ExpertFault, Fault};
 use crate::experts::slab::Slab;
@@ -18,43 +19,45 @@ pub(super) fn run(shared: &Shared) {
             state = shared.wait(&shared.work, state);
             continue;
         };
+        shared.wake_reader(&state);
         drop(state);
         state = read(shared, key, job);
     }
 }
 
-/// Reads an expert, until it is there, has failed or has to wait.
-fn read(shared: &Shared, key: usize, mut job: Box<Job>) -> std::sync::MutexGuard<'_, State> {
+/// Reads a slab, until it is there, has failed or has to wait.
+pub(super) fn read(shared: &Shared, key: usize, mut job: Job) -> MutexGuard<'_, State> {
     loop {
-        let Job { slab, load } = &mut *job;
-        let slab = slab.get_or_insert_with(|| Slab::new(shared.store.slab_bytes_of(key)));
+        let Job { at, slab, load } = &mut job;
+        let slab = slab.get_or_insert_with(|| Slab::new(shared.store.slab_bytes_of(key)[*at]));
         // A source that panics must not leave requests waiting for ever.
-        let read = catch_unwind(AssertUnwindSafe(|| shared.store.read_chunk(key, load, slab)));
+        let read = catch_unwind(AssertUnwindSafe(|| shared.store.read_chunk(key, *at, load, slab)));
         let read = read.unwrap_or_else(|_| Err(panicked(shared, key)));
         let mut state = shared.lock();
         let result = match read {
             Ok(chunk) => {
                 state.statistics.bytes_read += chunk.bytes as u64;
                 if !chunk.last {
-                    let next = if state.stop { Next::Stop } else { state.room.after_chunk(key, job) };
-                    match next {
-                        Next::Continue(more) => {
-                            job = more;
-                            continue;
-                        }
-                        Next::Stop => {
-                            shared.space.notify_all();
-                            return state;
-                        }
-                    }
+                    let next = if state.stop { None } else { state.room.after_chunk(key, job) };
+                    let Some(more) = next else {
+                        shared.wake_reader(&state);
+                        // It may have failed meanwhile.
+                        shared.done.notify_all();
+                        shared.space.notify_all();
+                        return state;
+                    };
+                    job = more;
+                    continue;
                 }
                 Ok(())
             }
             Err(fault) => Err(fault),
         };
-        state.room.finish(key, job, result);
-        shared.done.notify_all();
-        shared.space.notify_all();
+        if state.room.finish(key, job, result) {
+            shared.done.notify_all();
+            shared.space.notify_all();
+        }
+        shared.wake_reader(&state);
         return state;
     }
 }

@@ -1,12 +1,14 @@
 //! Where the bytes of experts are: which slabs exist, who is in them, who may leave, and that they are never more than the budget.
 //!
 //! ```text
-//!            start              reader                 finish
-//! Absent ------------> Queued ----------> Reading ---------------> Present
-//!    ^                   ^ | cancelled      | | cancelled, failed      | evicted
-//!    |                   +-|----------------+ |                        |
-//!    +---------------------+---- overtaken ---+------------------------+
+//!            start                 all slabs are there
+//! Absent ------------> Loading --------------------------> Present
+//!    ^                    | cancelled, failed                 | evicted
+//!    +--------------------+-----------------------------------+
 //! ```
+//!
+//! An expert that is loading is in a list as long as a reader could take one of its slabs. Reads ahead wait while something urgent is
+//! being read.
 //!
 //! `held` bytes of slabs exist or are promised, `held ≤ budget`. Of them `locked` are being read or used and cannot be had; the rest
 //! goes when room is needed, in this order: slabs that nobody is in, experts that are no longer resident, experts read ahead and
@@ -16,11 +18,11 @@
 
 use std::sync::Arc;
 
+use super::loading::{Job, Loading};
 use super::statistics::PrefetchStatistics;
 use crate::error::ExpertFault;
 use crate::experts::policy::lists::Lists;
 use crate::experts::slab::Slab;
-use crate::experts::store::Load;
 
 /// Lists of keys; a key is in at most one.
 const URGENT: usize = 0;
@@ -30,23 +32,17 @@ const READ_AHEAD: usize = 3;
 const RESIDENT: usize = 4;
 const LISTS: usize = 5;
 
-/// An expert's load, wherever it has come to.
-pub(super) struct Job {
-    /// `None` until a reader has made it: making a slab takes a while.
-    pub(super) slab: Option<Slab>,
-    pub(super) load: Load,
-}
-
 enum State {
     Absent,
-    Queued(Box<Job>),
-    Reading,
-    Present(Arc<Slab>),
+    Loading(Box<Loading>),
+    Present(Arc<Vec<Slab>>),
 }
 
 struct Entry {
     state: State,
     bytes: usize,
+    /// Which of the sizes of slabs.
+    size: usize,
     /// Requests that use it or wait for it.
     pins: usize,
     /// The logical set holds it.
@@ -61,18 +57,31 @@ struct Entry {
     failure: Option<ExpertFault>,
 }
 
-/// What becomes of a load after a chunk.
-pub(super) enum Next {
-    Continue(Box<Job>),
-    /// Put back or given up.
-    Stop,
+impl Entry {
+    /// Whether it has to be read, and nobody has yet to hear that it could not be.
+    fn is_absent(&self) -> bool {
+        matches!(self.state, State::Absent) && self.failure.is_none()
+    }
 }
 
 /// What a request finds.
 pub(super) enum Found {
-    Here(Arc<Slab>),
+    Here(Arc<Vec<Slab>>),
     Failed(ExpertFault),
     NotYet,
+}
+
+/// Experts of the same sizes, whose slabs may become each other's.
+struct Size {
+    slabs: Vec<usize>,
+    /// Slabs that nobody is in.
+    spare: Vec<Vec<Slab>>,
+}
+
+impl Size {
+    fn bytes(&self) -> usize {
+        self.slabs.iter().sum()
+    }
 }
 
 /// Slabs, and who is in them.
@@ -84,34 +93,53 @@ pub(super) struct Room {
     locked: usize,
     /// Bytes of residents that are not pinned.
     resting: usize,
-    /// Slabs that nobody is in, by size.
-    spare: Vec<(usize, Vec<Slab>)>,
+    sizes: Vec<Size>,
     entries: Vec<Entry>,
     lists: Lists,
     /// Keys being read, at most as many as there are readers.
     reading: Vec<usize>,
+    /// Slabs being read that a request waits for.
+    urgent_reads: usize,
     /// Residents whose room was lent.
     pub(super) lent: u64,
     pub(super) prefetch: PrefetchStatistics,
 }
 
 impl Room {
-    /// Room for `budget` bytes; an expert, by its key, takes a slab of so many.
-    pub(super) fn new(budget: usize, bytes: impl Iterator<Item = usize>) -> Self {
-        let absent = |bytes| Entry {
-            state: State::Absent,
-            bytes,
-            pins: 0,
-            resident: false,
-            ahead: false,
-            urgent: false,
-            cancelled: false,
-            failure: None,
-        };
-        let entries: Vec<Entry> = bytes.map(absent).collect();
-        let lists = Lists::new(entries.len(), LISTS);
-        let (spare, reading, prefetch) = (Vec::new(), Vec::new(), PrefetchStatistics::default());
-        Self { budget, held: 0, peak: 0, locked: 0, resting: 0, spare, entries, lists, reading, lent: 0, prefetch }
+    /// Room for `budget` bytes; an expert, by its key, takes slabs of such sizes.
+    pub(super) fn new<'a>(budget: usize, slabs: impl Iterator<Item = &'a [usize]>) -> Self {
+        let (mut sizes, mut entries): (Vec<Size>, Vec<Entry>) = (Vec::new(), Vec::new());
+        for slabs in slabs {
+            let size = sizes.iter().position(|size| size.slabs == slabs).unwrap_or_else(|| {
+                sizes.push(Size { slabs: slabs.to_vec(), spare: Vec::new() });
+                sizes.len() - 1
+            });
+            entries.push(Entry {
+                state: State::Absent,
+                bytes: sizes[size].bytes(),
+                size,
+                pins: 0,
+                resident: false,
+                ahead: false,
+                urgent: false,
+                cancelled: false,
+                failure: None,
+            });
+        }
+        Self {
+            budget,
+            held: 0,
+            peak: 0,
+            locked: 0,
+            resting: 0,
+            lists: Lists::new(entries.len(), LISTS),
+            sizes,
+            entries,
+            reading: Vec::new(),
+            urgent_reads: 0,
+            lent: 0,
+            prefetch: PrefetchStatistics::default(),
+        }
     }
 
     pub(super) fn held(&self) -> usize {
@@ -140,15 +168,16 @@ impl Room {
     }
 
     /// Pins as many of `keys`, from the first on, as there is room for at once, and queues reads of those that are not there.
-    /// With `stream`, a number of bytes, they may be fewer than all, and residents are lent only up to that; without, it is all or
-    /// none. Returns how many.
+    /// With `stream`, a number of bytes, they may be fewer than all: half of the free room is theirs, and the rest of it for reads of
+    /// those that follow; residents are lent only up to `stream`. Without, it is all or none. Returns how many.
     pub(super) fn reserve(&mut self, keys: &[usize], stream: Option<usize>) -> usize {
-        let (mut need, mut more, mut more_free, mut count) = (0, 0, 0, 0);
-        let most = stream.map_or(self.budget, |bytes| bytes.max(self.free()));
+        let (mut need, mut more, mut more_free, mut count, mut used) = (0, 0, 0, 0, 0);
+        let all = stream.map_or(self.budget, |bytes| bytes.max(self.free()));
+        let most = if stream.is_some() { all / 2 } else { all };
         for &key in keys {
             let entry = &self.entries[key];
             match entry.state {
-                State::Absent if entry.failure.is_none() => need += entry.bytes,
+                State::Absent if entry.is_absent() => need += entry.bytes,
                 State::Present(_) if entry.pins == 0 => {
                     more += entry.bytes;
                     more_free += if self.is_resting(entry) { 0 } else { entry.bytes };
@@ -159,19 +188,29 @@ impl Room {
             if !fits {
                 break;
             }
-            count += 1;
+            (count, used) = (count + 1, more_free + need);
         }
         if stream.is_none() && count < keys.len() {
             return 0;
         }
-        let keys = &keys[..count];
+        let (keys, following) = keys.split_at(count);
         // What is there first, so that nothing of it has to make room.
         for &key in keys {
             self.pin(key);
         }
         for &key in keys {
-            let entry = &self.entries[key];
-            if matches!(entry.state, State::Absent) && entry.failure.is_none() {
+            if self.entries[key].is_absent() {
+                self.start(key, true);
+            }
+        }
+        let mut left = if count > 0 { all.saturating_sub(used) } else { 0 };
+        for &key in following {
+            let Entry { bytes, .. } = self.entries[key];
+            if self.entries[key].is_absent() {
+                if bytes > left || self.locked + bytes > self.budget {
+                    break;
+                }
+                left -= bytes;
                 self.start(key, true);
             }
         }
@@ -190,8 +229,12 @@ impl Room {
         entry.pins += 1;
         entry.cancelled = false;
         self.prefetch.used += u64::from(std::mem::take(&mut entry.ahead));
-        if !std::mem::replace(&mut entry.urgent, true) && matches!(entry.state, State::Queued(_)) {
-            self.lists.push_back(URGENT, key);
+        let was_urgent = std::mem::replace(&mut entry.urgent, true);
+        if let (State::Loading(loading), false) = (&entry.state, was_urgent) {
+            self.urgent_reads += loading.reading();
+            if loading.is_waiting() {
+                self.lists.push_back(URGENT, key);
+            }
         }
     }
 
@@ -235,31 +278,31 @@ impl Room {
 
     /// Queues the read of an absent expert that there is room for.
     fn start(&mut self, key: usize, urgent: bool) {
-        let slab = self.take(self.entries[key].bytes);
+        let size = self.entries[key].size;
+        let slabs = self.take(size);
         let entry = &mut self.entries[key];
         self.locked += entry.bytes;
-        entry.state = State::Queued(Box::new(Job { slab, load: Load::default() }));
+        entry.state = State::Loading(Box::new(Loading::new(slabs, self.sizes[size].slabs.len())));
         (entry.urgent, entry.cancelled) = (urgent, false);
         self.lists.push_back(if urgent { URGENT } else { AHEAD }, key);
     }
 
-    /// Makes room for a slab, of which there must be as much that is not locked; a slab that was there already comes back.
-    fn take(&mut self, bytes: usize) -> Option<Slab> {
+    /// Makes room for an expert's slabs, of which there must be as much that is not locked; slabs that were there already come back.
+    fn take(&mut self, size: usize) -> Option<Vec<Slab>> {
+        let bytes = self.sizes[size].bytes();
         loop {
-            if let Some((_, slabs)) = self.spare.iter_mut().find(|(size, _)| *size == bytes)
-                && let Some(slab) = slabs.pop()
-            {
-                return Some(slab);
+            if let Some(slabs) = self.sizes[size].spare.pop() {
+                return Some(slabs);
             }
             if self.held + bytes <= self.budget {
                 self.held += bytes;
                 self.peak = self.peak.max(self.held);
                 return None;
             }
-            // Of another size: the slab goes before its bytes are counted as gone.
-            if let Some((size, slabs)) = self.spare.iter_mut().find(|(_, slabs)| !slabs.is_empty()) {
-                slabs.pop();
-                self.held -= *size;
+            // Of another size: the slabs go before their bytes are counted as gone.
+            if let Some(other) = self.sizes.iter_mut().find(|other| !other.spare.is_empty()) {
+                other.spare.pop();
+                self.held -= other.bytes();
             } else if !self.evict() {
                 return None;
             }
@@ -274,23 +317,20 @@ impl Room {
         let entry = &mut self.entries[key];
         self.lent += u64::from(entry.resident && !entry.ahead);
         self.prefetch.wasted += u64::from(std::mem::take(&mut entry.ahead));
-        if let State::Present(slab) = std::mem::replace(&mut entry.state, State::Absent) {
-            // Nobody else has it: it was not pinned.
-            let bytes = entry.bytes;
-            self.give_back(bytes, Arc::into_inner(slab));
+        let size = entry.size;
+        if let State::Present(slabs) = std::mem::replace(&mut entry.state, State::Absent) {
+            // Nobody else has them: it was not pinned.
+            self.give_back(size, Arc::into_inner(slabs));
         }
         true
     }
 
-    /// The slab of an expert that is gone, or the promise of one.
-    fn give_back(&mut self, bytes: usize, slab: Option<Slab>) {
-        let Some(slab) = slab else {
-            self.held -= bytes;
-            return;
-        };
-        match self.spare.iter_mut().find(|(size, _)| *size == bytes) {
-            Some((_, slabs)) => slabs.push(slab),
-            None => self.spare.push((bytes, vec![slab])),
+    /// The slabs of an expert that is gone, or the promise of them.
+    fn give_back(&mut self, size: usize, slabs: Option<Vec<Slab>>) {
+        let size = &mut self.sizes[size];
+        match slabs {
+            Some(slabs) => size.spare.push(slabs),
+            None => self.held -= size.bytes(),
         }
     }
 
@@ -319,23 +359,28 @@ impl Room {
                 self.wake(key);
                 self.rest(key);
             }
-            _ => self.entries[key].cancelled = false,
+            _ => self.go_on(key),
         }
         true
     }
 
-    /// Gives up the read ahead of `key` if nobody waits for it: at once, or after its chunk.
+    /// Whatever a load was to become, it goes on.
+    fn go_on(&mut self, key: usize) {
+        let entry = &mut self.entries[key];
+        if let (State::Loading(loading), true) = (&entry.state, std::mem::take(&mut entry.cancelled))
+            && loading.is_waiting()
+        {
+            self.lists.push_back(AHEAD, key);
+        }
+    }
+
+    /// Gives up the read ahead of `key` if nobody waits for it: at once, or after the chunks that are being read.
     pub(super) fn cancel(&mut self, key: usize) {
         let entry = &mut self.entries[key];
-        if entry.urgent {
-            return;
-        }
-        match std::mem::replace(&mut entry.state, State::Absent) {
-            State::Queued(job) => self.give_up(key, job),
-            state => {
-                entry.cancelled = matches!(state, State::Reading);
-                entry.state = state;
-            }
+        if !entry.urgent && matches!(entry.state, State::Loading(_)) {
+            entry.cancelled = true;
+            self.lists.remove(key);
+            self.settle(key);
         }
     }
 
@@ -349,82 +394,99 @@ impl Room {
         }
     }
 
-    fn give_up(&mut self, key: usize, job: Box<Job>) {
-        self.lists.remove(key);
-        let entry = &mut self.entries[key];
-        entry.state = State::Absent;
-        entry.cancelled = false;
-        self.prefetch.cancelled += u64::from(std::mem::take(&mut entry.ahead));
-        let bytes = entry.bytes;
-        self.locked -= bytes;
-        self.give_back(bytes, job.slab);
-    }
-
     /// Whether a load waits for a reader.
     pub(super) fn is_work_queued(&self) -> bool {
-        self.lists.first(URGENT).or(self.lists.first(AHEAD)).is_some()
+        self.first_waiting().is_some()
+    }
+
+    fn first_waiting(&self) -> Option<usize> {
+        let ahead = || self.lists.first(AHEAD).filter(|_| self.urgent_reads == 0);
+        self.lists.first(URGENT).or_else(ahead)
+    }
+
+    /// The same if a request waits for it.
+    pub(super) fn next_urgent(&mut self) -> Option<(usize, Job)> {
+        self.lists.first(URGENT).and_then(|_| self.next())
     }
 
     /// The load to go on with: urgent ones first, each kind in its order.
-    pub(super) fn next(&mut self) -> Option<(usize, Box<Job>)> {
-        let key = self.lists.first(URGENT).or_else(|| self.lists.first(AHEAD))?;
-        self.lists.remove(key);
+    pub(super) fn next(&mut self) -> Option<(usize, Job)> {
+        let key = self.first_waiting()?;
         let entry = &mut self.entries[key];
-        match std::mem::replace(&mut entry.state, State::Reading) {
-            State::Queued(job) => {
-                self.reading.push(key);
-                Some((key, job))
-            }
-            state => {
-                entry.state = state;
-                None
-            }
+        let State::Loading(loading) = &mut entry.state else { return None };
+        let job = loading.take()?;
+        self.urgent_reads += usize::from(entry.urgent);
+        if !loading.is_waiting() {
+            self.lists.remove(key);
         }
+        if !self.reading.contains(&key) {
+            self.reading.push(key);
+        }
+        Some((key, job))
     }
 
-    /// No reader reads `key` any more.
-    fn stopped(&mut self, key: usize) {
+    /// A chunk has been read and is not the last: the load to go on with, `None` where it was put back or given up.
+    pub(super) fn after_chunk(&mut self, key: usize, job: Job) -> Option<Job> {
+        let entry = &mut self.entries[key];
+        let State::Loading(loading) = &mut entry.state else { return None };
+        let stops = entry.cancelled || loading.has_failed();
+        let gives_way = !entry.urgent && (self.urgent_reads > 0 || self.lists.first(URGENT).is_some());
+        if !stops && !gives_way {
+            return Some(job);
+        }
+        loading.put_back(job);
+        self.urgent_reads -= usize::from(entry.urgent);
+        if !stops {
+            self.lists.push_front(AHEAD, key);
+        }
+        self.settle(key);
+        None
+    }
+
+    /// A slab is there, or could not be read; true when the expert's load is over.
+    pub(super) fn finish(&mut self, key: usize, job: Job, result: Result<(), ExpertFault>) -> bool {
+        let entry = &mut self.entries[key];
+        let State::Loading(loading) = &mut entry.state else { return false };
+        loading.finish(job, result);
+        self.urgent_reads -= usize::from(entry.urgent);
+        if loading.has_failed() {
+            self.lists.remove(key);
+        }
+        self.settle(key);
+        !matches!(self.entries[key].state, State::Loading(_))
+    }
+
+    /// A load that nobody reads any more is over if it is complete, failed or given up.
+    fn settle(&mut self, key: usize) {
+        let entry = &mut self.entries[key];
+        let State::Loading(loading) = &mut entry.state else { return };
+        if loading.reading() > 0 {
+            return;
+        }
         self.reading.retain(|&reading| reading != key);
-    }
-
-    /// A chunk has been read and is not the last: whether to go on.
-    pub(super) fn after_chunk(&mut self, key: usize, job: Box<Job>) -> Next {
-        let entry = &mut self.entries[key];
-        if !entry.cancelled && (entry.urgent || self.lists.first(URGENT).is_none()) {
-            return Next::Continue(job);
+        if let Some(slabs) = loading.complete() {
+            entry.state = State::Present(Arc::new(slabs));
+            entry.cancelled = false;
+            if entry.pins == 0 {
+                self.locked -= entry.bytes;
+                self.rest(key);
+            }
+            return;
         }
-        self.stopped(key);
-        let entry = &mut self.entries[key];
-        if entry.cancelled {
-            self.give_up(key, job);
-            return Next::Stop;
+        if !entry.cancelled && !loading.has_failed() {
+            return;
         }
-        entry.state = State::Queued(job);
-        self.lists.push_front(AHEAD, key);
-        Next::Stop
-    }
-
-    /// A load is done.
-    pub(super) fn finish(&mut self, key: usize, job: Box<Job>, result: Result<(), ExpertFault>) {
-        self.stopped(key);
-        let entry = &mut self.entries[key];
+        let State::Loading(loading) = std::mem::replace(&mut entry.state, State::Absent) else { return };
+        let (slabs, fault) = loading.give_up();
+        let ahead = std::mem::take(&mut entry.ahead);
+        match &fault {
+            Some(_) => self.prefetch.wasted += u64::from(ahead),
+            None => self.prefetch.cancelled += u64::from(ahead),
+        }
+        entry.failure = fault.filter(|_| entry.pins > 0);
         entry.cancelled = false;
-        let bytes = entry.bytes;
-        match (result, job.slab) {
-            (Ok(()), Some(slab)) => {
-                entry.state = State::Present(Arc::new(slab));
-                if entry.pins == 0 {
-                    self.locked -= bytes;
-                    self.rest(key);
-                }
-            }
-            (result, slab) => {
-                entry.state = State::Absent;
-                entry.failure = result.err().filter(|_| entry.pins > 0);
-                self.prefetch.wasted += u64::from(std::mem::take(&mut entry.ahead));
-                self.locked -= bytes;
-                self.give_back(bytes, slab);
-            }
-        }
+        self.locked -= entry.bytes;
+        let size = entry.size;
+        self.give_back(size, slabs);
     }
 }

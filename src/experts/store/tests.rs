@@ -38,10 +38,10 @@ fn what_cannot_be_read_is_named_before_it_is() {
     assert!(ExpertStore::new(sources.to_vec(), vec![vec![]]).is_err());
     let store = ExpertStore::new(sources.to_vec(), vec![vec![vec![up.clone()]]]).unwrap();
     assert_eq!((store.layers(), store.experts(0), store.experts(1), store.slab_bytes(7)), (1, 1, 0, 0));
-    let error = |layer, expert, bytes| store.load(layer, expert, &mut Slab::new(bytes)).unwrap_err().to_string();
+    let error = |layer, expert, bytes| store.load(layer, expert, &mut [Slab::new(bytes)]).unwrap_err().to_string();
     assert_eq!(error(0, 1, 8192), "layer 0: expert 1 is out of range, expected one of 1");
     assert_eq!(error(3, 0, 8192), "layer 3: expert 0 is out of range, expected one of 0");
-    assert_eq!(error(0, 0, 4096), "slab: expected 8192 bytes, got 4096");
+    assert_eq!(error(0, 0, 4096), "slabs: expected [8192] bytes, got [4096]");
     assert!(up.clone().of_rows(5..11).is_err());
     assert_eq!(up.of_rows(5..7).unwrap(), piece(Part::Up, 0, 500, 2, 50));
 }
@@ -52,12 +52,35 @@ fn neighbours_are_read_at_once_and_slabs_depend_on_shapes_alone() {
     let expert = |at: u64| vec![piece(Part::Up, 0, at, 100, 50), piece(Part::Down, 0, at + 10_000, 50, 100)];
     let store = ExpertStore::new(sources.to_vec(), vec![vec![expert(0), expert(4096), expert(79_999)]]).unwrap();
     for stored in &store.experts {
-        assert_eq!((stored.runs.len(), stored.slab_bytes), (1, 2 * (12_288 + 4096)));
+        assert_eq!((stored.fillings.len(), stored.fillings[0].runs.len()), (1, 1));
+        assert_eq!(stored.slab_bytes, [2 * (12_288 + 4096)]);
     }
     // Far apart, and in another file.
     let far = vec![piece(Part::Up, 0, 0, 1, 50), piece(Part::Gate, 0, 8192, 1, 50), piece(Part::Down, 1, 8292, 1, 50)];
     let sources = [source("f", bytes(10_000)), source("g", bytes(10_000))];
-    assert_eq!(ExpertStore::new(sources.to_vec(), vec![vec![far]]).unwrap().experts[0].runs.len(), 3);
+    let stored = ExpertStore::new(sources.to_vec(), vec![vec![far]]).unwrap();
+    assert_eq!(stored.experts[0].fillings[0].runs.len(), 3);
+}
+
+#[test]
+fn every_piece_of_a_large_expert_has_its_own_slab() {
+    let sources = [source("f", bytes(4 << 20))];
+    let expert =
+        |first: u64, second: u64| vec![piece(Part::Up, 0, first, 512, 512), piece(Part::Down, 0, second, 512, 600)];
+    // One behind the other in both orders, the second beginning in the first one's last page.
+    let (up, down) = (2 * 512 * 512, 2 * 512 * 600);
+    let layer = vec![expert(10, 10 + up), expert(10 + down, 10)];
+    let store = ExpertStore::new(sources.to_vec(), vec![layer]).unwrap();
+    for (stored, first) in store.experts.iter().zip([0, 614_400 / 4096]) {
+        assert_eq!(stored.slab_bytes, [528_384, 618_496]);
+        let runs: Vec<_> =
+            stored.fillings.iter().map(|filling| (filling.runs.len(), filling.runs[0].bytes.end)).collect();
+        assert_eq!((runs, stored.fillings[0].runs[0].offset), (vec![(1, 528_384), (1, 618_496)], 4096 * first));
+    }
+    let mut slabs = store.slabs(0, 1).unwrap();
+    let loaded = store.load(0, 1, &mut slabs).unwrap();
+    assert_eq!(loaded.matrix(Part::Up).unwrap().row(0), &bytes(4 << 20)[10 + down as usize..][..1024]);
+    assert!(store.slabs(0, 2).is_err());
 }
 
 #[test]
@@ -80,8 +103,8 @@ fn a_flipped_bit_is_found_at_every_load_but_the_first() {
     let sources: Vec<NamedSource> = vec![("disk".into(), disk.clone())];
     let pieces = vec![piece(Part::Up, 0, 5_001, 1 << 10, 1 << 10), piece(Part::Down, 0, 2_900_001, 10, 10)];
     let store = ExpertStore::new(sources, vec![vec![pieces]]).unwrap();
-    let mut slab = Slab::new(store.slab_bytes(0));
-    let mut load = || store.load(0, 0, &mut slab).map(|_| ()).map_err(|error| error.to_string());
+    let mut slabs = store.slabs(0, 0).unwrap();
+    let mut load = || store.load(0, 0, &mut slabs).map(|_| ()).map_err(|error| error.to_string());
     load().unwrap();
     let flip = |at: usize| disk.0.lock().unwrap()[at] ^= 4;
     for at in [5_001, 1 << 20, 5_000 + (2 << 20), 2_900_001, 2_900_200] {
@@ -115,9 +138,11 @@ proptest! {
             })
             .collect();
         let store = ExpertStore::new(sources, vec![vec![pieces.clone()]]).unwrap();
-        let mut slab = Slab::new(store.slab_bytes(0));
-        prop_assert!(store.experts[0].runs.iter().all(|run| run.bytes.end <= slab.size()));
-        let loaded = store.load(0, 0, &mut slab).unwrap();
+        let mut slabs = store.slabs(0, 0).unwrap();
+        for (filling, slab) in store.experts[0].fillings.iter().zip(&slabs) {
+            prop_assert!(filling.runs.iter().all(|run| run.bytes.end <= slab.size()));
+        }
+        let loaded = store.load(0, 0, &mut slabs).unwrap();
         for Piece { part, source, offset, dtype, rows, columns, .. } in pieces {
             let matrix = loaded.matrix(part).unwrap();
             prop_assert_eq!((matrix.shape(), matrix.dtype()), ([rows, columns], dtype));
@@ -187,9 +212,9 @@ proptest! {
             })
             .collect();
         let store = ExpertStore::new(sources, vec![vec![pieces.clone()]]).unwrap();
-        let mut slab = Slab::new(store.slab_bytes(0));
+        let mut slabs = store.slabs(0, 0).unwrap();
         for _ in 0..2 {
-            let loaded = store.load(0, 0, &mut slab).unwrap();
+            let loaded = store.load(0, 0, &mut slabs).unwrap();
             for piece in &pieces {
                 let matrix = loaded.matrix(piece.part).unwrap();
                 let expected = formed(piece, [first, second]);
