@@ -58,7 +58,7 @@ impl Mixer {
 /// What follows attention.
 #[derive(Clone)]
 pub(super) enum Ffn {
-    Dense(Expert),
+    Dense(Box<Expert>),
     Moe(Box<MoeLayer>),
 }
 
