@@ -1,7 +1,7 @@
 //! Checkpoints: which tensor lies where, read with positioned reads through one seam, [`ByteSource`].
 //!
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
-//! in memory). Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
+//! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
 //! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
 //! Files are read through [`DirectFile`]. [`write_tensors`] is the other direction: [`NamedTensor`]s to one safetensors file.
 //!
@@ -13,13 +13,19 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::{Metadata as SafetensorsHeader, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 
 pub use self::direct::{DirectFile, PAGE_BYTES};
+pub use self::element::{BlockType, ElementType};
+pub use self::gguf::gguf_file;
+pub use self::metadata::{Metadata, Value};
 use crate::error::{Error, Result};
 
 mod direct;
+mod element;
+mod gguf;
+mod metadata;
 
 /// Bytes that can be read at a position: a file, or memory.
 pub trait ByteSource: Send + Sync + Debug {
@@ -86,7 +92,7 @@ impl ByteSource for &'static [u8] {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
     /// Element type as stored.
-    pub dtype: Dtype,
+    pub dtype: ElementType,
     /// Shape as stored.
     pub shape: Vec<usize>,
     /// Length in bytes.
@@ -116,19 +122,28 @@ pub struct Checkpoint {
     files: Vec<NamedSource>,
     tensors: BTreeMap<String, TensorEntry>,
     metadata: BTreeMap<String, String>,
+    gguf: Option<Metadata>,
 }
+
+/// What a directory of safetensors files holds: the only one, or the index of shards.
+const SAFETENSORS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
 /// A header longer than this is an attack, not a model (safetensors' own limit).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `directory`.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `path`, or the one GGUF file that is
+    /// there where neither is; or the GGUF file that `path` is.
     ///
     /// # Errors
     /// [`Error::Io`] when a file is missing or unreadable, [`Error::Checkpoint`] when it is not what it says: naming the file,
     /// the tensor, what was expected and what came.
-    pub fn open(directory: &Path) -> Result<Self> {
-        let (single, index) = (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
+    pub fn open(path: &Path) -> Result<Self> {
+        if let Some(file) = gguf_file(path)? {
+            return Self::open_gguf(&file);
+        }
+        let directory = path;
+        let [single, index] = SAFETENSORS.map(|name| directory.join(name));
         if single.exists() || !index.exists() {
             return Self::open_files(&[single]);
         }
@@ -190,7 +205,7 @@ impl Checkpoint {
             for (tensor, info) in header.tensors() {
                 let (start, end) = info.data_offsets;
                 let entry = TensorEntry {
-                    dtype: info.dtype,
+                    dtype: info.dtype.into(),
                     shape: info.shape.clone(),
                     bytes: end - start,
                     file: index,
@@ -202,7 +217,7 @@ impl Checkpoint {
                 }
             }
         }
-        Ok(Self { files, tensors, metadata })
+        Ok(Self { files, tensors, metadata, gguf: None })
     }
 
     /// All tensors by name.
@@ -215,7 +230,12 @@ impl Checkpoint {
         &self.files
     }
 
-    /// Free-form metadata of the files.
+    /// The metadata of a GGUF file; `None` where the tensors are in safetensors files.
+    pub fn gguf(&self) -> Option<&Metadata> {
+        self.gguf.as_ref()
+    }
+
+    /// Free-form metadata of safetensors files.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -306,7 +326,7 @@ pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<Hash
 }
 
 /// Reads and checks the header of a safetensors file; returns it and where the data begin.
-fn read_header(name: &str, source: &dyn ByteSource) -> Result<(Metadata, u64)> {
+fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader, u64)> {
     let wrong = |detail: String| Error::Checkpoint { file: name.into(), detail };
     let io = |error: std::io::Error| wrong(format!("expected a readable file, got {error}"));
     let length = source.len().map_err(io)?;
@@ -324,11 +344,31 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(Metadata, u64)> {
     }
     let mut header = vec![0; header_length as usize];
     source.read_exact_at(&mut header, 8).map_err(io)?;
-    // Deserialising checks that tensors neither overlap nor leave gaps and that shape and dtype give their length.
-    let metadata: Metadata = serde_json::from_slice(&header)
-        .map_err(|error| wrong(format!("expected a safetensors header, got {error}")))?;
-    let mut spans: Vec<_> =
-        metadata.tensors().into_iter().map(|(name, info)| (info.data_offsets, name, info.clone())).collect();
+    // Deserialising checks that tensors neither overlap nor leave gaps and that shape and dtype give their length, but does not
+    // always say which tensor is at fault.
+    let metadata: SafetensorsHeader = serde_json::from_slice(&header).map_err(|error| {
+        wrong(misplaced(&header).unwrap_or_else(|| format!("expected a safetensors header, got {error}")))
+    })?;
+    let end = end_of_tensors(metadata.tensors().into_iter()).map_err(wrong)?;
+    let data_start = 8 + header_length;
+    if data_start + end as u64 != length {
+        return Err(wrong(format!("expected {} bytes as the header says, got {length}", data_start + end as u64)));
+    }
+    Ok((metadata, data_start))
+}
+
+/// What is wrong with the first tensor of a refused header that does not lie as it should, if that is what is wrong.
+fn misplaced(header: &[u8]) -> Option<String> {
+    let mut header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    header.remove("__metadata__");
+    let info = |(name, value)| Some((name, serde_json::from_value::<TensorInfo>(value).ok()?));
+    let tensors: Vec<_> = header.into_iter().map(info).collect::<Option<_>>()?;
+    end_of_tensors(tensors.iter().map(|(name, info)| (name.clone(), info))).err()
+}
+
+/// Where the data end that begin at 0 and that tensors fill one after another, each as long as its shape and dtype say.
+fn end_of_tensors<'a>(tensors: impl Iterator<Item = (String, &'a TensorInfo)>) -> Result<usize, String> {
+    let mut spans: Vec<_> = tensors.map(|(name, info)| (info.data_offsets, name, info)).collect();
     spans.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
     let mut end = 0;
     for ((start, stop), tensor, info) in spans {
@@ -336,18 +376,14 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(Metadata, u64)> {
         let bytes =
             elements.and_then(|elements| elements.checked_mul(info.dtype.bitsize())).map(|bits| bits.div_ceil(8));
         if start != end || stop < start || bytes != Some(stop - start) {
-            return Err(wrong(format!(
+            return Err(format!(
                 "tensor `{tensor}`: expected {:?} {:?} to fill the bytes from {end}, got the span {start}..{stop}",
                 info.dtype, info.shape
-            )));
+            ));
         }
         end = stop;
     }
-    let data_start = 8 + header_length;
-    if data_start + end as u64 != length {
-        return Err(wrong(format!("expected {} bytes as the header says, got {length}", data_start + end as u64)));
-    }
-    Ok((metadata, data_start))
+    Ok(end)
 }
 
 #[cfg(test)]
@@ -390,7 +426,10 @@ mod tests {
             (file(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8), "tensor"),
             (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#, 12), "tensor"),
             (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8), "tensor"),
-            (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,800]}}"#, 8), "tensor"),
+            (
+                file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,800]}}"#, 8),
+                "tensor `a`: expected F32 [2] to fill the bytes from 0, got the span 0..800",
+            ),
             (file(r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#, 0), "tensor"),
             (
                 file(
@@ -416,7 +455,7 @@ mod tests {
         let file = Checkpoint::open_files(&[&path]).unwrap();
         for tensor in &tensors {
             let entry = file.entry(&tensor.name).unwrap();
-            assert_eq!((entry.dtype, &entry.shape), (tensor.dtype, &tensor.shape));
+            assert_eq!((entry.dtype, &entry.shape), (tensor.dtype.into(), &tensor.shape));
             assert_eq!(file.read(&tensor.name).unwrap(), tensor.bytes);
         }
         let nowhere = directory.path().join("no").join("t.safetensors");

@@ -19,3 +19,8 @@ pub mod routing;
 pub mod simd;
 pub mod spec;
 pub mod zoo;
+
+/// The examples of the guide are tests.
+#[cfg(all(doctest, feature = "candle"))]
+#[doc = include_str!("../docs/swap.md")]
+struct SwapGuide;

@@ -200,8 +200,9 @@ fn tensors_that_overlap_are_named() {
         let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
         bytes[at..at + to.len()].copy_from_slice(to);
     });
-    let reason = "invalid offset for tensor `model.embed_tokens.weight`";
-    assert!(copy.checkpoint_error().contains(reason), "{}", copy.checkpoint_error());
+    let tensor = "model.safetensors: tensor `model.embed_tokens.weight`: ";
+    let expected = format!("{tensor}expected F32 [97, 36] to fill the bytes from 13968, got the span 13964..27932");
+    assert_eq!(copy.checkpoint_error(), expected);
 }
 
 #[test]

@@ -206,7 +206,9 @@ fn a_stack_of_other_experts_is_an_error() {
     std::fs::write(directory.path().join("config.json"), config).unwrap();
     let files = ModelFiles::open(directory.path()).unwrap();
     let error = files.decoder(&LoadOptions::default()).err().unwrap().to_string();
-    assert!(error.starts_with("stacked experts: expected [5, 40, 32] and [5, 32, 20], or "), "{error}");
+    let tensors = "tensors `model.layers.0.block_sparse_moe.experts.gate_up_proj` and `model.layers.0.block_sparse_moe.experts.down_proj`";
+    let expected = format!("model.safetensors: {tensors}: stacked experts: expected [5, 40, 32] and [5, 32, 20], or ");
+    assert!(error.contains(&expected), "{error}");
     assert!(error.ends_with("got [6, 40, 32] and [6, 32, 20]"), "{error}");
 }
 

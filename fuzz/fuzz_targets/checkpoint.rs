@@ -1,9 +1,11 @@
-//! Raw bytes as safetensors files and as a configuration: an error, or tensors that can be read whole.
+//! Raw bytes as safetensors and GGUF files and as a configuration: an error, or tensors that can be read whole.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use phase_moe::checkpoint::{ByteSource, Checkpoint};
+use phase_moe::zoo::gguf::config;
+use phase_moe::zoo::gguf_tokenizer::tokenizer_json;
 use phase_moe::zoo::parse_config;
 
 #[derive(Debug)]
@@ -35,12 +37,18 @@ fuzz_target!(|data: &[u8]| {
         let _ = parse_config(text, "config.json");
     }
     let (header, body) = data.split_at(data.iter().position(|&byte| byte == 0).unwrap_or(data.len()));
-    for file in [data.to_vec(), framed(header, body)] {
-        let sources: Vec<(String, Box<dyn ByteSource>)> = vec![("fuzz".into(), Box::new(Memory(file)))];
-        let Ok(checkpoint) = Checkpoint::from_sources(sources) else { continue };
+    let opened = |file: Vec<u8>, open: fn(Vec<(String, Box<dyn ByteSource>)>) -> phase_moe::error::Result<Checkpoint>| {
+        let Ok(checkpoint) = open(vec![("fuzz".into(), Box::new(Memory(file)))]) else { return };
         for name in checkpoint.tensors().keys() {
             let bytes = checkpoint.read(name).expect("a checked header");
             assert!(bytes.len() <= data.len());
         }
-    }
+        if let Some(metadata) = checkpoint.gguf() {
+            let _ = config(&checkpoint).and_then(|config| parse_config(&config, "fuzz"));
+            let _ = tokenizer_json(metadata);
+        }
+    };
+    opened(data.to_vec(), Checkpoint::from_sources);
+    opened(framed(header, body), Checkpoint::from_sources);
+    opened([b"GGUF\x03\0\0\0", data].concat(), Checkpoint::from_gguf_sources);
 });

@@ -6,6 +6,7 @@
 mod attention;
 mod block;
 pub mod generate;
+mod gguf;
 mod latent;
 mod lookahead;
 pub mod memory;
@@ -13,6 +14,7 @@ pub mod model;
 mod norm;
 mod rotary;
 pub mod sampling;
+pub mod unstacked;
 pub mod weights;
 
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, Linear, VarBuilder};
 
+use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
@@ -168,6 +171,19 @@ impl Decoder {
     /// [`Error::Parameter`] for sizes that contradict.
     pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         Self::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))
+    }
+
+    /// The same but for the experts, which are those of a GGUF file, as they are stored there; `vb` is that of
+    /// [`weights::var_builder`].
+    ///
+    /// # Errors
+    /// As [`Decoder::load`], and [`Error::Checkpoint`] for experts of another shape or of a type that Candle does not read.
+    pub fn load_gguf(spec: &ModelSpec, vb: VarBuilder<'_>, checkpoint: &Checkpoint) -> Result<Self> {
+        let blocks: Vec<usize> = spec.moe_blocks().collect();
+        Self::build(spec, vb, |layer, vb| {
+            let experts = gguf::experts(checkpoint, &spec.moe, blocks[layer], vb.device())?;
+            MoeLayer::load_with(&spec.moe, vb, experts)
+        })
     }
 
     /// The same but for the experts, which come from a cache (see [`weights::expert_store`]).

@@ -8,6 +8,7 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,9 +16,10 @@ use candle_core::{DType, Device};
 use tokenizers::Tokenizer;
 
 use super::{Decoder, weights};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Metadata, gguf_file};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
+use crate::spec::ModelSpec;
 use crate::zoo;
 
 /// In which dtype and where to hold the weights.
@@ -43,35 +45,61 @@ impl Default for LoadOptions {
 pub struct ModelFiles {
     /// What to call the model: the directory's name.
     pub name: String,
-    /// `config.json`.
+    /// `config.json`, or what stands for it in a GGUF file.
     pub config: String,
-    /// `tokenizer.json`, if there is one: only text needs it.
+    /// `tokenizer.json`, if there is one: only text needs it, and a GGUF file has its own.
     pub tokenizer: Option<Vec<u8>>,
     /// The tensors.
     pub checkpoint: Arc<Checkpoint>,
 }
 
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| Error::io(path, error))
+}
+
 impl ModelFiles {
-    /// Opens the files in `directory`.
+    /// Opens the files in the directory `path`, or the GGUF file that `path` is or holds.
     ///
     /// # Errors
     /// [`Error::Io`] for an unreadable file or a missing one other than `tokenizer.json`, [`Error::Checkpoint`] as
-    /// [`Checkpoint::open`].
-    pub fn open(directory: &Path) -> Result<Self> {
-        let read = |name: &str| {
-            let path = directory.join(name);
-            std::fs::read(&path).map_err(|error| Error::io(path, error))
+    /// [`Checkpoint::open`]; of a GGUF file as [`zoo::gguf::config`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let name = |path: &Path| {
+            let name = path.canonicalize().ok();
+            let name = name.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+            name.unwrap_or_else(|| path.display().to_string())
         };
-        let config = String::from_utf8(read("config.json")?)
+        if let Some(file) = gguf_file(path)? {
+            let checkpoint = Arc::new(Checkpoint::open_gguf(&file)?);
+            let tokenizer = file.with_file_name("tokenizer.json");
+            return Ok(Self {
+                name: name(path).trim_end_matches(".gguf").into(),
+                config: zoo::gguf::config(&checkpoint)?,
+                checkpoint,
+                tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+            });
+        }
+        let config = String::from_utf8(read(&path.join("config.json"))?)
             .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
-        let name =
-            directory.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        let tokenizer = path.join("tokenizer.json");
         Ok(Self {
-            name: name.unwrap_or_else(|| directory.display().to_string()),
+            name: name(path),
             config,
-            checkpoint: Arc::new(Checkpoint::open(directory)?),
-            tokenizer: directory.join("tokenizer.json").exists().then(|| read("tokenizer.json")).transpose()?,
+            checkpoint: Arc::new(Checkpoint::open(path)?),
+            tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
         })
+    }
+
+    /// What the configuration says, and that the checkpoint has no other experts.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] as
+    /// [`weights::check_experts`].
+    pub fn spec(&self) -> Result<ModelSpec> {
+        let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
+        let spec = zoo::parse_config(&self.config, file)?;
+        weights::check_experts(&self.checkpoint, &spec)?;
+        Ok(spec)
     }
 
     /// The transformer alone, which needs no tokenizer.
@@ -79,10 +107,14 @@ impl ModelFiles {
     /// # Errors
     /// As [`Model::from_files`], but for those of the tokenizer; [`Error::Parameter`] for a cache that no expert fits.
     pub fn decoder(&self, options: &LoadOptions) -> Result<Decoder> {
-        let spec = zoo::parse_config(&self.config, "config.json")?;
-        weights::check_experts(&self.checkpoint, &spec)?;
+        let spec = self.spec()?;
         let vb = weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device);
-        let Some(cache) = options.expert_cache else { return Decoder::load(&spec, vb) };
+        let Some(cache) = options.expert_cache else {
+            return match self.checkpoint.gguf() {
+                Some(_) => Decoder::load_gguf(&spec, vb, &self.checkpoint),
+                None => Decoder::load(&spec, vb),
+            };
+        };
         let store = weights::expert_store(&self.checkpoint, &spec)?;
         let cache = if cache.spare_bytes == 0 { cache.sparing(&store) } else { cache };
         let cache = ExpertCache::new(Arc::new(store), cache)?;
@@ -114,10 +146,14 @@ impl Model {
     /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Io`] for no tokenizer
     /// and [`Error::Tokenizer`] for one that is unusable.
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
-        let bytes = files.tokenizer.as_deref().ok_or_else(|| {
-            let reason = "expected beside config.json, got none";
-            Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason))
-        })?;
+        let bytes = match (&files.tokenizer, files.checkpoint.gguf()) {
+            (Some(bytes), _) => Cow::Borrowed(bytes.as_slice()),
+            (None, Some(metadata)) => Cow::Owned(zoo::gguf_tokenizer::tokenizer_json(metadata)?.into_bytes()),
+            (None, None) => {
+                let reason = "expected beside config.json, got none";
+                return Err(Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason)));
+            }
+        };
         let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let decoder = files.decoder(options)?;
         Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer) })

@@ -1,4 +1,5 @@
-//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype.
+//! A Candle `VarBuilder` over a [`Checkpoint`]: tensors are read by position when asked for, converted to one dtype. Names are those
+//! of transformers, whatever the files are.
 
 use std::sync::Arc;
 
@@ -7,23 +8,31 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, TensorEntry};
+use super::gguf::{self, GgufBackend};
+use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::experts::store::{ExpertStore, Part, Piece};
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, StackOrder};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.
 pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
+    let backend: Box<dyn SimpleBackend> = match checkpoint.gguf() {
+        Some(_) => Box::new(GgufBackend::new(checkpoint)),
+        None => Box::new(CheckpointBackend(checkpoint)),
+    };
+    VarBuilder::from_backend(backend, dtype, device.clone())
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
-/// configuration, and would load as another model than the one that was trained. (Missing ones are found when they are
-/// asked for.)
+/// configuration, and would load as another model than the one that was trained. Likewise for experts that are there both one by
+/// one and stacked, and for stacks of other shapes. (Missing ones are found when they are asked for.)
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming the first such tensor.
 pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    if checkpoint.gguf().is_some() {
+        return gguf::check_experts(checkpoint, spec);
+    }
     let names = &spec.moe.names;
     let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
     let packed = format!("{stacked}{BLOCKS}");
@@ -55,8 +64,22 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         if spec.dense.blocks.binary_search(&block).is_ok() {
             return Err(wrong(format!("no experts in block {block} as the configuration says, got one")));
         }
+        let stack = format!("model.layers.{block}.{stacked}");
+        if expert.is_some() && checkpoint.tensors().contains_key(&stack) {
+            return Err(wrong(format!("experts one by one or stacked, got it beside `{stack}`")));
+        }
     }
-    Ok(())
+    spec.moe_blocks()
+        .try_for_each(|block| check_stack(checkpoint, &spec.moe, &format!("model.layers.{block}.{}", spec.ffn)))
+}
+
+/// Checks the shapes of stacked experts under `ffn`, if there are any, where file and tensors can be named.
+fn check_stack(checkpoint: &Checkpoint, moe: &MoeSpec, ffn: &str) -> Result<()> {
+    let [gate_up, down] = [&moe.names.stacked_gate_up, &moe.names.stacked_down].map(|name| format!("{ffn}.{name}"));
+    let Some(entry) = checkpoint.tensors().get(&gate_up) else { return Ok(()) };
+    let Err(error) = moe.stack_order(&entry.shape, &checkpoint.entry(&down)?.shape) else { return Ok(()) };
+    let detail = format!("tensors `{gate_up}` and `{down}`: {error}");
+    Err(Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail })
 }
 
 /// The projections of every expert of every MoE layer of `spec`, where they lie in `checkpoint`: one by one or stacked, as floats or
@@ -67,6 +90,9 @@ pub fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
 /// [`MoeSpec::stack_order`](crate::spec::MoeSpec::stack_order).
 pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Vec<Vec<Piece>>>> {
     let layer = |block: usize| {
+        if checkpoint.gguf().is_some() {
+            return gguf::pieces(checkpoint, &spec.moe, block);
+        }
         let ffn = format!("model.layers.{block}.{}", spec.ffn);
         let stacked = format!("{ffn}.{}", spec.moe.names.stacked_gate_up);
         if checkpoint.tensors().contains_key(&stacked) {
@@ -77,6 +103,48 @@ pub fn expert_pieces(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Ve
         (0..spec.moe.experts).map(|id| one(checkpoint, &spec.moe, &ffn, id)).collect()
     };
     spec.moe_blocks().map(layer).collect()
+}
+
+/// What the experts of a checkpoint take, as they are stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpertSizes {
+    /// Bytes of the first expert of the first layer.
+    pub first: u64,
+    /// Bytes of all.
+    pub all: u64,
+    /// Types of their weights, in the order of their first use.
+    pub dtypes: Vec<String>,
+}
+
+/// Counts what the experts of `spec` take, every one that it names being there in the shape it says.
+///
+/// # Errors
+/// As [`expert_pieces`], but not for types in a GGUF file that nothing here reads.
+pub fn expert_sizes(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ExpertSizes> {
+    let experts: Vec<Vec<(String, u64)>> = match checkpoint.gguf() {
+        Some(_) => {
+            let blocks = spec.moe_blocks().map(|block| gguf::sizes(checkpoint, &spec.moe, block));
+            blocks.collect::<Result<Vec<_>>>()?.concat()
+        }
+        None => {
+            let part = |piece: &Piece| {
+                let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
+                (piece.dtype.to_string(), (row * piece.rows) as u64)
+            };
+            expert_pieces(checkpoint, spec)?.iter().flatten().map(|pieces| pieces.iter().map(part).collect()).collect()
+        }
+    };
+    let mut sizes = ExpertSizes::default();
+    for (index, (dtype, bytes)) in
+        experts.into_iter().enumerate().flat_map(|(index, parts)| parts.into_iter().map(move |part| (index, part)))
+    {
+        sizes.all += bytes;
+        sizes.first += if index == 0 { bytes } else { 0 };
+        if !sizes.dtypes.contains(&dtype) {
+            sizes.dtypes.push(dtype);
+        }
+    }
+    Ok(sizes)
 }
 
 /// The pieces of expert `id`, which has tensors of its own.
@@ -154,11 +222,11 @@ struct CheckpointBackend(Arc<Checkpoint>);
 impl CheckpointBackend {
     fn tensor(&self, entry: &TensorEntry, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let stored = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
+            ElementType::Plain(Dtype::F32) => DType::F32,
+            ElementType::Plain(Dtype::BF16) => DType::BF16,
+            ElementType::Plain(Dtype::F16) => DType::F16,
             // Not numbers but blocks of them: whoever wants them asks for bytes.
-            Dtype::U8 if dtype == DType::U8 => DType::U8,
+            ElementType::Plain(Dtype::U8) if dtype == DType::U8 => DType::U8,
             other => {
                 let expected = if dtype == DType::U8 { "dtype U8" } else { "dtype F32, BF16 or F16" };
                 return Err(self.wrong(entry, name, expected, format!("{other:?}")));

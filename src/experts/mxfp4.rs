@@ -43,17 +43,12 @@ pub fn joined(blocks: &[u8], scales: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Gives a block after its scale the order of the engine, where it has Hugging Face's.
-fn turn(block: &mut [u8; 1 + BLOCK_BYTES]) {
+pub(crate) fn turn(block: &mut [u8; 1 + BLOCK_BYTES]) {
     let Some(bytes) = block.last_chunk_mut::<BLOCK_BYTES>() else { return };
     // Half a byte a weight, in order.
     let weights = u128::from_le_bytes(*bytes);
     let (first, last) = (weights as u64, (weights >> 64) as u64);
     *bytes = (spread(first) | spread(last) << 4).to_le_bytes();
-}
-
-/// The same for whole blocks one after the other.
-pub(crate) fn turn_all(blocks: &mut [u8]) {
-    blocks.as_chunks_mut().0.iter_mut().for_each(turn);
 }
 
 /// Each half of a byte as the lower half of a byte of its own.

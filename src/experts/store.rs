@@ -4,8 +4,8 @@
 //! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, so that a file that can be read past
 //! the page cache needs no copy; a piece then begins anywhere in its first page, which the engine does not mind. A small expert takes
 //! one slab, and pieces that share pages are read at once; of a large one every piece has its own, so that several readers can work on
-//! it. All experts of the same shapes take slabs of the same sizes. A piece of another [`Layout`] than row by row is read beside its slab, a
-//! chunk at a time, and brought into form on the way.
+//! it. All experts of the same shapes take slabs of the same sizes. A piece of another [`Layout`] than row by row is read through a buffer of at most
+//! 1 MiB beside its slab and brought into form on the way.
 //!
 //! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
@@ -45,7 +45,7 @@ use std::sync::{Arc, OnceLock};
 use safetensors::Dtype as StoredDtype;
 use twox_hash::XxHash3_64;
 
-use crate::checkpoint::{Checkpoint, NamedSource, PAGE_BYTES};
+use crate::checkpoint::{BlockType, Checkpoint, ElementType, NamedSource, PAGE_BYTES};
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
 use crate::experts::matrix::{Dtype, Matrix};
@@ -95,7 +95,7 @@ impl Piece {
     /// A tensor of a checkpoint: the last dimension are its columns, all before it are rows.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of f32, f16 or bf16.
+    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of a [`Dtype`].
     pub fn tensor(checkpoint: &Checkpoint, part: Part, name: &str) -> Result<Self> {
         let entry = checkpoint.entry(name)?;
         let wrong = |expected: &str, got: String| Error::Checkpoint {
@@ -103,10 +103,14 @@ impl Piece {
             detail: format!("tensor `{name}`: expected {expected}, got {got}"),
         };
         let dtype = match entry.dtype {
-            StoredDtype::F32 => Dtype::F32,
-            StoredDtype::F16 => Dtype::F16,
-            StoredDtype::BF16 => Dtype::Bf16,
-            other => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
+            ElementType::Plain(StoredDtype::F32) => Dtype::F32,
+            ElementType::Plain(StoredDtype::F16) => Dtype::F16,
+            ElementType::Plain(StoredDtype::BF16) => Dtype::Bf16,
+            ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
+            ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
+            ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
+            ElementType::Plain(other) => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
+            ElementType::Blocks(other) => return Err(wrong("dtype q8_0, q4_K or q6_K", other.name.into())),
         };
         let [rows @ .., columns] = entry.shape.as_slice() else {
             return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
@@ -117,6 +121,46 @@ impl Piece {
         let (source, offset) = (entry.source(), entry.offset());
         let (rows, columns) = (rows.iter().product(), *columns);
         Ok(Self { part, source, offset, dtype, rows, columns, layout: Layout::Rows })
+    }
+
+    /// Expert `expert` of a stack `[experts, rows, columns]` in MXFP4 as Hugging Face writes it: bytes `{name}_blocks` `[experts, rows,
+    /// columns / 32, 16]` and `{name}_scales` `[experts, rows, columns / 32]`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a tensor that is not there, of another shape or not of bytes, [`Error::ExpertOutOfRange`].
+    pub fn mxfp4(checkpoint: &Checkpoint, part: Part, name: &str, shape: [usize; 3], expert: usize) -> Result<Self> {
+        let [experts, rows, columns] = shape;
+        if expert >= experts {
+            let id = i64::try_from(expert).unwrap_or(i64::MAX);
+            return Err(Error::ExpertOutOfRange { operand: name.into(), id, expected: format!("one of {experts}") });
+        }
+        let find = |suffix: &str, shape: &[usize]| {
+            let name = format!("{name}_{suffix}");
+            let entry = checkpoint.entry(&name)?;
+            if entry.dtype != ElementType::Plain(StoredDtype::U8) || entry.shape != shape {
+                let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
+                let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
+                return Err(Error::Checkpoint { file, detail });
+            }
+            let bytes = entry.bytes / experts;
+            Ok((entry.source(), entry.offset() + (expert * bytes) as u64))
+        };
+        let blocks = columns / mxfp4::WEIGHTS;
+        let (source, offset) = find("blocks", &[experts, rows, blocks, mxfp4::BLOCK_BYTES])?;
+        let (scales_source, scales) = find("scales", &[experts, rows, blocks])?;
+        let layout = Layout::Apart { source: scales_source, scales };
+        Ok(Self { part, source, offset, dtype: Dtype::Mxfp4, rows, columns, layout })
+    }
+
+    /// The same bytes as the matrix whose columns they hold one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for weights that share blocks.
+    pub fn transposed(self) -> Result<Self> {
+        if self.dtype.is_quantized() || self.layout != Layout::Rows {
+            return Err(Error::shape("piece of columns", "floats row by row", self.dtype));
+        }
+        Ok(Self { rows: self.columns, columns: self.rows, layout: Layout::Columns, ..self })
     }
 
     /// Some of the rows: an expert of a stack.
@@ -172,18 +216,6 @@ struct Run {
     pieces: Range<usize>,
     /// It is not read to where it stays: then `bytes` and `pieces` begin with the run.
     scatter: Option<Scatter>,
-}
-
-impl Run {
-    /// Bytes of a file that go elsewhere than where they are read to.
-    fn scattered(source: usize, bytes: Range<u64>, file_end: u64, scatter: Scatter) -> Self {
-        let page = PAGE_BYTES as u64;
-        let offset = bytes.start / page * page;
-        let in_run = |position: u64| (position - offset) as usize;
-        let pieces = in_run(bytes.start)..in_run(bytes.end);
-        let bytes = 0..in_run(bytes.end.next_multiple_of(page).min(file_end));
-        Self { source, offset, bytes, pieces, scatter: Some(scatter) }
-    }
 }
 
 /// What is read into one slab.
@@ -360,8 +392,10 @@ impl ExpertStore {
         let last = load.run == filling.runs.len();
         if last {
             self.verify(key, filling, load)?;
-            let blocks = self.experts[key].pieces.iter().filter(|placed| placed.slab == at && placed.to_turn);
-            blocks.for_each(|placed| mxfp4::turn_all(&mut slab.bytes_mut()[placed.bytes.clone()]));
+            for placed in self.experts[key].pieces.iter().filter(|placed| placed.slab == at && placed.to_turn) {
+                let blocks = slab.bytes_mut()[placed.bytes.clone()].as_chunks_mut::<{ Dtype::Mxfp4.block_bytes() }>().0;
+                blocks.iter_mut().for_each(mxfp4::turn);
+            }
         }
         Ok(Chunk { bytes: bytes.len(), last })
     }
@@ -418,65 +452,96 @@ impl std::fmt::Debug for LoadedExpert<'_> {
     }
 }
 
+/// A piece and where its bytes come from: one run where it is read to where it stays, else what is scattered into it.
+struct Found {
+    slab: usize,
+    piece: Piece,
+    /// Where a piece that lies row by row ends.
+    end: u64,
+    /// Source, offset and end of the rest.
+    scattered: Vec<(usize, u64, u64, Scatter)>,
+}
+
 /// Lays an expert's pieces out in slabs.
 fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64], name: &str) -> Result<Stored> {
     if pieces.is_empty() {
         return Err(Error::shape(name, "at least one piece", "none"));
     }
     // By shape alone, so that experts of the same shapes take the same wherever their bytes begin.
-    let (mut slab_bytes, mut numbered) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
+    let (mut slab_bytes, mut found) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
     for (at, piece) in pieces.iter().enumerate() {
+        let operand = || format!("{:?} of {name}", piece.part);
         if pieces[..at].iter().any(|other| other.part == piece.part) {
             return Err(Error::shape(name, format!("one {:?}", piece.part), "two"));
         }
+        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
+        let fits = match piece.layout {
+            Layout::Rows => true,
+            Layout::Columns => !piece.dtype.is_quantized(),
+            Layout::Apart { .. } => piece.dtype == Dtype::Mxfp4,
+        };
+        if !fits {
+            let got = format!("{:?}", piece.layout);
+            return Err(Error::shape(operand(), format!("{} row by row", piece.dtype), got));
+        }
         let end_of = |source: usize, offset: u64, bytes: usize| {
             let Some(((file, _), length)) = sources.get(source).zip(lengths.get(source)) else {
-                let expected = format!("a source below {}", sources.len());
-                return Err(Error::shape(format!("{:?} of {name}", piece.part), expected, source));
+                return Err(Error::shape(operand(), format!("a source below {}", sources.len()), source));
             };
             offset.checked_add(bytes as u64).filter(|end| end <= length).ok_or_else(|| {
-                let Piece { part, dtype, rows, columns, .. } = piece;
+                let Piece { dtype, rows, columns, .. } = piece;
                 let shape = format!("[{rows}, {columns}] {dtype} at {offset} within the file's {length} bytes");
-                Error::Checkpoint { file: file.clone(), detail: format!("{part:?} of {name}: expected {shape}") }
+                Error::Checkpoint { file: file.clone(), detail: format!("{}: expected {shape}", operand()) }
             })
         };
-        let bytes = piece.row_bytes()?.saturating_mul(piece.rows);
-        let scatters = Scatter::of(piece, bytes, name)?;
-        let scattered = scatters.into_iter().map(|(source, offset, scatter)| {
-            Ok((source, offset, end_of(source, offset, scatter.file_bytes())?, scatter))
-        });
-        let scattered = scattered.collect::<Result<Vec<_>>>()?;
-        let (end, page) = match piece.layout {
-            Layout::Rows => (end_of(piece.source, piece.offset, bytes)?, PAGE_BYTES),
-            // It begins with its first page.
-            _ => (0, 0),
-        };
-        slab_bytes.push(bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0) + page);
-        numbered.push((at, piece, end, scattered));
+        let (mut end, mut scattered) = (0, Vec::new());
+        // The bytes of what is scattered are no fewer than those of the matrix, so one that is too large does not get here.
+        let pages = bytes.checked_next_multiple_of(PAGE_BYTES).unwrap_or(0);
+        if piece.layout == Layout::Rows {
+            end = end_of(piece.source, piece.offset, bytes)?;
+            slab_bytes.push(pages + PAGE_BYTES);
+        } else {
+            for (source, offset, scatter) in Scatter::of(piece, bytes) {
+                let end = end_of(source, offset, scatter.bytes.saturating_mul(scatter.count))?;
+                scattered.push((source, offset, end, scatter));
+            }
+            slab_bytes.push(pages);
+        }
+        found.push(Found { slab: at, piece: piece.clone(), end, scattered });
     }
     let total = slab_bytes.iter().sum();
     if total <= CHUNK_BYTES {
         slab_bytes = vec![total];
-        numbered.iter_mut().for_each(|(at, ..)| *at = 0);
+        found.iter_mut().for_each(|found| found.slab = 0);
     }
-    // In the order of their bytes, those that are not read to where they stay behind all others.
-    numbered
-        .sort_by_key(|(slab, piece, end, scattered)| (*slab, !scattered.is_empty(), piece.source, piece.offset, *end));
+    // In the order of their bytes; those that are not read to where they stay come last.
+    found.sort_by_key(|Found { slab, piece, end, .. }| {
+        (*slab, piece.layout != Layout::Rows, piece.source, piece.offset, *end)
+    });
     let mut stored = Stored { pieces: Vec::new(), fillings: Vec::new(), slab_bytes };
-    for pieces in numbered.chunk_by(|(slab, ..), (next, ..)| slab == next) {
-        let slab = stored.fillings.len();
-        let (mut runs, mut free) = (Vec::new(), 0);
-        for (_, piece, end, scattered) in pieces {
-            let bytes = match scattered.first() {
-                None => add(&mut runs, piece, *end, lengths[piece.source]),
-                Some((.., scatter)) => free..free + scatter.slab_bytes(),
-            };
-            free = free.max(bytes.end.next_multiple_of(PAGE_BYTES));
-            for (source, offset, end, scatter) in scattered {
-                runs.push(Run::scattered(*source, *offset..*end, lengths[*source], scatter.into(bytes.clone())));
-            }
+    for of_slab in found.chunk_by(|found, next| found.slab == next.slab) {
+        let (slab, mut runs) = (stored.fillings.len(), Vec::new());
+        let mut place = |piece: &Piece, bytes: Range<usize>| {
             let (shape, to_turn) = ([piece.rows, piece.columns], matches!(piece.layout, Layout::Apart { .. }));
             stored.pieces.push(Placed { part: piece.part, dtype: piece.dtype, shape, slab, bytes, to_turn });
+        };
+        let (rows, others) = of_slab.split_at(of_slab.partition_point(|found| found.piece.layout == Layout::Rows));
+        for Found { piece, end, .. } in rows {
+            place(piece, add(&mut runs, piece, *end, lengths[piece.source]));
+        }
+        let mut next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
+        for Found { piece, scattered, .. } in others {
+            let bytes = next..next + scattered.first().map_or(0, |(.., scatter)| scatter.into.len());
+            next = bytes.end.next_multiple_of(PAGE_BYTES);
+            for (source, offset, end, scatter) in scattered {
+                let first = offset / PAGE_BYTES as u64 * PAGE_BYTES as u64;
+                let in_run = |position: u64| (position - first) as usize;
+                let pieces = in_run(*offset)..in_run(*end);
+                let pages = 0..in_run(end.next_multiple_of(PAGE_BYTES as u64).min(lengths[*source]));
+                let scatter = scatter.clone().into_bytes_of(bytes.clone());
+                runs.push(Run { source: *source, offset: first, bytes: pages, pieces, scatter: Some(scatter) });
+            }
+            place(piece, bytes);
         }
         stored.fillings.push(Filling { runs, checksum: OnceLock::new() });
     }

@@ -21,7 +21,7 @@ use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
 use super::borrowed;
 use super::gate::Gate;
-use super::projection::{Projection, Weight, own_blocks};
+use super::projection::{Projection, Weight};
 use crate::error::{Error, Result};
 use crate::experts::activation::{Activation, Function};
 use crate::spec::{MoeSpec, SharedExperts};
@@ -150,12 +150,7 @@ impl Expert {
         }
         let expert = |index: usize| {
             let part = |stack: &Arc<QTensor>, rows: usize| -> Result<Projection> {
-                let rows = index * rows..(index + 1) * rows;
-                let weight = match stack.device().is_cpu() {
-                    true => Weight::Quantized { tensor: stack.clone(), rows },
-                    false => Weight::from(Arc::new(own_blocks(stack, &rows)?)),
-                };
-                Ok(Projection::new(weight, None))
+                Ok(Projection::new(Weight::rows(stack.clone(), index * rows..(index + 1) * rows)?, None))
             };
             let gate = gate.as_ref().map(|gate| part(gate, spec.expert_width)).transpose()?;
             Self::from_projections(spec.activation, gate, part(&up, spec.expert_width)?, part(&down, spec.hidden)?)

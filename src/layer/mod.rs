@@ -209,6 +209,15 @@ impl MoeLayer {
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = stacked::load_experts(spec, &vb)?;
+        Self::load_with(spec, vb, experts)
+    }
+
+    /// Loads the same but for the experts, which are these.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::load`] and [`MoeLayer::new`].
+    pub fn load_with(spec: &MoeSpec, vb: VarBuilder<'_>, experts: Vec<Expert>) -> Result<Self> {
+        spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
         Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
     }
@@ -420,6 +429,15 @@ impl MoeLayer {
 impl Module for MoeLayer {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
         Ok(self.forward_routed(hidden)?.0)
+    }
+}
+
+/// What it is and who routes, without its weights: models of Candle derive this.
+impl std::fmt::Debug for MoeLayer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut layer = formatter.debug_struct("MoeLayer");
+        layer.field("index", &self.index).field("spec", &self.spec);
+        layer.field("router", &self.router.name()).field("capacity", &self.capacity).finish_non_exhaustive()
     }
 }
 

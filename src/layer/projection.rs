@@ -51,6 +51,19 @@ impl From<Arc<QTensor>> for Weight {
     }
 }
 
+impl Weight {
+    /// Some rows of `tensor`: on the CPU a view of them, elsewhere a tensor of their own, since nothing there reads a part of one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for rows that are not there.
+    pub fn rows(tensor: Arc<QTensor>, rows: Range<usize>) -> Result<Self> {
+        match tensor.device().is_cpu() {
+            true => Ok(Self::Quantized { tensor, rows }),
+            false => Ok(Self::from(Arc::new(own_blocks(&tensor, &rows)?))),
+        }
+    }
+}
+
 /// Weight and bias of one linear layer.
 #[derive(Clone, Debug)]
 pub struct Projection {
@@ -145,7 +158,7 @@ fn row_bytes(tensor: &QTensor, columns: usize) -> usize {
 }
 
 /// `rows` as a tensor of their own.
-pub(super) fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
+fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
     let columns = matrix(tensor)[1];
     let row = row_bytes(tensor, columns);
     let data = tensor.data()?;

@@ -4,10 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::weights::{check_experts, expert_pieces};
-use phase_moe::spec::ModelSpec;
-use phase_moe::zoo;
+use phase_moe::decoder::weights::expert_sizes;
 use serde::Serialize;
 
 use crate::options::{ModelSource, print_json};
@@ -45,9 +42,8 @@ struct Output {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let files = self.model.files()?;
-        let spec = zoo::parse_config(&files.config, "config.json")?;
-        check_experts(&files.checkpoint, &spec)?;
-        let Experts { bytes_per_expert, expert_bytes, dtype } = Experts::new(&files.checkpoint, &spec)?;
+        let spec = files.spec()?;
+        let experts = expert_sizes(&files.checkpoint, &spec)?;
         let all_bytes: u64 = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum();
         let output = Output {
             family: spec.family,
@@ -57,10 +53,10 @@ impl Inspect {
             experts: spec.moe.experts,
             top_k: spec.moe.top_k,
             expert_width: spec.moe.expert_width,
-            dtype,
-            bytes_per_expert,
-            expert_bytes,
-            other_bytes: all_bytes - expert_bytes,
+            dtype: experts.dtypes.join(", "),
+            bytes_per_expert: experts.first,
+            expert_bytes: experts.all,
+            other_bytes: all_bytes - experts.all,
             parameters: spec.parameters(),
             active_parameters: spec.active_parameters(),
         };
@@ -94,32 +90,6 @@ impl Inspect {
             writeln!(out, "    {percent:>3} % ({resident} per layer)  {}", bytes(needed))?;
         }
         Ok(())
-    }
-}
-
-/// What the experts take, every one that the configuration names being there in the shape it says.
-pub struct Experts {
-    /// Of the first expert of the first layer.
-    pub bytes_per_expert: u64,
-    expert_bytes: u64,
-    dtype: String,
-}
-
-impl Experts {
-    /// Counts and checks them.
-    pub fn new(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Self> {
-        let mut experts = Self { bytes_per_expert: 0, expert_bytes: 0, dtype: String::new() };
-        for (index, pieces) in expert_pieces(checkpoint, spec)?.iter().flatten().enumerate() {
-            for piece in pieces {
-                let row = piece.dtype.row_bytes(piece.columns).unwrap_or(0);
-                experts.expert_bytes += (row * piece.rows) as u64;
-                experts.dtype = piece.dtype.to_string();
-            }
-            if index == 0 {
-                experts.bytes_per_expert = experts.expert_bytes;
-            }
-        }
-        Ok(experts)
     }
 }
 

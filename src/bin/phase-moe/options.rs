@@ -126,7 +126,7 @@ pub enum Prefetch {
 
 #[derive(Args)]
 pub struct ModelSource {
-    /// Checkpoint directory in Hugging Face layout [default: the bundled tiny-moe]
+    /// Checkpoint directory in Hugging Face layout, or GGUF file [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 }

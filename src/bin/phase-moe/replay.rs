@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::weights::expert_sizes;
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay as Replayer;
 use phase_moe::eval::trace::GateTrace;
@@ -13,7 +14,6 @@ use phase_moe::experts::admission::Admission;
 use phase_moe::report::replay::ReplayReport;
 use phase_moe::routing::registry::RouterKind;
 
-use crate::inspect::Experts;
 use crate::options::{
     Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,
     print_json, warn_unlimited,
@@ -163,7 +163,7 @@ impl Replay {
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
         let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
-        let experts = Experts::new(&files.checkpoint, model.decoder().spec())?;
-        Ok(Source { trace, name: model.name().to_owned(), bytes_per_expert: Some(experts.bytes_per_expert) })
+        let experts = expert_sizes(&files.checkpoint, model.decoder().spec())?;
+        Ok(Source { trace, name: model.name().to_owned(), bytes_per_expert: Some(experts.first) })
     }
 }

@@ -6,12 +6,12 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
 use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::weights::expert_sizes;
 use phase_moe::eval::tune::{FastMemory, Sweep, plain_perplexity, recommended};
 use phase_moe::experts::cache;
 use phase_moe::report::tune::TuneReport;
 use phase_moe::routing::registry::RouterKind;
 
-use crate::inspect::Experts;
 use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, print_json};
 
 /// Sweeps cache bonus, experts per token and experts in fast memory over decode of real text; prints the front and one to take.
@@ -85,7 +85,7 @@ impl Tune {
         let expert_cache = budgets.iter().copied().min_by_key(|options| options.budget_bytes);
         let model = Model::from_files(&files, &LoadOptions { expert_cache, ..LoadOptions::default() })?;
         let (name, decoder) = (model.name(), model.decoder());
-        let (moe, bytes) = (&decoder.spec().moe, Experts::new(&files.checkpoint, decoder.spec())?.bytes_per_expert);
+        let (moe, bytes) = (&decoder.spec().moe, expert_sizes(&files.checkpoint, decoder.spec())?.first);
         let counted = |experts| FastMemory::Counted { experts, policy, admission };
         let sweep = Sweep {
             top_k: if self.top_k.is_empty() { vec![moe.top_k] } else { self.top_k },

@@ -1,0 +1,296 @@
+//! GGUF: the metadata of a file as the `config.json` that its family reads, and the names of its tensors.
+//!
+//! | `general.architecture` | family |
+//! |---|---|
+//! | `llama`, with experts | `mixtral` |
+//! | `olmoe` | `olmoe` |
+//! | `qwen2moe`, `qwen3moe` | `qwen2_moe`, `qwen3_moe` |
+//! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids |
+//!
+//! What a file does not say is as llama.cpp has it: whether weights are normalised, which blocks have experts. Keys, names and what is
+//! done to the tensors on the way into a file: llama.cpp's `conversion/` and `src/models/`.
+
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::{Checkpoint, Metadata};
+use crate::error::{Error, Result};
+
+/// What `general.architecture` may be.
+pub const ARCHITECTURES: [&str; 5] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2"];
+
+/// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
+const COUNTS: [(&str, &str); 6] = [
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("expert_used_count", "num_experts_per_tok"),
+];
+
+/// The same, of numbers.
+const NUMBERS: [(&str, &str); 2] =
+    [("attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("rope.freq_base", "rope_theta")];
+
+/// Of stretched positions.
+const YARN: [(&str, &str); 5] = [
+    ("factor", "factor"),
+    ("original_context_length", "original_max_position_embeddings"),
+    ("yarn_beta_fast", "beta_fast"),
+    ("yarn_beta_slow", "beta_slow"),
+    ("yarn_attn_factor", "attention_factor"),
+];
+
+/// The numbers of `expert_gating_func`.
+const SIGMOID: usize = 2;
+
+/// A GGUF file's metadata, read as one architecture's.
+struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    metadata: &'a Metadata,
+    architecture: &'a str,
+}
+
+/// The `config.json` of a GGUF file, for [`parse_config`](super::parse_config).
+///
+/// # Errors
+/// [`Error::UnknownName`] for an architecture that is not in [`ARCHITECTURES`], [`Error::Config`] for metadata that are missing, of
+/// another type, or of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
+pub fn config(checkpoint: &Checkpoint) -> Result<String> {
+    let Some(metadata) = checkpoint.gguf() else {
+        return Err(Error::Checkpoint { file: "checkpoint".into(), detail: "expected a GGUF file, got none".into() });
+    };
+    let architecture = architecture(metadata)?;
+    let source = Source { checkpoint, metadata, architecture };
+    let mut config = source.common()?;
+    let experts = source.experts()?;
+    let (key, norm) = ("norm_topk_prob", source.flag("expert_weights_norm")?);
+    let width = match source.count("expert_feed_forward_length")?.filter(|&width| width > 0) {
+        Some(width) => Some(width),
+        None => source.count("feed_forward_length")?,
+    };
+    let mut set = |key: &str, value: Value| config.insert(key.into(), value);
+    match architecture {
+        "llama" => {
+            set("model_type", json!("mixtral"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("sliding_window", json!(source.count("attention.sliding_window")?.filter(|&window| window > 0)));
+        }
+        "olmoe" => {
+            set("model_type", json!("olmoe"));
+            set("num_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("clip_qkv", json!(source.number("attention.clamp_kqv")?.filter(|&clip| clip > 0.0)));
+            set(key, json!(norm.unwrap_or(false)));
+        }
+        "qwen2moe" | "qwen3moe" => {
+            let (family, normalised) = match architecture {
+                "qwen2moe" => ("qwen2_moe", false),
+                _ => ("qwen3_moe", true),
+            };
+            let biased = checkpoint.tensors().contains_key("blk.0.attn_q.bias");
+            set("model_type", json!(family));
+            set("num_experts", json!(experts));
+            set("moe_intermediate_size", json!(width));
+            set("shared_expert_intermediate_size", json!(source.count("expert_shared_feed_forward_length")?));
+            set("mlp_only_layers", json!(source.dense_blocks()?));
+            set(if family == "qwen2_moe" { "qkv_bias" } else { "attention_bias" }, json!(biased));
+            set(key, json!(norm.unwrap_or(normalised)));
+        }
+        _ => source.deepseek(&mut config, experts, width, norm.unwrap_or(false))?,
+    }
+    Ok(Value::Object(config).to_string())
+}
+
+/// What `general.architecture` says, if it is one of [`ARCHITECTURES`].
+pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
+    let key = "general.architecture";
+    let got = metadata.text(key)?.ok_or_else(|| metadata.error(key, "text", "nothing: the key is missing"))?;
+    if !ARCHITECTURES.contains(&got) {
+        let expected = ARCHITECTURES.join(", ");
+        return Err(Error::UnknownName { kind: "GGUF architecture", got: got.into(), expected });
+    }
+    Ok(got)
+}
+
+impl Source<'_> {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    fn count(&self, name: &str) -> Result<Option<usize>> {
+        self.metadata.count(&self.key(name))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f64>> {
+        self.metadata.number(&self.key(name))
+    }
+
+    fn flag(&self, name: &str) -> Result<Option<bool>> {
+        self.metadata.flag(&self.key(name))
+    }
+
+    fn required(&self, name: &str) -> Result<usize> {
+        self.metadata.required_count(&self.key(name))
+    }
+
+    fn has(&self, tensor: &str) -> bool {
+        self.checkpoint.tensors().contains_key(tensor)
+    }
+
+    /// Blocks without those that predict further tokens.
+    fn blocks(&self) -> Result<usize> {
+        let extra = self.count("nextn_predict_layers")?.unwrap_or(0);
+        let all = self.required("block_count")?;
+        all.checked_sub(extra).filter(|&blocks| blocks > 0).ok_or_else(|| {
+            let expected = format!("more than {} {extra}", self.key("nextn_predict_layers"));
+            self.metadata.error(&self.key("block_count"), &expected, &all.to_string())
+        })
+    }
+
+    fn experts(&self) -> Result<usize> {
+        let experts = self.count("expert_count")?.unwrap_or(0);
+        if experts == 0 {
+            return Err(self.metadata.error(&self.key("expert_count"), "a model with experts", "none"));
+        }
+        Ok(experts)
+    }
+
+    /// What means the same in all architectures.
+    fn common(&self) -> Result<Map<String, Value>> {
+        let mut config = Map::new();
+        for (name, key) in COUNTS {
+            config.insert(key.into(), json!(self.count(name)?));
+        }
+        for (name, key) in NUMBERS {
+            config.insert(key.into(), json!(self.number(name)?));
+        }
+        for name in ["embedding_length", "attention.head_count", "expert_used_count"] {
+            self.required(name)?;
+        }
+        config.insert("num_hidden_layers".into(), json!(self.blocks()?));
+        config.insert("num_nextn_predict_layers".into(), json!(self.count("nextn_predict_layers")?));
+        config.insert("vocab_size".into(), json!(self.checkpoint.entry("token_embd.weight")?.shape[0]));
+        config.insert("tie_word_embeddings".into(), json!(!self.has("output.weight")));
+        let mut ends = Vec::new();
+        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+            ends.extend(self.metadata.count(key)?.filter(|id| !ends.contains(id)));
+        }
+        config.insert("eos_token_id".into(), json!(ends));
+        if self.architecture != "deepseek2" {
+            let head = self.count("attention.key_length")?;
+            config.insert("head_dim".into(), json!(head));
+            let (heads, hidden) = (self.required("attention.head_count")?, self.required("embedding_length")?);
+            let head = head.or(hidden.checked_div(heads)).unwrap_or(0);
+            for name in ["rope.dimension_count", "attention.value_length"] {
+                if let Some(other) = self.count(name)?.filter(|&other| other != head) {
+                    let expected = format!("the head's {head}");
+                    return Err(self.metadata.error(&self.key(name), &expected, &other.to_string()));
+                }
+            }
+        }
+        if self.has("rope_freqs.weight") {
+            return Err(self.metadata.error("rope_freqs.weight", "no tensor of factors of rotations", "one"));
+        }
+        if let Some(scaling) = self.scaling()? {
+            config.insert("rope_scaling".into(), scaling);
+        }
+        Ok(config)
+    }
+
+    /// Stretched positions, as `rope_scaling`.
+    fn scaling(&self) -> Result<Option<Value>> {
+        let kind = match self.metadata.text(&self.key("rope.scaling.type"))? {
+            None | Some("none") => return Ok(None),
+            Some("linear") if self.number("rope.scaling.factor")?.is_none_or(|factor| factor == 1.0) => {
+                return Ok(None);
+            }
+            Some(kind) => kind,
+        };
+        let mut scaling = Map::from_iter([("rope_type".into(), json!(kind))]);
+        for (name, key) in YARN {
+            let value = self.number(&format!("rope.scaling.{name}"))?;
+            let value = if key.starts_with("original") { json!(value.map(|value| value as u64)) } else { json!(value) };
+            scaling.insert(key.into(), value);
+        }
+        // The file has a tenth of DeepSeek's `mscale_all_dim`; `mscale`, which is not in it, is taken to be the same.
+        if let Some(tenth) = self.number("rope.scaling.yarn_log_multiplier")?.filter(|&tenth| tenth > 0.0) {
+            for key in ["mscale", "mscale_all_dim"] {
+                scaling.insert(key.into(), json!(10.0 * tenth));
+            }
+        }
+        Ok(Some(Value::Object(scaling)))
+    }
+
+    /// The blocks that have no experts.
+    fn dense_blocks(&self) -> Result<Vec<usize>> {
+        let dense = |block: &usize| !self.has(&format!("blk.{block}.ffn_gate_inp.weight"));
+        Ok((0..self.blocks()?).filter(dense).collect())
+    }
+
+    fn deepseek(
+        &self,
+        config: &mut Map<String, Value>,
+        experts: usize,
+        width: Option<usize>,
+        norm: bool,
+    ) -> Result<()> {
+        // Files from before there was a key for it are DeepSeek-V2's; a bias for selection is DeepSeek-V3's.
+        let biased = self.checkpoint.tensors().keys().any(|name| name.contains(".exp_probs_b"));
+        let sigmoid = match self.count("expert_gating_func")?.filter(|&function| function != 0) {
+            Some(function @ 1..=SIGMOID) => function == SIGMOID,
+            Some(other) => {
+                let expected = "1 (softmax) or 2 (sigmoid)";
+                return Err(self.metadata.error(&self.key("expert_gating_func"), expected, &other.to_string()));
+            }
+            None => biased,
+        };
+        let groups = self.count("expert_group_count")?.filter(|&groups| groups > 1);
+        let rotated = self.required("rope.dimension_count")?;
+        // Newer files say how wide heads are before keys and values are left in the narrow vector, older ones have nothing else.
+        let either = |new: &str, old: &str| match self.count(new)? {
+            Some(width) => Ok(width),
+            None => self.required(old),
+        };
+        let key = either("attention.key_length_mla", "attention.key_length")?;
+        let Some(unrotated) = key.checked_sub(rotated).filter(|&width| width > 0) else {
+            let (name, expected) = (self.key("attention.key_length_mla"), format!("more than the rotated {rotated}"));
+            return Err(self.metadata.error(&name, &expected, &key.to_string()));
+        };
+        let scale = self.number("expert_weights_scale")?.filter(|&scale| scale != 0.0);
+        let set = [
+            ("model_type", json!(if sigmoid { "deepseek_v3" } else { "deepseek_v2" })),
+            ("num_key_value_heads", Value::Null),
+            ("n_routed_experts", json!(experts)),
+            ("moe_intermediate_size", json!(width)),
+            ("n_shared_experts", json!(self.count("expert_shared_count")?)),
+            ("routed_scaling_factor", json!(scale)),
+            ("norm_topk_prob", json!(norm)),
+            ("n_group", json!(groups.unwrap_or(1))),
+            (
+                "topk_group",
+                json!(match groups {
+                    Some(_) => self.required("expert_group_used_count")?,
+                    None => 1,
+                }),
+            ),
+            (
+                "topk_method",
+                json!(match (sigmoid, groups) {
+                    (true, _) => "noaux_tc",
+                    (false, Some(_)) => "group_limited_greedy",
+                    (false, None) => "greedy",
+                }),
+            ),
+            ("first_k_dense_replace", json!(self.count("leading_dense_block_count")?)),
+            ("q_lora_rank", json!(self.count("attention.q_lora_rank")?.filter(|&rank| rank > 0))),
+            ("kv_lora_rank", json!(self.required("attention.kv_lora_rank")?)),
+            ("qk_nope_head_dim", json!(unrotated)),
+            ("qk_rope_head_dim", json!(rotated)),
+            ("v_head_dim", json!(either("attention.value_length_mla", "attention.value_length")?)),
+        ];
+        config.extend(set.map(|(key, value)| (key.to_owned(), value)));
+        Ok(())
+    }
+}

@@ -1,0 +1,83 @@
+//! GGUF files against Hugging Face transformers, goldens by `tests/goldens/make_gguf_goldens.py`; with experts in an expert cache and
+//! without the same bits.
+#![cfg(feature = "candle")]
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use phase_moe::checkpoint::Checkpoint;
+use phase_moe::decoder::model::{LoadOptions, ModelFiles};
+use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::experts::cache::CacheOptions;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// A file and the goldens of its model.
+const FILES: [(&str, &str); 6] = [
+    ("llama", "zoo/mixtral/goldens.safetensors"),
+    ("olmoe", "gguf/olmoe.goldens.safetensors"),
+    ("qwen2moe", "zoo/qwen2_moe/goldens.safetensors"),
+    ("qwen3moe", "zoo/qwen3_moe/goldens.safetensors"),
+    ("deepseek2", "zoo/deepseek_v3/goldens.safetensors"),
+    ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
+];
+
+fn open(name: &str) -> ModelFiles {
+    ModelFiles::open(&fixture(&format!("gguf/{name}.gguf"))).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The prompts of the goldens and their logits.
+fn prompts(goldens: &str) -> [(Vec<u32>, Vec<f32>); 2] {
+    let goldens = Checkpoint::open_files(&[fixture(goldens)]).unwrap();
+    [0, 1].map(|prompt| {
+        let [ids, logits] = ["ids", "logits"].map(|part| goldens.read(&format!("prompt.{prompt}.{part}")).unwrap());
+        let ids = ids.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
+        (ids, logits.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
+    })
+}
+
+/// Logits of a text at once, and of one token after another.
+fn logits(decoder: &Decoder, ids: &[u32]) -> [Vec<f32>; 2] {
+    let forward = |ids: &[u32], state: &mut _| {
+        values(&decoder.forward(&Batch::new(&[ids]).unwrap(), state, |_, _| Ok(())).unwrap())
+    };
+    let mut state = decoder.generation_state();
+    let steps = ids.iter().flat_map(|&id| forward(&[id], &mut state)).collect();
+    [forward(ids, &mut decoder.batch_state()), steps]
+}
+
+fn cached(files: &ModelFiles, experts: usize) -> Decoder {
+    let store = weights::expert_store(&files.checkpoint, &files.spec().unwrap()).unwrap();
+    let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap();
+    let options = CacheOptions::new(experts * largest).sparing(&store);
+    files.decoder(&LoadOptions { expert_cache: Some(options), ..LoadOptions::default() }).unwrap()
+}
+
+#[test]
+fn every_architecture_equals_transformers_with_its_experts_in_memory_or_in_the_file() {
+    for (name, goldens) in FILES {
+        let files = open(name);
+        let decoder = files.decoder(&LoadOptions::default()).unwrap();
+        let caches = [cached(&files, 1), cached(&files, 3)];
+        assert!(caches.iter().all(|decoder| decoder.expert_cache().is_some()));
+        let stored: usize = files.checkpoint.tensors().values().map(|entry| entry.bytes / 4).sum();
+        assert_eq!(decoder.spec().parameters(), stored, "{name}: parameters");
+        for (prompt, (ids, golden)) in prompts(goldens).into_iter().enumerate() {
+            let ours = logits(&decoder, &ids);
+            for (how, ours) in ["at once", "step by step"].into_iter().zip(&ours) {
+                assert_eq!(ours.len(), golden.len());
+                let worst = ours.iter().zip(&golden).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+                assert!(worst <= 1e-4, "{name}, prompt {prompt} {how}: off by {worst}");
+            }
+            for cached in &caches {
+                assert!(logits(cached, &ids) == ours, "{name}, prompt {prompt}: other bits from a cache");
+            }
+        }
+    }
+}
