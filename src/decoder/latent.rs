@@ -4,14 +4,18 @@
 //! rotated part that all heads share. `[batch, positions, hidden] → [batch, positions, hidden]`. What is kept from one forward pass to the next is
 //! latent and rotated key alone, so few numbers per position; keys and values are made of them anew.
 
-use candle_core::{Module, Tensor};
-use candle_nn::kv_cache::KvCache;
-use candle_nn::{Linear, VarBuilder};
+use std::sync::Arc;
 
-use super::attention::{attend, linear, score_scale};
+use candle_core::{Module, Tensor};
+use candle_nn::VarBuilder;
+use candle_nn::kv_cache::KvCache;
+
+use super::attention::{attend, score_scale};
+use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
+use crate::experts::engine::Engine;
 use crate::spec::{LatentSpec, ModelSpec};
 
 /// Epsilon of the norms in here, whatever the configuration says of the others.
@@ -38,10 +42,11 @@ enum Query {
 }
 
 impl LatentAttention {
-    pub(super) fn load(spec: &ModelSpec, sizes: LatentSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn load(spec: &ModelSpec, sizes: LatentSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
         let (hidden, heads) = (spec.moe.hidden, spec.heads);
         let (rotated, queries) = (spec.rotary_dim, heads * (sizes.key_width + spec.rotary_dim));
-        let linear = |name: &str, rows: usize, columns: usize| linear(&vb.pp(name), rows, columns, false);
+        let linear =
+            |name: &str, rows: usize, columns: usize| Linear::load(&vb.pp(name), [rows, columns], false, engine);
         let query = match sizes.query_rank {
             None => Query::Direct(linear("q_proj", queries, hidden)?),
             Some(rank) => Query::Narrow(
@@ -79,7 +84,8 @@ impl LatentAttention {
         let rotated = queries.dim(3)? - key_width;
         let rotate = |part: &Tensor| if pairs { rotary.apply_pairs(part) } else { rotary.apply(part) };
         let turned = rotate(&queries.narrow(3, key_width, rotated)?)?;
-        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?;
+        // Joined along the last dimension they would be views, which products of several sequences do not take.
+        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
 
         let narrow = self.kv_down.forward(hidden)?.unsqueeze(1)?;
         let mut latent = self.kv_norm.forward(&narrow.narrow(3, 0, kv_rank)?)?;
@@ -91,7 +97,7 @@ impl LatentAttention {
         let wide = self.kv_up.forward(&latent.squeeze(1)?)?;
         let wide = wide.reshape((batch, seen, self.heads, key_width + value_width))?.transpose(1, 2)?;
         let turned = turned.broadcast_as((batch, self.heads, seen, rotated))?;
-        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
+        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
         let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
 
         let mixed = attend(&query, &key, &value, mask, self.scale, None)?;
