@@ -13,7 +13,7 @@ since a GGUF file has room for one of them.
 What is done to tensors is what llama.cpp's conversion does: experts of a layer stacked, rows of Mixtral's and Granite's queries and
 keys reordered for a rotation of neighbours, DeepSeek's keys and values split and keys transposed. In qwen2moe.gguf and
 qwen3moe.gguf some blocks have no experts, which llama.cpp does not run; deepseek2_old.gguf has keys and values joined, as files
-from before they were split.
+from before they were split. mxfp4.gguf has its experts in MXFP4, and the goldens are of the numbers that these stand for.
 
 sentencepiece.gguf has a tokenizer alone, trained on the bundled texts as Llama's was, and sentencepiece.json, for some texts, the
 ids that the sentencepiece package gives.
@@ -40,8 +40,8 @@ def in_turns(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
-    """A GGUF file of the checkpoint in `directory`."""
+def write(path: Path, directory: Path, arch: str, joined: bool = False, experts: gguf.GGMLQuantizationType = None) -> None:
+    """A GGUF file of the checkpoint in `directory`, its experts in the type `experts`."""
     config = json.loads((directory / "config.json").read_text())
     tensors = {name: tensor.numpy() for name, tensor in load_file(directory / "model.safetensors").items()}
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -148,6 +148,9 @@ def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
         # Blocks without experts, in architectures whose blocks all have them in llama.cpp.
         stored = stored or dense.get_name(known, try_suffixes=(".weight",))
         assert stored is not None, name
+        if experts is not None and ".experts." in name:
+            writer.add_tensor(stored, gguf.quants.quantize(tensor, experts), raw_dtype=experts)
+            continue
         writer.add_tensor(stored, np.ascontiguousarray(tensor.squeeze()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -237,6 +240,18 @@ def main() -> None:
         (directory / "config.json").write_text(json.dumps(config))
         own_goldens(directory, out / "deepseek2_old.goldens.safetensors")
         write(out / "deepseek2_old.gguf", directory, "deepseek2", joined=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory, mxfp4 = Path(temporary), gguf.GGMLQuantizationType.MXFP4
+        zoo_goldens.FAMILIES["olmoe"] = {**OLMOE, "intermediate_size": 32}
+        model = zoo_goldens.random_model("olmoe", seed=2)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if ".experts." in name:
+                    stored = gguf.quants.quantize(tensor.numpy(), mxfp4)
+                    tensor.copy_(torch.from_numpy(gguf.quants.dequantize(stored, mxfp4)))
+        model.save_pretrained(directory)
+        own_goldens(directory, out / "mxfp4.goldens.safetensors")
+        write(out / "mxfp4.gguf", directory, "olmoe", experts=mxfp4)
     sentence_piece(Path(__file__).parents[2] / "models/tiny-moe/eval", out)
     for path in sorted(out.iterdir()):
         print(path.name, path.stat().st_size, "bytes")
