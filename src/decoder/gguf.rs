@@ -20,8 +20,10 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
+use crate::experts::matrix::Dtype as Matrices;
 use crate::experts::store::{Part, Piece};
 use crate::layer::expert::Expert;
+use crate::layer::packed::Packed;
 use crate::layer::projection::{Projection, Weight};
 use crate::spec::{ModelSpec, MoeSpec};
 use crate::zoo::gguf_names::{TensorNames, TensorSource, single, stack};
@@ -135,7 +137,8 @@ fn joined_heads(keys: &Tensor, values: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 fn unread(checkpoint: &Checkpoint, entry: &TensorEntry, name: &str) -> Error {
-    let expected = "F32, F16, BF16, or a quantised type that Candle reads (q4_0 to q8_0, q2_K to q6_K)";
+    let expected =
+        "F32, F16, BF16, or a quantised type that Candle reads (q4_0 to q8_0, q2_K to q6_K), or mxfp4 of experts";
     let detail = format!("tensor `{name}`: expected {expected}, got {:?}", entry.dtype);
     Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail }
 }
@@ -208,19 +211,42 @@ fn places(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, id: usize) -> Re
     there.map(place).collect()
 }
 
+/// A tensor of experts in memory.
+#[derive(Clone)]
+enum Held {
+    Candle(Arc<QTensor>),
+    Packed(Packed),
+}
+
+impl Held {
+    fn load(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<Self> {
+        let entry = checkpoint.entry(name)?;
+        let is_packed = matches!(entry.dtype, ElementType::Blocks(blocks) if blocks.name == Matrices::Mxfp4.name());
+        if !is_packed {
+            return Ok(Self::Candle(Arc::new(quantized(checkpoint, name, device)?)));
+        }
+        let (columns, rows) = (entry.shape.last().copied().unwrap_or(0), entry.shape.iter().rev().skip(1).product());
+        Ok(Self::Packed(Packed::new(Matrices::Mxfp4, rows, columns, checkpoint.read(name)?)?))
+    }
+}
+
 /// The experts of a block, as they are stored: on the CPU views of one copy of each tensor.
 pub(super) fn experts(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, device: &Device) -> Result<Vec<Expert>> {
-    let mut tensors: BTreeMap<String, Arc<QTensor>> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Held> = BTreeMap::new();
     let mut projection = |place: Place| -> Result<Projection> {
-        let tensor = match tensors.get(&place.tensor) {
-            Some(tensor) => tensor.clone(),
+        let held = match tensors.get(&place.tensor) {
+            Some(held) => held.clone(),
             None => {
-                let tensor = Arc::new(quantized(checkpoint, &place.tensor, device)?);
-                tensors.insert(place.tensor.clone(), tensor.clone());
-                tensor
+                let held = Held::load(checkpoint, &place.tensor, device)?;
+                tensors.insert(place.tensor.clone(), held.clone());
+                held
             }
         };
-        Ok(Projection::new(Weight::rows(tensor, place.rows)?, None))
+        let weight = match held {
+            Held::Candle(tensor) => Weight::rows(tensor, place.rows)?,
+            Held::Packed(packed) => packed.of_rows(place.rows)?.into(),
+        };
+        Ok(Projection::new(weight, None))
     };
     let mut expert = |id: usize| {
         let (mut gate, mut rest) = (None, Vec::new());

@@ -109,8 +109,9 @@ impl Piece {
             ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
             ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
             ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
+            ElementType::Blocks(BlockType { name: "mxfp4", .. }) => Dtype::Mxfp4,
             ElementType::Plain(other) => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
-            ElementType::Blocks(other) => return Err(wrong("dtype q8_0, q4_K or q6_K", other.name.into())),
+            ElementType::Blocks(other) => return Err(wrong("dtype q8_0, q4_K, q6_K or mxfp4", other.name.into())),
         };
         let [rows @ .., columns] = entry.shape.as_slice() else {
             return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
