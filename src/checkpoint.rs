@@ -265,14 +265,25 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] when there is no such tensor or the read fails or comes back short.
     pub fn read(&self, tensor: &str) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.entry(tensor)?.bytes];
+        self.read_into(tensor, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads the bytes of a tensor into memory that is there.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; [`Error::Shape`] for memory of another length.
+    pub fn read_into(&self, tensor: &str, bytes: &mut [u8]) -> Result<()> {
         let entry = self.entry(tensor)?;
+        if bytes.len() != entry.bytes {
+            return Err(Error::shape(format!("memory for tensor `{tensor}`"), entry.bytes, bytes.len()));
+        }
         let (file, source) = &self.files[entry.file];
-        let mut bytes = vec![0; entry.bytes];
-        source.read_exact_at(&mut bytes, entry.offset).map_err(|error| Error::Checkpoint {
+        source.read_exact_at(bytes, entry.offset).map_err(|error| Error::Checkpoint {
             file: file.clone(),
             detail: format!("tensor `{tensor}`: expected {} bytes at {}, got {error}", entry.bytes, entry.offset),
-        })?;
-        Ok(bytes)
+        })
     }
 }
 

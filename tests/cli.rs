@@ -77,6 +77,10 @@ fn mistakes_end_with_code_2_and_one_clear_line() {
         (&["logits", "--ids", "1", "--out", nowhere], "no/such/file: No such file"),
         (&["trace", "--tokens", "64", "--out", nowhere], "no/such/file: No such file"),
         (&["generate", "--prompt", ""], "--prompt: expected at least one token"),
+        (&["generate", "--prompt", "a", "--prompt", ""], "--prompt: expected at least one token"),
+        (&["generate", "--prompt", "a", "--chunk-tokens", "0"], "--chunk-tokens is 0: expected at least 1"),
+        (&["generate", "--prompt", "a", "--system", "b"], "required arguments were not provided"),
+        (&["generate", "--prompt", "a", "--chat"], "--chat: expected a chat template in chat_template.jinja or"),
         (&["generate", "--prompt", "a", "--temperature", "-1"], "temperature is -1: expected 0 or a positive finite"),
         (&["generate", "--prompt", "a", "--devices", "4"], "--devices limits nothing by itself: add --capacity-factor"),
         (&["route", "--logits", nowhere, "--capacity-factor", "1"], "no/such/file: No such file"),
@@ -557,6 +561,29 @@ fn generate_is_repeatable_and_reports_itself() {
     for key in ["hit_rate", "expert_bytes_read", "peak_resident_expert_bytes"] {
         assert!(first.as_object().unwrap().contains_key(key) && first[key].is_null(), "{key}");
     }
+}
+
+#[test]
+fn several_prompts_are_continued_side_by_side() {
+    let prompts = ["And the LORD said", "fn main() {"];
+    let arguments = |prompts: &[&'static str], more: &[&'static str]| {
+        let each = prompts.iter().flat_map(|prompt| ["--prompt", prompt]);
+        ["generate", "--new-tokens", "12"].into_iter().chain(each).chain(more.iter().copied()).collect::<Vec<_>>()
+    };
+    let alone = prompts.map(|prompt| json(&arguments(&[prompt], &["--json"])));
+    for chunk in ["512", "5"] {
+        let both = json(&arguments(&prompts, &["--json", "--chunk-tokens", chunk]));
+        assert!(!both.as_object().unwrap().contains_key("text"));
+        for ((text, alone), prompt) in both["texts"].as_array().unwrap().iter().zip(&alone).zip(prompts) {
+            assert_eq!(text["prompt"], prompt);
+            for key in ["text", "prompt_tokens", "new_tokens"] {
+                assert_eq!(text[key], alone[key], "{key}");
+            }
+        }
+        assert_eq!(number(&both, "new_tokens"), number(&alone[0], "new_tokens") + number(&alone[1], "new_tokens"));
+    }
+    let printed = stdout(&run(&arguments(&prompts, &[])));
+    assert_eq!(printed, format!("{}\n\n{}\n", alone[0]["text"].as_str().unwrap(), alone[1]["text"].as_str().unwrap()));
 }
 
 #[test]

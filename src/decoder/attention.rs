@@ -3,14 +3,18 @@
 //! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`. Where
 //! heads have sinks the softmax goes over one more score, the sink, whose share nobody gets.
 
+use std::sync::Arc;
+
 use candle_core::{D, DType, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::ops::{softmax, softmax_last_dim};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_nn::{Init, VarBuilder};
 
+use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
+use crate::experts::engine::Engine;
 use crate::spec::{AttentionBias, ModelSpec, QkNorm};
 
 #[derive(Clone, Debug)]
@@ -34,9 +38,9 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
         let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let linear = |name: &str, rows, columns, bias| linear(&vb.pp(name), rows, columns, bias);
+        let linear = |name: &str, rows, columns, bias| Linear::load(&vb.pp(name), [rows, columns], bias, engine);
         let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
         let inputs = spec.attention_bias != AttentionBias::None;
         Ok(Self {
@@ -113,17 +117,35 @@ pub(super) fn score_scale(spec: &ModelSpec, width: usize) -> f64 {
     usual * spec.yarn.map_or(1.0, |yarn| yarn.score_scale)
 }
 
-/// A linear layer `[columns] → [rows]`.
-pub(super) fn linear(vb: &VarBuilder<'_>, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
-    let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
-    let weight = vb.get_with_hints((rows, columns), "weight", init)?;
-    let bias = bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
-    Ok(Linear::new(weight, bias))
-}
+/// Scores of all heads that are there at a time, at most: a long prompt in chunks needs memory in proportion to its length alone.
+const MOST_SCORES: usize = 1 << 24;
 
 /// `softmax(scale·q·kᵀ + mask)·v` of `[batch, heads, positions, width]`, heads side by side: `[batch, positions, heads · width]`;
 /// `sinks` `[heads]` are one more score each.
 pub(super) fn attend(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+    sinks: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (batch, heads, positions, _) = query.dims4()?;
+    let rows = (MOST_SCORES / (batch * heads * key.dim(2)?).max(1)).max(1);
+    if positions <= rows {
+        return attend_all(query, key, value, mask, scale, sinks);
+    }
+    let piece = |start: usize| {
+        let rows = rows.min(positions - start);
+        let mask = mask.map(|mask| mask.narrow(mask.rank() - 2, start, rows)).transpose()?;
+        attend_all(&query.narrow(2, start, rows)?.contiguous()?, key, value, mask.as_ref(), scale, sinks)
+    };
+    let pieces: Vec<Tensor> = (0..positions).step_by(rows).map(piece).collect::<Result<_>>()?;
+    Ok(Tensor::cat(&pieces, 1)?)
+}
+
+/// The same for all positions at once.
+fn attend_all(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,

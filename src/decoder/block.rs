@@ -2,6 +2,8 @@
 //!
 //! Knows nothing of other blocks, routers' states or caches of experts.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use candle_nn::kv_cache::KvCache;
@@ -11,6 +13,7 @@ use super::latent::LatentAttention;
 use super::norm::Norm;
 use super::rotary::Rotary;
 use crate::error::Result;
+use crate::experts::engine::Engine;
 use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::spec::ModelSpec;
@@ -34,10 +37,10 @@ pub(super) enum Mixer {
 }
 
 impl Mixer {
-    pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
         Ok(match spec.latent {
-            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb)?),
-            None => Self::Grouped(Attention::load(spec, vb)?),
+            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb, engine)?),
+            None => Self::Grouped(Attention::load(spec, vb, engine)?),
         })
     }
 

@@ -16,11 +16,11 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
-use safetensors::Dtype;
+use safetensors::Dtype as StoredDtype;
 
-use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
+use crate::checkpoint::{BlockType, Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
-use crate::experts::matrix::Dtype as Matrices;
+use crate::experts::matrix::Dtype;
 use crate::experts::store::{Part, Piece};
 use crate::layer::expert::Expert;
 use crate::layer::packed::Packed;
@@ -80,9 +80,9 @@ impl GgufBackend {
     fn stored(&self, name: &str, device: &Device) -> Result<Tensor> {
         let entry = self.checkpoint.entry(name)?;
         let plain = match entry.dtype {
-            ElementType::Plain(Dtype::F32) => DType::F32,
-            ElementType::Plain(Dtype::F16) => DType::F16,
-            ElementType::Plain(Dtype::BF16) => DType::BF16,
+            ElementType::Plain(StoredDtype::F32) => DType::F32,
+            ElementType::Plain(StoredDtype::F16) => DType::F16,
+            ElementType::Plain(StoredDtype::BF16) => DType::BF16,
             ElementType::Plain(_) => return Err(unread(&self.checkpoint, entry, name)),
             ElementType::Blocks(_) => return Ok(quantized(&self.checkpoint, name, device)?.dequantize(device)?),
         };
@@ -137,8 +137,7 @@ fn joined_heads(keys: &Tensor, values: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 fn unread(checkpoint: &Checkpoint, entry: &TensorEntry, name: &str) -> Error {
-    let expected =
-        "F32, F16, BF16, or a quantised type that Candle reads (q4_0 to q8_0, q2_K to q6_K), or mxfp4 of experts";
+    let expected = "F32, F16, BF16, or a quantised type that Candle reads (q4_0 to q8_0, q2_K to q6_K)";
     let detail = format!("tensor `{name}`: expected {expected}, got {:?}", entry.dtype);
     Error::Checkpoint { file: checkpoint.file_of(entry).into(), detail }
 }
@@ -154,9 +153,9 @@ fn quantized(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<QTe
 /// Candle's name of a type; `None` for those that it does not widen.
 fn ggml_dtype(stored: ElementType) -> Option<GgmlDType> {
     Some(match stored {
-        ElementType::Plain(Dtype::F32) => GgmlDType::F32,
-        ElementType::Plain(Dtype::F16) => GgmlDType::F16,
-        ElementType::Plain(Dtype::BF16) => GgmlDType::BF16,
+        ElementType::Plain(StoredDtype::F32) => GgmlDType::F32,
+        ElementType::Plain(StoredDtype::F16) => GgmlDType::F16,
+        ElementType::Plain(StoredDtype::BF16) => GgmlDType::BF16,
         ElementType::Plain(_) => return None,
         ElementType::Blocks(blocks) => match blocks.name {
             "q4_0" => GgmlDType::Q4_0,
@@ -213,40 +212,45 @@ fn places(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, id: usize) -> Re
 
 /// A tensor of experts in memory.
 #[derive(Clone)]
-enum Held {
-    Candle(Arc<QTensor>),
+enum Stored {
+    Quantized(Arc<QTensor>),
+    /// In MXFP4, which Candle does not have.
     Packed(Packed),
 }
 
-impl Held {
+impl Stored {
     fn load(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<Self> {
         let entry = checkpoint.entry(name)?;
-        let is_packed = matches!(entry.dtype, ElementType::Blocks(blocks) if blocks.name == Matrices::Mxfp4.name());
-        if !is_packed {
-            return Ok(Self::Candle(Arc::new(quantized(checkpoint, name, device)?)));
+        match (entry.dtype, entry.shape.split_last()) {
+            (ElementType::Blocks(BlockType { name: "mxfp4", .. }), Some((&columns, rows))) => {
+                let rows = rows.iter().product();
+                Ok(Self::Packed(Packed::new(Dtype::Mxfp4, rows, columns, checkpoint.read(name)?)?))
+            }
+            _ => Ok(Self::Quantized(Arc::new(quantized(checkpoint, name, device)?))),
         }
-        let (columns, rows) = (entry.shape.last().copied().unwrap_or(0), entry.shape.iter().rev().skip(1).product());
-        Ok(Self::Packed(Packed::new(Matrices::Mxfp4, rows, columns, checkpoint.read(name)?)?))
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Weight> {
+        match self {
+            Self::Quantized(tensor) => Weight::rows(tensor.clone(), rows),
+            Self::Packed(packed) => Ok(packed.of_rows(rows)?.into()),
+        }
     }
 }
 
 /// The experts of a block, as they are stored: on the CPU views of one copy of each tensor.
 pub(super) fn experts(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, device: &Device) -> Result<Vec<Expert>> {
-    let mut tensors: BTreeMap<String, Held> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Stored> = BTreeMap::new();
     let mut projection = |place: Place| -> Result<Projection> {
-        let held = match tensors.get(&place.tensor) {
-            Some(held) => held.clone(),
+        let stored = match tensors.get(&place.tensor) {
+            Some(stored) => stored.clone(),
             None => {
-                let held = Held::load(checkpoint, &place.tensor, device)?;
-                tensors.insert(place.tensor.clone(), held.clone());
-                held
+                let stored = Stored::load(checkpoint, &place.tensor, device)?;
+                tensors.insert(place.tensor, stored.clone());
+                stored
             }
         };
-        let weight = match held {
-            Held::Candle(tensor) => Weight::rows(tensor, place.rows)?,
-            Held::Packed(packed) => packed.of_rows(place.rows)?.into(),
-        };
-        Ok(Projection::new(weight, None))
+        Ok(Projection::new(stored.rows(place.rows)?, None))
     };
     let mut expert = |id: usize| {
         let (mut gate, mut rest) = (None, Vec::new());

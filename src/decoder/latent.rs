@@ -2,16 +2,22 @@
 //!
 //! `[latent ‖ rotated key] = kv_a·x`, `[keys ‖ values] = kv_b·norm(latent)` per head; each head's key is its own part and the
 //! rotated part that all heads share. `[batch, positions, hidden] → [batch, positions, hidden]`. What is kept from one forward pass to the next is
-//! latent and rotated key alone, so few numbers per position; keys and values are made of them anew.
+//! latent and rotated key alone, so few numbers per position. Of many new positions keys and values are made of them anew; a single one
+//! takes `kv_b` into its query and out of its mix of latents instead, which is the same sum in another order (section 2.1.2 there), so
+//! that a step costs nothing per head and position but two products of the latent's width.
+
+use std::sync::Arc;
 
 use candle_core::{Module, Tensor};
+use candle_nn::VarBuilder;
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Linear, VarBuilder};
 
-use super::attention::{attend, linear, score_scale};
+use super::attention::{attend, score_scale};
+use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
 use crate::error::Result;
+use crate::experts::engine::Engine;
 use crate::spec::{LatentSpec, ModelSpec};
 
 /// Epsilon of the norms in here, whatever the configuration says of the others.
@@ -38,10 +44,11 @@ enum Query {
 }
 
 impl LatentAttention {
-    pub(super) fn load(spec: &ModelSpec, sizes: LatentSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn load(spec: &ModelSpec, sizes: LatentSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
         let (hidden, heads) = (spec.moe.hidden, spec.heads);
         let (rotated, queries) = (spec.rotary_dim, heads * (sizes.key_width + spec.rotary_dim));
-        let linear = |name: &str, rows: usize, columns: usize| linear(&vb.pp(name), rows, columns, false);
+        let linear =
+            |name: &str, rows: usize, columns: usize| Linear::load(&vb.pp(name), [rows, columns], false, engine);
         let query = match sizes.query_rank {
             None => Query::Direct(linear("q_proj", queries, hidden)?),
             Some(rank) => Query::Narrow(
@@ -79,7 +86,8 @@ impl LatentAttention {
         let rotated = queries.dim(3)? - key_width;
         let rotate = |part: &Tensor| if pairs { rotary.apply_pairs(part) } else { rotary.apply(part) };
         let turned = rotate(&queries.narrow(3, key_width, rotated)?)?;
-        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?;
+        // Joined along the last dimension they would be views, which products of several sequences do not take.
+        let query = Tensor::cat(&[&queries.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
 
         let narrow = self.kv_down.forward(hidden)?.unsqueeze(1)?;
         let mut latent = self.kv_norm.forward(&narrow.narrow(3, 0, kv_rank)?)?;
@@ -87,14 +95,36 @@ impl LatentAttention {
         if let Some(cache) = cache {
             (latent, turned) = cache.append(&latent.contiguous()?, &turned)?;
         }
+        if positions == 1 {
+            let mixed = self.mix_latents(&query, &latent, &turned, mask)?;
+            return Ok(self.output.forward(&mixed)?);
+        }
         let seen = latent.dim(2)?;
         let wide = self.kv_up.forward(&latent.squeeze(1)?)?;
         let wide = wide.reshape((batch, seen, self.heads, key_width + value_width))?.transpose(1, 2)?;
         let turned = turned.broadcast_as((batch, self.heads, seen, rotated))?;
-        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?;
+        let key = Tensor::cat(&[&wide.narrow(3, 0, key_width)?, &turned], 3)?.contiguous()?;
         let value = wide.narrow(3, key_width, value_width)?.contiguous()?;
 
         let mixed = attend(&query, &key, &value, mask, self.scale, None)?;
         Ok(self.output.forward(&mixed)?)
+    }
+
+    /// What one new position of each sequence attends to, `[batch, 1, heads · value_width]`, of latents `[batch, 1, seen, kv_rank]` and rotated keys:
+    /// heads stand where positions do, for all have the same keys.
+    fn mix_latents(&self, query: &Tensor, latent: &Tensor, turned: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let LatentSpec { kv_rank, key_width, value_width, .. } = self.sizes;
+        let (batch, heads, _, width) = query.dims4()?;
+        let up = self.kv_up.weight().reshape((heads, key_width + value_width, kv_rank))?;
+        // `[heads, batch, ..]`: a product for each head.
+        let query = query.squeeze(2)?.transpose(0, 1)?;
+        let plain = query.narrow(2, 0, key_width)?.contiguous()?.matmul(&up.narrow(1, 0, key_width)?)?;
+        let query = Tensor::cat(&[&plain, &query.narrow(2, key_width, width - key_width)?], 2)?;
+        let query = query.transpose(0, 1)?.unsqueeze(1)?.contiguous()?;
+        let key = Tensor::cat(&[latent, turned], 3)?.contiguous()?;
+        let mixed = attend(&query, &key, &latent.contiguous()?, mask, self.scale, None)?;
+        let values = up.narrow(1, key_width, value_width)?.transpose(1, 2)?;
+        let mixed = mixed.transpose(0, 1)?.contiguous()?.matmul(&values)?;
+        Ok(mixed.transpose(0, 1)?.reshape((batch, 1, heads * value_width))?)
     }
 }

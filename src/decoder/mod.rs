@@ -4,31 +4,39 @@
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
 mod attention;
+mod batch;
 mod block;
 pub mod generate;
 mod gguf;
 mod latent;
+mod linear;
 mod lookahead;
 pub mod memory;
 pub mod model;
 mod norm;
 mod rotary;
 pub mod sampling;
+mod seen;
+mod state;
 pub mod unstacked;
 pub mod weights;
 
+pub use self::batch::Batch;
+pub use self::state::DecoderState;
+
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{Module, Tensor};
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Embedding, Init, Linear, VarBuilder};
+use candle_nn::{Embedding, Init, VarBuilder};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
+use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
-use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
+use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::experts::cache::{ExpertCache, Prefetch};
@@ -39,119 +47,6 @@ use crate::layer::{MoeLayer, Routing};
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
 use crate::spec::{ModelSpec, Multipliers};
-
-/// Token ids of one forward pass, `[sequences, positions]`, shorter sequences filled up at the end with padding.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Batch {
-    ids: Vec<u32>,
-    padding: Option<Vec<bool>>,
-    sequences: usize,
-    positions: usize,
-}
-
-impl Batch {
-    /// From sequences of any lengths; padding takes no room in experts.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when there is no sequence or an empty one.
-    pub fn new(sequences: &[&[u32]]) -> Result<Self> {
-        let positions = sequences.iter().map(|ids| ids.len()).max().unwrap_or(0);
-        if sequences.iter().any(|ids| ids.is_empty()) || positions == 0 {
-            return Err(Error::shape("batch", "sequences of at least one token", "an empty one"));
-        }
-        let (mut ids, mut padding) = (Vec::new(), Vec::new());
-        for sequence in sequences {
-            ids.extend_from_slice(sequence);
-            ids.resize(ids.len() + positions - sequence.len(), 0);
-            padding.extend((0..positions).map(|position| position >= sequence.len()));
-        }
-        let padding = padding.contains(&true).then_some(padding);
-        Ok(Self { ids, padding, sequences: sequences.len(), positions })
-    }
-
-    /// Token ids, row-major; 0 where padded.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
-    }
-
-    /// True where padded; `None` when nothing is.
-    pub fn padding(&self) -> Option<&[bool]> {
-        self.padding.as_deref()
-    }
-
-    /// Tokens that are not padding.
-    pub fn live_tokens(&self) -> u64 {
-        self.ids.len() as u64 - self.padding().map_or(0, |padding| padding.iter().filter(|&&pad| pad).count() as u64)
-    }
-
-    /// Rows.
-    pub fn sequences(&self) -> usize {
-        self.sequences
-    }
-
-    /// Columns.
-    pub fn positions(&self) -> usize {
-        self.positions
-    }
-
-    /// What routers may know of this batch in layer `layer`.
-    pub fn context(&self, layer: usize) -> RouteContext<'_> {
-        RouteContext { layer, token_ids: Some(&self.ids), padding: self.padding(), ..RouteContext::default() }
-    }
-}
-
-/// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.
-#[derive(Debug)]
-pub struct DecoderState {
-    /// `None` keeps no keys and values: each forward pass is a text of its own.
-    kv: Option<Vec<KvCache>>,
-    routes: Vec<RouteState>,
-    /// `None` where nobody asks: then it costs nothing.
-    memory: Option<ExpertMemory>,
-    /// What is in an expert cache, as a layer's router sees it.
-    resident: ExpertSet,
-    lookahead: Lookahead,
-    /// Forward passes so far.
-    step: u64,
-}
-
-impl DecoderState {
-    /// Positions seen so far.
-    pub fn position(&self) -> usize {
-        self.kv.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::current_seq_len)
-    }
-
-    /// True where keys and values are kept: each forward pass goes on with the text.
-    pub fn keeps_text(&self) -> bool {
-        self.kv.is_some()
-    }
-
-    /// The same with experts in fast memory: routers see them, every forward pass advances them. A decoder refuses a memory of
-    /// other layers or experts than it has.
-    pub fn with_memory(self, memory: ExpertMemory) -> Self {
-        Self { memory: Some(memory), ..self }
-    }
-
-    /// The experts in fast memory, where somebody keeps account of them.
-    pub fn memory(&self) -> Option<&ExpertMemory> {
-        self.memory.as_ref()
-    }
-
-    /// What each layer's router has learnt.
-    pub fn routes(&self) -> &[RouteState] {
-        &self.routes
-    }
-
-    /// Forward passes so far: the clock of affinities.
-    pub fn steps(&self) -> u64 {
-        self.step
-    }
-
-    /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
-    pub fn begin_text(&mut self) {
-        self.kv.iter_mut().flatten().for_each(KvCache::reset);
-    }
-}
 
 /// A decoder-only transformer with MoE layers; clones share weights.
 #[derive(Clone)]
@@ -222,7 +117,7 @@ impl Decoder {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
                 attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
-                attention: Mixer::load(spec, vb.pp("self_attn"))?,
+                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
                 ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
@@ -240,7 +135,7 @@ impl Decoder {
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
             norm: Norm::load(spec, model.pp("norm"))?,
-            output: Linear::new(output, output_bias),
+            output: Linear::new(output, output_bias, engine),
         })
     }
 
@@ -290,7 +185,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// A fresh state that keeps keys and values, for generating one text token by token.
+    /// A fresh state that keeps keys and values, for generating one text or a batch of them token by token.
     pub fn generation_state(&self) -> DecoderState {
         let caches = self.blocks.iter().map(|_| KvCache::new(POSITION_DIM, KV_POSITIONS)).collect();
         DecoderState { kv: Some(caches), ..self.batch_state() }
@@ -301,6 +196,7 @@ impl Decoder {
         let prefetch = self.expert_cache().map_or(Prefetch::Off, |cache| cache.options().prefetch);
         DecoderState {
             kv: None,
+            seen: Seen::default(),
             routes: vec![RouteState::default(); self.spec.moe_layers()],
             memory: None,
             resident: ExpertSet::default(),
@@ -314,17 +210,19 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
-    /// [`Error::Shape`] for padding together with kept keys and values or for the state of a decoder with other layers; whatever a layer or `observe` reports.
+    /// [`Error::Shape`] for other sequences than those whose keys and values are kept or for the state of a decoder with other layers; whatever
+    /// a layer or `observe` reports.
     pub fn forward(
         &self,
         batch: &Batch,
         state: &mut DecoderState,
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
-        scaled(self.output.forward(&self.hidden_states(batch, state, observe)?)?, self.spec.multipliers.logits)
+        self.logits(&self.hidden_states(batch, state, observe)?)
     }
 
-    /// Logits `[sequences, vocab]` of the last position of `batch` alone: what generation needs of a prompt.
+    /// Logits `[sequences, vocab]` of each sequence's last token in `batch` alone: what generation needs. Those of a sequence without a
+    /// token in it mean nothing.
     ///
     /// # Errors
     /// As [`Decoder::forward`].
@@ -335,8 +233,50 @@ impl Decoder {
         observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
         let hidden = self.hidden_states(batch, state, observe)?;
-        let logits = self.output.forward(&hidden.narrow(1, batch.positions - 1, 1)?)?.squeeze(1)?;
-        scaled(logits, self.spec.multipliers.logits)
+        let all = 0..batch.sequences();
+        self.logits(&last_states(&hidden, batch, all.map(|row| (row, batch.lengths()[row].max(1))))?)
+    }
+
+    /// The same for prompts of any length: they go through in chunks of at most `chunk_tokens` tokens (padding counted, at least one
+    /// position), so that memory beside weights, keys and values does not grow with their square.
+    ///
+    /// Without a limit logits are those of [`Decoder::forward_last`]. A chunk is a batch: capacities are of its tokens, and it is a
+    /// step of a memory of experts; `observe` is called for each.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`]; [`Error::Shape`] for a state that keeps no keys and values, where there are several chunks.
+    pub fn prefill(
+        &self,
+        batch: &Batch,
+        chunk_tokens: usize,
+        state: &mut DecoderState,
+        mut observe: impl FnMut(usize, Routing) -> Result<()>,
+    ) -> Result<Tensor> {
+        let positions = batch.chunk_positions(chunk_tokens);
+        if batch.positions() <= positions {
+            return self.forward_last(batch, state, observe);
+        }
+        if !state.keeps_text() {
+            return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
+        }
+        // Before the first chunk changes anything.
+        state.seen.starts(batch, self.spec.max_positions)?;
+        let mut last = vec![None; batch.sequences()];
+        for (chunk, start) in batch.chunks(chunk_tokens).zip((0..).step_by(positions)) {
+            let hidden = self.hidden_states(&chunk, state, &mut observe)?;
+            let ends = start + 1..=start + chunk.positions();
+            let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
+            for row in (0..batch.sequences()).filter(ended) {
+                last[row] = Some(last_states(&hidden, &chunk, [(row, chunk.lengths()[row].max(1))])?);
+            }
+        }
+        let last: Vec<Tensor> = last.into_iter().flatten().collect();
+        self.logits(&Tensor::cat(&last, 0)?)
+    }
+
+    /// What the output weights make of hidden states.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        scaled(self.output.forward(hidden)?, self.spec.multipliers.logits)
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
@@ -346,7 +286,7 @@ impl Decoder {
         state: &mut DecoderState,
         mut observe: impl FnMut(usize, Routing) -> Result<()>,
     ) -> Result<Tensor> {
-        if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.spec.vocab) {
+        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
         let moe_layers = self.spec.moe_layers();
@@ -368,24 +308,17 @@ impl Decoder {
                 return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
             }
         }
-        let start = state.position();
-        if start + batch.positions > self.spec.max_positions {
-            let expected = format!("at most the model's {}", self.spec.max_positions);
-            return Err(Error::parameter("text length", start + batch.positions, expected));
-        }
-        if batch.padding.is_some() && state.kv.is_some() {
-            return Err(Error::shape("batch", "no padding while keys and values are kept", "padding"));
-        }
+        let starts = state.seen.starts(batch, self.spec.max_positions)?;
         let device = self.embedding.embeddings().device();
-        let ids = Tensor::from_slice(&batch.ids, (batch.sequences, batch.positions), device)?;
+        let ids = Tensor::from_slice(batch.ids(), (batch.sequences(), batch.positions()), device)?;
         let Multipliers { embedding, residual, .. } = self.spec.multipliers;
         let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
-        let rotary = Rotary::new(&self.spec, start, batch.positions, hidden.dtype(), device)?;
-        let mask = |window: Option<usize>| causal_mask(batch.positions, start, window, hidden.dtype(), device);
+        let rotary = Rotary::new(&self.spec, &starts, batch.positions(), hidden.dtype(), device)?;
+        let mask = |window: Option<usize>| state.seen.mask(batch, window, hidden.dtype(), device);
         let window = Some(self.spec.window.positions).filter(|_| !self.spec.window.blocks.is_empty());
         let (whole_mask, window_mask) = (mask(None)?, window.map(|_| mask(window)).transpose()?.flatten());
         // A batch uses most experts anyway.
-        let is_decode = state.kv.is_some() && batch.ids.len() <= DECODE_TOKENS;
+        let is_decode = state.kv.is_some() && batch.ids().len() <= DECODE_TOKENS;
         let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
         // MoE layers are counted by themselves: blocks without experts have no router.
         let mut moe_layer = 0;
@@ -427,6 +360,9 @@ impl Decoder {
             hidden = (hidden + scaled(output, residual)?)?;
         }
         state.step = state.step.saturating_add(1);
+        if state.kv.is_some() {
+            state.seen.add(batch);
+        }
         let hidden = self.norm.forward(&hidden)?;
         if is_decode {
             state.lookahead.end(pass);
@@ -468,23 +404,9 @@ const POSITION_DIM: usize = 2;
 /// Positions that a cache of keys and values grows by.
 const KV_POSITIONS: usize = 256;
 
-/// 0 where a position may look, at those before it and itself, of them the last `window`, −∞ where it may not:
-/// `[positions, start + positions]`; `None` for a single position that sees all.
-fn causal_mask(
-    positions: usize,
-    start: usize,
-    window: Option<usize>,
-    dtype: DType,
-    device: &Device,
-) -> Result<Option<Tensor>> {
-    let columns = start + positions;
-    if positions == 1 && window.is_none_or(|window| columns <= window) {
-        return Ok(None);
-    }
-    let sees = |row: usize, column: usize| {
-        column <= start + row && window.is_none_or(|window| start + row < column.saturating_add(window))
-    };
-    let cell = |row: usize, column: usize| if sees(row, column) { 0.0 } else { f32::NEG_INFINITY };
-    let cells: Vec<f32> = (0..positions).flat_map(|row| (0..columns).map(move |column| cell(row, column))).collect();
-    Ok(Some(Tensor::from_vec(cells, (positions, columns), device)?.to_dtype(dtype)?))
+/// The hidden state of token `length` of each of `rows`, `[rows, hidden]`.
+fn last_states(hidden: &Tensor, batch: &Batch, rows: impl IntoIterator<Item = (usize, usize)>) -> Result<Tensor> {
+    let at: Vec<u32> = rows.into_iter().map(|(row, length)| (row * batch.positions() + length - 1) as u32).collect();
+    let at = Tensor::new(at, hidden.device())?;
+    Ok(hidden.flatten_to(1)?.index_select(&at, 0)?)
 }

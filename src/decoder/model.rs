@@ -9,10 +9,11 @@
 //! ```
 
 use std::borrow::Cow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::{Decoder, weights};
@@ -51,6 +52,8 @@ pub struct ModelFiles {
     pub tokenizer: Option<Vec<u8>>,
     /// The tensors.
     pub checkpoint: Arc<Checkpoint>,
+    /// Where further files are, which not everybody needs; `None` where there are none.
+    pub directory: Option<PathBuf>,
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -77,6 +80,7 @@ impl ModelFiles {
                 config: zoo::gguf::config(&checkpoint)?,
                 checkpoint,
                 tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+                directory: file.parent().map(Path::to_owned),
             });
         }
         let config = String::from_utf8(read(&path.join("config.json"))?)
@@ -87,7 +91,40 @@ impl ModelFiles {
             config,
             checkpoint: Arc::new(Checkpoint::open(path)?),
             tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+            directory: Some(path.to_owned()),
         })
+    }
+
+    /// The text of `file` beside the others, if there is one: `generation_config.json`, `tokenizer_config.json`, `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for an unreadable file, or one that is no UTF-8 text.
+    pub fn beside(&self, file: &str) -> Result<Option<String>> {
+        let Some(path) = self.directory.as_ref().map(|directory| directory.join(file)) else { return Ok(None) };
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(path, error)),
+        }
+    }
+
+    /// The tokens that end a text as `generation_config.json` has them, a number or a list; `None` where it does not say.
+    fn end_of_text(&self) -> Result<Option<Vec<u32>>> {
+        const FILE: &str = "generation_config.json";
+        let Some(text) = self.beside(FILE)? else { return Ok(None) };
+        let wrong = |detail: String| Error::Config { file: FILE.into(), detail };
+        let config: Value =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
+        let ids = match config.get("eos_token_id") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+        };
+        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids: Option<Vec<u32>> = ids.iter().map(id).collect();
+        let got =
+            || wrong(format!("`eos_token_id`: expected a token id or a list of them, got {}", config["eos_token_id"]));
+        ids.map(Some).ok_or_else(got)
     }
 
     /// What the configuration says, and that the checkpoint has no other experts.
@@ -128,10 +165,11 @@ pub struct Model {
     name: String,
     decoder: Decoder,
     tokenizer: Arc<Tokenizer>,
+    end_of_text: Vec<u32>,
 }
 
 impl Model {
-    /// Loads `config.json`, `*.safetensors` and `tokenizer.json` from `directory`.
+    /// Loads `config.json`, `*.safetensors`, `tokenizer.json` and, where there is one, `generation_config.json` from `directory`.
     ///
     /// # Errors
     /// As [`ModelFiles::open`] and [`Model::from_files`].
@@ -155,8 +193,15 @@ impl Model {
             }
         };
         let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let end_of_text = files.end_of_text()?;
         let decoder = files.decoder(options)?;
-        Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer) })
+        let end_of_text = end_of_text.unwrap_or_else(|| decoder.spec().end_of_text.clone());
+        Ok(Self { name: files.name.clone(), decoder, tokenizer: Arc::new(tokenizer), end_of_text })
+    }
+
+    /// The tokens that end a text: those of `generation_config.json` where it has any, else those of `config.json`.
+    pub fn end_of_text(&self) -> &[u32] {
+        &self.end_of_text
     }
 
     /// What the model is called.

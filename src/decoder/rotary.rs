@@ -7,7 +7,8 @@ use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 use crate::error::Result;
 use crate::spec::{ModelSpec, Yarn};
 
-/// Cosines and sines of the positions of one forward pass, `[positions, rotary_dim / 2]`.
+/// Cosines and sines of the positions of one forward pass: `[positions, rotary_dim / 2]`, or where sequences begin at different ones
+/// `[sequences, positions, rotary_dim / 2]`.
 #[derive(Clone, Debug)]
 pub(super) struct Rotary {
     cos: Tensor,
@@ -15,17 +16,30 @@ pub(super) struct Rotary {
 }
 
 impl Rotary {
-    /// For `positions` positions from `start` on, to rotate heads of `dtype`.
-    pub(super) fn new(spec: &ModelSpec, start: usize, positions: usize, dtype: DType, device: &Device) -> Result<Self> {
+    /// For `positions` positions of each sequence from its start on, to rotate heads of `dtype`.
+    pub(super) fn new(
+        spec: &ModelSpec,
+        starts: &[usize],
+        positions: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let half = spec.rotary_dim / 2;
         let slowed = |pair: usize| spec.yarn.map_or(1.0, |yarn| slowing(&yarn, spec, pair)) as f32;
         let rate =
             |pair: usize| slowed(pair) / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32);
         let rates: Vec<f32> = (0..half).map(rate).collect();
-        let angles: Vec<f32> = (start..start + positions)
+        let alike = starts.windows(2).all(|pair| pair[0] == pair[1]);
+        let starts = if alike { &starts[..starts.len().min(1)] } else { starts };
+        let angles: Vec<f32> = starts
+            .iter()
+            .flat_map(|&start| start..start + positions)
             .flat_map(|position| rates.iter().map(move |rate| position as f32 * rate))
             .collect();
-        let angles = Tensor::from_vec(angles, (positions, half), device)?;
+        let angles = match alike {
+            true => Tensor::from_vec(angles, (positions, half), device)?,
+            false => Tensor::from_vec(angles, (starts.len(), positions, half), device)?,
+        };
         let scale = spec.yarn.map_or(1.0, |yarn| yarn.rotation_scale);
         let scaled = |tensor: Tensor| (tensor * scale)?.to_dtype(dtype);
         Ok(Self { cos: scaled(angles.cos()?)?, sin: scaled(angles.sin()?)? })
@@ -33,7 +47,7 @@ impl Rotary {
 
     /// Rotates the front of `[batch, heads, positions, head_dim]`, the halves of it against each other.
     pub(super) fn apply(&self, heads: &Tensor) -> Result<Tensor> {
-        let (width, rotated) = (heads.dim(D::Minus1)?, 2 * self.cos.dim(1)?);
+        let (width, rotated) = (heads.dim(D::Minus1)?, 2 * self.cos.dim(D::Minus1)?);
         if rotated < width {
             let front = self.apply(&heads.narrow(D::Minus1, 0, rotated)?)?;
             let rest = heads.narrow(D::Minus1, rotated, width - rotated)?;
@@ -43,7 +57,7 @@ impl Rotary {
         let heads = heads.contiguous()?;
         // As with the norm: the fused rotation has no backward pass.
         Ok(match heads.track_op() {
-            true => rope_slow(&heads, &self.cos, &self.sin)?,
+            true => self.each(&heads, rope_slow)?,
             false => rope(&heads, &self.cos, &self.sin)?,
         })
     }
@@ -52,9 +66,25 @@ impl Rotary {
     pub(super) fn apply_pairs(&self, heads: &Tensor) -> Result<Tensor> {
         let heads = heads.contiguous()?;
         Ok(match heads.track_op() {
-            true => rope_i_slow(&heads, &self.cos, &self.sin)?,
+            true => self.each(&heads, rope_i_slow)?,
             false => rope_i(&heads, &self.cos, &self.sin)?,
         })
+    }
+}
+
+impl Rotary {
+    /// A rotation that takes the same positions for all sequences, of each by itself where they differ.
+    fn each(
+        &self,
+        heads: &Tensor,
+        rotate: impl Fn(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        if self.cos.rank() == 2 {
+            return Ok(rotate(heads, &self.cos, &self.sin)?);
+        }
+        let rotated =
+            (0..heads.dim(0)?).map(|row| rotate(&heads.narrow(0, row, 1)?, &self.cos.get(row)?, &self.sin.get(row)?));
+        Ok(Tensor::cat(&rotated.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 }
 

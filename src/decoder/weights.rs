@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use bytemuck::{Pod, cast_slice_mut, zeroed_vec};
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
+use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::gguf::{self, GgufBackend};
@@ -235,8 +237,20 @@ impl CheckpointBackend {
         if dtype == DType::U8 && stored != dtype {
             return Err(self.wrong(entry, name, "dtype U8", format!("{:?}", entry.dtype)));
         }
-        let bytes = self.0.read(name)?;
-        Ok(Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?.to_dtype(dtype)?)
+        let tensor = match stored {
+            DType::F32 => self.numbers::<f32>(entry, name, device),
+            DType::U8 => self.numbers::<u8>(entry, name, device),
+            DType::BF16 => self.numbers::<bf16>(entry, name, device),
+            _ => self.numbers::<f16>(entry, name, device),
+        };
+        Ok(tensor?.to_dtype(dtype)?)
+    }
+
+    /// A tensor read where it stays: one of the size of a vocabulary is not there twice.
+    fn numbers<T: WithDType + Pod>(&self, entry: &TensorEntry, name: &str, device: &Device) -> Result<Tensor> {
+        let mut numbers: Vec<T> = zeroed_vec(entry.shape.iter().product());
+        self.0.read_into(name, cast_slice_mut(&mut numbers))?;
+        Ok(Tensor::from_vec(numbers, entry.shape.as_slice(), device)?)
     }
 
     fn wrong(&self, entry: &TensorEntry, name: &str, expected: &str, got: String) -> Error {

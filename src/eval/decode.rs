@@ -140,7 +140,7 @@ impl Decoding {
     ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
         decoder.set_router(self.router.clone(), None);
-        let (layers, experts) = (decoder.spec().layers, decoder.spec().moe.experts);
+        let (layers, experts) = (decoder.spec().moe_layers(), decoder.spec().moe.experts);
         let before = decoder.expert_cache().map(|cache| cache.statistics());
         let mut state = decoder.generation_state();
         if before.is_none() {

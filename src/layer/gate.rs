@@ -3,8 +3,8 @@
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use super::borrowed::{self, Borrowed};
 use super::{ROUTING_DTYPE, check_weight};
+use super::{borrowed, product};
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::spec::MoeSpec;
@@ -115,13 +115,7 @@ impl Gate {
 
     /// The same by the expert engine, for what [`Gate::fits_engine`] and a `tokens` of its dtype on the CPU.
     pub(super) fn logits_by(&self, engine: &Engine, tokens: &Tensor) -> Result<Tensor> {
-        let (experts, rows) = (self.weight.dim(0)?, tokens.dim(0)?);
-        let mut logits = vec![0.0; rows * experts];
-        let (weight, tokens) = (Borrowed::tensor(&self.weight)?, Borrowed::tensor(tokens)?);
-        engine.product(tokens.matrix()?, weight.matrix()?, &mut logits)?;
-        // A product has the dtype of its operands, there as in Candle and transformers.
-        let logits = Tensor::from_vec(logits, (rows, experts), self.weight.device())?;
-        self.biased(logits.to_dtype(self.weight.dtype())?.to_dtype(ROUTING_DTYPE)?)
+        self.biased(product(engine, tokens, &self.weight)?.to_dtype(ROUTING_DTYPE)?)
     }
 
     /// Whether the engine can read the weights and nothing has to be differentiated.

@@ -46,7 +46,7 @@ use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
-use crate::layer::borrowed::Source;
+use crate::layer::borrowed::{Borrowed, Source};
 use crate::layer::cached::{CachedExperts, ExpertBiases};
 use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
@@ -439,6 +439,29 @@ impl std::fmt::Debug for MoeLayer {
         layer.field("index", &self.index).field("spec", &self.spec);
         layer.field("router", &self.router.name()).field("capacity", &self.capacity).finish_non_exhaustive()
     }
+}
+
+/// Whether the engine can read a weight, and nobody wants its gradient.
+pub(crate) fn engine_reads(weight: &Tensor) -> bool {
+    borrowed::fits(weight)
+}
+
+/// `x·Wᵀ` of `input` `[.., columns]` and `weight` `[rows, columns]` by the engine, for what [`engine_reads`] and an input of its dtype on the
+/// CPU: `[.., rows]` in that dtype.
+pub(crate) fn product(engine: &Engine, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = weight.dims2()?;
+    let Some((&last, outer)) = input.dims().split_last() else {
+        return Err(Error::shape("input of a product", format!("[.., {columns}]"), "a number"));
+    };
+    let tokens = input.contiguous()?.reshape((outer.iter().product::<usize>(), last))?;
+    let mut sums = vec![0.0; tokens.dim(0)? * rows];
+    {
+        let (weight, tokens) = (Borrowed::tensor(weight)?, Borrowed::tensor(&tokens)?);
+        engine.product(tokens.matrix()?, weight.matrix()?, &mut sums)?;
+    }
+    let shape: Vec<usize> = outer.iter().copied().chain([rows]).collect();
+    // A product has the dtype of its operands, as in Candle and transformers.
+    Ok(Tensor::from_vec(sums, shape, weight.device())?.to_dtype(weight.dtype())?)
 }
 
 /// Checks the shape of a weight.

@@ -6,8 +6,9 @@ use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 /// Cases of each property at `PHASE_MOE_CASES=1`.
-pub const CASES: [(&str, u32); 22] = [
+pub const CASES: [(&str, u32); 23] = [
     ("every_router_keeps_the_invariants", 27_000),
+    ("padding_changes_nothing_for_the_others", 8_000),
     ("what_is_reused_decides_nothing", 8_000),
     ("one_and_many_threads_agree", 400),
     ("plans_are_permutations_of_any_assignment", 10_000),

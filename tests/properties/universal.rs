@@ -2,14 +2,16 @@
 
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::Capacity;
+use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteRequest, RouteState, Scratch};
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Scratch};
+use phase_moe::routing::scores::Scores;
 use proptest::prelude::*;
 use proptest::sample::select;
 use rayon::ThreadPoolBuilder;
 
-use crate::case::{Batch, Case, bits, cases, cold, noise};
+use crate::case::{Batch, Case, Padding, bits, cases, cold, noise};
 use crate::invariants::{check, check_plan, check_prices, gate_mass, usable_slots};
 use crate::runner::property;
 
@@ -35,6 +37,36 @@ fn every_router_keeps_the_invariants() {
             assert!(assignment.gate_mass_bound().is_some());
             check_prices(&request, &state, gate_mass(&request, &assignment));
         }
+    });
+}
+
+#[test]
+fn padding_changes_nothing_for_the_others() {
+    property("padding_changes_nothing_for_the_others", (cases(), routers(), any::<u64>()), |(case, kind, seed)| {
+        let padding = if case.padding == Padding::None { Padding::Percent(40) } else { case.padding };
+        let Batch { values, scores, capacity, top_k, padding, token_ids } = Case { padding, ..case }.batch();
+        let padding = padding.unwrap();
+        let live: Vec<usize> = (0..case.tokens).filter(|&token| !padding[token]).collect();
+        let routed = |scores: &Scores, padding: Option<&[bool]>, token_ids: &[u32]| {
+            let context = RouteContext { padding, token_ids: Some(token_ids), ..RouteContext::default() };
+            let mut state = RouteState::default();
+            let request = RouteRequest::new(scores, top_k, &capacity, context).unwrap();
+            (kind.build(seed).route(&request, &mut state).unwrap(), state)
+        };
+        let (with, with_state) = routed(&scores, Some(&padding), &token_ids);
+        let rows: Vec<f32> =
+            live.iter().flat_map(|&token| &values[token * case.experts..][..case.experts]).copied().collect();
+        let logits = Logits::new(&rows, live.len(), case.experts).unwrap();
+        let ids: Vec<u32> = live.iter().map(|&token| token_ids[token]).collect();
+        let (without, without_state) =
+            routed(&case.scoring().scores(&logits, case.bias().as_deref()).unwrap(), None, &ids);
+        let slots = |assignment: &Assignment, token: usize| -> Vec<_> {
+            assignment.slots(token).map(|(id, weight)| (id, weight.to_bits())).collect()
+        };
+        for (row, &token) in live.iter().enumerate() {
+            assert_eq!(slots(&with, token), slots(&without, row), "token {token}");
+        }
+        assert_eq!((with.kept(), with_state), (without.kept(), without_state));
     });
 }
 

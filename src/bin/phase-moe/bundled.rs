@@ -40,6 +40,7 @@ pub fn files() -> Result<ModelFiles> {
         config: String::from_utf8_lossy(CONFIG).into_owned(),
         tokenizer: Some(TOKENIZER.to_vec()),
         checkpoint: Arc::new(Checkpoint::from_sources(vec![source])?),
+        directory: None,
     })
 }
 

@@ -4,28 +4,40 @@ use std::io::{IsTerminal, Write};
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::generate::generate_in;
+use phase_moe::decoder::Batch;
+use phase_moe::decoder::generate::{BatchGeneration, Options, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
+use crate::chat::Chat;
 use crate::options::{
     CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, set_routing,
     warn_streamed, warn_unlimited,
 };
 
-/// Continues a prompt with a chosen router and prints statistics at the end.
+/// Continues prompts with a chosen router and prints statistics at the end.
 ///
 /// Example: phase-moe generate --prompt "And it came to pass" --new-tokens 60 --temperature 0.7
 #[derive(Args)]
 pub struct Generate {
     #[command(flatten)]
     model: ModelOptions,
-    /// Text to continue
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// Tokens to add at most
+    /// Text to continue, repeatable: several are continued side by side in one batch
+    #[arg(long, value_name = "TEXT", required = true)]
+    prompt: Vec<String>,
+    /// Take each prompt as a user's message, written as the model's chat template has it
+    #[arg(long)]
+    chat: bool,
+    /// What the chat is to be like: its system message
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// Tokens of the prompts in one forward pass; a limit is on each of them
+    #[arg(long, value_name = "N", default_value_t = Options::CHUNK_TOKENS)]
+    chunk_tokens: usize,
+    /// Tokens to add at most, to each prompt
     #[arg(long, value_name = "N", default_value_t = 100)]
     new_tokens: usize,
     /// 0 always takes the most likely token
@@ -60,7 +72,12 @@ pub struct Generate {
 
 #[derive(Serialize)]
 struct Output {
-    text: String,
+    /// Of one prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    /// Of several; the figures below are then of all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    texts: Option<Vec<Text>>,
     prompt_tokens: usize,
     new_tokens: usize,
     prefill_tokens_per_second: f64,
@@ -73,71 +90,123 @@ struct Output {
     peak_resident_expert_bytes: Option<u64>,
 }
 
+#[derive(Serialize)]
+struct Text {
+    prompt: String,
+    text: String,
+    prompt_tokens: usize,
+    new_tokens: usize,
+}
+
 impl Generate {
     pub fn run(self, global: &Global) -> Result<()> {
         let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
         let settings = self.cache.settings(self.router)?;
-        let mut sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
+        let sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
+        if self.chunk_tokens == 0 {
+            return Err(UserMistake("--chunk-tokens is 0: expected at least 1".into()).into());
+        }
         self.model.refuse_two_memories(self.cached_experts)?;
-        let mut model = self.model.load_with(&self.memory)?;
+        let files = self.model.files()?;
+        let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
+        let written = |prompt: &String| match &chat {
+            Some(chat) => chat.write(self.system.as_deref(), prompt),
+            None => Ok(prompt.clone()),
+        };
+        let written: Vec<String> = self.prompt.iter().map(written).collect::<Result<_>>()?;
+        let mut model = self.model.load_from(&files, &self.memory)?;
         let router = self.router.build_with(self.capacity.seed, &settings);
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
-            let (layers, experts) = (model.decoder().spec().layers, model.decoder().spec().moe.experts);
+            let (layers, experts) = (model.decoder().spec().moe_layers(), model.decoder().spec().moe.experts);
             let MemoryOptions { policy, admission } = self.memory;
             state = state.with_memory(ExpertMemory::new(layers, experts, cached, policy, admission)?);
         }
-        let prompt = model.encode(&self.prompt)?;
-        if prompt.is_empty() {
+        let prompts: Vec<Vec<u32>> =
+            written.iter().map(|prompt| model.encode(prompt)).collect::<phase_moe::error::Result<_>>()?;
+        if prompts.iter().any(Vec::is_empty) {
             return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());
         }
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         if let Some(rule) = &rule {
-            let moe = &model.decoder().spec().moe;
-            let capacity = rule.capacity(prompt.len(), moe.experts, moe.top_k)?;
-            warn_unlimited(rule, usize::from(capacity.limits().is_none()), 1);
+            let (moe, batch) = (&model.decoder().spec().moe, Batch::new(&prompts)?);
+            let (mut chunks, mut unlimited) = (0, 0);
+            for chunk in batch.chunks(self.chunk_tokens) {
+                let capacity = rule.capacity(chunk.live_tokens() as usize, moe.experts, moe.top_k)?;
+                chunks += 1;
+                unlimited += usize::from(capacity.limits().is_none());
+            }
+            warn_unlimited(rule, unlimited, chunks);
         }
-        let bar = global.progress(self.new_tokens as u64);
+        let bar = global.progress((prompts.len() * self.new_tokens) as u64);
         bar.set_message("generating");
-        let generation = generate_in(&model, &prompt, self.new_tokens, &mut state, &mut sampler, |_| bar.inc(1))?;
+        let options = Options { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
+        let mut samplers = vec![sampler; prompts.len()];
+        let generation = generate_batch(&model, &prompts, options, &mut state, &mut samplers, |_, _| bar.inc(1))?;
         drop(bar);
         warn_streamed(model.decoder());
+        let hit_rate = state.memory().and_then(ExpertMemory::hit_rate);
+        self.print(&model, &generation, hit_rate)
+    }
+
+    fn print(&self, model: &Model, generation: &BatchGeneration, hit_rate: Option<f64>) -> Result<()> {
         let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
-        let output = Output {
-            text: model.decode(&generation.ids)?,
-            prompt_tokens: generation.prompt_tokens,
-            new_tokens: generation.ids.len(),
+        let text = |((prompt, ids), &prompt_tokens): ((&String, &Vec<u32>), &usize)| {
+            let (text, prompt) = (model.decode(ids)?, prompt.clone());
+            Ok(Text { prompt, text, prompt_tokens, new_tokens: ids.len() })
+        };
+        let mut texts: Vec<Text> = self
+            .prompt
+            .iter()
+            .zip(&generation.texts)
+            .zip(&generation.prompt_tokens)
+            .map(text)
+            .collect::<Result<_>>()?;
+        let mut output = Output {
+            text: None,
+            texts: None,
+            prompt_tokens: texts.iter().map(|text| text.prompt_tokens).sum(),
+            new_tokens: texts.iter().map(|text| text.new_tokens).sum(),
             prefill_tokens_per_second: generation.prefill_tokens_per_second(),
             decode_tokens_per_second: generation.decode_tokens_per_second(),
             survival: generation.survival(),
-            hit_rate: match &cache {
-                Some(cache) => cache.hit_rate(),
-                None => state.memory().and_then(ExpertMemory::hit_rate),
-            },
+            hit_rate: cache.as_ref().map_or(hit_rate, |cache| cache.hit_rate()),
             expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
             peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
         };
         if self.json {
+            match texts.len() {
+                1 => output.text = texts.pop().map(|text| text.text),
+                _ => output.texts = Some(texts),
+            }
             return print_json(&output);
         }
         let positions = model.decoder().spec().max_positions;
-        if output.new_tokens < self.new_tokens && output.prompt_tokens + output.new_tokens >= positions {
+        let cut = |text: &Text| text.new_tokens < self.new_tokens && text.prompt_tokens + text.new_tokens >= positions;
+        if texts.iter().any(cut) {
             eprintln!("stopped at the model's {positions} positions");
         }
         let mut out = std::io::stdout();
-        // On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
-        if out.is_terminal() {
-            write!(out, "{}", self.prompt)?;
+        for (index, text) in texts.iter().enumerate() {
+            if index > 0 {
+                writeln!(out)?;
+            }
+            // On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
+            if out.is_terminal() && !self.chat {
+                write!(out, "{}", text.prompt)?;
+            }
+            writeln!(out, "{}", text.text)?;
         }
-        writeln!(out, "{}", output.text)?;
         let decode = output.decode_tokens_per_second.map_or("–".into(), |rate| format!("{rate:.0}"));
         let hits = output.hit_rate.map_or(String::new(), |rate| format!(", {:.1} % of experts hit", 100.0 * rate));
         let ahead = cache.map(|cache| cache.prefetch).filter(|ahead| ahead.issued > 0);
         let ahead =
             ahead.map_or(String::new(), |ahead| format!(", {} of {} reads ahead used", ahead.used, ahead.issued));
         eprintln!(
-            "{} tokens of prompt at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}{ahead}",
+            "{} tokens of prompt{} at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}{ahead}",
             output.prompt_tokens,
+            if texts.len() > 1 { "s" } else { "" },
             output.prefill_tokens_per_second,
             output.new_tokens,
             100.0 * output.survival

@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod bundled;
+mod chat;
 mod compare;
 mod generate;
+mod hub;
 mod inspect;
 mod logits;
 mod options;

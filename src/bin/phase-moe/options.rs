@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+#[cfg(feature = "hub")]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -22,7 +24,7 @@ use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::Router;
 
-use crate::bundled;
+use crate::{bundled, hub};
 
 /// A mistake of the user that only the command line can see.
 #[derive(Debug)]
@@ -40,6 +42,10 @@ impl std::error::Error for UserMistake {}
 pub fn is_user_mistake(error: &anyhow::Error) -> bool {
     error.downcast_ref::<UserMistake>().is_some() || error.downcast_ref::<Error>().is_some_and(Error::is_user_error)
 }
+
+/// What `--quiet` says, for downloads, which begin where the model is opened; nothing else is told by it, so any order will do.
+#[cfg(feature = "hub")]
+static QUIET: AtomicBool = AtomicBool::new(false);
 
 /// More than this is a typing error.
 const MAX_THREADS: usize = 1024;
@@ -61,6 +67,8 @@ impl Global {
     /// for everything else from another. That pool stays off: on tensors of this size waiting costs more than it gains.
     /// Setting variables of a running process is unsafe, so the process starts over with them set.
     pub fn apply(&self) -> Result<()> {
+        #[cfg(feature = "hub")]
+        QUIET.store(self.quiet, Ordering::Relaxed);
         if let Some(threads) = self.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
             let message = format!("--threads is {threads}: expected at least 1 and at most {MAX_THREADS}");
             return Err(UserMistake(message).into());
@@ -126,7 +134,7 @@ pub enum Prefetch {
 
 #[derive(Args)]
 pub struct ModelSource {
-    /// Checkpoint directory in Hugging Face layout, or GGUF file [default: the bundled tiny-moe]
+    /// Checkpoint directory in Hugging Face layout, GGUF file, or a model on the hub as org/name [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 }
@@ -135,12 +143,29 @@ impl ModelSource {
     /// Opens the files; nothing is loaded yet.
     pub fn files(&self) -> Result<ModelFiles> {
         Ok(match &self.model {
+            Some(name) if hub::is_name(name) => from_hub(name)?,
             Some(directory) => {
                 ModelFiles::open(directory).with_context(|| format!("--model {}", directory.display()))?
             }
             None => bundled::files()?,
         })
     }
+}
+
+/// The files of a model on the hub.
+#[cfg(feature = "hub")]
+fn from_hub(name: &Path) -> Result<ModelFiles> {
+    let name = name.to_string_lossy();
+    let directory = hub::directory(&name, !QUIET.load(Ordering::Relaxed))?;
+    let files = ModelFiles::open(&directory).with_context(|| format!("--model {name}, in {}", directory.display()))?;
+    Ok(ModelFiles { name: name.into_owned(), ..files })
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(name: &Path) -> Result<ModelFiles> {
+    let message =
+        format!("--model {}: no such directory; for models on the hub, build with --features hub", name.display());
+    Err(UserMistake(message).into())
 }
 
 #[derive(Args)]
@@ -197,9 +222,19 @@ impl ModelOptions {
         Ok(Model::from_files(&self.source.files()?, &self.load_options(None)?)?)
     }
 
+    /// Opens the files; nothing is loaded yet.
+    pub fn files(&self) -> Result<ModelFiles> {
+        self.source.files()
+    }
+
     /// Loads the model with an expert cache, where one is asked for, that goes by `memory`.
     pub fn load_with(&self, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::from_files(&self.source.files()?, &self.load_options(Some(memory))?)?)
+        self.load_from(&self.files()?, memory)
+    }
+
+    /// The same from files that are open.
+    pub fn load_from(&self, files: &ModelFiles, memory: &MemoryOptions) -> Result<Model> {
+        Ok(Model::from_files(files, &self.load_options(Some(memory))?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer.

@@ -43,7 +43,7 @@ impl<'a> Problem<'a> {
         let tokens: Vec<u32> =
             (0..scores.tokens()).filter(|&token| !request.is_padding(token)).map(|token| token as u32).collect();
         let most = |size: usize| tokens.len() as u64 * size as u64;
-        let by_gate = selects_by_gate(scores);
+        let by_gate = selects_by_gate(scores, &tokens);
         let room = limits.iter().zip(capacity.pool_sizes());
         Self {
             scores,
@@ -51,7 +51,7 @@ impl<'a> Problem<'a> {
             pool_of: (0..scores.experts()).map(|expert| capacity.pool_of(expert as u16) as u16).collect(),
             room: room.map(|(&limit, size)| u64::from(limit).min(most(size)) as u32).collect(),
             by_gate,
-            ceiling: if by_gate { 1.0 } else { spread(scores) },
+            ceiling: if by_gate { 1.0 } else { spread(scores, &tokens) },
             tokens,
             isa,
             order: OnceLock::new(),
@@ -138,8 +138,8 @@ fn by_content(a: &[f32], b: &[f32]) -> Ordering {
     a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
 }
 
-fn selects_by_gate(scores: &Scores) -> bool {
-    (0..scores.tokens()).all(|token| {
+fn selects_by_gate(scores: &Scores, tokens: &[u32]) -> bool {
+    tokens.iter().map(|&token| token as usize).all(|token| {
         let (selection, gate) = (scores.selection(token), scores.gate(token));
         std::ptr::eq(selection, gate)
             || selection.iter().zip(gate).all(|(&selection, &gate)| selection == gate || selection == f32::NEG_INFINITY)
@@ -147,8 +147,8 @@ fn selects_by_gate(scores: &Scores) -> bool {
 }
 
 /// Twice the largest finite selection score, by size.
-fn spread(scores: &Scores) -> f32 {
-    let rows = (0..scores.tokens()).map(|token| scores.selection(token));
+fn spread(scores: &Scores, tokens: &[u32]) -> f32 {
+    let rows = tokens.iter().map(|&token| scores.selection(token as usize));
     let largest = |most: f32, &score: &f32| if score > f32::NEG_INFINITY { most.max(score.abs()) } else { most };
     2.0 * rows.fold(0.0, |most, row| row.iter().fold(most, largest)).min(f32::MAX / 4.0)
 }

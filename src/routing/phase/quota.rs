@@ -335,7 +335,11 @@ impl Exchange {
             }
             self.exchange_masked(request, chosen);
         }
-        give_room(request, chosen);
+        self.slots.clear();
+        self.slots.extend(
+            self.live.iter().flat_map(|&token| (0..top_k as u32).map(move |round| token * top_k as u32 + round)),
+        );
+        give_room(request, &self.slots, chosen);
     }
 
     /// Exchanges every slot on a masked expert with one of the block where both tokens may have what they get; empties it
@@ -370,28 +374,29 @@ fn may_have(request: &RouteRequest<'_>, chosen: &[u16], slot: usize, expert: u16
 /// Slots looked at in search of one that would make way for an empty one.
 const TRIES: usize = 512;
 
-/// Fills empty slots with experts that have room: directly where the token may have one, else by taking the expert of
-/// another slot whose token may have one.
-fn give_room(request: &RouteRequest<'_>, chosen: &mut [u16]) {
-    let (capacity, top_k, experts) = (request.capacity(), request.top_k(), request.scores().experts());
+/// Fills those of `slots`, all but padding's, that are empty with experts that have room: directly where the token may have one, else by
+/// taking the expert of another slot whose token may have one.
+fn give_room(request: &RouteRequest<'_>, slots: &[u32], chosen: &mut [u16]) {
+    let (capacity, experts) = (request.capacity(), request.scores().experts());
     let mut room = capacity.limits().map_or_else(|| vec![u32::MAX; experts], <[u32]>::to_vec);
     chosen.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| room[capacity.pool_of(expert)] -= 1);
     let mut open: Vec<u16> = (0..experts as u16).collect();
-    for slot in 0..chosen.len() {
-        if chosen[slot] != EMPTY || request.is_padding(slot / top_k) {
+    for (at, slot) in slots.iter().map(|&slot| slot as usize).enumerate() {
+        if chosen[slot] != EMPTY {
             continue;
         }
         open.retain(|&expert| room[capacity.pool_of(expert)] > 0);
         if open.is_empty() {
             return;
         }
-        let giver = (0..TRIES.min(chosen.len())).map(|step| (slot + step) % chosen.len()).find_map(|giver| {
+        let mut tried = (0..TRIES.min(slots.len())).map(|step| slots[(at + step) % slots.len()] as usize);
+        let giver = tried.find_map(|giver| {
             // The slot itself comes first: it only has to fill itself.
             if giver != slot && !may_have(request, chosen, slot, chosen[giver]) {
                 return None;
             }
             // Begins elsewhere for each slot, so that the lowest ids do not take it all.
-            let mut turned = (0..open.len()).map(|step| open[(slot + step) % open.len()]);
+            let mut turned = (0..open.len()).map(|step| open[(at + step) % open.len()]);
             Some((giver, turned.find(|&expert| may_have(request, chosen, giver, expert))?))
         });
         if let Some((giver, expert)) = giver {

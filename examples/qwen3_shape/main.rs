@@ -1,0 +1,133 @@
+//! A model of Qwen3-30B-A3B's shape, cut to a few layers, on an expert cache: what it holds in memory while it writes.
+//!
+//! The checkpoint is written first (random weights, 2.4 GB for two layers and 1.2 GB for the vocabulary), then loaded with its experts
+//! left in their files, given a prompt in chunks and continued token by token. The peak of resident memory, as Linux counts it
+//! (`VmHWM`), stands beside the sum of the expert budget and all other weights.
+//!
+//! ```text
+//! cargo run --release --example qwen3_shape                          # two layers, 256 MiB of experts
+//! cargo run --release --example qwen3_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
+//! ```
+
+mod shape;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
+use candle_core::DType;
+use clap::Parser;
+use phase_moe::decoder::Batch;
+use phase_moe::decoder::model::{LoadOptions, ModelFiles};
+use phase_moe::decoder::sampling::Sampler;
+use phase_moe::decoder::weights::expert_pieces;
+use phase_moe::experts::cache::CacheOptions;
+use phase_moe::zoo;
+use shape::Shape;
+
+#[derive(Parser)]
+struct Options {
+    /// Layers, of 48
+    #[arg(long, default_value_t = 2)]
+    layers: usize,
+    /// Words of the vocabulary
+    #[arg(long, default_value_t = 151_936)]
+    vocab: usize,
+    /// Bytes of experts in memory
+    #[arg(long, default_value = "256MiB")]
+    expert_cache: ByteSize,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 700)]
+    prompt: usize,
+    /// Tokens of the prompt in one forward pass
+    #[arg(long, default_value_t = 512)]
+    chunk_tokens: usize,
+    /// Tokens to add
+    #[arg(long, default_value_t = 32)]
+    new_tokens: usize,
+    /// Where the checkpoint is written; one that is there is used
+    #[arg(long, default_value = "target/qwen3-shape")]
+    directory: PathBuf,
+    /// Writes headers and room alone, and ends
+    #[arg(long)]
+    sparse: bool,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if !options.directory.join("config.json").exists() {
+        eprintln!("writing {} layers to {}", options.layers, options.directory.display());
+        let shape = Shape { layers: options.layers, vocab: options.vocab };
+        shape.write(&options.directory, !options.sparse).context("writing the checkpoint")?;
+    }
+    if options.sparse {
+        return Ok(());
+    }
+    let before = peak_bytes()?;
+    let files = ModelFiles::open(&options.directory)?;
+    let spec = zoo::parse_config(&files.config, "config.json")?;
+    let pieces = expert_pieces(&files.checkpoint, &spec)?;
+    let bytes = |columns: usize, rows: usize| 2 * (columns * rows) as u64;
+    let experts: u64 = pieces.iter().flatten().flatten().map(|piece| bytes(piece.columns, piece.rows)).sum();
+    let others = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
+    let budget = options.expert_cache.as_u64();
+    let cache = CacheOptions::new(usize::try_from(budget)?);
+    let decoder =
+        files.decoder(&LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() })?;
+    let loaded = peak_bytes()?;
+
+    let prompt: Vec<u32> =
+        (0..options.prompt as u64).map(|at| (at * at * 7919 % options.vocab as u64) as u32).collect();
+    let (mut state, mut sampler) = (decoder.generation_state(), Sampler::new(0.0, 1.0, 0)?);
+    let started = Instant::now();
+    let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state, |_, _| Ok(()))?;
+    let prefill = started.elapsed();
+    let (after_prompt, started) = (peak_bytes()?, Instant::now());
+    for _ in 0..options.new_tokens {
+        let next = sampler.next(&logits.squeeze(0)?)?;
+        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state, |_, _| Ok(()))?;
+    }
+    let decode = started.elapsed();
+    let statistics = decoder.expert_cache().context("an expert cache")?.statistics();
+    let keys = 4 * (spec.layers * spec.kv_heads * spec.head_dim * state.position()) as u64;
+
+    let line = |what: &str, bytes: u64| println!("{what:52} {:>9.1} MB", bytes as f64 / 1e6);
+    println!(
+        "Qwen3-30B-A3B's shape, {} of 48 layers, {} of 151936 words: {} experts of {:.1} MB a layer, top {}",
+        spec.layers,
+        spec.vocab,
+        spec.moe.experts,
+        experts as f64 / 1e6 / (spec.layers * spec.moe.experts) as f64,
+        spec.moe.top_k
+    );
+    line("all experts", experts);
+    line("other weights", others);
+    line("budget of experts", budget);
+    line("most bytes of experts held", statistics.peak_bytes as u64);
+    line("keys and values", keys);
+    line("resident memory's peak before anything was loaded", before);
+    line("  when the model was loaded", loaded);
+    line("  after the prompt", after_prompt);
+    line("  at the end", peak_bytes()?);
+    line("budget + other weights", budget + others);
+    println!(
+        "{} tokens of prompt at {:.1} tokens/s in chunks of {}, {} new at {:.1} tokens/s, {:.1} % of experts hit, {:.1} GB read",
+        options.prompt,
+        options.prompt as f64 / prefill.as_secs_f64(),
+        options.chunk_tokens,
+        options.new_tokens,
+        options.new_tokens as f64 / decode.as_secs_f64(),
+        100.0 * statistics.hit_rate().unwrap_or(0.0),
+        statistics.bytes_read as f64 / 1e9
+    );
+    Ok(())
+}
+
+/// The most memory that this process has had resident.
+fn peak_bytes() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").context("/proc, which Linux has")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(1024 * kilobytes)
+}

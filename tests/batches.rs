@@ -1,0 +1,291 @@
+//! Several sequences in a batch and prompts in chunks: the logits, the routing and the text are those of each sequence alone and of
+//! the prompt at once, and padding costs nobody anything.
+#![cfg(feature = "candle")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use candle_core::{DType, Tensor};
+use phase_moe::decoder::generate::{Options, generate, generate_batch};
+use phase_moe::decoder::memory::ExpertMemory;
+use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::sampling::Sampler;
+use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::experts::admission::Admission;
+use phase_moe::experts::cache::{CacheOptions, Prefetch};
+use phase_moe::experts::residency::Policy;
+use phase_moe::layer::Routing;
+use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::drop::DropRule;
+use phase_moe::routing::phase::PhaseRouter;
+use phase_moe::routing::router::Router;
+use phase_moe::routing::topk::TopK;
+
+/// A fixture of every kind of attention and of positions.
+const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+static MODEL: LazyLock<Model> =
+    LazyLock::new(|| Model::load(&root("models/tiny-moe"), &LoadOptions::default()).unwrap());
+
+fn decoders() -> Vec<(&'static str, Decoder)> {
+    let fixture = |family: &'static str| {
+        let files = ModelFiles::open(&root("tests/goldens/zoo").join(family)).unwrap();
+        (family, files.decoder(&LoadOptions::default()).unwrap())
+    };
+    let mut all: Vec<_> = FAMILIES.into_iter().map(fixture).collect();
+    all.push(("tiny-moe", MODEL.decoder().clone()));
+    all
+}
+
+/// Ids that repeat in no short period.
+fn ids(decoder: &Decoder, seed: usize, count: usize) -> Vec<u32> {
+    (0..count).map(|at| ((seed * 7919 + at * at * 31 + at * 7) % decoder.spec().vocab) as u32).collect()
+}
+
+fn nothing(_: usize, _: Routing) -> phase_moe::error::Result<()> {
+    Ok(())
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(what: &str, ours: &[f32], expected: &[f32]) {
+    assert_eq!(ours.len(), expected.len(), "{what}: length");
+    let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+    assert!(worst <= 1e-5, "{what}: off by {worst}");
+}
+
+#[test]
+fn a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once() {
+    for (family, decoder) in decoders() {
+        let prompt = ids(&decoder, 3, 23);
+        let batch = Batch::new(&[&prompt]).unwrap();
+        let mut state = decoder.generation_state();
+        let at_once = values(&decoder.forward_last(&batch, &mut state, nothing).unwrap());
+        let next = Batch::new(&[&[5]]).unwrap();
+        let after = values(&decoder.forward_last(&next, &mut state, nothing).unwrap());
+        for chunk in [1, 2, 7, 22, 23, 512] {
+            let mut state = decoder.generation_state();
+            let mut layers = 0;
+            let observe = |_, _| {
+                layers += 1;
+                Ok(())
+            };
+            let logits = decoder.prefill(&batch, chunk, &mut state, observe).unwrap();
+            assert_eq!(logits.dims(), [1, decoder.spec().vocab]);
+            assert_close(&format!("{family} in chunks of {chunk}"), &values(&logits), &at_once);
+            assert_eq!(layers, decoder.spec().moe_layers() * 23usize.div_ceil(chunk));
+            assert_eq!((state.position(), state.steps()), (23, 23u64.div_ceil(chunk as u64)));
+            let logits = decoder.forward_last(&next, &mut state, nothing).unwrap();
+            assert_close(&format!("{family} after chunks of {chunk}"), &values(&logits), &after);
+        }
+    }
+}
+
+/// What a router has learnt and what is in memory goes from chunk to chunk as from one forward pass to the next.
+#[test]
+fn a_chunk_is_a_forward_pass_to_routers_and_memory() {
+    let mut decoder = MODEL.decoder().clone();
+    let prompt = ids(&decoder, 5, 300);
+    let routers: [(Arc<dyn Router>, Option<CapacityRule>); 3] = [
+        (Arc::new(CacheRouter::default()), None),
+        (Arc::new(PhaseRouter::default()), Some(CapacityRule::per_expert(1.0))),
+        (Arc::new(TopK { drop: Some(DropRule::Score) }), Some(CapacityRule::per_device(1.0, 4))),
+    ];
+    for (router, rule) in routers {
+        decoder.set_router(router, rule.clone());
+        let memory = ExpertMemory::new(4, 32, 12, Policy::Lru, Admission::default()).unwrap();
+        let [mut ours, mut theirs] =
+            [memory.clone(), memory].map(|memory| decoder.generation_state().with_memory(memory));
+        let (mut capacities, mut expected) = (Vec::new(), Vec::new());
+        let logits = decoder
+            .prefill(&Batch::new(&[&prompt]).unwrap(), 128, &mut ours, |_, routing| {
+                capacities.push(routing.capacity);
+                Ok(())
+            })
+            .unwrap();
+        let mut last = None;
+        for part in prompt.chunks(128) {
+            let seen = |_, routing: Routing| {
+                let tokens = part.len();
+                let capacity = rule.as_ref().map(|rule| rule.capacity(tokens, 32, 4).unwrap());
+                assert!(capacity.is_none_or(|capacity| capacity == routing.capacity), "of {tokens} tokens");
+                expected.push(routing.capacity);
+                Ok(())
+            };
+            last = Some(decoder.forward_last(&Batch::new(&[part]).unwrap(), &mut theirs, seen).unwrap());
+        }
+        assert_eq!(values(&logits), values(&last.unwrap()));
+        assert_eq!((ours.routes(), ours.steps(), capacities), (theirs.routes(), theirs.steps(), expected));
+        for layer in 0..4 {
+            let resident = |memory: Option<&ExpertMemory>| memory.unwrap().resident(layer).cloned();
+            assert_eq!(resident(ours.memory()), resident(theirs.memory()));
+        }
+    }
+}
+
+/// Sequences of different lengths, of which some end before others and one goes on by several tokens at a time.
+#[test]
+fn each_sequence_of_a_batch_is_as_it_is_alone() {
+    for (family, decoder) in decoders() {
+        let texts = [ids(&decoder, 1, 17), ids(&decoder, 2, 5), ids(&decoder, 3, 1), ids(&decoder, 4, 11)];
+        let alone: Vec<Vec<Vec<f32>>> = texts
+            .iter()
+            .map(|text| {
+                let logits =
+                    decoder.forward(&Batch::new(&[text]).unwrap(), &mut decoder.batch_state(), nothing).unwrap();
+                logits.squeeze(0).unwrap().to_vec2().unwrap()
+            })
+            .collect();
+        let parts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+        let batch = Batch::new(&parts).unwrap();
+        let logits = decoder.forward(&batch, &mut decoder.batch_state(), nothing).unwrap();
+        for (row, alone) in alone.iter().enumerate() {
+            let ours: Vec<Vec<f32>> = logits.get(row).unwrap().to_vec2().unwrap();
+            for (position, expected) in alone.iter().enumerate() {
+                assert_close(&format!("{family}, sequence {row} at {position}"), &ours[position], expected);
+            }
+        }
+        // In chunks, then the second half of each text a token a step, whoever has one left.
+        for (chunk, first) in [(512, [9, 2, 1, 6]), (7, [3, 5, 1, 10]), (4, [12, 1, 1, 1])] {
+            let mut state = decoder.generation_state();
+            let prompts: Vec<&[u32]> = texts.iter().zip(first).map(|(text, first)| &text[..first]).collect();
+            let logits = decoder.prefill(&Batch::new(&prompts).unwrap(), chunk, &mut state, nothing).unwrap();
+            let check = |logits: &Tensor, row: usize, position: usize| {
+                let what = format!("{family}, sequence {row} at {position} after {first:?}");
+                assert_close(&what, &values(&logits.get(row).unwrap()), &alone[row][position]);
+            };
+            (0..4).for_each(|row| check(&logits, row, first[row] - 1));
+            for step in 0.. {
+                let tokens: Vec<Option<u32>> =
+                    texts.iter().zip(first).map(|(text, first)| text.get(first + step).copied()).collect();
+                let Ok(batch) = Batch::step(&tokens) else { break };
+                let logits = decoder.forward_last(&batch, &mut state, nothing).unwrap();
+                (0..4).filter(|&row| tokens[row].is_some()).for_each(|row| check(&logits, row, first[row] + step));
+            }
+            assert_eq!(state.lengths(), [17, 5, 1, 11]);
+        }
+    }
+}
+
+#[test]
+fn padding_takes_no_room_counts_nowhere_and_has_no_expert_read() {
+    let mut decoder = MODEL.decoder().clone();
+    let (long, short) = (ids(&decoder, 1, 200), ids(&decoder, 2, 9));
+    let rule = CapacityRule::per_expert(1.0);
+    decoder.set_router(Arc::new(TopK { drop: Some(DropRule::Score) }), Some(rule.clone()));
+    let observe = |_, routing: Routing| {
+        let padding = routing.padding.clone().unwrap();
+        assert_eq!(padding.iter().filter(|&&pad| !pad).count(), 209);
+        assert_eq!(routing.capacity, rule.capacity(209, 32, 4).unwrap());
+        let assignment = &routing.assignment;
+        let pads = (0..400).filter(|&token| padding[token]);
+        assert!(pads.into_iter().all(|token| assignment.slots(token).next().is_none()));
+        assert!(assignment.kept() > 0 && assignment.kept() < 209 * 4);
+        Ok(())
+    };
+    decoder.forward(&Batch::new(&[&long, &short]).unwrap(), &mut decoder.batch_state(), observe).unwrap();
+
+    // With the long one at its end, steps ask for the short one's experts alone.
+    let directory = root("models/tiny-moe");
+    let cache = CacheOptions { prefetch: Prefetch::Off, ..CacheOptions::new(64 << 20) };
+    let options = LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() };
+    let requests = |prompts: &[&[u32]], step: &[Option<u32>]| {
+        let model = Model::load(&directory, &options).unwrap();
+        let (decoder, mut state) = (model.decoder(), model.decoder().generation_state());
+        decoder.prefill(&Batch::new(prompts).unwrap(), 512, &mut state, nothing).unwrap();
+        let before = decoder.expert_cache().unwrap().statistics().requests;
+        decoder.forward_last(&Batch::step(step).unwrap(), &mut state, nothing).unwrap();
+        decoder.expert_cache().unwrap().statistics().requests - before
+    };
+    assert_eq!(requests(&[&short], &[Some(7)]), 16);
+    assert_eq!(requests(&[&long, &short], &[None, Some(7)]), 16);
+}
+
+#[test]
+fn texts_generated_side_by_side_are_those_generated_alone() {
+    let greedy = || Sampler::new(0.0, 1.0, 1).unwrap();
+    let drawn = || Sampler::new(0.8, 0.9, 7).unwrap();
+    let prompts =
+        ["And it came to pass", "fn main() {\n    let", "I", "abandon, to leave; to give up; as, to abandon a"];
+    let prompts = prompts.map(|prompt| MODEL.encode(prompt).unwrap());
+    let parts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    for sampler in [greedy(), drawn()] {
+        let alone: Vec<_> =
+            parts.iter().map(|prompt| generate(&MODEL, prompt, 24, &mut sampler.clone(), |_| ()).unwrap()).collect();
+        for chunk_tokens in [512, 16] {
+            let mut seen = vec![Vec::new(); 4];
+            let mut state = MODEL.decoder().generation_state();
+            let mut samplers = vec![sampler.clone(); 4];
+            let options = Options { chunk_tokens, ..Options::new(24) };
+            let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id| {
+                seen[text].push(id);
+            })
+            .unwrap();
+            assert_eq!(seen, done.texts);
+            for (ours, alone) in done.texts.iter().zip(&alone) {
+                assert_eq!(*ours, alone.ids);
+            }
+            assert_eq!(done.slots, alone.iter().map(|alone| alone.slots).sum::<u64>(), "padding has no slots");
+            assert_eq!(done.survival(), 1.0);
+            assert_eq!(done.decode_tokens, alone.iter().map(|alone| alone.decode_steps).sum::<usize>());
+        }
+    }
+}
+
+#[test]
+fn texts_end_each_at_its_own_place() {
+    let positions = MODEL.decoder().spec().max_positions;
+    let (long, short) = (ids(MODEL.decoder(), 1, positions - 3), ids(MODEL.decoder(), 2, 4));
+    let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
+    let mut state = MODEL.decoder().generation_state();
+    let done = generate_batch(&MODEL, &[&long, &short], Options::new(9), &mut state, &mut samplers, |_, _| ()).unwrap();
+    assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
+    assert_eq!(state.lengths(), [positions, 12]);
+
+    let none = generate_batch(
+        &MODEL,
+        &[&short],
+        Options::new(0),
+        &mut MODEL.decoder().generation_state(),
+        &mut samplers[..1],
+        |_, _| (),
+    );
+    assert_eq!((none.as_ref().unwrap().texts[0].len(), none.unwrap().decode_steps), (0, 0));
+}
+
+#[test]
+fn mistakes_are_named() {
+    let decoder = MODEL.decoder();
+    let error = |result: phase_moe::error::Result<Tensor>| result.unwrap_err().to_string();
+    let prompts = Batch::new(&[&[1, 2, 3], &[4]]).unwrap();
+    let mut state = decoder.generation_state();
+    decoder.prefill(&prompts, 512, &mut state, nothing).unwrap();
+    assert_eq!(
+        error(decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing)),
+        "batch: expected the 2 sequences whose keys and values are kept, got 1"
+    );
+    state.begin_text();
+    decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing).unwrap();
+    let long = vec![1; decoder.spec().max_positions + 1];
+    let mut state = decoder.generation_state();
+    let batch = Batch::new(&[&long, &[1]]).unwrap();
+    assert_eq!(
+        error(decoder.prefill(&batch, 512, &mut state, nothing)),
+        "text length is 1025: expected at most the model's 1024"
+    );
+    assert_eq!((state.position(), state.steps()), (0, 0), "nothing went through");
+    assert_eq!(
+        error(decoder.prefill(&prompts, 2, &mut decoder.batch_state(), nothing)),
+        "decoder state: expected one that keeps keys and values, got one that keeps none"
+    );
+    let mut sampler = [Sampler::new(0.0, 1.0, 1).unwrap()];
+    let wrong = generate_batch(&MODEL, &[&[1], &[2]], Options::new(3), &mut state, &mut sampler, |_, _| ());
+    assert_eq!(wrong.unwrap_err().to_string(), "samplers: expected one for each of 2 prompts, got 1");
+}
