@@ -15,11 +15,13 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// A file and the goldens of its model.
-const FILES: [(&str, &str); 6] = [
+const FILES: [(&str, &str); 8] = [
     ("llama", "zoo/mixtral/goldens.safetensors"),
     ("olmoe", "gguf/olmoe.goldens.safetensors"),
     ("qwen2moe", "zoo/qwen2_moe/goldens.safetensors"),
     ("qwen3moe", "zoo/qwen3_moe/goldens.safetensors"),
+    ("glm4moe", "zoo/glm4_moe/goldens.safetensors"),
+    ("granitemoe", "zoo/granitemoe/goldens.safetensors"),
     ("deepseek2", "zoo/deepseek_v3/goldens.safetensors"),
     ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
 ];
@@ -79,5 +81,22 @@ fn every_architecture_equals_transformers_with_its_experts_in_memory_or_in_the_f
                 assert!(logits(cached, &ids) == ours, "{name}, prompt {prompt}: other bits from a cache");
             }
         }
+    }
+}
+
+#[test]
+fn experts_in_mxfp4_are_the_numbers_they_stand_for() {
+    let files = open("mxfp4");
+    let decoder = files.decoder(&LoadOptions::default()).unwrap();
+    let caches = [cached(&files, 1), cached(&files, 3)];
+    for (prompt, (ids, golden)) in prompts("gguf/mxfp4.goldens.safetensors").into_iter().enumerate() {
+        let ours = logits(&decoder, &ids);
+        let size = golden.iter().map(|value| value.abs()).fold(0.0, f32::max);
+        for ours in &ours {
+            let worst = ours.iter().zip(&golden).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / size;
+            // Activations meet them as bytes.
+            assert!(worst <= 2e-2, "prompt {prompt}: off by {worst}");
+        }
+        assert!(caches.iter().all(|cached| logits(cached, &ids) == ours), "prompt {prompt}: other bits from a cache");
     }
 }

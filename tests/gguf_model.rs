@@ -241,7 +241,7 @@ fn experts_that_only_candle_reads_run_on_its_operations_and_not_from_a_cache() {
     let options = LoadOptions { expert_cache: Some(CacheOptions::new(1 << 30)), ..LoadOptions::default() };
     let error = files.decoder(&options).err().unwrap().to_string();
     assert!(
-        error.ends_with("tensor `blk.0.ffn_gate_exps.weight`: expected dtype q8_0, q4_K or q6_K, got q5_K"),
+        error.ends_with("tensor `blk.0.ffn_gate_exps.weight`: expected dtype q8_0, q4_K, q6_K or mxfp4, got q5_K"),
         "{error}"
     );
 }

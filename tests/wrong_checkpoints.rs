@@ -170,7 +170,8 @@ fn with_offsets(tensor: &str, change: impl Fn(usize, usize) -> [usize; 2]) -> Te
 #[test]
 fn tensors_that_overlap_or_lie_outside_of_the_file() {
     let up = single(1, MIXTRAL, 3, "w3");
-    let cases: [(&str, fn(usize, usize) -> [usize; 2]); 4] = [
+    type Change = fn(usize, usize) -> [usize; 2];
+    let cases: [(&str, Change); 4] = [
         ("overlaps the one before", |start, end| [start - 4, end - 4]),
         ("past the end", |start, end| [start, end + 100_000_000]),
         ("backwards", |start, end| [end, start]),

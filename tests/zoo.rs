@@ -61,7 +61,7 @@ fn compare_block(family: &str, ffn: &str) {
     assert_close(&format!("{family} block"), &values(&output), &floats(&goldens, "block.output"));
 }
 
-/// Logits of both prompts, at once and one token after another.
+/// Logits of both prompts, at once, one token after another and in two parts.
 fn compare_logits(family: &str, decoder: &Decoder) {
     let goldens = goldens(family);
     for prompt in 0..2 {
@@ -85,16 +85,24 @@ fn compare_logits(family: &str, decoder: &Decoder) {
             ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
         let stepped = Tensor::cat(&steps.collect::<Vec<_>>(), 1).unwrap();
         assert_close(&format!("{family}, prompt {prompt} step by step"), &values(&stepped), &golden);
+        let (mut state, (first, second)) = (decoder.generation_state(), ids.split_at(3));
+        let parts = [first, second]
+            .map(|ids| decoder.forward(&Batch::new(&[ids]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+        let parts = Tensor::cat(&parts, 1).unwrap();
+        assert_close(&format!("{family}, prompt {prompt} in two parts"), &values(&parts), &golden);
     }
 }
 
 fn compare_decoder(family: &str) {
     let files = ModelFiles::open(&fixture(family)).unwrap();
-    let decoder = files.decoder(&LoadOptions::default()).unwrap();
+    let mut decoder = files.decoder(&LoadOptions::default()).unwrap();
     compare_logits(family, &decoder);
     let stored: usize = files.checkpoint.tensors().values().map(|entry| entry.bytes / 4).sum();
     assert_eq!(decoder.spec().parameters(), stored, "{family}: parameters");
-    compare_logits(family, &cached(&files));
+    let cached = cached(&files);
+    compare_logits(family, &cached);
+    decoder.set_expert_cache(cached.expert_cache().unwrap()).unwrap();
+    compare_logits(family, &decoder);
 }
 
 /// The same model with a cache of two experts.

@@ -7,12 +7,14 @@ use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::Linear;
 use candle_nn::ops::softmax_last_dim;
+use phase_moe::experts::activation::Activation;
 use phase_moe::layer::MoeLayer;
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
+use phase_moe::layer::projection::Projection;
 use phase_moe::spec::MoeSpec;
 
-use super::fill::{Blocks, uniform};
+use super::fill::{Blocks, mxfp4, uniform};
 use super::shape::{Format, Shape};
 
 /// An expert as Candle's models have it.
@@ -25,6 +27,15 @@ struct CandleExpert {
 impl CandleExpert {
     fn forward(&self, rows: &Tensor) -> Result<Tensor> {
         self.down.forward(&(self.gate.forward(rows)?.silu()? * self.up.forward(rows)?)?)
+    }
+}
+
+/// What Candle has for a format that it does not have.
+struct Nothing;
+
+impl Module for Nothing {
+    fn forward(&self, _: &Tensor) -> Result<Tensor> {
+        candle_core::bail!("no such format")
     }
 }
 
@@ -150,9 +161,9 @@ struct Weights {
 
 impl Weights {
     fn new(shape: Shape, format: Format) -> Result<Self> {
-        let blocks = match format.is_quantised() {
-            true => Some([Blocks::new(format.dtype, shape.hidden)?, Blocks::new(format.dtype, shape.width)?]),
-            false => None,
+        let blocks = match format.dtype.filter(|_| format.is_quantised()) {
+            Some(dtype) => Some([Blocks::new(dtype, shape.hidden)?, Blocks::new(dtype, shape.width)?]),
+            None => None,
         };
         Ok(Self { shape, format, blocks })
     }
@@ -160,6 +171,15 @@ impl Weights {
     /// One expert for either side.
     fn expert(&self, seed: u64) -> Result<(Expert, CandleExpert)> {
         let Shape { hidden, width, .. } = self.shape;
+        if self.format.dtype.is_none() {
+            let random =
+                |rows, columns, seed| -> Result<Projection> { Ok(Projection::new(mxfp4(rows, columns, seed)?, None)) };
+            let (gate, up) = (random(width, hidden, seed)?, random(width, hidden, seed + 1)?);
+            let ours =
+                Expert::from_projections(Activation::swiglu(), Some(gate), up, random(hidden, width, seed + 2)?)?;
+            let [gate, up, down] = [(); 3].map(|()| Box::new(Nothing) as Box<dyn Module>);
+            return Ok((ours, CandleExpert { gate, up, down }));
+        }
         if let Some([wide, narrow]) = &self.blocks {
             let [gate, up, down] =
                 [wide.matrix(width, seed)?, wide.matrix(width, seed + 1)?, narrow.matrix(hidden, seed + 2)?];

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
+use phase_moe::experts::matrix::Dtype;
+use phase_moe::layer::packed::Packed;
 use rayon::prelude::*;
 
 /// SplitMix64's finaliser.
@@ -55,4 +57,18 @@ impl Blocks {
         let storage = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, self.dtype)?;
         Ok(Arc::new(QTensor::new(storage, (rows, self.columns))?))
     }
+}
+
+/// `[rows, columns]` in `mxfp4`, of variance about `1 / columns`.
+pub fn mxfp4(rows: usize, columns: usize, seed: u64) -> Result<Packed> {
+    // The root of the mean square of its numbers is 2.9.
+    let exponent = (1.0 / (2.9 * (columns as f64).sqrt())).log2().round() as i32 + 127;
+    let mut bytes = vec![0; rows * columns / Dtype::Mxfp4.block() * Dtype::Mxfp4.block_bytes()];
+    bytes.par_chunks_mut(Dtype::Mxfp4.block_bytes()).with_min_len(1024).enumerate().for_each(|(at, block)| {
+        block[0] = exponent as u8;
+        for (half, weights) in block[1..].chunks_mut(8).enumerate() {
+            weights.copy_from_slice(&hash(seed, 2 * at + half).to_le_bytes());
+        }
+    });
+    Ok(Packed::new(Dtype::Mxfp4, rows, columns, bytes)?)
 }

@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
+use phase_moe::experts::matrix::Dtype;
 
 /// Sizes of one MoE block.
 #[derive(Clone, Copy)]
@@ -17,13 +18,15 @@ const fn shape(name: &'static str, hidden: usize, width: usize, experts: usize, 
     Shape { name, hidden, width, experts, top_k }
 }
 
-/// `quarter` is a quarter of OLMoE's block in every direction but top_k, `B` OLMoE's, `C` that of Qwen3-30B-A3B.
-pub const SHAPES: [Shape; 5] = [
+/// `quarter` is a quarter of OLMoE's block in every direction but top_k, `B` OLMoE's, `C` that of Qwen3-30B-A3B, `gpt-oss` that of
+/// gpt-oss-20b without its biases.
+pub const SHAPES: [Shape; 6] = [
     shape("tiny", 128, 64, 32, 4),
     shape("quarter", 1024, 512, 32, 8),
     shape("B", 2048, 1024, 64, 8),
     shape("C", 2048, 768, 128, 8),
     shape("mixtral", 4096, 14336, 8, 2),
+    shape("gpt-oss", 2880, 2880, 32, 4),
 ];
 
 impl Shape {
@@ -43,7 +46,8 @@ impl Shape {
     }
 
     pub fn expert_bytes(&self, format: Format) -> f64 {
-        self.expert_weights() as f64 * format.dtype.type_size() as f64 / format.dtype.block_size() as f64
+        let (bytes, weights) = format.block();
+        self.expert_weights() as f64 * bytes as f64 / weights as f64
     }
 }
 
@@ -51,20 +55,22 @@ impl Shape {
 #[derive(Clone, Copy)]
 pub struct Format {
     pub name: &'static str,
-    pub dtype: GgmlDType,
+    /// `None` for `mxfp4`, which Candle does not have.
+    pub dtype: Option<GgmlDType>,
 }
 
 const fn format(name: &'static str, dtype: GgmlDType) -> Format {
-    Format { name, dtype }
+    Format { name, dtype: Some(dtype) }
 }
 
-pub const FORMATS: [Format; 6] = [
+pub const FORMATS: [Format; 7] = [
     format("f32", GgmlDType::F32),
     format("bf16", GgmlDType::BF16),
     format("f16", GgmlDType::F16),
     format("q8_0", GgmlDType::Q8_0),
     format("q4_K", GgmlDType::Q4K),
     format("q6_K", GgmlDType::Q6K),
+    Format { name: "mxfp4", dtype: None },
 ];
 
 impl Format {
@@ -75,24 +81,32 @@ impl Format {
     /// Of gate, input and output: the format's own, or f32 beside quantised experts.
     pub fn activations(&self) -> DType {
         match self.dtype {
-            GgmlDType::BF16 => DType::BF16,
-            GgmlDType::F16 => DType::F16,
+            Some(GgmlDType::BF16) => DType::BF16,
+            Some(GgmlDType::F16) => DType::F16,
             _ => DType::F32,
         }
     }
 
     pub fn is_quantised(&self) -> bool {
-        self.dtype.block_size() > 1
+        self.block().1 > 1
+    }
+
+    /// Bytes and weights of a block.
+    pub fn block(&self) -> (usize, usize) {
+        match self.dtype {
+            Some(dtype) => (dtype.type_size(), dtype.block_size()),
+            None => (Dtype::Mxfp4.block_bytes(), Dtype::Mxfp4.block()),
+        }
     }
 
     /// Whether rows of these sizes are whole numbers of the format's blocks.
     pub fn fits(&self, shape: Shape) -> bool {
-        [shape.hidden, shape.width].into_iter().all(|columns| columns.is_multiple_of(self.dtype.block_size()))
+        [shape.hidden, shape.width].into_iter().all(|columns| columns.is_multiple_of(self.block().1))
     }
 
     /// How far two correct sides may differ, relative to the largest value.
     pub fn tolerance(&self) -> f32 {
-        if self.dtype == GgmlDType::F32 { 1e-4 } else { 5e-2 }
+        if self.dtype == Some(GgmlDType::F32) { 1e-4 } else { 5e-2 }
     }
 
     /// Gate logits nearer to each other than this may change places by rounding alone.

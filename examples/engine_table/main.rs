@@ -15,7 +15,8 @@
 //! cargo run --release --example engine_table -- --shapes mixtral --no-candle --threads 2
 //! ```
 //!
-//! Shapes: tiny, quarter, B (OLMoE's), C (Qwen3-30B-A3B's), mixtral. Dtypes: f32, bf16, f16, q8_0, q4_K, q6_K.
+//! Shapes: tiny, quarter, B (OLMoE's), C (Qwen3-30B-A3B's), mixtral, gpt-oss. Dtypes: f32, bf16, f16, q8_0, q4_K, q6_K, and mxfp4, of which
+//! Candle has none.
 
 mod ceilings;
 #[path = "../../benches/common/mod.rs"]

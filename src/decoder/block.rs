@@ -61,7 +61,7 @@ impl Mixer {
 /// What follows attention.
 #[derive(Clone)]
 pub(super) enum Ffn {
-    Dense(Expert),
+    Dense(Box<Expert>),
     Moe(Box<MoeLayer>),
 }
 

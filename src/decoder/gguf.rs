@@ -16,12 +16,14 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
-use safetensors::Dtype;
+use safetensors::Dtype as StoredDtype;
 
-use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
+use crate::checkpoint::{BlockType, Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
+use crate::experts::matrix::Dtype;
 use crate::experts::store::{Part, Piece};
 use crate::layer::expert::Expert;
+use crate::layer::packed::Packed;
 use crate::layer::projection::{Projection, Weight};
 use crate::spec::{ModelSpec, MoeSpec};
 use crate::zoo::gguf_names::{TensorNames, TensorSource, single, stack};
@@ -78,9 +80,9 @@ impl GgufBackend {
     fn stored(&self, name: &str, device: &Device) -> Result<Tensor> {
         let entry = self.checkpoint.entry(name)?;
         let plain = match entry.dtype {
-            ElementType::Plain(Dtype::F32) => DType::F32,
-            ElementType::Plain(Dtype::F16) => DType::F16,
-            ElementType::Plain(Dtype::BF16) => DType::BF16,
+            ElementType::Plain(StoredDtype::F32) => DType::F32,
+            ElementType::Plain(StoredDtype::F16) => DType::F16,
+            ElementType::Plain(StoredDtype::BF16) => DType::BF16,
             ElementType::Plain(_) => return Err(unread(&self.checkpoint, entry, name)),
             ElementType::Blocks(_) => return Ok(quantized(&self.checkpoint, name, device)?.dequantize(device)?),
         };
@@ -151,9 +153,9 @@ fn quantized(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<QTe
 /// Candle's name of a type; `None` for those that it does not widen.
 fn ggml_dtype(stored: ElementType) -> Option<GgmlDType> {
     Some(match stored {
-        ElementType::Plain(Dtype::F32) => GgmlDType::F32,
-        ElementType::Plain(Dtype::F16) => GgmlDType::F16,
-        ElementType::Plain(Dtype::BF16) => GgmlDType::BF16,
+        ElementType::Plain(StoredDtype::F32) => GgmlDType::F32,
+        ElementType::Plain(StoredDtype::F16) => GgmlDType::F16,
+        ElementType::Plain(StoredDtype::BF16) => GgmlDType::BF16,
         ElementType::Plain(_) => return None,
         ElementType::Blocks(blocks) => match blocks.name {
             "q4_0" => GgmlDType::Q4_0,
@@ -208,19 +210,47 @@ fn places(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, id: usize) -> Re
     there.map(place).collect()
 }
 
+/// A tensor of experts in memory.
+#[derive(Clone)]
+enum Stored {
+    Quantized(Arc<QTensor>),
+    /// In MXFP4, which Candle does not have.
+    Packed(Packed),
+}
+
+impl Stored {
+    fn load(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<Self> {
+        let entry = checkpoint.entry(name)?;
+        match (entry.dtype, entry.shape.split_last()) {
+            (ElementType::Blocks(BlockType { name: "mxfp4", .. }), Some((&columns, rows))) => {
+                let rows = rows.iter().product();
+                Ok(Self::Packed(Packed::new(Dtype::Mxfp4, rows, columns, checkpoint.read(name)?)?))
+            }
+            _ => Ok(Self::Quantized(Arc::new(quantized(checkpoint, name, device)?))),
+        }
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Weight> {
+        match self {
+            Self::Quantized(tensor) => Weight::rows(tensor.clone(), rows),
+            Self::Packed(packed) => Ok(packed.of_rows(rows)?.into()),
+        }
+    }
+}
+
 /// The experts of a block, as they are stored: on the CPU views of one copy of each tensor.
 pub(super) fn experts(checkpoint: &Checkpoint, moe: &MoeSpec, block: usize, device: &Device) -> Result<Vec<Expert>> {
-    let mut tensors: BTreeMap<String, Arc<QTensor>> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Stored> = BTreeMap::new();
     let mut projection = |place: Place| -> Result<Projection> {
-        let tensor = match tensors.get(&place.tensor) {
-            Some(tensor) => tensor.clone(),
+        let stored = match tensors.get(&place.tensor) {
+            Some(stored) => stored.clone(),
             None => {
-                let tensor = Arc::new(quantized(checkpoint, &place.tensor, device)?);
-                tensors.insert(place.tensor.clone(), tensor.clone());
-                tensor
+                let stored = Stored::load(checkpoint, &place.tensor, device)?;
+                tensors.insert(place.tensor, stored.clone());
+                stored
             }
         };
-        Ok(Projection::new(Weight::rows(tensor, place.rows)?, None))
+        Ok(Projection::new(stored.rows(place.rows)?, None))
     };
     let mut expert = |id: usize| {
         let (mut gate, mut rest) = (None, Vec::new());

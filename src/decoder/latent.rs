@@ -2,7 +2,9 @@
 //!
 //! `[latent ‖ rotated key] = kv_a·x`, `[keys ‖ values] = kv_b·norm(latent)` per head; each head's key is its own part and the
 //! rotated part that all heads share. `[batch, positions, hidden] → [batch, positions, hidden]`. What is kept from one forward pass to the next is
-//! latent and rotated key alone, so few numbers per position; keys and values are made of them anew.
+//! latent and rotated key alone, so few numbers per position. Of many new positions keys and values are made of them anew; a single one
+//! takes `kv_b` into its query and out of its mix of latents instead, which is the same sum in another order (section 2.1.2 there), so
+//! that a step costs nothing per head and position but two products of the latent's width.
 
 use std::sync::Arc;
 
@@ -93,6 +95,10 @@ impl LatentAttention {
         if let Some(cache) = cache {
             (latent, turned) = cache.append(&latent.contiguous()?, &turned)?;
         }
+        if positions == 1 {
+            let mixed = self.mix_latents(&query, &latent, &turned, mask)?;
+            return Ok(self.output.forward(&mixed)?);
+        }
         let seen = latent.dim(2)?;
         let wide = self.kv_up.forward(&latent.squeeze(1)?)?;
         let wide = wide.reshape((batch, seen, self.heads, key_width + value_width))?.transpose(1, 2)?;
@@ -102,5 +108,23 @@ impl LatentAttention {
 
         let mixed = attend(&query, &key, &value, mask, self.scale, None)?;
         Ok(self.output.forward(&mixed)?)
+    }
+
+    /// What one new position of each sequence attends to, `[batch, 1, heads · value_width]`, of latents `[batch, 1, seen, kv_rank]` and rotated keys:
+    /// heads stand where positions do, for all have the same keys.
+    fn mix_latents(&self, query: &Tensor, latent: &Tensor, turned: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let LatentSpec { kv_rank, key_width, value_width, .. } = self.sizes;
+        let (batch, heads, _, width) = query.dims4()?;
+        let up = self.kv_up.weight().reshape((heads, key_width + value_width, kv_rank))?;
+        // `[heads, batch, ..]`: a product for each head.
+        let query = query.squeeze(2)?.transpose(0, 1)?;
+        let plain = query.narrow(2, 0, key_width)?.contiguous()?.matmul(&up.narrow(1, 0, key_width)?)?;
+        let query = Tensor::cat(&[&plain, &query.narrow(2, key_width, width - key_width)?], 2)?;
+        let query = query.transpose(0, 1)?.unsqueeze(1)?.contiguous()?;
+        let key = Tensor::cat(&[latent, turned], 3)?.contiguous()?;
+        let mixed = attend(&query, &key, &latent.contiguous()?, mask, self.scale, None)?;
+        let values = up.narrow(1, key_width, value_width)?.transpose(1, 2)?;
+        let mixed = mixed.transpose(0, 1)?.contiguous()?.matmul(&values)?;
+        Ok(mixed.transpose(0, 1)?.reshape((batch, 1, heads * value_width))?)
     }
 }

@@ -30,6 +30,11 @@ impl Linear {
         Self { inner: candle_nn::Linear::new(weight, bias), engine, by_engine }
     }
 
+    /// Its weights, `[rows, columns]`.
+    pub(super) fn weight(&self) -> &Tensor {
+        self.inner.weight()
+    }
+
     /// Loads `weight` and, where it has one, `bias`.
     pub(super) fn load(
         vb: &VarBuilder<'_>,

@@ -121,7 +121,7 @@ impl Decoder {
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
                 ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
-                    Ok(_) => Ffn::Dense(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?),
+                    Ok(_) => Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?)),
                     Err(_) => {
                         let layer = moe_layers;
                         moe_layers += 1;

@@ -310,6 +310,18 @@ mod tests {
     }
 
     #[test]
+    fn both_shapes_tell_how_a_stack_lies_where_one_does_not() {
+        let rows = |width, hidden| (StackOrder::RowsFirst, width, hidden);
+        let columns = |width, hidden| (StackOrder::ColumnsFirst, width, hidden);
+        assert_eq!(order(&[3, 8, 8], &[3, 8, 4]), Some(rows(4, 8)));
+        assert_eq!(order(&[3, 8, 8], &[3, 4, 8]), Some(columns(4, 8)));
+        assert_eq!(order(&[3, 16, 8], &[3, 8, 8]), Some(rows(8, 8)));
+        assert_eq!(order(&[3, 8, 16], &[3, 8, 8]), Some(columns(8, 8)));
+        assert_eq!(order(&[3, 8, 8], &[3, 8, 8]), None);
+        assert_eq!(order(&[3, 0, 0], &[3, 0, 0]), Some(rows(0, 0)));
+    }
+
+    #[test]
     fn what_does_not_fit_is_named() {
         let (directory, vb) = builder(StackOrder::RowsFirst, ExpertNames::default());
         let shown = |error: candle_core::Error| {

@@ -1,4 +1,4 @@
-//! MXFP4 as Hugging Face writes it, brought into the form that the engine reads, [`Dtype::Mxfp4`](crate::simd::dtype::Dtype::Mxfp4), which is ggml's.
+//! MXFP4 as Hugging Face writes it, brought into the form that the engine reads, [`Dtype::Mxfp4`], which is ggml's.
 //!
 //! There a tensor is two: blocks of sixteen bytes, in which weights `2i` and `2i + 1` share byte `i`, and their scales, a byte
 //! each. Here a block is its scale and then sixteen bytes in which weights `i` and `16 + i` share byte `i`, so that the halves

@@ -5,6 +5,9 @@
 
 use std::sync::Arc;
 
+use super::ROUTING_DTYPE;
+use super::expert::Expert;
+use super::projection::Projection as LayerProjection;
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::experts::cache::ExpertCache;
@@ -33,6 +36,17 @@ pub struct ExpertBiases {
     pub down: Vec<f32>,
 }
 
+impl ExpertBiases {
+    /// Those of an expert in memory; none where it has none.
+    pub(super) fn of(expert: &Expert) -> Result<Self> {
+        let of = |projection: Option<&LayerProjection>| -> Result<Vec<f32>> {
+            let Some(bias) = projection.and_then(LayerProjection::bias) else { return Ok(Vec::new()) };
+            Ok(bias.to_dtype(ROUTING_DTYPE)?.to_vec1()?)
+        };
+        Ok(Self { gate: of(expert.gate_proj())?, up: of(Some(expert.up_proj()))?, down: of(Some(expert.down_proj()))? })
+    }
+}
+
 impl CachedExperts {
     /// Layer `layer` of `cache`.
     pub fn new(cache: Arc<ExpertCache>, layer: usize) -> Self {
@@ -42,6 +56,17 @@ impl CachedExperts {
     /// The same with biases, of each expert by id.
     pub fn with_biases(self, biases: Vec<ExpertBiases>) -> Self {
         Self { biases: Some(biases.into()), ..self }
+    }
+
+    /// Whether it has biases.
+    pub(super) fn has_biases(&self) -> bool {
+        self.biases.is_some()
+    }
+
+    /// The same with the biases of others, if it has none.
+    pub(super) fn or_biases(self, others: &Self) -> Self {
+        let biases = self.biases.or_else(|| others.biases.clone());
+        Self { biases, ..self }
     }
 
     /// The cache.

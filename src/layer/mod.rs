@@ -47,7 +47,7 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::layer::borrowed::{Borrowed, Source};
-use crate::layer::cached::CachedExperts;
+use crate::layer::cached::{CachedExperts, ExpertBiases};
 use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
 use crate::layer::shared::Shared;
@@ -147,11 +147,19 @@ impl MoeLayer {
         Ok(layer)
     }
 
-    /// Has its experts come from a cache from now on; whatever held them before goes.
+    /// Has its experts come from a cache from now on; whatever held them before goes, but for their biases where the new ones have none.
     ///
     /// # Errors
     /// As [`MoeLayer::with_cached`]; nothing has changed then.
     pub fn set_cached(&mut self, experts: CachedExperts) -> Result<()> {
+        let experts = match (self.spec.expert_bias, &self.experts) {
+            (false, _) => experts,
+            (true, Experts::Cached(before)) => experts.or_biases(before),
+            (true, Experts::Held(held)) if !experts.has_biases() => {
+                experts.with_biases(held.iter().map(ExpertBiases::of).collect::<Result<_>>()?)
+            }
+            (true, Experts::Held(_)) => experts,
+        };
         experts.check(&self.spec)?;
         if !self.fits_engine {
             return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));

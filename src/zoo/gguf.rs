@@ -4,11 +4,12 @@
 //! |---|---|
 //! | `llama`, with experts | `mixtral` |
 //! | `olmoe` | `olmoe` |
-//! | `qwen2moe`, `qwen3moe` | `qwen2_moe`, `qwen3_moe` |
+//! | `qwen2moe`, `qwen3moe`, `glm4moe` | `qwen2_moe`, `qwen3_moe`, `glm4_moe` |
+//! | `granitemoe` | `granitemoe` |
 //! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids |
 //!
-//! What a file does not say is as llama.cpp has it: whether weights are normalised, which blocks have experts. Keys, names and what is
-//! done to the tensors on the way into a file: llama.cpp's `conversion/` and `src/models/`.
+//! What a file does not say is as llama.cpp has it: whether weights are normalised, that experts have no groups. Keys, names and what
+//! is done to the tensors on the way into a file: llama.cpp's `conversion/` and `src/models/`.
 
 use serde_json::{Map, Value, json};
 
@@ -16,7 +17,7 @@ use crate::checkpoint::{Checkpoint, Metadata};
 use crate::error::{Error, Result};
 
 /// What `general.architecture` may be.
-pub const ARCHITECTURES: [&str; 5] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2"];
+pub const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
 
 /// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
 const COUNTS: [(&str, &str); 6] = [
@@ -98,6 +99,37 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
             set(if family == "qwen2_moe" { "qkv_bias" } else { "attention_bias" }, json!(biased));
             set(key, json!(norm.unwrap_or(normalised)));
         }
+        "glm4moe" => {
+            set("model_type", json!("glm4_moe"));
+            set("n_routed_experts", json!(experts));
+            set("moe_intermediate_size", json!(width));
+            set("n_shared_experts", json!(source.count("expert_shared_count")?));
+            set("routed_scaling_factor", json!(source.number("expert_weights_scale")?.filter(|&scale| scale != 0.0)));
+            set("first_k_dense_replace", json!(source.count("leading_dense_block_count")?));
+            set("attention_bias", json!(source.has("blk.0.attn_q.bias")));
+            set("use_qk_norm", json!(source.has("blk.0.attn_q_norm.weight")));
+            let (rotated, head) = (source.required("rope.dimension_count")?, source.head()?);
+            set("partial_rotary_factor", json!(rotated as f64 / head.max(1) as f64));
+            for key in ["n_group", "topk_group"] {
+                set(key, json!(1));
+            }
+            set(key, json!(norm.unwrap_or(false)));
+        }
+        "granitemoe" => {
+            if let Some(shared) = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0) {
+                let key = source.key("expert_shared_feed_forward_length");
+                return Err(metadata.error(&key, "no shared expert", &shared.to_string()));
+            }
+            let scale = |name: &str| -> Result<Option<f64>> { Ok(source.number(name)?.filter(|&scale| scale != 0.0)) };
+            let usual = (source.head()? as f64).powf(-0.5);
+            set("model_type", json!("granitemoe"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("embedding_multiplier", json!(scale("embedding_scale")?));
+            set("residual_multiplier", json!(scale("residual_scale")?));
+            set("attention_multiplier", json!(scale("attention.scale")?.unwrap_or(usual)));
+            set("logits_scaling", json!(scale("logit_scale")?));
+        }
         _ => source.deepseek(&mut config, experts, width, norm.unwrap_or(false))?,
     }
     Ok(Value::Object(config).to_string())
@@ -137,6 +169,12 @@ impl Source<'_> {
 
     fn has(&self, tensor: &str) -> bool {
         self.checkpoint.tensors().contains_key(tensor)
+    }
+
+    /// Width of a head, where all of its parts have one.
+    fn head(&self) -> Result<usize> {
+        let (heads, hidden) = (self.required("attention.head_count")?, self.required("embedding_length")?);
+        Ok(self.count("attention.key_length")?.or(hidden.checked_div(heads)).unwrap_or(0))
     }
 
     /// Blocks without those that predict further tokens.
@@ -179,12 +217,12 @@ impl Source<'_> {
         }
         config.insert("eos_token_id".into(), json!(ends));
         if self.architecture != "deepseek2" {
-            let head = self.count("attention.key_length")?;
-            config.insert("head_dim".into(), json!(head));
-            let (heads, hidden) = (self.required("attention.head_count")?, self.required("embedding_length")?);
-            let head = head.or(hidden.checked_div(heads)).unwrap_or(0);
-            for name in ["rope.dimension_count", "attention.value_length"] {
-                if let Some(other) = self.count(name)?.filter(|&other| other != head) {
+            config.insert("head_dim".into(), json!(self.count("attention.key_length")?));
+            let head = self.head()?;
+            let turned_in_part = self.architecture == "glm4moe";
+            for name in ["attention.value_length", "rope.dimension_count"] {
+                let differs = |other: &usize| *other != head && !(turned_in_part && name.starts_with("rope"));
+                if let Some(other) = self.count(name)?.filter(differs) {
                     let expected = format!("the head's {head}");
                     return Err(self.metadata.error(&self.key(name), &expected, &other.to_string()));
                 }

@@ -28,7 +28,7 @@ pub enum TensorSource {
 }
 
 /// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
-const BLOCK: [(&str, &str); 23] = [
+const BLOCK: [(&str, &str); 24] = [
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("self_attn.q_proj", "attn_q"),
@@ -44,6 +44,7 @@ const BLOCK: [(&str, &str); 23] = [
     ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
     ("self_attn.kv_b_proj", "attn_kv_b"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.router.layer", "ffn_gate_inp"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
@@ -66,6 +67,8 @@ const MODEL: [(&str, &str); 3] = [
 pub struct TensorNames {
     /// Query and key heads, where their rows are in turns.
     in_turns: Option<[usize; 2]>,
+    /// The norm before an FFN.
+    ffn_norm: &'static str,
 }
 
 impl TensorNames {
@@ -74,14 +77,16 @@ impl TensorNames {
     /// # Errors
     /// As [`config`](super::gguf::config).
     pub fn new(metadata: &Metadata) -> Result<Self> {
-        let in_turns = match architecture(metadata)? {
-            "llama" => {
-                let heads = metadata.required_count("llama.attention.head_count")?;
-                Some([heads, metadata.count("llama.attention.head_count_kv")?.unwrap_or(heads)])
+        let architecture = architecture(metadata)?;
+        let in_turns = match architecture {
+            "llama" | "granitemoe" => {
+                let key = format!("{architecture}.attention.head_count");
+                let heads = metadata.required_count(&key)?;
+                Some([heads, metadata.count(&format!("{key}_kv"))?.unwrap_or(heads)])
             }
             _ => None,
         };
-        Ok(Self { in_turns })
+        Ok(Self { in_turns, ffn_norm: if architecture == "glm4moe" { "post_attention_norm" } else { "ffn_norm" } })
     }
 
     /// Where the tensor is that transformers calls `name`; `None` for one that no file has.
@@ -106,6 +111,7 @@ impl TensorNames {
             ("attn_q", Some([heads, _])) | ("attn_k", Some([_, heads])) => {
                 TensorSource::InTurns { name: named(stored), heads }
             }
+            ("ffn_norm", _) => TensorSource::Same(named(self.ffn_norm)),
             _ => TensorSource::Same(named(stored)),
         })
     }
@@ -128,16 +134,18 @@ mod tests {
     #[test]
     fn names_are_those_of_llama_cpp() {
         let same = |name: &str| Some(TensorSource::Same(name.into()));
-        let names = TensorNames { in_turns: Some([4, 2]) };
+        let names = TensorNames { in_turns: Some([4, 2]), ffn_norm: "ffn_norm" };
         assert_eq!(names.source("lm_head.weight"), same("output.weight"));
         assert_eq!(names.source("model.layers.12.block_sparse_moe.gate.weight"), same("blk.12.ffn_gate_inp.weight"));
         let key = names.source("model.layers.0.self_attn.k_proj.weight");
         assert_eq!(key, Some(TensorSource::InTurns { name: "blk.0.attn_k.weight".into(), heads: 2 }));
-        let names = TensorNames { in_turns: None };
+        let names = TensorNames { in_turns: None, ffn_norm: "post_attention_norm" };
         let found = names.source("model.layers.3.mlp.shared_experts.up_proj.weight");
         assert_eq!(found, same("blk.3.ffn_up_shexp.weight"));
         assert_eq!(names.source("model.layers.3.mlp.gate.e_score_correction_bias"), same("blk.3.exp_probs_b.bias"));
         assert_eq!(names.source("model.layers.3.self_attn.q_proj.bias"), same("blk.3.attn_q.bias"));
+        let norm = names.source("model.layers.3.post_attention_layernorm.weight");
+        assert_eq!(norm, same("blk.3.post_attention_norm.weight"));
         assert!(names.source("model.layers.3.mlp.experts.0.up_proj.weight").is_none());
         assert!(names.source("model.layers").is_none() && names.source("").is_none());
     }

@@ -10,9 +10,10 @@ Of the families in zoo/ the weights and goldens there are taken as they are. ggu
 make_zoo_goldens.py, is written only where zoo/ has no such model: OLMoE, and DeepSeek-V2 whose `mscale` is its `mscale_all_dim`,
 since a GGUF file has room for one of them.
 
-What is done to tensors is what llama.cpp's conversion does: experts of a layer stacked, rows of Mixtral's queries and keys
-reordered for a rotation of neighbours, DeepSeek's keys and values split and keys transposed. In qwen2moe.gguf and qwen3moe.gguf some
-blocks have no experts, which llama.cpp does not run; deepseek2_old.gguf has keys and values joined, as files from before they were split.
+What is done to tensors is what llama.cpp's conversion does: experts of a layer stacked, rows of Mixtral's and Granite's queries and
+keys reordered for a rotation of neighbours, DeepSeek's keys and values split and keys transposed. In qwen2moe.gguf and
+qwen3moe.gguf some blocks have no experts, which llama.cpp does not run; deepseek2_old.gguf has keys and values joined, as files
+from before they were split. mxfp4.gguf has its experts in MXFP4, and the goldens are of the numbers that these stand for.
 
 sentencepiece.gguf has a tokenizer alone, trained on the bundled texts as Llama's was, and sentencepiece.json, for some texts, the
 ids that the sentencepiece package gives.
@@ -25,9 +26,9 @@ import tempfile
 from pathlib import Path
 
 import gguf
-import sentencepiece
 import make_zoo_goldens as zoo_goldens
 import numpy as np
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -39,8 +40,8 @@ def in_turns(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
-    """A GGUF file of the checkpoint in `directory`."""
+def write(path: Path, directory: Path, arch: str, joined: bool = False, experts: gguf.GGMLQuantizationType = None) -> None:
+    """A GGUF file of the checkpoint in `directory`, its experts in the type `experts`."""
     config = json.loads((directory / "config.json").read_text())
     tensors = {name: tensor.numpy() for name, tensor in load_file(directory / "model.safetensors").items()}
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -90,7 +91,19 @@ def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
     elif config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if arch == "llama":
+    if arch == "glm4moe":
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    if arch == "granitemoe":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if arch in ("llama", "granitemoe"):
         writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     if rope["rope_type"] == "yarn":
         assert rope["mscale"] == rope["mscale_all_dim"]
@@ -111,10 +124,16 @@ def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
             stacks.setdefault(f"model.layers.{layer}.mlp.experts.{part}.weight", {})[int(expert)] = tensor
     tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     tensors |= {name: np.stack([stack[id] for id in range(len(stack))]) for name, stack in stacks.items()}
+    for name in [name for name in tensors if "put_linear" in name]:
+        parts, tensor = ["down_proj"], tensors.pop(name)
+        if "input_linear" in name:
+            parts, tensor = ["gate_proj", "up_proj"], np.split(tensor, 2, axis=1)
+        for part, tensor in zip(parts, tensor if len(parts) == 2 else [tensor]):
+            tensors[f"model.layers.{name.split('.')[2]}.mlp.experts.{part}.weight"] = tensor
     for name, tensor in tensors.items():
-        if arch == "llama" and ".q_proj." in name:
+        if arch in ("llama", "granitemoe") and ".q_proj." in name:
             tensor = in_turns(tensor, heads)
-        if arch == "llama" and ".k_proj." in name:
+        if arch in ("llama", "granitemoe") and ".k_proj." in name:
             tensor = in_turns(tensor, config["num_key_value_heads"])
         if "kv_b_proj" in name and not joined:
             split = tensor.reshape(heads, -1, tensor.shape[-1])
@@ -129,6 +148,9 @@ def write(path: Path, directory: Path, arch: str, joined: bool = False) -> None:
         # Blocks without experts, in architectures whose blocks all have them in llama.cpp.
         stored = stored or dense.get_name(known, try_suffixes=(".weight",))
         assert stored is not None, name
+        if experts is not None and ".experts." in name:
+            writer.add_tensor(stored, gguf.quants.quantize(tensor, experts), raw_dtype=experts)
+            continue
         writer.add_tensor(stored, np.ascontiguousarray(tensor.squeeze()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -200,7 +222,8 @@ def main() -> None:
     torch.set_num_threads(1)
     zoo, out = arguments.zoo, arguments.gguf
     out.mkdir(exist_ok=True)
-    for arch, family in (("llama", "mixtral"), ("qwen2moe", "qwen2_moe"), ("qwen3moe", "qwen3_moe")):
+    families = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe")
+    for arch, family in zip(("llama", "qwen2moe", "qwen3moe", "glm4moe", "granitemoe"), families):
         write(out / f"{arch}.gguf", zoo / family, arch)
     write(out / "deepseek2.gguf", zoo / "deepseek_v3", "deepseek2")
     with tempfile.TemporaryDirectory() as temporary:
@@ -217,6 +240,18 @@ def main() -> None:
         (directory / "config.json").write_text(json.dumps(config))
         own_goldens(directory, out / "deepseek2_old.goldens.safetensors")
         write(out / "deepseek2_old.gguf", directory, "deepseek2", joined=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory, mxfp4 = Path(temporary), gguf.GGMLQuantizationType.MXFP4
+        zoo_goldens.FAMILIES["olmoe"] = {**OLMOE, "intermediate_size": 32}
+        model = zoo_goldens.random_model("olmoe", seed=2)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if ".experts." in name:
+                    stored = gguf.quants.quantize(tensor.numpy(), mxfp4)
+                    tensor.copy_(torch.from_numpy(gguf.quants.dequantize(stored, mxfp4)))
+        model.save_pretrained(directory)
+        own_goldens(directory, out / "mxfp4.goldens.safetensors")
+        write(out / "mxfp4.gguf", directory, "olmoe", experts=mxfp4)
     sentence_piece(Path(__file__).parents[2] / "models/tiny-moe/eval", out)
     for path in sorted(out.iterdir()):
         print(path.name, path.stat().st_size, "bytes")

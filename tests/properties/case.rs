@@ -188,7 +188,8 @@ impl Case {
         Scoring {
             function: match self.sigmoid {
                 true => ScoreFunction::Sigmoid,
-                false if noise(self.seed, [15, 0, 0]).is_multiple_of(4) => {
+                // Where what is aimed at is not what counts in any case.
+                false if self.bias != Bias::None && noise(self.seed, [15, 0, 0]).is_multiple_of(2) => {
                     ScoreFunction::SparseMixer { jitter: 0.3 * unit(self.seed, [16, 0, 0]) }
                 }
                 false => ScoreFunction::Softmax,
