@@ -248,6 +248,11 @@ fn experts_that_only_candle_reads_run_on_its_operations_and_not_from_a_cache() {
 
 /// The bundled model as a GGUF file, its weights as they are.
 fn bundled(path: &Path) {
+    bundled_with(path, &[]);
+}
+
+/// The same with more metadata.
+fn bundled_with(path: &Path, more: &[(&str, Value)]) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
     let files = ModelFiles::open(&directory).unwrap();
     let spec = files.spec().unwrap();
@@ -261,7 +266,7 @@ fn bundled(path: &Path) {
         Some(pair) => pair.to_owned(),
         None => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
     };
-    let metadata = [
+    let mut metadata = vec![
         ("general.architecture", Value::String("olmoe".into())),
         ("olmoe.block_count", number("num_hidden_layers")),
         ("olmoe.context_length", number("max_position_embeddings")),
@@ -283,6 +288,7 @@ fn bundled(path: &Path) {
         ("tokenizer.ggml.merges", texts(tokenizer["model"]["merges"].as_array().unwrap().iter().map(merge).collect())),
         ("tokenizer.ggml.eos_token_id", Value::U32(0)),
     ];
+    metadata.extend_from_slice(more);
     let read = |name: &str| {
         let entry = files.checkpoint.entry(name).unwrap();
         Tensor::from_raw_buffer(&files.checkpoint.read(name).unwrap(), DType::BF16, &entry.shape, &Device::Cpu).unwrap()
@@ -324,6 +330,33 @@ fn the_bundled_model_is_the_same_bits_and_the_same_tokens_from_a_gguf_file() {
         assert!(logits(ours.decoder(), &ids[..100]) == logits(plain.decoder(), &ids[..100]), "other bits");
     }
     assert_eq!(ours.encode("a<|endoftext|>b").unwrap(), plain.encode("a<|endoftext|>b").unwrap());
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn a_chat_is_written_as_the_template_in_the_file_has_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tiny-moe.gguf");
+    let template =
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}assistant: ";
+    bundled_with(&path, &[("tokenizer.chat_template", Value::String(template.into()))]);
+    let run = |model: &Path, arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_phase-moe"));
+        command.args(["generate", "--json", "--dtype", "bf16", "--new-tokens", "8", "--model"]).arg(model);
+        command.args(arguments).output().unwrap()
+    };
+    let told = |output: std::process::Output| -> serde_json::Value {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {errors}"))
+    };
+    let chat = told(run(&path, &["--chat", "--system", "Be short.", "--prompt", "Who was Moses?"]));
+    let written = "system: Be short.<|endoftext|>user: Who was Moses?<|endoftext|>assistant: ";
+    let plain = told(run(&path, &["--prompt", written]));
+    assert_eq!((&chat["text"], &chat["prompt_tokens"]), (&plain["text"], &plain["prompt_tokens"]));
+    bundled(&path);
+    let output = run(&path, &["--chat", "--prompt", "Who was Moses?"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("or `tokenizer.chat_template` in the file"), "{said}");
 }
 
 #[cfg(feature = "cli")]

@@ -1,7 +1,7 @@
-//! A conversation as the model was trained to read it: the chat template beside a checkpoint, in Jinja.
+//! A conversation as the model was trained to read it: the chat template beside a checkpoint or in a GGUF file, in Jinja.
 //!
-//! `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`: text, or a list of named ones of which `default` counts. A template
-//! sees what transformers shows it: `messages`, `add_generation_prompt` (true), the special tokens by name, `tools` and `documents` (none),
+//! `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`: text, or a list of named ones of which `default` counts; else
+//! `tokenizer.chat_template` of a GGUF file. A template sees what transformers shows it: `messages`, `add_generation_prompt` (true), the special tokens by name, `tools` and `documents` (none),
 //! `raise_exception`, `strftime_now` (in UTC) and Python's methods of strings, lists and maps.
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,6 +10,7 @@ use anyhow::Result;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
+use phase_moe::checkpoint::Metadata;
 use phase_moe::decoder::model::ModelFiles;
 use serde_json::Value as Json;
 
@@ -17,12 +18,14 @@ use crate::options::UserMistake;
 
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+/// In GGUF files.
+const TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
 /// A model's chat template and its special tokens.
 pub struct Chat {
     template: String,
     /// The file that it is in.
-    file: &'static str,
+    file: String,
     /// `bos_token` and the others by name.
     tokens: Vec<(String, String)>,
 }
@@ -38,26 +41,38 @@ impl Chat {
             }
         };
         let (template, file) = match (files.beside(TEMPLATE)?, &config["chat_template"]) {
-            (Some(template), _) => (template, TEMPLATE),
-            (None, Json::String(template)) => (template.clone(), CONFIG),
+            (Some(template), _) => (template, TEMPLATE.to_owned()),
+            (None, Json::String(template)) => (template.clone(), CONFIG.to_owned()),
             (None, Json::Array(named)) => {
                 let default = named.iter().find(|template| template["name"] == "default");
                 let default = default.and_then(|template| template["template"].as_str());
                 let message = || mistake(format!("{CONFIG}: `chat_template`: expected one named `default`, got none"));
-                (default.ok_or_else(message)?.to_owned(), CONFIG)
+                (default.ok_or_else(message)?.to_owned(), CONFIG.to_owned())
             }
-            (None, Json::Null) => {
-                let message =
-                    format!("--chat: expected a chat template in {TEMPLATE} or {CONFIG} of {}, got none", files.name);
-                return Err(mistake(message));
-            }
+            (None, Json::Null) => match files.checkpoint.gguf() {
+                Some(gguf) if gguf.text(TEMPLATE_KEY)?.is_some() => {
+                    (gguf.text(TEMPLATE_KEY)?.unwrap_or_default().to_owned(), gguf.file().to_owned())
+                }
+                gguf => {
+                    let key = gguf.map_or(String::new(), |_| format!(", or `{TEMPLATE_KEY}` in the file"));
+                    let places = format!("{TEMPLATE} or {CONFIG} of {}{key}", files.name);
+                    return Err(mistake(format!("--chat: expected a chat template in {places}, got none")));
+                }
+            },
             (None, got) => return Err(mistake(format!("{CONFIG}: `chat_template`: expected text, got {got}"))),
         };
         let token = |(name, value): (&String, &Json)| {
             let text = value.as_str().or_else(|| value["content"].as_str());
             Some((name.clone(), text.filter(|_| name.ends_with("_token"))?.to_owned()))
         };
-        let tokens = config.as_object().into_iter().flatten().filter_map(token).collect();
+        let mut tokens: Vec<_> = config.as_object().into_iter().flatten().filter_map(token).collect();
+        if let Some(gguf) = files.checkpoint.gguf() {
+            for (name, token) in special_tokens(gguf)? {
+                if tokens.iter().all(|(other, _)| *other != name) {
+                    tokens.push((name, token));
+                }
+            }
+        }
         Ok(Self { template, file, tokens })
     }
 
@@ -82,6 +97,18 @@ impl Chat {
         let written = environment.render_str(&self.template, context);
         Ok(written.map_err(|error| UserMistake(format!("{}: {}", self.file, reason(&error))))?)
     }
+}
+
+/// The special tokens that a GGUF file names, as templates call them.
+fn special_tokens(gguf: &Metadata) -> Result<Vec<(String, String)>> {
+    let (mut found, tokens) = (Vec::new(), gguf.texts("tokenizer.ggml.tokens")?.unwrap_or_default());
+    for (name, key) in [("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")] {
+        let id = gguf.count(&format!("tokenizer.ggml.{key}_token_id"))?;
+        if let Some(token) = id.and_then(|id| tokens.get(id)) {
+            found.push((format!("{name}_token"), token.clone()));
+        }
+    }
+    Ok(found)
 }
 
 /// What a template says of itself, or what is wrong with it, in one line.
