@@ -67,10 +67,10 @@ fn a_long_prompt_in_chunks_takes_no_square_of_its_length() {
         assert_eq!(state.position(), tokens);
         MOST.load(Relaxed) - before
     };
-    // All scores of 8,000 tokens at once would be 4 GB, those of a chunk of 1,024 half of one.
-    let (short, long) = (most(2000, 1024), most(8000, 1024));
+    // All scores of 4,000 tokens at once would be 1 GB, those of a chunk of 1,024 a quarter of it, four times over on their way to shares.
+    let (short, long) = (most(1000, 1024), most(4000, 1024));
     assert!(long < 400 << 20, "{long} bytes");
     assert!(long < 3 * short, "{long} bytes after {short}");
-    let small = most(8000, 64);
+    let small = most(4000, 64);
     assert!(small < 150 << 20, "{small} bytes");
 }

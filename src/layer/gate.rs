@@ -3,8 +3,7 @@
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use super::{ROUTING_DTYPE, check_weight};
-use super::{borrowed, product};
+use super::{ROUTING_DTYPE, borrowed, check_weight, product};
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::spec::MoeSpec;
