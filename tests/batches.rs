@@ -273,6 +273,14 @@ fn mistakes_are_named() {
     );
     state.begin_text();
     decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing).unwrap();
+    let failed = |_: usize, _: Routing| Err(phase_moe::error::Error::TopKZero);
+    error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state, failed));
+    let torn = error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state, nothing));
+    assert!(torn.ends_with("(`begin_text` begins another), got one whose last forward pass failed"), "{torn}");
+    state.begin_text();
+    let again = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing).unwrap();
+    let fresh = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut decoder.generation_state(), nothing).unwrap();
+    assert!(values(&again) == values(&fresh), "other bits");
     let long = vec![1; decoder.spec().max_positions + 1];
     let mut state = decoder.generation_state();
     let batch = Batch::new(&[&long, &[1]]).unwrap();

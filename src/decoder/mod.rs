@@ -197,6 +197,7 @@ impl Decoder {
         DecoderState {
             kv: None,
             seen: Seen::default(),
+            torn: false,
             routes: vec![RouteState::default(); self.spec.moe_layers()],
             memory: None,
             resident: ExpertSet::default(),
@@ -206,7 +207,8 @@ impl Decoder {
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
-    /// what its router saw and did. After an error the state's text is unfinished: begin with a fresh state.
+    /// what its router saw and did. A forward pass that failed on its way leaves keys and values of some blocks alone: the state
+    /// then refuses to go on until [`DecoderState::begin_text`].
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
@@ -308,7 +310,11 @@ impl Decoder {
                 return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
             }
         }
+        if state.torn {
+            return Err(Error::shape("decoder state", TORN_NEEDS, "one whose last forward pass failed"));
+        }
         let starts = state.seen.starts(batch, self.spec.max_positions)?;
+        state.torn = state.kv.is_some();
         let device = self.embedding.embeddings().device();
         let ids = Tensor::from_slice(batch.ids(), (batch.sequences(), batch.positions()), device)?;
         let Multipliers { embedding, residual, .. } = self.spec.multipliers;
@@ -363,6 +369,7 @@ impl Decoder {
         if state.kv.is_some() {
             state.seen.add(batch);
         }
+        state.torn = false;
         let hidden = self.norm.forward(&hidden)?;
         if is_decode {
             state.lookahead.end(pass);
@@ -392,6 +399,9 @@ impl Decoder {
 
 /// Tokens of a forward pass that reads ahead, at most.
 const DECODE_TOKENS: usize = 4;
+
+/// What a state needs to go on with its text.
+const TORN_NEEDS: &str = "a text that all blocks have seen (`begin_text` begins another)";
 
 /// `tensor` times a constant that most models do not have.
 fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {

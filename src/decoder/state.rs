@@ -15,6 +15,8 @@ pub struct DecoderState {
     pub(super) kv: Option<Vec<KvCache>>,
     /// Whose they are.
     pub(super) seen: Seen,
+    /// A forward pass began to add to them and did not end.
+    pub(super) torn: bool,
     pub(super) routes: Vec<RouteState>,
     /// `None` where nobody asks: then it costs nothing.
     pub(super) memory: Option<ExpertMemory>,
@@ -65,6 +67,6 @@ impl DecoderState {
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
     pub fn begin_text(&mut self) {
         self.kv.iter_mut().flatten().for_each(KvCache::reset);
-        self.seen = Seen::default();
+        (self.seen, self.torn) = (Seen::default(), false);
     }
 }
