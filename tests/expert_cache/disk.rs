@@ -18,7 +18,7 @@ pub type Fault = Box<dyn Fn(u64) -> Result<()> + Send + Sync>;
 pub struct Disk {
     pub bytes: Mutex<Vec<u8>>,
     fault: Mutex<Option<Arc<Fault>>>,
-    /// Offsets of all reads, in their order.
+    /// Offsets of all reads, in the order in which they were asked for.
     pub reads: Mutex<Vec<u64>>,
     /// Reads that may begin, and those that wait to.
     gate: Mutex<(usize, usize)>,
@@ -40,6 +40,8 @@ impl ByteSource for Disk {
         // What a file needs to be read past the page cache.
         assert!(offset.is_multiple_of(4096) && buffer.as_ptr().align_offset(4096) == 0, "{offset}");
         let mut gate = self.gate.lock().unwrap();
+        // As they come: the system may let those that have waited at the gate go in another order.
+        self.reads.lock().unwrap().push(offset);
         gate.1 += 1;
         while gate.0 == 0 {
             gate = self.opened.wait(gate).unwrap();
@@ -47,7 +49,6 @@ impl ByteSource for Disk {
         gate.0 -= 1;
         gate.1 -= 1;
         drop(gate);
-        self.reads.lock().unwrap().push(offset);
         let fault = self.fault.lock().unwrap().clone();
         if let Some(fault) = fault {
             fault(offset)?;
