@@ -1,8 +1,8 @@
 //! Experts that do not fit in memory: tokens per second against the budget, beside memory-mapping held to the same memory.
 //!
 //! What is timed are the MoE layers of a model in decode: gate scores, routing, experts, token after token, each layer with the
-//! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files whose least
-//! recently used experts' pages are dropped after every step; *lru*, an expert cache without anything else; *cache*, the
+//! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files, of which the
+//! step's experts are asked for at once and the least recently used ones' pages are dropped after it; *lru*, an expert cache without anything else; *cache*, the
 //! same with admission by affinity and the memory-aware router (bonus 0.15 of the score range, at most 10 % of a token's gate
 //! mass). A run begins with nothing in memory. What its first half of tokens needs is mostly read for the first time; rates, hits and
 //! bytes are those of the second half, and the first half's tokens per second stand beside them. Memory is touched before every run.
@@ -326,6 +326,7 @@ impl Source {
                 add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::error::Result<_>>()?)
             })?,
             Self::Mapped(mapped) => {
+                mapped.begin(layer, wanted)?;
                 add(wanted.iter().map(|expert| mapped.expert(layer, expert.index())).collect::<Result<_>>()?)?;
                 mapped.advance(layer, wanted)?
             }

@@ -1,10 +1,13 @@
 //! Experts in mapped files, held to a budget: what runs on memory-mapped weights with less memory than weights gets at best.
 //!
-//! Experts that were used least recently leave when a step is over: their pages are dropped from the process and from the page
-//! cache. That the system would drop pages of experts in use is not counted against it.
+//! The experts of a step are asked for all at once (`MADV_WILLNEED`), and nothing beside them is read: a system that reads ahead
+//! keeps far more in its page cache than the budget. Experts that were used least recently leave when a step is over, with all
+//! pages that no resident expert has bytes in, from the process and from the page cache. That the system would drop pages of
+//! experts in use is not counted against it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -18,10 +21,74 @@ use phase_moe::experts::residency::{Policy, Residency, Step};
 use phase_moe::experts::store::{Part, Piece};
 use rustix::fs::{Advice as FileAdvice, fadvise};
 
+const PAGE: usize = 4096;
+
+/// Pages that are asked for in one call.
+const ASKED: usize = 64;
+
 pub struct Mapped {
-    files: Vec<(File, Mmap)>,
+    files: Vec<MappedFile>,
     experts: Vec<Vec<Vec<Piece>>>,
     resident: Vec<Residency>,
+}
+
+struct MappedFile {
+    file: File,
+    map: Mmap,
+    /// Resident experts with bytes in each page.
+    users: Vec<u16>,
+}
+
+/// Bytes of a piece.
+fn bytes_of(piece: &Piece) -> Result<Range<usize>> {
+    let size = piece.rows * piece.dtype.row_bytes(piece.columns).context("whole blocks")?;
+    let start = piece.offset as usize;
+    Ok(start..start + size)
+}
+
+/// The file and the pages of a piece, those that it shares with others included.
+fn pages_of(piece: &Piece) -> Result<(usize, Range<usize>)> {
+    let bytes = bytes_of(piece)?;
+    Ok((piece.source, bytes.start / PAGE..bytes.end.div_ceil(PAGE)))
+}
+
+/// The same of all pieces of an expert, those that touch in one.
+fn runs_of(pieces: &[Piece]) -> Result<Vec<(usize, Range<usize>)>> {
+    let mut runs = pieces.iter().map(pages_of).collect::<Result<Vec<_>>>()?;
+    runs.sort_by_key(|(source, pages)| (*source, pages.start));
+    runs.dedup_by(|(source, next), (last, pages)| {
+        let touch = source == last && next.start <= pages.end;
+        pages.end = if touch { pages.end.max(next.end) } else { pages.end };
+        touch
+    });
+    Ok(runs)
+}
+
+impl MappedFile {
+    /// Has `pages` read, in calls that are small enough for the system not to shorten them.
+    fn will_need(&self, pages: &Range<usize>) -> Result<()> {
+        for start in pages.clone().step_by(ASKED) {
+            let (start, end) = (start * PAGE, ((start + ASKED).min(pages.end) * PAGE).min(self.map.len()));
+            self.map.advise_range(Advice::WillNeed, start, end - start)?;
+        }
+        Ok(())
+    }
+
+    /// Drops those of `pages` that no resident expert needs.
+    fn drop_unused(&self, pages: Range<usize>) -> Result<()> {
+        let mut page = pages.start;
+        while page < pages.end {
+            let count = self.users[page..pages.end].iter().take_while(|&&users| users == 0).count();
+            if count > 0 {
+                let (start, length) = (page * PAGE, (count * PAGE).min(self.map.len() - page * PAGE));
+                // SAFETY: the map is read only; pages that are dropped are read again from the file.
+                unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, length) }?;
+                fadvise(&self.file, start as u64, std::num::NonZero::new((count * PAGE) as u64), FileAdvice::DontNeed)?;
+            }
+            page += count.max(1);
+        }
+        Ok(())
+    }
 }
 
 impl Mapped {
@@ -33,20 +100,31 @@ impl Mapped {
             fadvise(&file, 0, None, FileAdvice::DontNeed)?;
             // SAFETY: nobody else writes these files while the example runs.
             let map = unsafe { Mmap::map(&file) }?;
-            map.advise(Advice::Normal)?;
-            files.push((file, map));
+            map.advise(Advice::Random)?;
+            let users = vec![0; map.len().div_ceil(PAGE)];
+            files.push(MappedFile { file, map, users });
         }
         let resident = experts.iter().map(|layer| Residency::new(layer.len(), cached.min(layer.len()), Policy::Lru));
         let resident = resident.collect::<Result<_, _>>()?;
         Ok(Self { files, experts, resident })
     }
 
+    /// Has the experts of a step that are not in memory read, all at once.
+    pub fn begin(&self, layer: usize, wanted: &ExpertSet) -> Result<()> {
+        let resident = self.resident[layer].resident();
+        for expert in wanted.iter().filter(|&expert| !resident.contains(expert)) {
+            for (source, pages) in runs_of(&self.experts[layer][expert.index()])? {
+                self.files[source].will_need(&pages)?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertWeights<'_>> {
         let mut parts = BTreeMap::new();
         for piece in &self.experts[layer][expert] {
-            let bytes = &self.files[piece.source].1[piece.offset as usize..];
-            let size = piece.rows * piece.dtype.row_bytes(piece.columns).context("whole blocks")?;
-            let matrix = Matrix::new(piece.dtype, piece.rows, piece.columns, &bytes[..size])?;
+            let bytes = &self.files[piece.source].map[bytes_of(piece)?];
+            let matrix = Matrix::new(piece.dtype, piece.rows, piece.columns, bytes)?;
             parts.insert(format!("{:?}", piece.part), Projection::from(matrix));
         }
         let mut take = |part: Part| parts.remove(&format!("{part:?}")).context("a part");
@@ -59,19 +137,20 @@ impl Mapped {
         let before = self.resident[layer].resident().clone();
         let step = self.resident[layer].advance(used)?;
         let after = self.resident[layer].resident();
+        let (experts, files) = (&self.experts[layer], &mut self.files);
+        for expert in after.iter().filter(|&expert| !before.contains(expert)) {
+            for (source, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
+                files[source].users[pages].iter_mut().for_each(|users| *users += 1);
+            }
+        }
+        for expert in before.iter().filter(|&expert| !after.contains(expert)) {
+            for (source, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
+                files[source].users[pages].iter_mut().for_each(|users| *users -= 1);
+            }
+        }
         for gone in before.iter().chain(used.iter()).filter(|&expert| !after.contains(expert)) {
-            for piece in &self.experts[layer][gone.index()] {
-                let (file, map) = &self.files[piece.source];
-                let size = piece.rows * piece.dtype.row_bytes(piece.columns).context("whole blocks")?;
-                // Whole pages: those at the edges belong to neighbours too, who read them again.
-                let start = (piece.offset as usize).next_multiple_of(4096);
-                let end = (piece.offset as usize + size) / 4096 * 4096;
-                if start < end {
-                    // SAFETY: the map is read only; pages that are dropped are read again from the file.
-                    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) }?;
-                    let length = std::num::NonZero::new((end - start) as u64);
-                    fadvise(file, start as u64, length, FileAdvice::DontNeed)?;
-                }
+            for (source, pages) in runs_of(&experts[gone.index()])? {
+                files[source].drop_unused(pages)?;
             }
         }
         Ok(step)
