@@ -100,6 +100,15 @@ impl ExpertSet {
         }
     }
 
+    /// Adds all experts of the layer.
+    pub fn fill(&mut self) {
+        let spare = self.words.len() * 64 - self.experts;
+        self.words.fill(u64::MAX);
+        if let Some(last) = self.words.last_mut() {
+            *last >>= spare;
+        }
+    }
+
     /// Makes it those of the experts `all` that are not in `without`, in the same layer and memory.
     #[inline]
     pub(crate) fn refill_missing(&mut self, all: &[ExpertId], without: Option<&Self>) {

@@ -13,7 +13,7 @@ use phase_moe::decoder::sampling::Sampler;
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::{Error, Fault};
 use phase_moe::experts::admission::Admission;
-use phase_moe::experts::cache::{CacheOptions, ExpertCache, Prefetch};
+use phase_moe::experts::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
 use phase_moe::experts::matrix::Dtype;
 use phase_moe::experts::residency::Policy;
 use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
@@ -91,6 +91,21 @@ fn a_model_on_a_cache_is_bit_equal_to_one_in_memory() {
             let statistics = cache(model.decoder()).statistics();
             assert!(statistics.peak_bytes <= budget && statistics.misses > 0, "{statistics:?}");
         }
+    }
+}
+
+#[test]
+fn where_all_experts_fit_the_memory_aware_router_changes_nothing() {
+    let router = || Arc::new(CacheRouter::new(0.5, 0.5).unwrap());
+    let layers = 0..cache(load(directory(), Some(CacheOptions::new(*SLAB))).decoder()).store().layers();
+    for scope in [Scope::PerLayer, Scope::Global] {
+        let options = CacheOptions { scope, ..CacheOptions::new(layers.len() * 32 * *SLAB) };
+        let mut model = load(directory(), Some(options));
+        model.decoder_mut().set_router(router(), None);
+        assert_eq!(in_decode(model.decoder(), 120), in_decode(HELD.decoder(), 120), "{scope:?}");
+        assert_eq!(in_batches(model.decoder()), in_batches(HELD.decoder()), "{scope:?}");
+        let statistics = cache(model.decoder()).statistics();
+        assert!(statistics.misses > 0 && statistics.evictions == 0, "{statistics:?}");
     }
 }
 

@@ -219,7 +219,7 @@ impl Subject {
                 let row = &self.logits[layer][token * moe.experts..][..moe.experts];
                 let scores = moe.scoring.scores(&Logits::new(row, 1, moe.experts)?, None)?;
                 if let Source::Cached(cache) = &experts {
-                    cache.resident_into(layer, &mut resident)?;
+                    cache.counted_into(layer, &mut resident)?;
                 }
                 let context =
                     RouteContext { layer, step: token as u64, resident: Some(&resident), ..RouteContext::default() };

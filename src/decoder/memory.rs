@@ -1,6 +1,6 @@
 //! Which experts of every layer are in fast memory while a model runs: what routers read, and what their choice makes of it.
 //!
-//! One logical [`Residency`] a layer, advanced once a layer and step: `resident(layer) → router → assignment →
+//! One logical [`Residency`] a layer, advanced once a layer and step: `counted(layer) → router → assignment →
 //! advance(layer)`. `hits + misses = requests`, a request being a distinct expert of a layer and step. This is the whole seam
 //! between routing and an expert cache: whoever owns bytes follows it, and routing never waits to know.
 //!
@@ -75,6 +75,12 @@ impl ExpertMemory {
     /// The experts of `layer` that are in fast memory; `None` for a layer that there is not.
     pub fn resident(&self, layer: usize) -> Option<&ExpertSet> {
         self.layers.get(layer).map(|layer| layer.residency.resident())
+    }
+
+    /// The experts of `layer` that a router should count as resident: see [`Residency::counted_in`]. `None` for a layer that there is
+    /// not.
+    pub fn counted(&self, layer: usize) -> Option<&ExpertSet> {
+        self.layers.get(layer).and_then(|layer| layer.residency.counted_in(0))
     }
 
     /// Runs a step of `layer` that uses the experts of `assignment`.

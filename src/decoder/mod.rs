@@ -347,9 +347,9 @@ impl Decoder {
                 self.read_ahead(layer + 1, batch, &hidden, state);
             }
             let resident = match (&state.memory, moe.cached()) {
-                (Some(memory), _) => memory.resident(layer),
+                (Some(memory), _) => memory.counted(layer),
                 (None, Some(experts)) => {
-                    experts.cache().resident_into(experts.layer(), &mut state.resident)?;
+                    experts.cache().counted_into(experts.layer(), &mut state.resident)?;
                     Some(&state.resident)
                 }
                 (None, None) => None,
@@ -384,10 +384,11 @@ impl Decoder {
         let Some(experts) = moe.cached() else { return };
         let (cache, at) = (experts.cache(), experts.layer());
         let guess = || -> Result<usize> {
-            let resident = cache.resident(at)?;
+            let mut resident = cache.resident(at)?;
             if resident.len() == resident.experts() {
                 return Ok(0);
             }
+            cache.counted_into(at, &mut resident)?;
             let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
             let normed = block.ffn_norm.forward(hidden)?;
             cache.prefetch(at, &moe.guess(&normed, context, &state.routes[layer])?)

@@ -221,7 +221,7 @@ impl Books {
             token_ids,
             padding: None,
             step: *step,
-            resident: memory.resident(0),
+            resident: memory.counted(0),
         };
         let request = RouteRequest::new(scores, all.top_k(), capacity, context)?;
         router.route_into(&request, state, scratch, routed)?;

@@ -124,7 +124,7 @@ impl Replay<'_> {
                 layer: layer.layer,
                 token_ids: trace.token_ids.as_ref().map(|ids| &ids[start..start + tokens]),
                 step: step as u64,
-                resident: memory.resident(0),
+                resident: memory.counted(0),
                 ..RouteContext::default()
             };
             let request = RouteRequest::new(&scores, self.top_k, &capacity, context)?;

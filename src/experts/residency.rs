@@ -61,6 +61,8 @@ pub struct Residency {
     /// Experts resident, all layers together.
     length: usize,
     layers: Vec<ExpertSet>,
+    /// All experts of each layer.
+    all: Vec<ExpertSet>,
     /// Key of each layer's first expert; keys count the experts of all layers.
     first: Vec<usize>,
     layer_of: Vec<u16>,
@@ -87,13 +89,16 @@ impl Residency {
         if capacity > all {
             return Err(Error::parameter("cached experts", capacity, format!("0 to experts {all}")));
         }
-        let layers = experts.iter().map(|&experts| ExpertSet::new(experts)).collect::<Result<_>>()?;
+        let layers = experts.iter().map(|&experts| ExpertSet::new(experts)).collect::<Result<Vec<_>>>()?;
+        let mut all_of = layers.clone();
+        all_of.iter_mut().for_each(ExpertSet::fill);
         let first = experts.iter().scan(0, |next, &experts| Some(std::mem::replace(next, *next + experts))).collect();
         let layer_of = experts.iter().zip(0u16..).flat_map(|(&experts, layer)| vec![layer; experts]).collect();
-        Ok(Self { policy, capacity, length: 0, layers, first, layer_of, order: Order::new(policy, all, capacity)? })
+        let order = Order::new(policy, all, capacity)?;
+        Ok(Self { policy, capacity, length: 0, layers, all: all_of, first, layer_of, order })
     }
 
-    /// The experts of the first layer, or of the only one, in fast memory: what routers read.
+    /// The experts of the first layer, or of the only one, in fast memory.
     pub fn resident(&self) -> &ExpertSet {
         &self.layers[0]
     }
@@ -101,6 +106,13 @@ impl Residency {
     /// The experts of a layer in fast memory; `None` for a layer that is not there.
     pub fn resident_in(&self, layer: usize) -> Option<&ExpertSet> {
         self.layers.get(layer)
+    }
+
+    /// The experts of a layer that a router should count as resident: those in fast memory, and all of them while there is room. For
+    /// then whoever is read stays, and to prefer another one would save nothing. `None` for a layer that is not there.
+    pub fn counted_in(&self, layer: usize) -> Option<&ExpertSet> {
+        let sets = if self.length < self.capacity { &self.all } else { &self.layers };
+        sets.get(layer)
     }
 
     /// Experts that fit.

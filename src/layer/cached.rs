@@ -131,8 +131,10 @@ impl CachedExperts {
     }
 
     /// What is in memory, as routers see it.
-    pub(super) fn resident(&self) -> Result<ExpertSet> {
-        self.cache.resident(self.layer)
+    pub(super) fn counted(&self) -> Result<ExpertSet> {
+        let mut counted = ExpertSet::default();
+        self.cache.counted_into(self.layer, &mut counted)?;
+        Ok(counted)
     }
 
     /// One step: runs `work` on all experts of the plan, once or in groups, by ascending id.

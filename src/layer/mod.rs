@@ -360,7 +360,7 @@ impl MoeLayer {
             _ => None,
         };
         let in_cache = match (&self.experts, context.resident) {
-            (Experts::Cached(cached), None) => Some(cached.resident()?),
+            (Experts::Cached(cached), None) => Some(cached.counted()?),
             _ => None,
         };
         let context = RouteContext { resident: context.resident.or(in_cache.as_ref()), ..context };

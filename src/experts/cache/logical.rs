@@ -61,6 +61,16 @@ impl Logical {
         resident.ok_or_else(|| Error::shape("layer", "one of the cache's", layer))
     }
 
+    /// The experts of a layer that a router should count as resident.
+    ///
+    /// # Errors
+    /// Those of [`Logical::resident`].
+    pub(super) fn counted(&self, layer: usize) -> Result<&ExpertSet> {
+        let (set, inside) = self.place(layer);
+        let counted = self.sets.get(set).and_then(|set| set.counted_in(inside));
+        counted.ok_or_else(|| Error::shape("layer", "one of the cache's", layer))
+    }
+
     /// Experts that stay.
     pub(super) fn capacity(&self, layer: usize) -> usize {
         let (set, inside) = self.place(layer);

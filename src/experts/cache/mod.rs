@@ -181,20 +181,19 @@ impl ExpertCache {
     /// # Errors
     /// [`Error::Shape`] for a layer that is not there.
     pub fn resident(&self, layer: usize) -> Result<ExpertSet> {
-        let mut set = ExpertSet::default();
-        self.resident_into(layer, &mut set)?;
-        Ok(set)
+        Ok(self.shared.lock().logical.resident(layer)?.clone())
     }
 
-    /// The same, in place of what `set` held.
+    /// The experts of a layer that a router should count as resident, in place of what `set` held: those that are, and all of them
+    /// while there is room. For then whoever is read stays, and to prefer another one would save nothing.
     ///
     /// # Errors
     /// Those of [`ExpertCache::resident`].
-    pub fn resident_into(&self, layer: usize, set: &mut ExpertSet) -> Result<()> {
+    pub fn counted_into(&self, layer: usize, set: &mut ExpertSet) -> Result<()> {
         let state = self.shared.lock();
-        let resident = state.logical.resident(layer)?;
-        set.reset(resident.experts())?;
-        set.insert_missing(resident, None);
+        let counted = state.logical.counted(layer)?;
+        set.reset(counted.experts())?;
+        set.insert_missing(counted, None);
         Ok(())
     }
 

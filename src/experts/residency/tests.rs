@@ -35,6 +35,20 @@ fn a_step_that_does_not_fit_is_streamed() {
 }
 
 #[test]
+fn while_there_is_room_everybody_counts_as_resident() {
+    let mut cache = Residency::shared(&[8, 8], 5, Policy::Lru).unwrap();
+    cache.advance_in(0, &set([1, 2])).unwrap();
+    cache.advance_in(1, &set([1, 7])).unwrap();
+    assert_eq!(cache.counted_in(0), Some(&set(0..8)));
+    assert_eq!(cache.resident_in(0), Some(&set([1, 2])));
+    cache.advance_in(1, &set([3])).unwrap();
+    assert_eq!((cache.counted_in(0), cache.counted_in(1)), (Some(&set([1, 2])), Some(&set([1, 3, 7]))));
+    assert_eq!(cache.counted_in(2), None);
+    let nothing = Residency::new(8, 0, Policy::Lru).unwrap();
+    assert_eq!(nothing.counted_in(0), Some(&set([])), "no room is full");
+}
+
+#[test]
 fn mistakes_are_named() {
     let message = Residency::new(8, 9, Policy::Lru).unwrap_err().to_string();
     assert_eq!(message, "cached experts is 9: expected 0 to experts 8");
