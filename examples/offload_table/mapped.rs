@@ -91,6 +91,17 @@ impl MappedFile {
     }
 }
 
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // Whoever comes next must not find memory full of pages that nobody needs.
+        for MappedFile { file, map, .. } in &self.files {
+            // SAFETY: the map is read only; pages that are dropped are read again from the file.
+            let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            let _ = fadvise(file, 0, None, FileAdvice::DontNeed);
+        }
+    }
+}
+
 impl Mapped {
     /// Maps the files of a checkpoint; nothing of them is in memory.
     pub fn new(checkpoint: &Checkpoint, experts: Vec<Vec<Vec<Piece>>>, cached: usize) -> Result<Self> {

@@ -33,11 +33,14 @@ impl Slab {
         if bytes < HUGE_BYTES {
             return Self(few());
         }
-        Self(MmapMut::map_anon(bytes.next_multiple_of(PAGE_BYTES)).map_or_else(|_| few(), |map| {
-            #[cfg(target_os = "linux")]
-            let _ = map.advise(memmap2::Advice::HugePage);
-            Pages::Many(map)
-        }))
+        Self(MmapMut::map_anon(bytes.next_multiple_of(PAGE_BYTES)).map_or_else(
+            |_| few(),
+            |map| {
+                #[cfg(target_os = "linux")]
+                let _ = map.advise(memmap2::Advice::HugePage);
+                Pages::Many(map)
+            },
+        ))
     }
 
     /// Its size in bytes, whole pages.

@@ -173,6 +173,11 @@ impl Lanes for Avx2 {
 
 // SAFETY of every block below: as above; the intrinsics that touch memory get references to as many bytes as they touch.
 impl Multiply for Avx2 {
+    #[inline]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
+
     #[inline(always)]
     fn line(self, from: &Line) -> Pair {
         // SAFETY: see above; a line is aligned.

@@ -235,6 +235,11 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     const WIDE: bool = true;
     const DOTS: bool = DOTS;
 
+    #[inline]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
+
     #[inline(always)]
     fn words(self, vector: __m512) -> [u32; LANES] {
         let mut words = [0; LANES];

@@ -238,7 +238,7 @@ impl Isa {
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
-            Set::Scalar(lanes) => kernel.run(lanes),
+            Set::Scalar(lanes) => lanes.call(kernel),
             #[cfg(target_arch = "x86_64")]
             Set::Avx2(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "x86_64")]

@@ -8,7 +8,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Lanes};
+use super::{Kernel, LANES, Lanes};
 
 /// Sixteen words, on a cache line of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,6 +20,10 @@ pub(crate) const LINE_BYTES: usize = 64;
 
 /// Lanes with products.
 pub(crate) trait Multiply: Lanes {
+    /// Runs a kernel compiled for this set, as a function of its own: what it keeps on the stack is not added to its caller's, which
+    /// without optimisation would be megabytes.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
     /// Whether there are registers for tiles of 24 vectors.
     const WIDE: bool = false;
     /// Whether activations meet quantised weights as bytes.
@@ -262,6 +266,11 @@ pub(crate) trait Multiply: Lanes {
 
 impl Multiply for super::scalar::Scalar {
     const DOTS: bool = true;
+
+    #[inline]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
 }
 
 /// [`Multiply::dot_pairs`] in plain Rust.

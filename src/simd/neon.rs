@@ -156,6 +156,11 @@ impl Lanes for Neon {
 
 // SAFETY of every block below: as above.
 impl Multiply for Neon {
+    #[inline]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
+
     #[inline(always)]
     fn mul_add(self, a: Quad, b: Quad, sum: Quad) -> Quad {
         let mut sums = sum;

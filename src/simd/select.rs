@@ -165,14 +165,20 @@ pub(crate) fn leading<L: Lanes>(
 /// The values of a row that are at least `split`, the first sixteen of them; the count is one of seventeen where there are more.
 #[inline(always)]
 pub(crate) fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Leading<L> {
+    at_least_of(lanes, row, None, split)
+}
+
+/// The same of those whose bit is set, bit `e % 64` of word `e / 64`.
+#[inline(always)]
+pub(crate) fn at_least_of<L: Lanes>(lanes: L, row: &[f32], bits: Option<&[u64]>, split: L::Vector) -> Leading<L> {
     let least = lanes.splat(f32::NEG_INFINITY);
     let (whole, rest) = row.as_chunks::<LANES>();
     let (mut values, mut ids) = (least, least);
     let (mut numbers, step) = (lanes.load(&NUMBERS), lanes.splat(LANES as f32));
     let mut count = 0;
-    for part in whole {
+    for (at, part) in whole.iter().enumerate() {
         let part = lanes.load(part);
-        let mask = lanes.ge(part, split);
+        let mask = lanes.ge(part, split) & sixteen(bits, at);
         values = lanes.append(mask, part, values, count);
         ids = lanes.append(mask, numbers, ids, count);
         numbers = lanes.add(numbers, step);
@@ -180,13 +186,20 @@ pub(crate) fn at_least<L: Lanes>(lanes: L, row: &[f32], split: L::Vector) -> Lea
     }
     if !rest.is_empty() {
         let part = lanes.load_part(rest, f32::NEG_INFINITY);
-        let mask = lanes.ge(part, split);
+        let mask = lanes.ge(part, split) & sixteen(bits, whole.len());
         values = lanes.append(mask, part, values, count);
         ids = lanes.append(mask, numbers, ids, count);
         count = (count + mask.count_ones() as usize).min(LANES + 1);
     }
     let behind = (0xffff_u32 << count.min(LANES)) as u16;
     Leading { values: lanes.blend(behind, least, values), ids, count }
+}
+
+/// The bits of the lanes of a row's part `at`; all where there are none.
+#[inline(always)]
+pub(crate) fn sixteen(bits: Option<&[u64]>, at: usize) -> u16 {
+    let word = |bits: &[u64]| bits.get(at * LANES / 64).copied().unwrap_or(0);
+    bits.map_or(u16::MAX, |bits| (word(bits) >> (at * LANES % 64)) as u16)
 }
 
 /// The largest `row − price` below `below`, and its place (the first of equals); −∞ where there is none.

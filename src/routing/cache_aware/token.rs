@@ -32,7 +32,7 @@ use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scr
 use crate::routing::scores::{ScoreFunction, Scores, Scoring};
 use crate::routing::token::{RoutedToken, best_of, is_settled};
 use crate::simd::score::exp;
-use crate::simd::select::{Guess, at_least, leading};
+use crate::simd::select::{Guess, at_least_of, leading, sixteen};
 use crate::simd::{Isa, Kernel, LANES, Lanes};
 
 /// Routes one token after another of one layer; holds the buffers.
@@ -268,46 +268,28 @@ impl Kernel for Token<'_> {
 
         let lift = bonus * range;
         let terms = Terms { lift, max_mass_loss: router.max_mass_loss, keep_top: router.keep_top };
-        let (mut misses, mut count) = ([0; LANES], 0);
+        // Bits of the slots whose expert may go.
+        let mut missing = 0u32;
         if lift > 0.0 && !resident.is_empty() {
-            for slot in (terms.keep_top.min(top_k)..top_k).rev() {
-                misses[count] = slot;
-                count += usize::from(!is_in(resident, chosen[slot]));
+            for slot in terms.keep_top.min(top_k)..top_k {
+                missing |= u32::from(!is_in(resident, chosen[slot])) << slot;
             }
         }
-        if count > 0 {
-            let misses = &misses[..count];
-            let threshold = ((f64::from(scores[misses[0]]) - lift) as f32).next_down();
-            near.free.copy_from_slice(resident);
-            for &expert in &chosen[..top_k] {
-                near.free[usize::from(expert / 64)] &= !(1 << (expert % 64));
-            }
-            let free: usize = near.free.iter().map(|word| word.count_ones() as usize).sum();
-            let least = lanes.splat(f32::NEG_INFINITY);
-            let mut most = least;
-            let (whole, rest) = logits.as_chunks::<LANES>();
-            for (at, logits) in whole.iter().enumerate() {
-                let bits = (near.free[at * LANES / 64] >> (at * LANES % 64)) as u16;
-                let part = lanes.blend(bits, lanes.load(logits), least);
-                most = lanes.max(most, part);
-                lanes.store(part, &mut near.logits[at]);
-            }
-            if !rest.is_empty() {
-                let at = whole.len();
-                let bits = (near.free[at * LANES / 64] >> (at * LANES % 64)) as u16;
-                let part = lanes.blend(bits, lanes.load_part(rest, f32::NEG_INFINITY), least);
-                most = lanes.max(most, part);
-                lanes.store(part, &mut near.logits[at]);
-            }
+        if missing != 0 {
+            let (lowest, count) = (missing.ilog2() as usize, missing.count_ones() as usize);
+            let threshold = ((f64::from(scores[lowest]) - lift) as f32).next_down();
+            let mut few = [0; 2];
+            let free = free_of(resident, &chosen[..top_k], &mut near.free, &mut few);
             // Nobody below the threshold comes in, so usually few have to be looked at; a little lower, so that rounding loses none.
             let (largest, share) = (lanes.fold_max(top.largest), lanes.fold_max(top.share));
-            let split = if threshold > 0.0 { largest + (threshold / share).ln() - 1e-3 } else { f32::MIN };
-            let row = near.logits.as_flattened();
-            let mut found = at_least(lanes, row, lanes.splat(split.max(f32::MIN)));
+            let floor = threshold / share;
+            let split = if floor >= f32::MIN_POSITIVE { largest + ln_below(floor) - 1e-3 } else { f32::MIN };
+            let mut found = at_least_of(lanes, logits, Some(free), lanes.splat(split.max(f32::MIN)));
             let (mut wanted, mut all) = (count.min(found.count), true);
             if found.count > LANES {
-                (wanted, all) = (count.min(free), false);
-                found = leading(lanes, row, most, wanted + 1, guesses.1[wanted])?;
+                let most = gather(lanes, logits, free, &mut near.logits);
+                (wanted, all) = (count.min(free.iter().map(|word| word.count_ones() as usize).sum()), false);
+                found = leading(lanes, near.logits.as_flattened(), most, wanted + 1, guesses.1[wanted])?;
             }
             if wanted > 0 {
                 let order = lanes.falling(found.values, found.count);
@@ -318,6 +300,12 @@ impl Kernel for Token<'_> {
                 let (mut coming, mut numbers) = ([0.0; LANES], [0.0; LANES]);
                 lanes.store(lanes.permute(values, order), &mut coming);
                 lanes.store(lanes.permute(found.ids, order), &mut numbers);
+                let (mut misses, mut at) = ([0; LANES], 0);
+                for slot in (0..top_k).rev() {
+                    misses[at] = slot;
+                    at += (missing >> slot & 1) as usize;
+                }
+                let misses = &misses[..count];
                 let stand_ins = coming[..wanted].iter().take_while(|&&score| score > threshold).count();
                 // Selection scores are gate scores here.
                 let of_slot = |slot: usize| (scores[slot], scores[slot]);
@@ -338,6 +326,57 @@ impl Kernel for Token<'_> {
         }
         Some(range)
     }
+}
+
+/// Bits of the residents that are not `chosen`. Those of a usual layer stay in registers, because to change one bit after another of
+/// a word in memory takes long.
+#[inline(always)]
+fn free_of<'a>(resident: &[u64], chosen: &[u16], many: &'a mut [u64], few: &'a mut [u64; 2]) -> &'a [u64] {
+    if let [low, rest @ ..] = resident
+        && rest.len() < 2
+    {
+        let mut taken = [0u64; 2];
+        for &expert in chosen {
+            let bit = 1 << (expert % 64);
+            taken[0] |= if expert < 64 { bit } else { 0 };
+            taken[1] |= if expert < 64 { 0 } else { bit };
+        }
+        *few = [low & !taken[0], rest.first().unwrap_or(&0) & !taken[1]];
+        return few;
+    }
+    many.copy_from_slice(resident);
+    for &expert in chosen {
+        many[usize::from(expert / 64)] &= !(1 << (expert % 64));
+    }
+    many
+}
+
+/// Writes down the logits of those who are `free`, −∞ for the others; gives the largest of each lane.
+#[inline(always)]
+fn gather<L: Lanes>(lanes: L, logits: &[f32], free: &[u64], row: &mut [[f32; LANES]]) -> L::Vector {
+    let least = lanes.splat(f32::NEG_INFINITY);
+    let mut most = least;
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for (at, logits) in whole.iter().enumerate() {
+        let part = lanes.blend(sixteen(Some(free), at), lanes.load(logits), least);
+        most = lanes.max(most, part);
+        lanes.store(part, &mut row[at]);
+    }
+    if !rest.is_empty() {
+        let part = lanes.blend(sixteen(Some(free), whole.len()), lanes.load_part(rest, f32::NEG_INFINITY), least);
+        most = lanes.max(most, part);
+        lanes.store(part, &mut row[whole.len()]);
+    }
+    most
+}
+
+/// At most `ln(value)`, but for rounding, and no more than 0.06 below it, for a normal number above 0: `m − 1 ≤ log₂ m` for a mantissa.
+#[inline(always)]
+fn ln_below(value: f32) -> f32 {
+    let bits = value.to_bits();
+    let exponent = (bits >> 23) as i32 - 127;
+    let mantissa = f32::from_bits(bits & 0x007f_ffff | 0x3f80_0000);
+    (exponent as f32 + (mantissa - 1.0)) * std::f32::consts::LN_2
 }
 
 /// Sorts the first `count` of both: best score first, ties to the lowest id.

@@ -20,10 +20,10 @@
 #![allow(unsafe_code)]
 
 use super::{BLOCK, CHUNK, Product, Rows};
-use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::quantized::{TWICE, power_of_two};
+use crate::simd::{Kernel, LANES};
 
 /// Activations of a line.
 pub(super) const GROUP: usize = 32;
@@ -89,10 +89,22 @@ pub(super) fn fill<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]) {
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
     match product.dtype {
-        Dtype::Q4K => run::<Q4K, L>(lanes, product),
-        Dtype::Q6K => run::<Q6K, L>(lanes, product),
-        Dtype::Mxfp4 => run::<Mxfp4, L>(lanes, product),
-        _ => run::<Q8_0, L>(lanes, product),
+        Dtype::Q4K => lanes.call(Meet(product, Q4K)),
+        Dtype::Q6K => lanes.call(Meet(product, Q6K)),
+        Dtype::Mxfp4 => lanes.call(Meet(product, Mxfp4)),
+        _ => lanes.call(Meet(product, Q8_0)),
+    }
+}
+
+/// The same of one type of blocks.
+struct Meet<'p, 'a, Q>(&'p mut Product<'a>, Q);
+
+impl<Q: Blocks> Kernel for Meet<'_, '_, Q> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        run::<Q, L>(lanes, self.0);
     }
 }
 

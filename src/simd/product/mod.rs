@@ -16,6 +16,8 @@ use super::dtype::Dtype;
 use super::multiply::{Line, Multiply};
 use super::{Kernel, LANES};
 use element::{AsBrains, AsFloats, AsHalves, AsPairs};
+use panels::Panels;
+use tiles::{DecodedTiles, StoredTiles};
 
 /// Weight rows of one product.
 pub(crate) const BLOCK: usize = 32;
@@ -200,13 +202,13 @@ impl Kernel for Product<'_> {
         }
         let tiles = self.fits_tiles::<L>();
         match (self.input.form, self.dtype) {
-            (Form::Floats, Dtype::F32) if tiles => tiles::stored_tiles::<AsFloats, L>(lanes, &mut self),
-            (Form::Floats, Dtype::F16) if tiles => tiles::stored_tiles::<AsHalves, L>(lanes, &mut self),
-            (Form::Floats, Dtype::Bf16) if tiles => tiles::stored_tiles::<AsBrains, L>(lanes, &mut self),
-            (Form::Pairs, Dtype::Bf16) if tiles => tiles::stored_tiles::<AsPairs, L>(lanes, &mut self),
-            (Form::Floats, _) if tiles => tiles::decoded_tiles::<AsFloats, L>(lanes, &mut self),
-            (Form::Floats, _) => panels::panels::<AsFloats, L>(lanes, &mut self),
-            (Form::Pairs, Dtype::Bf16) => panels::panels::<AsPairs, L>(lanes, &mut self),
+            (Form::Floats, Dtype::F32) if tiles => lanes.call(StoredTiles(&mut self, AsFloats)),
+            (Form::Floats, Dtype::F16) if tiles => lanes.call(StoredTiles(&mut self, AsHalves)),
+            (Form::Floats, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, AsBrains)),
+            (Form::Pairs, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, AsPairs)),
+            (Form::Floats, _) if tiles => lanes.call(DecodedTiles(&mut self, AsFloats)),
+            (Form::Floats, _) => lanes.call(Panels(&mut self, AsFloats)),
+            (Form::Pairs, Dtype::Bf16) => lanes.call(Panels(&mut self, AsPairs)),
             // On other sets this is not compiled.
             (Form::Bytes, dtype) if L::DOTS && dtype.is_quantized() => bytes::product(lanes, &mut self),
             (form, dtype) => unreachable!("{dtype} meets {form:?}"),

@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use super::element::{Element, decode};
 use super::{BLOCK, CHUNK, Form, Product, Rows};
-use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
+use crate::simd::{Kernel, LANES};
 
 /// Words of a panel's rows: two lines each, 256 KiB in all.
 const PANEL_WORDS: usize = 2048;
@@ -17,8 +17,19 @@ const PANEL_WORDS: usize = 2048;
 const STAGE_STRIDE: usize = CHUNK / LANES + 1;
 
 /// All tokens against panels.
+pub(super) struct Panels<'p, 'a, E>(pub(super) &'p mut Product<'a>, pub(super) E);
+
+impl<E: Element> Kernel for Panels<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        panels::<E, L>(lanes, self.0);
+    }
+}
+
 #[inline(always)]
-pub(super) fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns;
     let per_word = E::COLUMNS / LANES;
     let words = columns.div_ceil(per_word);

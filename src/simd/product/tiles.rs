@@ -6,9 +6,9 @@ use std::ops::Range;
 
 use super::element::{Element, decode};
 use super::{BLOCK, CHUNK, Product, Rows};
-use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
+use crate::simd::{Kernel, LANES};
 
 /// Weight rows of a tile.
 const TILE_ROWS: usize = 4;
@@ -44,8 +44,19 @@ fn tile_columns<E: Element>(columns: usize, tokens: usize) -> usize {
 }
 
 /// Tiles over weights as they are stored.
+pub(super) struct StoredTiles<'p, 'a, E>(pub(super) &'p mut Product<'a>, pub(super) E);
+
+impl<E: Element> Kernel for StoredTiles<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        stored_tiles::<E, L>(lanes, self.0);
+    }
+}
+
 #[inline(always)]
-pub(super) fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+fn stored_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     // All tokens in one tile, as far as there are registers: weights come from memory once.
     match L::WIDE && product.tokens.len() > TILE_TOKENS {
         true => stored_tiles_of::<E, L, 2>(lanes, product),
@@ -80,8 +91,19 @@ fn stored_tiles_of<E: Element, L: Multiply, const R: usize>(lanes: L, product: &
 }
 
 /// Tiles over weights that are decoded into the cache first.
+pub(super) struct DecodedTiles<'p, 'a, E>(pub(super) &'p mut Product<'a>, pub(super) E);
+
+impl<E: Element> Kernel for DecodedTiles<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Multiply>(self, lanes: L) {
+        decoded_tiles::<E, L>(lanes, self.0);
+    }
+}
+
 #[inline(always)]
-pub(super) fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
+fn decoded_tiles<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let columns = product.input.columns;
     let at_once = tile_columns::<E>(columns, product.tokens.len().max(3));
     let far = rows_ahead(product.weights[0].len());
