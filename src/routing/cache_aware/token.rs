@@ -271,8 +271,8 @@ impl Kernel for Token<'_> {
         // Bits of the slots whose expert may go.
         let mut missing = 0u32;
         if lift > 0.0 && !resident.is_empty() {
-            for slot in terms.keep_top.min(top_k)..top_k {
-                missing |= u32::from(!is_in(resident, chosen[slot])) << slot;
+            for (slot, &expert) in chosen[..top_k].iter().enumerate().skip(terms.keep_top) {
+                missing |= u32::from(!is_in(resident, expert)) << slot;
             }
         }
         if missing != 0 {
