@@ -708,14 +708,16 @@ fn compare_keeps_account_of_a_memory() {
         json(&arguments(&["--cached-experts", "8"])),
         json(&arguments(&["--cached-experts", "32"])),
     );
-    for report in [&union, &eight, &all] {
+    for report in [&union, &eight] {
         let row = row(report, "cache");
         assert!((0.9..1.0).contains(&number(row, "gate_mass")) && number(row, "survival") == 1.0, "{row}");
         assert!(number(row, "perplexity_increase").abs() < 0.02, "{row}");
     }
     let perplexity = |report: &Value| number(row(report, "cache"), "perplexity");
     assert_ne!(perplexity(&union), perplexity(&eight));
-    assert_ne!(perplexity(&eight), perplexity(&all));
+    // Where all fit there is nothing to save, and nothing is swapped.
+    let row = row(&all, "cache");
+    assert_eq!((number(row, "gate_mass"), number(row, "perplexity_increase")), (1.0, 0.0), "{row}");
 }
 
 #[test]
