@@ -2,10 +2,11 @@
 //!
 //! What is timed are the MoE layers of a model in decode: gate scores, routing, experts, token after token, each layer with the
 //! hidden states and logits that it had in one forward pass over the text. Modes: *mapped*, weights in mapped files, of which the
-//! step's experts are asked for at once and the least recently used ones' pages are dropped after it; *lru*, an expert cache without anything else; *cache*, the
-//! same with admission by affinity and the memory-aware router (bonus 0.15 of the score range, at most 10 % of a token's gate
-//! mass). A run begins with nothing in memory. What its first half of tokens needs is mostly read for the first time; rates, hits and
-//! bytes are those of the second half, and the first half's tokens per second stand beside them. Memory is touched before every run.
+//! step's experts are asked for at once and the least recently used ones' pages are dropped after it; *lru*, an expert cache
+//! without anything else; *cache*, the same with admission by affinity and the memory-aware router (bonus 0.15 of the score
+//! range, at most 10 % of a token's gate mass). A run begins with nothing in memory. What its first half of tokens needs is
+//! mostly read for the first time; rates, hits and bytes are those of the second half, and the first half's tokens per second
+//! stand beside them. Memory is touched before every run.
 //! Perplexity is that of decode over the bundled text with as many experts in memory; random weights have none.
 //!
 //! ```text
