@@ -9,7 +9,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use crate::checkpoint::{Checkpoint, NamedTensor, tensor_bytes};
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
 use crate::layer::MoeLayer;
@@ -88,11 +88,19 @@ impl GateTrace {
         })
     }
 
-    /// Writes the trace to `path`.
+    /// Writes the trace to `path`, over whatever is there.
     ///
     /// # Errors
-    /// As [`write_tensors`].
+    /// [`Error::Io`]; as [`GateTrace::to_bytes`].
     pub fn write(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, self.to_bytes()?).map_err(|reason| Error::io(path, reason))
+    }
+
+    /// The bytes of the trace's file.
+    ///
+    /// # Errors
+    /// As [`tensor_bytes`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let (tokens, experts) = (self.tokens(), self.experts);
         let mut tensors = Vec::new();
         for layer in &self.layers {
@@ -134,7 +142,7 @@ impl GateTrace {
             };
             metadata.insert("group_score".into(), score.into());
         }
-        write_tensors(path, &tensors, Some(metadata))
+        tensor_bytes(&tensors, Some(metadata))
     }
 
     /// Reads a trace from `path`.
@@ -261,6 +269,7 @@ impl GateTrace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::write_tensors;
 
     fn trace() -> GateTrace {
         let layer = |layer: usize, bias: Option<Vec<f32>>| LayerTrace {

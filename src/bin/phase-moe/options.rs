@@ -217,9 +217,9 @@ impl ModelOptions {
         Ok(())
     }
 
-    /// Loads the model.
-    pub fn load(&self) -> Result<Model> {
-        Ok(Model::from_files(&self.source.files()?, &self.load_options(None)?)?)
+    /// Loads the model from files that are open.
+    pub fn load_plain(&self, files: &ModelFiles) -> Result<Model> {
+        Ok(Model::from_files(files, &self.load_options(None)?)?)
     }
 
     /// Opens the files; nothing is loaded yet.
@@ -237,9 +237,9 @@ impl ModelOptions {
         Ok(Model::from_files(files, &self.load_options(Some(memory))?)?)
     }
 
-    /// Loads the transformer alone, which needs no tokenizer.
-    pub fn decoder(&self) -> Result<Decoder> {
-        Ok(self.source.files()?.decoder(&self.load_options(None)?)?)
+    /// Loads the transformer alone, which needs no tokenizer, from files that are open.
+    pub fn decoder_from(&self, files: &ModelFiles) -> Result<Decoder> {
+        Ok(files.decoder(&self.load_options(None)?)?)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::routing::capacity::{Capacity, Placement};
@@ -13,6 +13,7 @@ use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
 use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
+use crate::output::{Destination, Inputs};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
 ///
@@ -65,12 +66,9 @@ impl Route {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
         let cache = self.cache.settings(self.router)?;
-        let same = |out: &PathBuf| {
-            out.canonicalize().is_ok_and(|out| self.logits.canonicalize().is_ok_and(|logits| logits == out))
-        };
-        if self.out.as_ref().is_some_and(same) {
-            return Err(UserMistake("--out: expected another file than --logits, got the same".into()).into());
-        }
+        let out = self.out.as_ref().map(|out| Destination::open("--out", out)).transpose()?;
+        let inputs = Inputs::default().file("--logits", &self.logits);
+        let out = out.map(|out| out.apart_from(&inputs)).transpose()?;
         let trace = GateTrace::read(&self.logits)?;
         let top_k = self.top_k.unwrap_or(trace.top_k);
         let router = OfflineRouter {
@@ -88,7 +86,7 @@ impl Route {
         for layer in &trace.layers {
             let routed = router.route(&trace, layer)?;
             unlimited = unlimited.max(routed.batches_below_minimum);
-            tensors.extend(self.out.iter().flat_map(|_| named(&routed)));
+            tensors.extend(out.iter().flat_map(|_| named(&routed)));
             layers.push(routed.figures);
         }
         if let Room::Rule(rule) = &router.room {
@@ -98,8 +96,8 @@ impl Route {
                 trace.tokens().div_ceil(self.batch_tokens.unwrap_or(trace.tokens()).max(1)),
             );
         }
-        if let Some(out) = &self.out {
-            write_tensors(out, &tensors, None)?;
+        if let Some(out) = out {
+            out.write(&tensor_bytes(&tensors, None)?)?;
         }
         let router = self.router;
         let output = Output { router: router.name(), top_k, layers };
