@@ -82,7 +82,7 @@ impl Compare {
         }
         let memory = self.cached_experts.map(|cached| {
             let MemoryOptions { policy, admission } = self.memory;
-            ExpertMemory::new(model.decoder().spec().layers, moe.experts, cached, policy, admission)
+            model.decoder().expert_memory(cached, policy, admission)
         });
         let settings = self.settings(&rules, &cache, memory.transpose()?);
         let bar = global.progress(tokens * (1 + settings.len() as u64));

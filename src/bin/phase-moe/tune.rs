@@ -109,7 +109,7 @@ impl Tune {
         let report = TuneReport {
             source: format!(
                 "{name}: {} layers of {} experts, top {}; {tokens} tokens, one a step; policy {}, admission {}",
-                decoder.spec().layers,
+                decoder.spec().moe_layers(),
                 moe.experts,
                 moe.top_k,
                 policy.name(),
