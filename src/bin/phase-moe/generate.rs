@@ -100,13 +100,13 @@ struct Text {
 
 impl Generate {
     pub fn run(self, global: &Global) -> Result<()> {
-        let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
-        let settings = self.cache.settings(self.router)?;
+        let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
+        let settings = self.cache.settings(&[self.router])?;
         let sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         if self.chunk_tokens == 0 {
             return Err(UserMistake("--chunk-tokens is 0: expected at least 1".into()).into());
         }
-        self.model.refuse_two_memories(self.cached_experts)?;
+        self.model.check_memory(self.cached_experts, &self.memory)?;
         let files = self.model.files()?;
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
         let written = |prompt: &String| match &chat {
@@ -119,7 +119,7 @@ impl Generate {
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
-            let MemoryOptions { policy, admission } = self.memory;
+            let (policy, admission) = (self.memory.policy(), self.memory.admission());
             state = state.with_memory(model.decoder().expert_memory(cached, policy, admission)?);
         }
         let prompts: Vec<Vec<u32>> =

@@ -8,6 +8,7 @@ use clap::Args;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
 use phase_moe::eval::trace::GateTrace;
+use phase_moe::report::times;
 use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
@@ -65,7 +66,12 @@ impl Route {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
-        let cache = self.cache.settings(self.router)?;
+        let cache = self.cache.settings(&[self.router])?;
+        if self.capacities.is_empty() {
+            self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
+        } else {
+            self.capacity.refuse_unheard(&[self.router], &[("--capacities", true)])?;
+        }
         let out = self.out.as_ref().map(|out| Destination::open("--out", out)).transpose()?;
         let inputs = Inputs::default().file("--logits", &self.logits);
         let out = out.map(|out| out.apart_from(&inputs)).transpose()?;
@@ -122,7 +128,7 @@ impl Route {
                 percent(layer.feasible_survival),
                 percent(layer.gate_mass),
                 layer.gate_mass_vs_bound.map_or("–".into(), percent),
-                format!("{:.2} ×", layer.max_violation + 1.0),
+                times(layer.max_violation + 1.0),
                 layer.route_nanos_per_token
             )?;
         }
@@ -131,7 +137,7 @@ impl Route {
 
     fn room(&self, experts: usize) -> Result<Room> {
         if self.capacities.is_empty() {
-            let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor or --capacities")?;
+            let rule = self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
             return Ok(rule.map_or(Room::Unlimited, Room::Rule));
         }
         let limits = self.capacities.clone();
@@ -145,6 +151,9 @@ impl Route {
         }))
     }
 }
+
+/// What sets a limit here.
+const LIMITS: &str = "--capacity-factor or --capacities";
 
 /// The tensors of a routed layer.
 fn named(routed: &RoutedLayer) -> [NamedTensor; 3] {
