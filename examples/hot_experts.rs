@@ -9,7 +9,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phase_moe::decoder::generate::generate_in;
-use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
@@ -24,10 +23,10 @@ const CACHED: usize = 12;
 fn main() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
     let mut model = Model::load(&directory, &LoadOptions::default())?;
-    let (layers, experts) = (model.decoder().spec().layers, model.decoder().spec().moe.experts);
+    let experts = model.decoder().spec().moe.experts;
     model.decoder_mut().set_router(Arc::new(CacheRouter::default()), None);
 
-    let memory = ExpertMemory::new(layers, experts, CACHED, Policy::Lru, Admission::default())?;
+    let memory = model.decoder().expert_memory(CACHED, Policy::Lru, Admission::default())?;
     let mut state = model.decoder().generation_state().with_memory(memory);
     let prompt = model.encode("And it came to pass in those days, that ")?;
     let mut sampler = Sampler::new(0.7, 0.9, 1)?;

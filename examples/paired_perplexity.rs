@@ -195,7 +195,7 @@ fn measure(decoder: &Decoder, batches: &[Batch], nats: &mut Nats) -> Result<f64>
             let live = (0..ids.len()).filter(|at| batch.padding().is_none_or(|padding| !padding[first + at])).count();
             let mut perplexity = Perplexity::default();
             perplexity.add(&logits.narrow(0, row, 1)?.narrow(1, 0, live)?, &Batch::new(&[&ids[..live]])?)?;
-            let sum = perplexity.value().ln() * perplexity.tokens() as f64;
+            let sum = perplexity.value()?.ln() * perplexity.tokens() as f64;
             nats.entry(ids[..live].to_vec()).or_default().push(sum);
         }
     }

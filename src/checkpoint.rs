@@ -3,7 +3,7 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
 //! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
-//! Files are read through [`DirectFile`]. [`write_tensors`] is the other direction: [`NamedTensor`]s to one safetensors file.
+//! Files are read through [`DirectFile`]. [`tensor_bytes`] and [`write_tensors`] are the other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
 
@@ -320,20 +320,30 @@ impl NamedTensor {
     }
 }
 
-/// Writes tensors and free-form metadata to a safetensors file.
+/// The bytes of a safetensors file of tensors and free-form metadata.
 ///
 /// # Errors
-/// [`Error::Io`] when the file cannot be written, [`Error::Checkpoint`] for a tensor whose bytes do not fill its shape.
-pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<()> {
-    let wrong =
-        |error: SafeTensorError| Error::Checkpoint { file: path.display().to_string(), detail: error.to_string() };
+/// [`Error::Checkpoint`] for a tensor whose bytes do not fill its shape.
+pub fn tensor_bytes(tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<Vec<u8>> {
+    let wrong = |name: &str, error: SafeTensorError| Error::Checkpoint {
+        file: "tensors to be written".into(),
+        detail: format!("tensor `{name}`: {error}"),
+    };
     let mut views = Vec::with_capacity(tensors.len());
     for NamedTensor { name, dtype, shape, bytes } in tensors {
-        views.push((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).map_err(wrong)?));
+        let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|error| wrong(name, error))?;
+        views.push((name.as_str(), view));
     }
+    safetensors::serialize(views, metadata).map_err(|error| wrong("*", error))
+}
+
+/// Writes tensors and free-form metadata to a safetensors file, over whatever `path` is.
+///
+/// # Errors
+/// [`Error::Io`] when the file cannot be written, which may then be there in part; as [`tensor_bytes`].
+pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<()> {
     // Not `serialize_to_file`, which renames a temporary file of mode 0600 over whatever `path` is, `/dev/null` included.
-    let file = safetensors::serialize(views, metadata).map_err(wrong)?;
-    std::fs::write(path, file).map_err(|reason| Error::io(path, reason))
+    std::fs::write(path, tensor_bytes(tensors, metadata)?).map_err(|reason| Error::io(path, reason))
 }
 
 /// Reads and checks the header of a safetensors file; returns it and where the data begin.

@@ -33,6 +33,16 @@ pub enum Error {
         /// The offending value.
         value: f32,
     },
+    /// A model computed what is no number: a weight is none, or something overflowed.
+    #[error("{place}: expected finite numbers, got {value}{cause}")]
+    NonFinite {
+        /// Where it was seen first: a block of the model and what of it, its logits, a figure.
+        place: String,
+        /// NaN or an infinity.
+        value: f64,
+        /// What is known of how that came, to be read on after the value; empty where nothing is.
+        cause: String,
+    },
     /// `top_k` was 0.
     #[error("top_k is 0: expected at least 1")]
     TopKZero,
@@ -175,7 +185,7 @@ impl Error {
         match self {
             #[cfg(feature = "candle")]
             Self::Candle(_) => false,
-            Self::Expert(_) => false,
+            Self::Expert(_) | Self::NonFinite { .. } => false,
             Self::Io { reason, .. } => matches!(
                 reason.kind(),
                 ErrorKind::NotFound

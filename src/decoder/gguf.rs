@@ -150,6 +150,15 @@ fn quantized(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<QTe
     Ok(QTensor::new(storage, entry.shape.as_slice())?)
 }
 
+/// Whole blocks of a quantised type as floats.
+pub(super) fn floats(stored: ElementType, bytes: Vec<u8>) -> Result<Vec<f32>> {
+    let ElementType::Blocks(blocks) = stored else { return Ok(Vec::new()) };
+    let Some(dtype) = ggml_dtype(stored) else { return Ok(Vec::new()) };
+    let numbers = bytes.len() / blocks.bytes * blocks.numbers;
+    let tensor = QTensor::new(QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, dtype)?, numbers)?;
+    Ok(tensor.dequantize(&Device::Cpu)?.to_vec1()?)
+}
+
 /// Candle's name of a type; `None` for those that it does not widen.
 fn ggml_dtype(stored: ElementType) -> Option<GgmlDType> {
     Some(match stored {

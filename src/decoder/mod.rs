@@ -6,6 +6,7 @@
 mod attention;
 mod batch;
 mod block;
+mod finite;
 pub mod generate;
 mod gguf;
 mod latent;
@@ -26,21 +27,25 @@ pub use self::state::DecoderState;
 
 use std::sync::Arc;
 
-use candle_core::{Module, Tensor};
+use candle_core::{DType, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, VarBuilder};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
+use crate::decoder::finite::{Place, Suspects, first_non_finite};
 use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
+use crate::decoder::memory::ExpertMemory;
 use crate::decoder::norm::Norm;
 use crate::decoder::rotary::Rotary;
 use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
+use crate::experts::admission::Admission;
 use crate::experts::cache::{ExpertCache, Prefetch};
 use crate::experts::engine::Engine;
+use crate::experts::residency::Policy;
 use crate::layer::cached::CachedExperts;
 use crate::layer::expert::Expert;
 use crate::layer::{MoeLayer, Routing};
@@ -56,6 +61,8 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Norm,
     output: Linear,
+    /// Where the weights came from, for errors that name one.
+    checkpoint: Option<Arc<Checkpoint>>,
 }
 
 impl Decoder {
@@ -136,7 +143,13 @@ impl Decoder {
             blocks: blocks.collect::<Result<_>>()?,
             norm: Norm::load(spec, model.pp("norm"))?,
             output: Linear::new(output, output_bias, engine),
+            checkpoint: None,
         })
+    }
+
+    /// Says where the weights came from: an error about a value that is no number then names the tensor that is to blame.
+    pub fn with_checkpoint(self, checkpoint: Arc<Checkpoint>) -> Self {
+        Self { checkpoint: Some(checkpoint), ..self }
     }
 
     /// Sizes and family.
@@ -191,6 +204,15 @@ impl Decoder {
         DecoderState { kv: Some(caches), ..self.batch_state() }
     }
 
+    /// An empty memory with room for `cached` experts of each MoE layer (blocks without experts have none), for
+    /// [`DecoderState::with_memory`].
+    ///
+    /// # Errors
+    /// As [`ExpertMemory::new`].
+    pub fn expert_memory(&self, cached: usize, policy: Policy, admission: Admission) -> Result<ExpertMemory> {
+        ExpertMemory::new(self.spec.moe_layers(), self.spec.moe.experts, cached, policy, admission)
+    }
+
     /// A fresh state that keeps none, for batches of independent texts.
     pub fn batch_state(&self) -> DecoderState {
         let prefetch = self.expert_cache().map_or(Prefetch::Off, |cache| cache.options().prefetch);
@@ -207,13 +229,14 @@ impl Decoder {
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
-    /// what its router saw and did. A forward pass that failed on its way leaves keys and values of some blocks alone: the state
+    /// what its router saw and did. All logits are finite. A forward pass that failed on its way leaves keys and values of some blocks alone: the state
     /// then refuses to go on until [`DecoderState::begin_text`].
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
-    /// [`Error::Shape`] for other sequences than those whose keys and values are kept or for the state of a decoder with other layers; whatever
-    /// a layer or `observe` reports.
+    /// [`Error::Shape`] for other sequences than those whose keys and values are kept or for the state of a decoder with other layers,
+    /// [`Error::NonFinite`] where weights or an overflow give what is no number, naming the block and, where it is known, the tensor;
+    /// whatever a layer or `observe` reports.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -278,7 +301,45 @@ impl Decoder {
 
     /// What the output weights make of hidden states.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        scaled(self.output.forward(hidden)?, self.spec.multipliers.logits)
+        let logits = scaled(self.output.forward(hidden)?, self.spec.multipliers.logits)?;
+        match first_non_finite(&logits, true)? {
+            None => Ok(logits),
+            Some((at, value)) => {
+                let detail = format!(" of vocabulary id {}", at % self.spec.vocab);
+                Err(self.suspects(logits.dtype()).error(Place::Output, &detail, value))
+            }
+        }
+    }
+
+    /// Checks that what a part gave is finite, `[.., hidden]`.
+    fn check_finite(&self, place: Place, hidden: &Tensor) -> Result<()> {
+        match first_non_finite(hidden, false)? {
+            None => Ok(()),
+            Some((at, value)) => {
+                let detail = format!(", token {} of the batch", at / self.spec.moe.hidden);
+                Err(self.suspects(hidden.dtype()).error(place, &detail, value))
+            }
+        }
+    }
+
+    /// Checks gate logits of an MoE layer, `[tokens, experts]`: −∞ masks an expert only where the gate's bias says so.
+    fn check_gate(&self, block: usize, moe: &MoeLayer, logits: &Tensor, dtype: DType) -> Result<()> {
+        let Some((at, value)) = first_non_finite(logits, false)? else { return Ok(()) };
+        let experts = self.spec.moe.experts;
+        if let Some(bias) = moe.gate().bias() {
+            let bias = bias.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            let masked = |(at, value): (usize, &f32)| value.is_finite() || bias[at % experts] == f32::NEG_INFINITY;
+            if logits.flatten_all()?.to_vec1::<f32>()?.iter().enumerate().all(masked) {
+                return Ok(());
+            }
+        }
+        let detail = format!(", gate logit of token {}, expert {}", at / experts, at % experts);
+        Err(self.suspects(dtype).error(Place::Ffn(block), &detail, value))
+    }
+
+    fn suspects(&self, dtype: DType) -> Suspects<'_> {
+        let (checkpoint, tied) = (self.checkpoint.as_deref(), self.spec.tied_embeddings);
+        Suspects { checkpoint, ffn: &self.spec.ffn, tied, dtype }
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
@@ -319,6 +380,7 @@ impl Decoder {
         let ids = Tensor::from_slice(batch.ids(), (batch.sequences(), batch.positions()), device)?;
         let Multipliers { embedding, residual, .. } = self.spec.multipliers;
         let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
+        self.check_finite(Place::Embedding, &hidden)?;
         let rotary = Rotary::new(&self.spec, &starts, batch.positions(), hidden.dtype(), device)?;
         let mask = |window: Option<usize>| state.seen.mask(batch, window, hidden.dtype(), device);
         let window = Some(self.spec.window.positions).filter(|_| !self.spec.window.blocks.is_empty());
@@ -333,10 +395,12 @@ impl Decoder {
             let mask = if block.windowed { &window_mask } else { &whole_mask };
             let normed = block.attention_norm.forward(&hidden)?;
             hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
+            self.check_finite(Place::Attention(index), &hidden)?;
             let normed = block.ffn_norm.forward(&hidden)?;
             let moe = match &block.ffn {
                 Ffn::Dense(ffn) => {
                     hidden = (hidden + scaled(ffn.forward(&normed)?, residual)?)?;
+                    self.check_finite(Place::Ffn(index), &hidden)?;
                     continue;
                 }
                 Ffn::Moe(moe) => moe,
@@ -355,7 +419,15 @@ impl Decoder {
                 (None, None) => None,
             };
             let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
-            let (output, routing) = moe.forward_in(&normed, context, &mut state.routes[layer])?;
+            let done = moe.forward_in(&normed, context, &mut state.routes[layer]);
+            let (output, routing) = done.map_err(|error| match error {
+                Error::NonFiniteLogit { token, expert, value } => {
+                    let detail = format!(", gate logit of token {token}, expert {expert}");
+                    self.suspects(normed.dtype()).error(Place::Ffn(index), &detail, f64::from(value))
+                }
+                other => other,
+            })?;
+            self.check_gate(index, moe, &routing.logits, normed.dtype())?;
             if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
                 experts.cache().cancel_prefetch(experts.layer());
             }
@@ -364,6 +436,7 @@ impl Decoder {
             }
             observe(layer, routing)?;
             hidden = (hidden + scaled(output, residual)?)?;
+            self.check_finite(Place::Ffn(index), &hidden)?;
         }
         state.step = state.step.saturating_add(1);
         if state.kv.is_some() {
@@ -371,6 +444,7 @@ impl Decoder {
         }
         state.torn = false;
         let hidden = self.norm.forward(&hidden)?;
+        self.check_finite(Place::Norm, &hidden)?;
         if is_decode {
             state.lookahead.end(pass);
         }

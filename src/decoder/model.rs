@@ -146,16 +146,17 @@ impl ModelFiles {
     pub fn decoder(&self, options: &LoadOptions) -> Result<Decoder> {
         let spec = self.spec()?;
         let vb = weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device);
-        let Some(cache) = options.expert_cache else {
-            return match self.checkpoint.gguf() {
-                Some(_) => Decoder::load_gguf(&spec, vb, &self.checkpoint),
-                None => Decoder::load(&spec, vb),
-            };
+        let decoder = match (options.expert_cache, self.checkpoint.gguf()) {
+            (None, Some(_)) => Decoder::load_gguf(&spec, vb, &self.checkpoint)?,
+            (None, None) => Decoder::load(&spec, vb)?,
+            (Some(cache), _) => {
+                let store = weights::expert_store(&self.checkpoint, &spec)?;
+                let cache = if cache.spare_bytes == 0 { cache.sparing(&store) } else { cache };
+                let cache = ExpertCache::new(Arc::new(store), cache)?;
+                Decoder::load_cached(&spec, vb, Arc::new(cache))?
+            }
         };
-        let store = weights::expert_store(&self.checkpoint, &spec)?;
-        let cache = if cache.spare_bytes == 0 { cache.sparing(&store) } else { cache };
-        let cache = ExpertCache::new(Arc::new(store), cache)?;
-        Decoder::load_cached(&spec, vb, Arc::new(cache))
+        Ok(decoder.with_checkpoint(self.checkpoint.clone()))
     }
 }
 

@@ -33,14 +33,23 @@ impl Sampler {
     /// The next token for `logits` `[vocab]`.
     ///
     /// # Errors
-    /// [`Error::Candle`] for another rank, [`Error::Shape`] for no tokens, [`Error::Parameter`] for NaN.
+    /// [`Error::Candle`] for another rank, [`Error::Shape`] for no tokens, [`Error::NonFinite`] for NaN, +∞ or nothing but −∞.
     pub fn next(&mut self, logits: &Tensor) -> Result<u32> {
         let logits = logits.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        if let Some(bad) = logits.iter().find(|logit| logit.is_nan()) {
-            return Err(Error::parameter("logit of a token", bad, "a number"));
+        let wrong = |token: usize| Error::NonFinite {
+            place: format!("logit of vocabulary id {token}"),
+            value: f64::from(logits[token]),
+            cause: String::new(),
+        };
+        // −∞ masks a token.
+        if let Some(bad) = logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+            return Err(wrong(bad));
         }
         let best = (0..logits.len()).reduce(|best, token| if logits[token] > logits[best] { token } else { best });
         let best = best.ok_or_else(|| Error::shape("logits", "at least one token", "none"))?;
+        if !logits[best].is_finite() {
+            return Err(wrong(best));
+        }
         if self.temperature == 0.0 {
             return Ok(best as u32);
         }
@@ -95,8 +104,17 @@ mod tests {
     #[test]
     fn the_smallest_temperature_is_greedy() {
         assert_eq!(draw(&mut Sampler::new(1e-300, 1.0, 3).unwrap(), [2.0, 2.5, 0.0, -9.0], 5), [1; 5]);
-        let nan = Tensor::new(&[0f32, f32::NAN], &Device::Cpu).unwrap();
-        assert!(Sampler::new(0.0, 1.0, 0).unwrap().next(&nan).is_err());
+        assert_eq!(
+            draw(&mut Sampler::new(1.0, 0.9, 3).unwrap(), [f32::MAX, f32::MIN, f32::NEG_INFINITY, 0.0], 5),
+            [0; 5]
+        );
+        for bad in [[0.0, f32::NAN], [0.0, f32::INFINITY], [f32::NEG_INFINITY; 2]] {
+            let logits = Tensor::new(&bad, &Device::Cpu).unwrap();
+            for temperature in [0.0, 1.0] {
+                let error = Sampler::new(temperature, 1.0, 0).unwrap().next(&logits).unwrap_err();
+                assert!(matches!(error, Error::NonFinite { .. }) && !error.is_user_error(), "{error}");
+            }
+        }
     }
 
     #[test]

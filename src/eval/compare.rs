@@ -113,7 +113,7 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
         tokens += batch.live_tokens();
         progress(batch.live_tokens());
     }
-    Ok(Dropless { perplexity: perplexity.value(), tokens_per_second: tokens as f64 / time.as_secs_f64() })
+    Ok(Dropless { perplexity: perplexity.value()?, tokens_per_second: tokens as f64 / time.as_secs_f64() })
 }
 
 /// Runs the model over `batches` with one router. `progress` is called after each batch with its tokens.
@@ -138,10 +138,11 @@ pub fn run(
     if let Some(memory) = &setting.memory {
         state = state.with_memory(memory.clone());
     }
-    let mut bounds = BoundTracker::new(router.as_ref(), decoder.spec().layers);
+    let layers = decoder.spec().moe_layers();
+    let mut bounds = BoundTracker::new(router.as_ref(), layers);
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     for batch in batches {
-        let mut routings = Vec::with_capacity(decoder.spec().layers);
+        let mut routings = Vec::with_capacity(layers);
         let started = Instant::now();
         let logits = decoder.forward(batch, &mut state, |_, routing| {
             routings.push(routing);
@@ -157,8 +158,7 @@ pub fn run(
         tokens += batch.live_tokens();
         progress(batch.live_tokens());
     }
-    let layers = decoder.spec().layers;
-    Ok(sums.figures(setting, layers, perplexity.value(), dropless, tokens as f64 / time.as_secs_f64()))
+    Ok(sums.figures(setting, layers, perplexity.value()?, dropless, tokens as f64 / time.as_secs_f64()))
 }
 
 /// Certified bounds on gate mass, from the router itself or, for those that know none, from the phase router's prices on
@@ -248,14 +248,14 @@ impl Sums {
     fn figures(
         mut self,
         setting: &Setting,
-        decoder_layers: usize,
+        moe_layers: usize,
         perplexity: f64,
         dropless: &Dropless,
         tokens_per_second: f64,
     ) -> RouterFigures {
         let (count, balanced) = (self.count.max(1.0), self.balanced.max(1.0));
         // The first batch of each layer started cold.
-        let cold = decoder_layers.min(self.nanos_per_token.len().saturating_sub(1));
+        let cold = moe_layers.min(self.nanos_per_token.len().saturating_sub(1));
         self.nanos_per_token.drain(..cold);
         self.nanos_per_token.sort_by(f64::total_cmp);
         let rule = setting.capacity.as_ref();

@@ -99,7 +99,7 @@ impl Decoding {
         mut each: impl FnMut(&Batch, &Tensor) -> Result<()>,
     ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
-        let books = (0..decoder.spec().layers).map(|_| Ok(Mutex::new(Books::new(self, decoder.spec().moe.experts)?)));
+        let books = decoder.moe_layers().map(|moe| Ok(Mutex::new(Books::new(self, moe.spec().experts)?)));
         let rows = Arc::new(RowByRow { router: self.router.clone(), layers: books.collect::<Result<_>>()? });
         decoder.set_router(rows.clone(), None);
         let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());
@@ -111,7 +111,7 @@ impl Decoding {
             perplexity.add(&logits, batch)?;
             each(batch, &logits)?;
         }
-        figures.perplexity = perplexity.value();
+        figures.perplexity = perplexity.value()?;
         let (mut mass, mut top_k_mass, mut belady) = (0.0, 0.0, 0);
         for books in &rows.layers {
             let books = books.lock().unwrap_or_else(PoisonError::into_inner);
@@ -140,12 +140,10 @@ impl Decoding {
     ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
         decoder.set_router(self.router.clone(), None);
-        let (layers, experts) = (decoder.spec().moe_layers(), decoder.spec().moe.experts);
         let before = decoder.expert_cache().map(|cache| cache.statistics());
         let mut state = decoder.generation_state();
         if before.is_none() {
-            let memory = ExpertMemory::new(layers, experts, self.cached_experts, self.policy, self.admission)?;
-            state = state.with_memory(memory);
+            state = state.with_memory(decoder.expert_memory(self.cached_experts, self.policy, self.admission)?);
         }
         let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());
         for (batch, row) in batches.iter().flat_map(|batch| (0..batch.sequences()).map(move |row| (batch, row))) {
@@ -162,7 +160,7 @@ impl Decoding {
             perplexity.add(&Tensor::cat(&logits, 1)?, &Batch::new(&[&ids[..live]])?)?;
             progress(live as u64);
         }
-        figures.perplexity = perplexity.value();
+        figures.perplexity = perplexity.value()?;
         if let Some(memory) = state.memory() {
             (figures.requests, figures.hits, figures.misses) = (memory.requests(), memory.hits(), memory.misses());
         }

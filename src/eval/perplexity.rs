@@ -20,7 +20,8 @@ impl Perplexity {
     /// Adds the predictions of one forward pass: `logits` are `[sequences, positions, vocab]` for `batch`.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the logits are not of this batch, [`Error::Parameter`] for a token id they do not cover.
+    /// [`Error::Shape`] when the logits are not of this batch, [`Error::Parameter`] for a token id they do not cover,
+    /// [`Error::NonFinite`] for logits that give a token no probability; nothing of the batch is counted then.
     pub fn add(&mut self, logits: &Tensor, batch: &Batch) -> Result<()> {
         let (sequences, positions, vocab) = logits.dims3()?;
         if (sequences, positions) != (batch.sequences(), batch.positions()) {
@@ -40,6 +41,10 @@ impl Perplexity {
                 scored.then(|| loss(row, batch.ids()[at + 1] as usize))
             })
             .collect();
+        if let Some(at) = losses.iter().position(|loss| loss.is_some_and(|loss| !loss.is_finite())) {
+            let place = format!("loss of token {} of the batch", at + 1);
+            return Err(Error::NonFinite { place, value: losses[at].unwrap_or(f64::NAN), cause: String::new() });
+        }
         for loss in losses.into_iter().flatten() {
             self.nats += loss;
             self.tokens += 1;
@@ -52,9 +57,19 @@ impl Perplexity {
         self.tokens
     }
 
-    /// The perplexity; NaN before any token.
-    pub fn value(&self) -> f64 {
-        (self.nats / self.tokens as f64).exp()
+    /// The perplexity.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] before any token, and for a mean loss so high that its exponential is no number any more.
+    pub fn value(&self) -> Result<f64> {
+        let nats = self.nats / self.tokens as f64;
+        match nats.exp() {
+            value if value.is_finite() => Ok(value),
+            value => {
+                let cause = format!("; the mean loss of {} tokens is {nats} nats", self.tokens);
+                Err(Error::NonFinite { place: "perplexity".into(), value, cause })
+            }
+        }
     }
 }
 
@@ -76,7 +91,7 @@ mod tests {
         let mut perplexity = Perplexity::default();
         perplexity.add(&Tensor::zeros((2, 3, 5), DType::F32, &Device::Cpu).unwrap(), &batch).unwrap();
         assert_eq!(perplexity.tokens(), 3);
-        assert!((perplexity.value() - 5.0).abs() < 1e-5);
+        assert!((perplexity.value().unwrap() - 5.0).abs() < 1e-5);
     }
 
     #[test]
@@ -94,6 +109,27 @@ mod tests {
         let logits = Tensor::new(&[[[0f32, 20.0], [20.0, 0.0]]], &Device::Cpu).unwrap();
         let mut perplexity = Perplexity::default();
         perplexity.add(&logits, &batch).unwrap();
-        assert!((perplexity.value() - 1.0).abs() < 1e-6);
+        assert!((perplexity.value().unwrap() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn what_is_no_number_is_an_error() {
+        let batch = Batch::new(&[&[0, 1]]).unwrap();
+        let mut perplexity = Perplexity::default();
+        assert_eq!(
+            perplexity.value().unwrap_err().to_string(),
+            "perplexity: expected finite numbers, got NaN; the mean loss of 0 tokens is NaN nats"
+        );
+        let mut add = |of_one: f32, of_two: f32| {
+            perplexity.add(&Tensor::new(&[[[of_one, of_two], [0.0, 0.0]]], &Device::Cpu).unwrap(), &batch)
+        };
+        for (of_one, of_two) in [(f32::NAN, 0.0), (0.0, f32::NEG_INFINITY), (f32::INFINITY, 0.0)] {
+            let error = add(of_one, of_two).unwrap_err();
+            assert!(error.to_string().starts_with("loss of token 1 of the batch: expected finite numbers"), "{error}");
+        }
+        add(1000.0, 0.0).unwrap();
+        let error = perplexity.value().unwrap_err();
+        assert!(error.to_string().ends_with("got inf; the mean loss of 1 tokens is 1000 nats"), "{error}");
+        assert!(!error.is_user_error());
     }
 }

@@ -116,8 +116,10 @@ impl Replay<'_> {
             (RouteState::default(), RouteState::default(), Scratch::default());
         let (mut assignment, mut plain, mut log) =
             (Assignment::default(), Assignment::default(), RequestLog::default());
-        for (step, rows) in layer.logits.chunks(self.batch_tokens * experts).enumerate() {
-            let (tokens, start) = (rows.len() / experts, step * self.batch_tokens);
+        // No step is larger than the trace, whatever was asked for.
+        let step_tokens = self.batch_tokens.min(trace.tokens().max(1));
+        for (step, rows) in layer.logits.chunks(step_tokens * experts).enumerate() {
+            let (tokens, start) = (rows.len() / experts, step * step_tokens);
             let scores = trace.scoring.scores(&Logits::new(rows, tokens, experts)?, layer.selection_bias.as_deref())?;
             let capacity = self.room.capacity(tokens, experts, self.top_k)?;
             let context = RouteContext {
@@ -210,6 +212,7 @@ mod tests {
         assert_eq!((none.hits, none.belady_hit_rate, none.gate_mass_kept), (0, Some(0.0), Some(1.0)));
         let batches = replay(&CacheRouter::default(), 16, 100);
         assert!(batches.requests <= 2 * 5 * 16, "{batches:?}");
+        assert_eq!(replay(&CacheRouter::default(), 8, usize::MAX), replay(&CacheRouter::default(), 8, 500));
     }
 
     #[test]

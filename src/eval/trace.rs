@@ -2,14 +2,16 @@
 //!
 //! One tensor `layer.{i}` f32 `[tokens, experts]` per MoE layer (raw, before scoring), `tokens` i32 `[tokens]` vocabulary
 //! ids, `layer.{i}.bias` f32 `[experts]` where the model has a selection bias; metadata says how logits become scores.
-//! `tokens` and all metadata but `experts` and `top_k` are optional on reading.
+//! `tokens` and all metadata but `experts` and `top_k` are optional on reading. Logits and biases are read from f16, bf16 and f64 too,
+//! and ids from i64 and u32: what torch writes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use crate::checkpoint::{Checkpoint, ElementType, NamedTensor, tensor_bytes};
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
 use crate::layer::MoeLayer;
@@ -88,11 +90,19 @@ impl GateTrace {
         })
     }
 
-    /// Writes the trace to `path`.
+    /// Writes the trace to `path`, over whatever is there.
     ///
     /// # Errors
-    /// As [`write_tensors`].
+    /// [`Error::Io`]; as [`GateTrace::to_bytes`].
     pub fn write(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, self.to_bytes()?).map_err(|reason| Error::io(path, reason))
+    }
+
+    /// The bytes of the trace's file.
+    ///
+    /// # Errors
+    /// As [`tensor_bytes`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let (tokens, experts) = (self.tokens(), self.experts);
         let mut tensors = Vec::new();
         for layer in &self.layers {
@@ -134,7 +144,7 @@ impl GateTrace {
             };
             metadata.insert("group_score".into(), score.into());
         }
-        write_tensors(path, &tensors, Some(metadata))
+        tensor_bytes(&tensors, Some(metadata))
     }
 
     /// Reads a trace from `path`.
@@ -144,6 +154,10 @@ impl GateTrace {
     pub fn read(path: &Path) -> Result<Self> {
         let file = Checkpoint::open_files(&[path])?;
         let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
+        // Before its metadata: a file of another kind has none of them.
+        if let Some(other) = other_kind(&file) {
+            return Err(wrong(other));
+        }
         let metadata = file.metadata();
         let text = |key: &str| metadata.get(key).map(String::as_str);
         let bad =
@@ -194,57 +208,27 @@ impl GateTrace {
             }
         };
 
-        let read = |name: &str, dtype: Dtype, shape: &[Option<usize>]| -> Result<(usize, Vec<u8>)> {
-            let entry = file.entry(name)?;
-            let fits = entry.shape.len() == shape.len()
-                && shape
-                    .iter()
-                    .zip(&entry.shape)
-                    .all(|(expected, got)| expected.is_none_or(|expected| expected == *got));
-            if entry.dtype != dtype || !fits {
-                let sizes: Vec<String> =
-                    shape.iter().map(|size| size.map_or("tokens".into(), |size| size.to_string())).collect();
-                let expected = format!("{dtype:?} [{}]", sizes.join(", "));
-                return Err(wrong(format!(
-                    "tensor `{name}`: expected {expected}, got {:?} {:?}",
-                    entry.dtype, entry.shape
-                )));
-            }
-            Ok((entry.shape[0], file.read(name)?))
-        };
-        let floats = |bytes: &[u8]| bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes).collect::<Vec<f32>>();
-        let mut found = BTreeMap::new();
-        for name in file.tensors().keys() {
-            if let Some(layer) = name.strip_prefix("layer.").and_then(|rest| rest.parse::<usize>().ok()) {
-                found.insert(layer, name.clone());
-            }
-        }
         let (mut layers, mut tokens) = (Vec::new(), None);
-        for (layer, name) in found {
-            let (rows, bytes) = read(&name, Dtype::F32, &[tokens, Some(experts)])?;
+        for (layer, name) in named_layers(&file).map_err(wrong)? {
+            let (rows, logits) = floats(&file, &name, &[tokens, Some(experts)]).map_err(wrong)?;
+            if rows == 0 {
+                return Err(wrong(format!("tensor `{name}`: expected at least one token, got none")));
+            }
             tokens = Some(rows);
-            let logits = floats(&bytes);
             Logits::new(&logits, rows, experts).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
             let bias = format!("{name}.bias");
             let selection_bias = match file.tensors().contains_key(&bias) {
-                true => Some(floats(&read(&bias, Dtype::F32, &[Some(experts)])?.1)),
+                true => Some(floats(&file, &bias, &[Some(experts)]).map_err(wrong)?.1),
                 false => None,
             };
+            if let Some(value) = selection_bias.iter().flatten().find(|value| !value.is_finite()) {
+                return Err(wrong(format!("tensor `{bias}`: expected finite numbers, got {value}")));
+            }
             layers.push(LayerTrace { layer, logits, selection_bias });
         }
-        if layers.is_empty() {
-            return Err(wrong("expected tensors `layer.0`, `layer.1`, …, got none".into()));
-        }
-        let token_ids = match file.tensors().contains_key("tokens") {
+        let token_ids = match file.tensors().contains_key(TOKENS) {
+            true => Some(ids(&file, TOKENS, &[tokens]).map_err(wrong)?),
             false => None,
-            true => {
-                let bytes = read("tokens", Dtype::I32, &[tokens])?.1;
-                let ids = bytes.as_chunks().0.iter().copied().map(i32::from_le_bytes);
-                let id = |id: i32| {
-                    u32::try_from(id).map_err(|_| wrong(format!("tensor `tokens`: expected ids from 0, got {id}")))
-                };
-                Some(ids.map(id).collect::<Result<_>>()?)
-            }
         };
         Ok(Self {
             model: text("model").map(str::to_owned),
@@ -258,9 +242,123 @@ impl GateTrace {
     }
 }
 
+/// The tensor of vocabulary ids.
+const TOKENS: &str = "tokens";
+
+/// The number of a layer and what follows it in a tensor's name, `layer.3.bias` for one.
+fn of_layer(name: &str) -> Option<(usize, &str)> {
+    let rest = name.strip_prefix("layer.")?;
+    let digits = rest.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(rest.len());
+    let (number, rest) = rest.split_at(digits);
+    Some((number.parse().ok()?, rest))
+}
+
+/// What a file is that has no gate logits, and what to give in its place.
+fn other_kind(file: &Checkpoint) -> Option<String> {
+    let names = || file.tensors().keys().map(String::as_str);
+    if names().any(|name| of_layer(name).is_some_and(|(_, rest)| rest.is_empty())) {
+        return None;
+    }
+    let expected = "expected gate logits `layer.0`, `layer.1`, … as `trace` writes them";
+    let routed = |name: &&str| of_layer(name).is_some_and(|(_, rest)| rest == ".experts" || rest == ".weights");
+    let got = if let Some(name) = names().find(routed) {
+        format!("`{name}`, what `route` wrote: give the trace that it was made of")
+    } else if names().eq(["logits"]) {
+        "`logits`, what `logits` wrote: make a trace with `trace`".into()
+    } else if let Some(name) = names().find(|name| name.starts_with("model.") || name.starts_with("lm_head.")) {
+        format!("`{name}`, a model's weights: make a trace of it with `trace --model`")
+    } else {
+        names().next().map_or("none".into(), |name| format!("`{name}`"))
+    };
+    Some(format!("{expected}, got {got}"))
+}
+
+/// The tensors of gate logits by layer.
+fn named_layers(file: &Checkpoint) -> Result<BTreeMap<usize, String>, String> {
+    let mut found = BTreeMap::<usize, String>::new();
+    for name in file.tensors().keys() {
+        match of_layer(name) {
+            Some((layer, "")) => {
+                if let Some(other) = found.insert(layer, name.clone()) {
+                    return Err(format!("tensor `{name}`: expected each layer once, got it beside `{other}`"));
+                }
+            }
+            Some((_, ".bias")) => {
+                let logits = name.trim_end_matches(".bias");
+                if !file.tensors().contains_key(logits) {
+                    return Err(format!("tensor `{name}`: expected beside tensor `{logits}`, got it alone"));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// The bytes of a tensor, after its first size; an open size is `None`.
+fn sized(
+    file: &Checkpoint,
+    name: &str,
+    kinds: &[Dtype],
+    shape: &[Option<usize>],
+) -> Result<(Dtype, usize, Vec<u8>), String> {
+    let entry = file.entry(name).map_err(|error| error.to_string())?;
+    let sizes: Vec<String> = shape.iter().map(|size| size.map_or("tokens".into(), |size| size.to_string())).collect();
+    let got = || format!("got {:?} {:?}", entry.dtype, entry.shape);
+    let ElementType::Plain(dtype) = entry.dtype else { return Err(format!("tensor `{name}`: {}", got())) };
+    if !kinds.contains(&dtype) {
+        let kinds: Vec<String> = kinds.iter().map(|kind| format!("{kind:?}")).collect();
+        return Err(format!("tensor `{name}`: expected {} [{}], {}", kinds.join(" or "), sizes.join(", "), got()));
+    }
+    let same = |(expected, got): (&Option<usize>, &usize)| expected.is_none_or(|expected| expected == *got);
+    if entry.shape.len() != shape.len() || !shape.iter().zip(&entry.shape).all(same) {
+        return Err(format!("tensor `{name}`: expected {dtype:?} [{}], {}", sizes.join(", "), got()));
+    }
+    let bytes = file.read(name).map_err(|error| error.to_string())?;
+    Ok((dtype, entry.shape[0], bytes))
+}
+
+/// A tensor of floats, the narrow ones widened, `f64` rounded once.
+fn floats(file: &Checkpoint, name: &str, shape: &[Option<usize>]) -> Result<(usize, Vec<f32>), String> {
+    let (dtype, rows, bytes) = sized(file, name, &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64], shape)?;
+    let values = match dtype {
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|half| f16::from_le_bytes(*half).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|half| bf16::from_le_bytes(*half).to_f32()).collect(),
+        Dtype::F64 => {
+            let value = |bytes: &[u8; 8]| match f64::from_le_bytes(*bytes) {
+                // Rounded to an infinity it would mean something else.
+                value if value.is_finite() && !(value as f32).is_finite() => {
+                    Err(format!("tensor `{name}`: expected numbers that F32 holds, got {value:e}"))
+                }
+                value => Ok(value as f32),
+            };
+            bytes.as_chunks().0.iter().map(value).collect::<Result<_, _>>()?
+        }
+        _ => bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect(),
+    };
+    Ok((rows, values))
+}
+
+/// A tensor of vocabulary ids.
+fn ids(file: &Checkpoint, name: &str, shape: &[Option<usize>]) -> Result<Vec<u32>, String> {
+    let (dtype, _, bytes) = sized(file, name, &[Dtype::I32, Dtype::I64, Dtype::U32], shape)?;
+    let id = |id: i64| {
+        u32::try_from(id).map_err(|_| match id < 0 {
+            true => format!("tensor `{name}`: expected ids from 0, got {id}"),
+            false => format!("tensor `{name}`: expected ids below 2³², got {id}"),
+        })
+    };
+    match dtype {
+        Dtype::I64 => bytes.as_chunks().0.iter().map(|bytes| id(i64::from_le_bytes(*bytes))).collect(),
+        Dtype::U32 => Ok(bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()),
+        _ => bytes.as_chunks().0.iter().map(|bytes| id(i64::from(i32::from_le_bytes(*bytes)))).collect(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::write_tensors;
 
     fn trace() -> GateTrace {
         let layer = |layer: usize, bias: Option<Vec<f32>>| LayerTrace {
@@ -318,7 +416,7 @@ mod tests {
             error(std::slice::from_ref(&layer), &good[..1]),
             "metadata `top_k`: expected a positive integer, got nothing"
         );
-        assert_eq!(error(&[], &good), "expected tensors `layer.0`, `layer.1`, …, got none");
+        assert_eq!(error(&[], &good), "expected gate logits `layer.0`, `layer.1`, … as `trace` writes them, got none");
         let wide = NamedTensor::f32("layer.0", [1, 3], &[0.0; 3]);
         assert_eq!(error(&[wide], &good), "tensor `layer.0`: expected F32 [tokens, 2], got F32 [1, 3]");
         let longer = NamedTensor::f32("layer.1", [2, 2], &[0.0; 4]);
@@ -328,6 +426,11 @@ mod tests {
         let tokens = NamedTensor::i32("tokens", [1], &[-1]);
         assert_eq!(error(&[layer.clone(), tokens], &good), "tensor `tokens`: expected ids from 0, got -1");
         let score = [good[0], good[1], ("score", "tanh")];
+        let other = NamedTensor { name: "layer.00".into(), ..layer.clone() };
+        assert_eq!(
+            error(&[layer.clone(), other], &good),
+            "tensor `layer.00`: expected each layer once, got it beside `layer.0`"
+        );
         assert_eq!(error(&[layer], &score), "metadata `score`: expected softmax, sigmoid or sparse-mixer, got tanh");
     }
 }

@@ -241,7 +241,7 @@ pub fn plain_perplexity(decoder: &Decoder, batches: &[Batch]) -> Result<f64> {
     for batch in batches {
         perplexity.add(&decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?, batch)?;
     }
-    Ok(perplexity.value())
+    perplexity.value()
 }
 
 /// The row to recommend where perplexity may be at most `most`; `None` where no row is within it.

@@ -46,7 +46,12 @@ impl Gate {
             // Always in f32, as it is added to scores.
             let (name, init) = (&spec.names.selection_bias, Init::Const(0.0));
             let bias = vb.get_with_hints_dtype(spec.experts, name, init, ROUTING_DTYPE)?;
-            gate.set_selection_bias(&bias.to_vec1::<f32>()?)?;
+            let bias = bias.to_vec1::<f32>()?;
+            if let Some(bad) = bias.iter().find(|value| !value.is_finite()) {
+                let (place, value) = (format!("tensor `{}`", vb.pp(name).prefix()), f64::from(*bad));
+                return Err(Error::NonFinite { place, value, cause: String::new() });
+            }
+            gate.set_selection_bias(&bias)?;
         }
         Ok(gate)
     }

@@ -4,6 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::Serialize;
 
+use super::times;
 use crate::eval::compare::{Dropless, RouterFigures};
 use crate::spec::ModelSpec;
 
@@ -108,7 +109,7 @@ impl Display for CompareReport {
                 row.gate_mass_vs_bound.map_or("–".into(), percent),
                 row.perplexity,
                 signed_percent(row.perplexity_increase),
-                format!("{:.2} ×", violation + 1.0),
+                times(violation + 1.0),
                 row.route_nanos_per_token,
                 row.tokens_per_second
             )?;

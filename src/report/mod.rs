@@ -3,3 +3,8 @@
 pub mod compare;
 pub mod replay;
 pub mod tune;
+
+/// So many times as much, for a table; a dash where there is no telling: a load where there should have been none.
+pub fn times(ratio: f64) -> String {
+    if ratio.is_finite() { format!("{ratio:.2} ×") } else { "–".into() }
+}

@@ -8,7 +8,9 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
-//! Knows nothing of what the routers do; each has its defaults, and further settings are made on its own type.
+//! What a router can be told beyond its scores is said here too ([`RouterKind::understands`]), for all commands.
+//!
+//! Knows nothing else of what the routers do; each has its defaults, and further settings are made on its own type.
 
 use crate::error::{Error, Result};
 use crate::routing::balanced::{auction::Auction, sinkhorn::Sinkhorn};
@@ -58,7 +60,24 @@ pub enum RouterKind {
     CachePhase,
 }
 
+/// What a router may be told that not every router understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Knowledge {
+    /// Limits on how many slots an expert or a device takes.
+    Limits,
+    /// Which experts are in fast memory, and what they are worth there.
+    Memory,
+}
+
 impl RouterKind {
+    /// True where `told` changes what the router does: telling it to another one is a mistake.
+    pub fn understands(self, told: Knowledge) -> bool {
+        match told {
+            Knowledge::Limits => self.build(0).respects_capacity(),
+            Knowledge::Memory => matches!(self, Self::Cache | Self::CachePhase),
+        }
+    }
+
     /// All routers, in the order in which tables list them.
     pub const ALL: [Self; 15] = [
         Self::TopK,
@@ -125,6 +144,13 @@ impl std::str::FromStr for RouterKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_router_understands() {
+        let deaf = |told| RouterKind::ALL.into_iter().filter(|kind| !kind.understands(told)).collect::<Vec<_>>();
+        assert_eq!(deaf(Knowledge::Limits), [RouterKind::TopK, RouterKind::Cache]);
+        assert_eq!(deaf(Knowledge::Memory), RouterKind::ALL[..13]);
+    }
 
     #[test]
     fn every_name_finds_its_router() {

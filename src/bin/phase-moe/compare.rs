@@ -9,10 +9,10 @@ use phase_moe::eval::compare::{Setting, dropless, run};
 use phase_moe::report::compare::{CompareReport, ModelSummary, TextSummary};
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
 
 use crate::options::{
-    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, UserMistake, parse, print_json,
+    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,
     warn_streamed, warn_unlimited,
 };
 
@@ -53,14 +53,14 @@ pub struct Compare {
 
 impl Compare {
     pub fn run(self, global: &Global) -> Result<()> {
-        let aware = self.router.iter().copied().find(|kind| is_aware(*kind));
-        let cache = self.cache.settings(aware.unwrap_or(RouterKind::TopK))?;
-        if self.cached_experts.is_some() && aware.is_none() {
-            let message = "--cached-experts is for the routers cache and cache+phase: name one with --router";
-            return Err(UserMistake(message.into()).into());
-        }
-        self.capacity.rule(1.0)?; // Options that contradict each other are found before the model is loaded.
-        self.model.refuse_two_memories(self.cached_experts)?;
+        let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
+        let cache = self.cache.settings(&routers)?;
+        refuse_unheard(&routers, Knowledge::Memory, &[("--cached-experts", self.cached_experts.is_some())])?;
+        // Options that contradict each other are found before the model is loaded.
+        self.capacity.rule(1.0)?;
+        self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
+        self.capacity.refuse_unheard(&routers, &[("--capacity-factor", !self.capacity_factor.is_empty())])?;
+        self.model.check_memory(self.cached_experts, &self.memory)?;
         let mut model = self.model.load_with(&self.memory)?;
         if let Some(top_k) = self.top_k {
             model.decoder_mut().set_top_k(top_k)?;
@@ -81,10 +81,10 @@ impl Compare {
             warn_unlimited(rule, unlimited, batches.len());
         }
         let memory = self.cached_experts.map(|cached| {
-            let MemoryOptions { policy, admission } = self.memory;
-            ExpertMemory::new(model.decoder().spec().layers, moe.experts, cached, policy, admission)
+            let (policy, admission) = (self.memory.policy(), self.memory.admission());
+            model.decoder().expert_memory(cached, policy, admission)
         });
-        let settings = self.settings(&rules, &cache, memory.transpose()?);
+        let settings = self.settings(&routers, &rules, &cache, memory.transpose()?);
         let bar = global.progress(tokens * (1 + settings.len() as u64));
 
         bar.set_message("dropless");
@@ -127,17 +127,23 @@ impl Compare {
     }
 
     /// Unlimited top-k once, then every other router at every capacity.
-    fn settings(&self, rules: &[CapacityRule], cache: &CacheRouter, memory: Option<ExpertMemory>) -> Vec<Setting> {
-        let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
+    fn settings(
+        &self,
+        routers: &[RouterKind],
+        rules: &[CapacityRule],
+        cache: &CacheRouter,
+        memory: Option<ExpertMemory>,
+    ) -> Vec<Setting> {
         let seed = self.capacity.seed;
+        let limited = |kind: &&RouterKind| kind.understands(Knowledge::Limits);
         let unlimited = routers.iter().filter(|kind| !limited(kind));
         let setting = |router: RouterKind, capacity: Option<CapacityRule>| {
-            let memory = memory.clone().filter(|_| is_aware(router));
+            let memory = memory.clone().filter(|_| router.understands(Knowledge::Memory));
             Setting { router, capacity, seed, cache: cache.clone(), memory }
         };
         let mut settings: Vec<Setting> = unlimited.map(|&router| setting(router, None)).collect();
         for rule in rules {
-            let limited = routers.iter().filter(|kind| limited(kind));
+            let limited = routers.iter().filter(limited);
             settings.extend(limited.map(|&router| setting(router, Some(rule.clone()))));
         }
         settings
@@ -160,14 +166,5 @@ fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
 
 /// Every router but the memory-aware ones: without an expert cache they have little to go by.
 fn default_routers() -> Vec<RouterKind> {
-    RouterKind::ALL.into_iter().filter(|kind| !is_aware(*kind)).collect()
-}
-
-fn is_aware(kind: RouterKind) -> bool {
-    matches!(kind, RouterKind::Cache | RouterKind::CachePhase)
-}
-
-/// False for routers that know no capacity: one row says it all.
-fn limited(kind: &RouterKind) -> bool {
-    kind.build(0).respects_capacity()
+    RouterKind::ALL.into_iter().filter(|kind| !kind.understands(Knowledge::Memory)).collect()
 }

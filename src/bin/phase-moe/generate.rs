@@ -100,13 +100,13 @@ struct Text {
 
 impl Generate {
     pub fn run(self, global: &Global) -> Result<()> {
-        let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
-        let settings = self.cache.settings(self.router)?;
+        let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
+        let settings = self.cache.settings(&[self.router])?;
         let sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
         if self.chunk_tokens == 0 {
             return Err(UserMistake("--chunk-tokens is 0: expected at least 1".into()).into());
         }
-        self.model.refuse_two_memories(self.cached_experts)?;
+        self.model.check_memory(self.cached_experts, &self.memory)?;
         let files = self.model.files()?;
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
         let written = |prompt: &String| match &chat {
@@ -119,9 +119,8 @@ impl Generate {
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
-            let (layers, experts) = (model.decoder().spec().moe_layers(), model.decoder().spec().moe.experts);
-            let MemoryOptions { policy, admission } = self.memory;
-            state = state.with_memory(ExpertMemory::new(layers, experts, cached, policy, admission)?);
+            let (policy, admission) = (self.memory.policy(), self.memory.admission());
+            state = state.with_memory(model.decoder().expert_memory(cached, policy, admission)?);
         }
         let prompts: Vec<Vec<u32>> =
             written.iter().map(|prompt| model.encode(prompt)).collect::<phase_moe::error::Result<_>>()?;
@@ -139,7 +138,7 @@ impl Generate {
             }
             warn_unlimited(rule, unlimited, chunks);
         }
-        let bar = global.progress((prompts.len() * self.new_tokens) as u64);
+        let bar = global.progress((prompts.len() as u64).saturating_mul(self.new_tokens as u64));
         bar.set_message("generating");
         let options = Options { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
         let mut samplers = vec![sampler; prompts.len()];

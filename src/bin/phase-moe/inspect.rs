@@ -56,7 +56,7 @@ impl Inspect {
             dtype: experts.dtypes.join(", "),
             bytes_per_expert: experts.first,
             expert_bytes: experts.all,
-            other_bytes: all_bytes - experts.all,
+            other_bytes: all_bytes.saturating_sub(experts.all),
             parameters: spec.parameters(),
             active_parameters: spec.active_parameters(),
         };
@@ -86,7 +86,8 @@ impl Inspect {
         writeln!(out, "  memory for the weights in {}, with this share of the experts resident:", output.dtype)?;
         for percent in [100, 50, 25] {
             let resident = output.experts * percent / 100;
-            let needed = output.other_bytes + output.bytes_per_expert * (resident * output.moe_layers) as u64;
+            let experts = (resident as u64).saturating_mul(output.moe_layers as u64);
+            let needed = output.other_bytes.saturating_add(output.bytes_per_expert.saturating_mul(experts));
             writeln!(out, "    {percent:>3} % ({resident} per layer)  {}", bytes(needed))?;
         }
         Ok(())

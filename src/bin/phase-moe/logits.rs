@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::decoder::Batch;
 
 use crate::options::{ModelOptions, UserMistake, read_text, warn_streamed};
+use crate::output::{Destination, Inputs};
 
 /// Writes the model's logits for given token ids: one tensor `logits`, f32 [tokens, vocab].
 ///
@@ -31,6 +32,7 @@ pub struct Logits {
 
 impl Logits {
     pub fn run(self) -> Result<()> {
+        let out = Destination::open("--out", &self.out)?;
         let ids = match (&self.ids, &self.ids_file) {
             (Some(ids), _) => ids.clone(),
             (None, Some(path)) => {
@@ -47,11 +49,14 @@ impl Logits {
         if ids.is_empty() {
             return Err(UserMistake("token ids: expected at least one, got none".into()).into());
         }
-        let decoder = self.model.decoder()?;
+        let files = self.model.files()?;
+        let inputs = self.ids_file.iter().fold(Inputs::default(), |inputs, path| inputs.file("--ids-file", path));
+        let out = out.apart_from(&inputs.model(&files))?;
+        let decoder = self.model.decoder_from(&files)?;
         let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
         warn_streamed(&decoder);
         let logits = logits.squeeze(0)?.to_dtype(DType::F32)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
-        Ok(write_tensors(&self.out, &[NamedTensor::f32("logits", logits.dims(), &values)], None)?)
+        out.write(&tensor_bytes(&[NamedTensor::f32("logits", logits.dims(), &values)], None)?)
     }
 }

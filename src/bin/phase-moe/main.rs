@@ -9,6 +9,7 @@ mod hub;
 mod inspect;
 mod logits;
 mod options;
+mod output;
 mod replay;
 mod route;
 mod trace;

@@ -21,7 +21,7 @@ use phase_moe::experts::cache;
 use phase_moe::experts::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
 use phase_moe::routing::router::Router;
 
 use crate::{bundled, hub};
@@ -199,7 +199,7 @@ impl ModelOptions {
                     Prefetch::Off => cache::Prefetch::Off,
                     Prefetch::Always => cache::Prefetch::Always,
                 };
-                let memory = memory.map(|memory| (memory.policy, memory.admission));
+                let memory = memory.map(|memory| (memory.policy(), memory.admission()));
                 let (policy, admission) = memory.unwrap_or((Policy::Lru, Admission::default()));
                 Some(cache::CacheOptions { policy, admission, prefetch, ..cache::CacheOptions::new(budget) })
             }
@@ -207,19 +207,26 @@ impl ModelOptions {
         Ok(LoadOptions { dtype, expert_cache, ..LoadOptions::default() })
     }
 
-    /// A logical memory and an expert cache would each say what is in fast memory.
-    pub fn refuse_two_memories(&self, cached_experts: Option<usize>) -> Result<()> {
+    /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
+    /// there is none that a policy could be for.
+    pub fn check_memory(&self, cached_experts: Option<usize>, memory: &MemoryOptions) -> Result<()> {
         if self.expert_cache.is_some() && cached_experts.is_some() {
             let message =
                 "--cached-experts keeps account of a memory, which --expert-cache has already: give one of them";
             return Err(UserMistake(message.into()).into());
         }
-        Ok(())
+        match memory.first_given().filter(|_| self.expert_cache.is_none() && cached_experts.is_none()) {
+            Some(option) => {
+                let message = format!("{option} says nothing by itself: add --expert-cache or --cached-experts");
+                Err(UserMistake(message).into())
+            }
+            None => Ok(()),
+        }
     }
 
-    /// Loads the model.
-    pub fn load(&self) -> Result<Model> {
-        Ok(Model::from_files(&self.source.files()?, &self.load_options(None)?)?)
+    /// Loads the model from files that are open.
+    pub fn load_plain(&self, files: &ModelFiles) -> Result<Model> {
+        Ok(Model::from_files(files, &self.load_options(None)?)?)
     }
 
     /// Opens the files; nothing is loaded yet.
@@ -237,9 +244,9 @@ impl ModelOptions {
         Ok(Model::from_files(files, &self.load_options(Some(memory))?)?)
     }
 
-    /// Loads the transformer alone, which needs no tokenizer.
-    pub fn decoder(&self) -> Result<Decoder> {
-        Ok(self.source.files()?.decoder(&self.load_options(None)?)?)
+    /// Loads the transformer alone, which needs no tokenizer, from files that are open.
+    pub fn decoder_from(&self, files: &ModelFiles) -> Result<Decoder> {
+        Ok(files.decoder(&self.load_options(None)?)?)
     }
 }
 
@@ -319,27 +326,45 @@ pub struct CapacityOptions {
     pub seed: u64,
 }
 
+/// More devices than a layer can have experts.
+const MAX_DEVICES: usize = u16::MAX as usize;
+
 impl CapacityOptions {
-    /// The rule for one capacity factor, none without a factor: then no option may ask for a limit. `needed` says what the
-    /// command takes to set one.
-    pub fn rule_if(&self, factor: Option<f64>, needed: &str) -> Result<Option<CapacityRule>> {
+    /// The rule for `router` and one capacity factor, none without a factor: then no option may ask for a limit. `needed` says what
+    /// the command takes to set one.
+    pub fn rule_if(&self, router: RouterKind, factor: Option<f64>, needed: &str) -> Result<Option<CapacityRule>> {
         if let Some(factor) = factor {
-            return self.rule(factor).map(Some);
+            let rule = self.rule(factor)?;
+            self.refuse_unheard(&[router], &[("--capacity-factor", true)])?;
+            return Ok(Some(rule));
         }
-        let given = [
-            ("--devices", self.devices.is_some()),
-            ("--device-speeds", !self.device_speeds.is_empty()),
-            ("--profile", self.profile.is_some()),
-            ("--capacity", self.capacity.is_some()),
-        ];
-        match given.into_iter().find(|(_, given)| *given) {
+        match self.given().into_iter().find(|(_, given)| *given) {
             Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
             None => Ok(None),
         }
     }
 
+    /// Refuses limits that none of `routers` understands: these options, and `own` ones of the command.
+    pub fn refuse_unheard(&self, routers: &[RouterKind], own: &[(&'static str, bool)]) -> Result<()> {
+        refuse_unheard(routers, Knowledge::Limits, &[own, &self.given()].concat())
+    }
+
+    fn given(&self) -> [(&'static str, bool); 4] {
+        [
+            ("--devices", self.devices.is_some()),
+            ("--device-speeds", !self.device_speeds.is_empty()),
+            ("--profile", self.profile.is_some()),
+            ("--capacity", self.capacity.is_some()),
+        ]
+    }
+
     /// The rule for one capacity factor.
     pub fn rule(&self, factor: f64) -> Result<CapacityRule> {
+        // How many experts there are is not known yet; nobody has more.
+        if let Some(devices) = self.devices.filter(|devices| !(1..=MAX_DEVICES).contains(devices)) {
+            let message = format!("--devices is {devices}: expected at least 1, and at most the model's experts");
+            return Err(UserMistake(message).into());
+        }
         let shares = match (self.devices, self.device_speeds.as_slice()) {
             (None, []) => Shares::PerExpert { profile: self.profile.unwrap_or(Profile::Uniform), seed: self.seed },
             (Some(devices), []) => Shares::PerDevice { speeds: vec![1.0; devices] },
@@ -360,7 +385,10 @@ impl CapacityOptions {
             None | Some(RoundingName::Exact) => Rounding::Exact,
             Some(RoundingName::Ceil) => Rounding::Ceil,
         };
-        Ok(CapacityRule { rounding, shares, ..CapacityRule::per_expert(factor) })
+        let rule = CapacityRule { rounding, shares, ..CapacityRule::per_expert(factor) };
+        // Of no tokens there is no limit, but everything else is checked.
+        rule.capacity(0, MAX_DEVICES, 1)?;
+        Ok(rule)
     }
 
     /// True when limits are per device.
@@ -391,19 +419,15 @@ impl CacheOptions {
         Self { cache_bonus: None, max_mass_loss, keep_top, target_hit_rate: None }
     }
 
-    /// The settings of the memory-aware routers, for `router`; options that say nothing to it are a mistake.
-    pub fn settings(&self, router: RouterKind) -> Result<CacheRouter> {
+    /// The settings of the memory-aware routers, for `routers`; options that say nothing to any of them are a mistake.
+    pub fn settings(&self, routers: &[RouterKind]) -> Result<CacheRouter> {
         let given = [
             ("--cache-bonus", self.cache_bonus.is_some()),
             ("--max-mass-loss", self.max_mass_loss.is_some()),
             ("--keep-top", self.keep_top.is_some()),
             ("--target-hit-rate", self.target_hit_rate.is_some()),
         ];
-        let aware = matches!(router, RouterKind::Cache | RouterKind::CachePhase);
-        if let Some((option, _)) = given.into_iter().find(|(_, given)| *given && !aware) {
-            let message = format!("{option} is for the routers cache and cache+phase, not for {}", router.name());
-            return Err(UserMistake(message).into());
-        }
+        refuse_unheard(routers, Knowledge::Memory, &given)?;
         let default = CacheRouter::default();
         let settings = CacheRouter::new(
             self.cache_bonus.unwrap_or(default.bonus()),
@@ -417,15 +441,57 @@ impl CacheOptions {
     }
 }
 
+/// Refuses options that none of `routers` understands: what a router understands is for the registry to say, and this is the one
+/// place where commands ask.
+pub fn refuse_unheard(routers: &[RouterKind], told: Knowledge, given: &[(&'static str, bool)]) -> Result<()> {
+    let Some((option, _)) = given.iter().find(|(_, given)| *given) else { return Ok(()) };
+    if routers.iter().any(|router| router.understands(told)) {
+        return Ok(());
+    }
+    let names = routers.iter().map(|router| router.name()).collect::<Vec<_>>().join(", ");
+    let message = match told {
+        Knowledge::Limits => {
+            let instead = match routers.iter().any(|router| router.understands(Knowledge::Memory)) {
+                true => "cache+phase",
+                false => "phase or top-k-score",
+            };
+            let know = if routers.len() == 1 { "knows" } else { "know" };
+            format!("{option}: {names} {know} no limit: use {instead}")
+        }
+        Knowledge::Memory if routers.len() == 1 => {
+            format!("{option} is for the routers cache and cache+phase, not for {names}")
+        }
+        Knowledge::Memory => format!("{option} is for the routers cache and cache+phase: name one with --router"),
+    };
+    Err(UserMistake(message).into())
+}
+
 /// What goes in and out of fast memory.
 #[derive(Args)]
 pub struct MemoryOptions {
-    /// Who leaves fast memory: lru, lfu, lfru or affinity
-    #[arg(long, value_name = "NAME", default_value = "lru", value_parser = parse::<Policy>)]
-    pub policy: Policy,
-    /// Which misses enter it: those used enough (affinity) or all
-    #[arg(long, value_name = "NAME", default_value = "affinity", value_parser = parse::<Admission>)]
-    pub admission: Admission,
+    /// Who leaves fast memory: lru, lfu, lfru or affinity [default: lru]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Policy>)]
+    policy: Option<Policy>,
+    /// Which misses enter it: those used enough (affinity) or all [default: affinity]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Admission>)]
+    admission: Option<Admission>,
+}
+
+impl MemoryOptions {
+    /// Who leaves.
+    pub fn policy(&self) -> Policy {
+        self.policy.unwrap_or(Policy::Lru)
+    }
+
+    /// Who enters.
+    pub fn admission(&self) -> Admission {
+        self.admission.unwrap_or_default()
+    }
+
+    fn first_given(&self) -> Option<&'static str> {
+        let given = [("--policy", self.policy.is_some()), ("--admission", self.admission.is_some())];
+        given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
+    }
 }
 
 /// Sets router, room and top-k of every layer.

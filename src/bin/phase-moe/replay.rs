@@ -12,7 +12,7 @@ use phase_moe::eval::replay::Replay as Replayer;
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::experts::admission::Admission;
 use phase_moe::report::replay::ReplayReport;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
 
 use crate::options::{
     Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,
@@ -76,13 +76,9 @@ impl Replay {
         if self.batch_tokens == 0 {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
-        let settings = self.cache.settings(self.router)?;
-        let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor")?;
+        let settings = self.cache.settings(&[self.router])?;
+        let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
         let router = self.router.build_with(self.capacity.seed, &settings);
-        if rule.is_some() && !router.respects_capacity() {
-            let message = format!("--capacity-factor: {} knows no limit: use cache+phase", self.router.name());
-            return Err(UserMistake(message).into());
-        }
         let Source { trace, name, bytes_per_expert } = self.source(global)?;
         let (tokens, layers) = (trace.tokens(), trace.layers.len());
         let top_k = self.top_k.unwrap_or(trace.top_k);
@@ -90,8 +86,10 @@ impl Replay {
             let below = |size: usize| -> Result<bool> {
                 Ok(size > 0 && rule.capacity(size, trace.experts, top_k)?.limits().is_none())
             };
-            let (whole, rest) = (tokens / self.batch_tokens, tokens % self.batch_tokens);
-            let unlimited = usize::from(below(self.batch_tokens)?) * whole + usize::from(below(rest)?);
+            // A step is not larger than the trace.
+            let step = self.batch_tokens.min(tokens.max(1));
+            let (whole, rest) = (tokens / step, tokens % step);
+            let unlimited = usize::from(below(step)?) * whole + usize::from(below(rest)?);
             warn_unlimited(rule, unlimited, tokens.div_ceil(self.batch_tokens));
         }
         let room = rule.map_or(Room::Unlimited, Room::Rule);
@@ -101,8 +99,8 @@ impl Replay {
             room: &room,
             batch_tokens: self.batch_tokens,
             cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
-            policy: self.memory.policy,
-            admission: self.memory.admission,
+            policy: self.memory.policy(),
+            admission: self.memory.admission(),
         };
         let beside: &[RouterKind] = match self.router {
             RouterKind::TopK => &[],
@@ -121,7 +119,7 @@ impl Replay {
         let beside = beside.iter().map(blind).collect::<Result<_>>()?;
         drop(bar);
 
-        let aware = matches!(self.router, RouterKind::Cache | RouterKind::CachePhase);
+        let aware = self.router.understands(Knowledge::Memory);
         let step = if self.batch_tokens == 1 { "one a step".into() } else { format!("{} a step", self.batch_tokens) };
         let report = ReplayReport {
             source: format!(
@@ -129,8 +127,8 @@ impl Replay {
                 trace.experts
             ),
             router: self.router.name(),
-            policy: self.memory.policy.name(),
-            admission: self.memory.admission.name(),
+            policy: self.memory.policy().name(),
+            admission: self.memory.admission().name(),
             cached_experts: replay.cached_experts,
             cache_bonus: aware.then(|| settings.bonus()),
             max_mass_loss: aware.then(|| settings.max_mass_loss()),

@@ -5,14 +5,16 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
 use phase_moe::eval::trace::GateTrace;
+use phase_moe::report::times;
 use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
 use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
+use crate::output::{Destination, Inputs};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
 ///
@@ -64,13 +66,15 @@ impl Route {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
-        let cache = self.cache.settings(self.router)?;
-        let same = |out: &PathBuf| {
-            out.canonicalize().is_ok_and(|out| self.logits.canonicalize().is_ok_and(|logits| logits == out))
-        };
-        if self.out.as_ref().is_some_and(same) {
-            return Err(UserMistake("--out: expected another file than --logits, got the same".into()).into());
+        let cache = self.cache.settings(&[self.router])?;
+        if self.capacities.is_empty() {
+            self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
+        } else {
+            self.capacity.refuse_unheard(&[self.router], &[("--capacities", true)])?;
         }
+        let out = self.out.as_ref().map(|out| Destination::open("--out", out)).transpose()?;
+        let inputs = Inputs::default().file("--logits", &self.logits);
+        let out = out.map(|out| out.apart_from(&inputs)).transpose()?;
         let trace = GateTrace::read(&self.logits)?;
         let top_k = self.top_k.unwrap_or(trace.top_k);
         let router = OfflineRouter {
@@ -88,7 +92,7 @@ impl Route {
         for layer in &trace.layers {
             let routed = router.route(&trace, layer)?;
             unlimited = unlimited.max(routed.batches_below_minimum);
-            tensors.extend(self.out.iter().flat_map(|_| named(&routed)));
+            tensors.extend(out.iter().flat_map(|_| named(&routed)));
             layers.push(routed.figures);
         }
         if let Room::Rule(rule) = &router.room {
@@ -98,8 +102,8 @@ impl Route {
                 trace.tokens().div_ceil(self.batch_tokens.unwrap_or(trace.tokens()).max(1)),
             );
         }
-        if let Some(out) = &self.out {
-            write_tensors(out, &tensors, None)?;
+        if let Some(out) = out {
+            out.write(&tensor_bytes(&tensors, None)?)?;
         }
         let router = self.router;
         let output = Output { router: router.name(), top_k, layers };
@@ -124,7 +128,7 @@ impl Route {
                 percent(layer.feasible_survival),
                 percent(layer.gate_mass),
                 layer.gate_mass_vs_bound.map_or("–".into(), percent),
-                format!("{:.2} ×", layer.max_violation + 1.0),
+                times(layer.max_violation + 1.0),
                 layer.route_nanos_per_token
             )?;
         }
@@ -133,7 +137,7 @@ impl Route {
 
     fn room(&self, experts: usize) -> Result<Room> {
         if self.capacities.is_empty() {
-            let rule = self.capacity.rule_if(self.capacity_factor, "--capacity-factor or --capacities")?;
+            let rule = self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
             return Ok(rule.map_or(Room::Unlimited, Room::Rule));
         }
         let limits = self.capacities.clone();
@@ -147,6 +151,9 @@ impl Route {
         }))
     }
 }
+
+/// What sets a limit here.
+const LIMITS: &str = "--capacity-factor or --capacities";
 
 /// The tensors of a routed layer.
 fn named(routed: &RoutedLayer) -> [NamedTensor; 3] {

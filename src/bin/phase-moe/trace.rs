@@ -7,6 +7,7 @@ use clap::Args;
 use phase_moe::eval::trace::GateTrace;
 
 use crate::options::{Global, ModelOptions, TextOptions, warn_streamed};
+use crate::output::{Destination, Inputs};
 
 /// Runs the model over text, dropless, and writes the gate logits of every MoE layer.
 ///
@@ -24,7 +25,11 @@ pub struct Trace {
 
 impl Trace {
     pub fn run(self, global: &Global) -> Result<()> {
-        let model = self.model.load()?;
+        let out = Destination::open("--out", &self.out)?;
+        let files = self.model.files()?;
+        let inputs = self.text.text.iter().fold(Inputs::default(), |inputs, path| inputs.file("--text", path));
+        let out = out.apart_from(&inputs.model(&files))?;
+        let model = self.model.load_plain(&files)?;
         let (_, batches) = self.text.batches(&model)?;
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
@@ -35,6 +40,6 @@ impl Trace {
         };
         drop(bar);
         warn_streamed(model.decoder());
-        Ok(trace.write(&self.out)?)
+        out.write(&trace.to_bytes()?)
     }
 }

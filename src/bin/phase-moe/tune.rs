@@ -70,11 +70,11 @@ impl Tune {
             let message = format!("--max-perplexity-increase is {}: expected a number", self.max_perplexity_increase);
             return Err(UserMistake(message).into());
         }
-        let router = CacheOptions::of(self.max_mass_loss, self.keep_top).settings(RouterKind::Cache)?;
+        let router = CacheOptions::of(self.max_mass_loss, self.keep_top).settings(&[RouterKind::Cache])?;
         for &bonus in &self.cache_bonus {
             router.clone().with_bonus(bonus)?;
         }
-        let MemoryOptions { policy, admission } = self.memory;
+        let (policy, admission) = (self.memory.policy(), self.memory.admission());
         let budget = |bytes: &ByteSize| -> Result<cache::CacheOptions> {
             let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
             Ok(cache::CacheOptions { policy, admission, ..cache::CacheOptions::new(budget) })
@@ -109,7 +109,7 @@ impl Tune {
         let report = TuneReport {
             source: format!(
                 "{name}: {} layers of {} experts, top {}; {tokens} tokens, one a step; policy {}, admission {}",
-                decoder.spec().layers,
+                decoder.spec().moe_layers(),
                 moe.experts,
                 moe.top_k,
                 policy.name(),
