@@ -109,6 +109,9 @@ pub enum Error {
     /// An expert could not be read, or is not what it was.
     #[error(transparent)]
     Expert(ExpertFault),
+    /// A router answered with an assignment that is none to its request.
+    #[error(transparent)]
+    Answer(AnswerFault),
     /// A file could not be read or written.
     #[error("{path}: {reason}")]
     Io {
@@ -164,6 +167,126 @@ pub enum Fault {
     },
 }
 
+/// What a router's answer broke.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("router {router}: {breach}")]
+pub struct AnswerFault {
+    /// The router's name.
+    pub router: &'static str,
+    /// What is wrong with its answer.
+    pub breach: Breach,
+}
+
+/// What can be wrong with a router's answer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Breach {
+    /// The assignment is for another number of tokens, experts or slots per token than the request.
+    #[error("{operand} of the assignment: expected {expected}, got {got}")]
+    Size {
+        /// Tokens, experts or top_k.
+        operand: &'static str,
+        /// Those of the request.
+        expected: usize,
+        /// Those of the assignment.
+        got: usize,
+    },
+    /// A token has more experts than it asked for, from a router that keeps top_k.
+    #[error("token {token}: expected at most {most} experts, got {got}")]
+    TooMany {
+        /// The token.
+        token: usize,
+        /// Experts that it asked for.
+        most: usize,
+        /// Experts that it has.
+        got: usize,
+    },
+    /// A token has an expert that the layer does not have.
+    #[error("token {token}: expected experts below {experts}, got expert {expert}")]
+    OutOfRange {
+        /// The token.
+        token: usize,
+        /// The expert.
+        expert: usize,
+        /// Experts of the layer.
+        experts: usize,
+    },
+    /// A token has an expert in two of its slots.
+    #[error("token {token}: expected distinct experts, got expert {expert} twice")]
+    Twice {
+        /// The token.
+        token: usize,
+        /// The expert.
+        expert: usize,
+    },
+    /// A token has an expert that is masked for it.
+    #[error("token {token}: expected experts that are not masked, got expert {expert}")]
+    Masked {
+        /// The token.
+        token: usize,
+        /// The expert.
+        expert: usize,
+    },
+    /// A padding token has an expert.
+    #[error("padding token {token}: expected no expert, got expert {expert}")]
+    Padding {
+        /// The token.
+        token: usize,
+        /// The expert.
+        expert: usize,
+    },
+    /// A combine weight is not finite, not 0 in a dropped slot, or not what the gate scores say.
+    #[error("combine weight of token {token}, {}: expected {}, got {got}", slot(.expert), wanted(.expected))]
+    Weight {
+        /// The token.
+        token: usize,
+        /// The expert; `None` where the slot was dropped.
+        expert: Option<usize>,
+        /// What the gate scores say; `None` for any finite number.
+        expected: Option<f64>,
+        /// The weight.
+        got: f64,
+    },
+    /// Normalised combine weights of a token do not sum to the scale, or to more where slots were dropped.
+    #[error("combine weights of token {token}: expected a sum of {expected}, less where slots were dropped, got {got}")]
+    WeightSum {
+        /// The token.
+        token: usize,
+        /// The scale.
+        expected: f64,
+        /// The sum.
+        got: f64,
+    },
+    /// An expert or a device has more slots than its limit, from a router that respects capacity.
+    #[error("{pool} {id}: expected at most {limit} slots, got {got}")]
+    OverLimit {
+        /// Expert or device.
+        pool: &'static str,
+        /// Its number.
+        id: usize,
+        /// Its limit.
+        limit: u32,
+        /// Its slots.
+        got: u32,
+    },
+    /// More gate mass was kept than the certified bound allows.
+    #[error("gate mass: expected at most its bound {bound}, got {mass}")]
+    Bound {
+        /// The bound that the router certified.
+        bound: f64,
+        /// The gate mass that it kept.
+        mass: f64,
+    },
+}
+
+fn slot(expert: &Option<usize>) -> String {
+    expert.map_or("a dropped slot".into(), |expert| format!("expert {expert}"))
+}
+
+fn wanted(weight: &Option<f64>) -> String {
+    weight.map_or("a finite number".into(), |weight| weight.to_string())
+}
+
 impl Error {
     /// A [`Error::Shape`] from anything that prints.
     pub fn shape(operand: impl Into<String>, expected: impl ToString, got: impl ToString) -> Self {
@@ -185,7 +308,7 @@ impl Error {
         match self {
             #[cfg(feature = "candle")]
             Self::Candle(_) => false,
-            Self::Expert(_) | Self::NonFinite { .. } => false,
+            Self::Expert(_) | Self::Answer(_) | Self::NonFinite { .. } => false,
             Self::Io { reason, .. } => matches!(
                 reason.kind(),
                 ErrorKind::NotFound

@@ -24,6 +24,7 @@ use crate::experts::belady::RequestLog;
 use crate::experts::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
+use crate::routing::check::check;
 use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use crate::routing::scores::Scores;
@@ -223,6 +224,7 @@ impl Books {
         };
         let request = RouteRequest::new(scores, all.top_k(), capacity, context)?;
         router.route_into(&request, state, scratch, routed)?;
+        check(router, &request, routed)?;
         if routed.width() != all.top_k() {
             return Err(Error::shape("experts of a token", all.top_k(), routed.width()));
         }

@@ -16,6 +16,7 @@ use crate::experts::admission::Admission;
 use crate::experts::belady::RequestLog;
 use crate::experts::residency::Policy;
 use crate::routing::assignment::Assignment;
+use crate::routing::check::check;
 use crate::routing::logits::Logits;
 use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
@@ -131,6 +132,7 @@ impl Replay<'_> {
             };
             let request = RouteRequest::new(&scores, self.top_k, &capacity, context)?;
             self.router.route_into(&request, &mut state, &mut scratch, &mut assignment)?;
+            check(self.router, &request, &assignment)?;
             TopK { drop: None }.route_into(&request, &mut plain_state, &mut scratch, &mut plain)?;
             for token in 0..tokens {
                 let gate = scores.gate(token);

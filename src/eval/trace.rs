@@ -61,12 +61,10 @@ impl GateTrace {
     /// Whatever the forward pass reports.
     pub fn capture(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u64)) -> Result<Self> {
         let moe = &decoder.spec().moe;
-        let empty = |(layer, moe): (usize, &MoeLayer)| LayerTrace {
-            layer,
-            logits: Vec::new(),
-            selection_bias: moe.gate().selection_bias().map(<[f32]>::to_vec),
+        let empty = |(layer, moe): (usize, &MoeLayer)| -> Result<LayerTrace> {
+            Ok(LayerTrace { layer, logits: Vec::new(), selection_bias: moe.gate().selection_bias()? })
         };
-        let mut layers: Vec<LayerTrace> = decoder.moe_layers().enumerate().map(empty).collect();
+        let mut layers = decoder.moe_layers().enumerate().map(empty).collect::<Result<Vec<_>>>()?;
         let (mut token_ids, mut state) = (Vec::new(), decoder.batch_state());
         for batch in batches {
             let live = |token: &usize| !batch.padding().is_some_and(|padding| padding[*token]);

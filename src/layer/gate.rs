@@ -1,6 +1,6 @@
 //! The gate: one linear layer from hidden state to logits, `x·Wᵀ + b`, `[tokens, hidden] → [tokens, experts]`, in `f32`.
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use super::{ROUTING_DTYPE, borrowed, check_weight, product};
@@ -14,7 +14,8 @@ use crate::spec::MoeSpec;
 pub struct Gate {
     weight: Tensor,
     bias: Option<Tensor>,
-    selection_bias: Option<Vec<f32>>,
+    /// Read anew in every forward pass: an update rule, or whoever holds the variable, may have set it.
+    selection_bias: Option<Var>,
 }
 
 impl Gate {
@@ -26,6 +27,15 @@ impl Gate {
     /// The same gate with a bias `[experts]` that is part of the logits (gpt-oss).
     pub fn with_bias(self, bias: Tensor) -> Self {
         Self { bias: Some(bias), ..self }
+    }
+
+    /// The same gate with a bias `[experts]` that counts for selection only. If it is a `Var`, the gate keeps to that one:
+    /// what is set there is seen here, and the other way round.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when Candle cannot make a variable of it.
+    pub fn with_selection_bias(self, bias: &Tensor) -> Result<Self> {
+        Ok(Self { selection_bias: Some(Var::from_tensor(bias)?), ..self })
     }
 
     /// Loads `weight` under `vb` and, where `spec` says so, `bias`.
@@ -46,18 +56,21 @@ impl Gate {
             // Always in f32, as it is added to scores.
             let (name, init) = (&spec.names.selection_bias, Init::Const(0.0));
             let bias = vb.get_with_hints_dtype(spec.experts, name, init, ROUTING_DTYPE)?;
-            let bias = bias.to_vec1::<f32>()?;
-            if let Some(bad) = bias.iter().find(|value| !value.is_finite()) {
+            if let Some(bad) = bias.to_vec1::<f32>()?.iter().find(|value| !value.is_finite()) {
                 let (place, value) = (format!("tensor `{}`", vb.pp(name).prefix()), f64::from(*bad));
                 return Err(Error::NonFinite { place, value, cause: String::new() });
             }
-            gate.set_selection_bias(&bias)?;
+            gate = gate.with_selection_bias(&bias)?;
         }
         Ok(gate)
     }
 
     pub(super) fn check(&self, spec: &MoeSpec) -> Result<()> {
         check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])?;
+        if let Some(bias) = &self.selection_bias {
+            check_weight("selection bias", bias, [spec.experts])?;
+        }
+        check_finite(&self.selection_bias()?.unwrap_or_default())?;
         match &self.bias {
             None if spec.gate_bias => Err(Error::shape("gate bias", format!("[{}]", spec.experts), "none")),
             None => Ok(()),
@@ -92,10 +105,16 @@ impl Gate {
         if bias.len() != experts {
             return Err(Error::shape("selection bias", format!("{experts} values"), format!("{} values", bias.len())));
         }
-        if let Some(bad) = bias.iter().find(|value| !value.is_finite()) {
-            return Err(Error::parameter("selection bias", bad, "finite numbers"));
+        check_finite(bias)?;
+        let values = Tensor::from_slice(bias, experts, self.weight.device())?;
+        match &self.selection_bias {
+            Some(held) => held.set(&values.to_device(held.device())?.to_dtype(held.dtype())?)?,
+            None if self.weight.is_variable() => {
+                let expected = "`selection_bias` in the layer's spec, so that it is saved with the other variables";
+                return Err(Error::shape("selection bias of a layer in training", expected, "none"));
+            }
+            None => self.selection_bias = Some(Var::from_tensor(&values)?),
         }
-        self.selection_bias = Some(bias.to_vec());
         Ok(())
     }
 
@@ -104,9 +123,13 @@ impl Gate {
         self.bias.as_ref()
     }
 
-    /// Bias that is added to scores for selection only.
-    pub fn selection_bias(&self) -> Option<&[f32]> {
-        self.selection_bias.as_deref()
+    /// Bias that is added to scores for selection only, as it is now, `[experts]`.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when it cannot be read from its device.
+    pub fn selection_bias(&self) -> Result<Option<Vec<f32>>> {
+        let read = |bias: &Var| bias.to_dtype(ROUTING_DTYPE)?.to_vec1::<f32>();
+        Ok(self.selection_bias.as_ref().map(read).transpose()?)
     }
 
     /// Logits of `tokens` (`[tokens, hidden]`), `[tokens, experts]` in `f32`.
@@ -132,5 +155,12 @@ impl Gate {
             Some(bias) => Ok(logits.broadcast_add(&bias.to_dtype(ROUTING_DTYPE)?)?),
             None => Ok(logits),
         }
+    }
+}
+
+fn check_finite(bias: &[f32]) -> Result<()> {
+    match bias.iter().find(|value| !value.is_finite()) {
+        Some(bad) => Err(Error::parameter("selection bias", bad, "finite numbers")),
+        None => Ok(()),
     }
 }

@@ -29,6 +29,7 @@ use super::MoeLayer;
 use crate::error::Result;
 use crate::expert::ExpertSet;
 use crate::routing::capacity::Capacity;
+use crate::routing::check::check;
 use crate::routing::logits::Logits;
 use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState};
@@ -43,10 +44,11 @@ impl MoeLayer {
         let values = self.logits_of(&tokens)?.flatten_all()?.to_vec1::<f32>()?;
         let experts = self.spec.experts;
         let logits = Logits::new(&values, tokens.dim(0)?, experts)?;
-        let scores = self.spec.scoring.scores(&logits, self.gate.selection_bias())?;
+        let scores = self.spec.scoring.scores(&logits, self.gate.selection_bias()?.as_deref())?;
         let capacity = Capacity::unlimited(experts)?;
         let request = RouteRequest::new(&scores, self.spec.top_k, &capacity, context)?;
         let assignment = self.router.route(&request, &mut state.clone())?;
+        check(self.router.as_ref(), &request, &assignment)?;
         Ok(Requests::new(&assignment, None)?.wanted().clone())
     }
 }

@@ -1,6 +1,35 @@
 //! What keeps a gate in training from sending everything to the same experts.
 //!
 //! Two losses to add to the model's own, and one update rule that needs no loss. Knows nothing of optimisers.
+//!
+//! A step of training, and what is saved of it: all parameters are variables of the map, the selection bias too.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+//! use phase_moe::layer::{MoeLayer, loss::{LossFreeBias, load_balancing_loss, router_z_loss}};
+//! use phase_moe::routing::router::{RouteContext, RouteState};
+//! use phase_moe::routing::scores::Scoring;
+//! use phase_moe::spec::MoeSpec;
+//!
+//! let spec = MoeSpec { scoring: Scoring::sigmoid(), selection_bias: true, ..MoeSpec::new(16, 8, 2, 32)? };
+//! let vars = VarMap::new();
+//! let mut layer = MoeLayer::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp("mlp"))?;
+//! let mut optimiser = AdamW::new_lr(vars.all_vars(), 1e-2)?;
+//! let mut bias = LossFreeBias::new(spec.experts, 0.001)?;
+//! let input = Tensor::randn(0f32, 1.0, (64, 16), &Device::Cpu)?;
+//! for _ in 0..3 {
+//!     let (output, routing) = layer.forward_in(&input, RouteContext::default(), &mut RouteState::default())?;
+//!     let loss = (output - &input)?.sqr()?.mean_all()?;
+//!     let balance = (load_balancing_loss(&routing, spec.scoring)? * 0.01)?;
+//!     optimiser.backward_step(&((loss + balance)? + (router_z_loss(&routing)? * 0.001)?)?)?;
+//!     bias.update(&routing.assignment.load())?;
+//!     layer.set_selection_bias(bias.values())?;
+//! }
+//! let saved = vars.data().lock().unwrap()["mlp.gate.e_score_correction_bias"].to_vec1::<f32>()?;
+//! assert_eq!(saved, bias.values());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
@@ -79,6 +108,17 @@ impl LossFreeBias {
             return Err(Error::parameter("bias update rate", rate, "a positive finite number"));
         }
         Ok(Self { bias: vec![0.0; experts], rate })
+    }
+
+    /// The same from the bias that a layer was loaded with, to go on where its training ended.
+    ///
+    /// # Errors
+    /// As [`LossFreeBias::new`], and for values that are not finite.
+    pub fn resume(values: &[f32], rate: f32) -> Result<Self> {
+        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+            return Err(Error::parameter("selection bias", bad, "finite numbers"));
+        }
+        Ok(Self { bias: values.to_vec(), ..Self::new(values.len(), rate)? })
     }
 
     /// Moves each bias against the load that its expert had in the last batch.

@@ -54,6 +54,7 @@ use crate::layer::shared::Shared;
 use crate::layer::worth::OutputNorms;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
+use crate::routing::check::check;
 use crate::routing::logits::Logits;
 use crate::routing::metrics::RouteMetrics;
 use crate::routing::plan::DispatchPlan;
@@ -275,10 +276,13 @@ impl MoeLayer {
         Ok(())
     }
 
-    /// Sets the selection bias of the gate, `[experts]`, which moves who is chosen and not the combine weights.
+    /// Sets the selection bias of the gate, `[experts]`, which moves who is chosen and not the combine weights. A layer loaded with one has
+    /// it in a variable, as its other parameters: that is what a `VarMap` saves, and clones share it. A layer that has none gets one of
+    /// its own.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another length, [`Error::Parameter`] for values that are not finite.
+    /// [`Error::Shape`] for another length, and for a layer under `Var`s whose spec has no such bias: it would not be saved.
+    /// [`Error::Parameter`] for values that are not finite.
     pub fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
         self.gate.set_selection_bias(bias)
     }
@@ -329,7 +333,8 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`Error::Shape`] for a hidden state of the wrong rank, width, dtype or device or a context of another batch,
-    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::Candle`] when Candle refuses an operation.
+    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::Answer`] when the router's answer is none to its
+    /// request, [`Error::Candle`] when Candle refuses an operation.
     pub fn forward_in(
         &self,
         hidden: &Tensor,
@@ -344,8 +349,8 @@ impl MoeLayer {
         }
         let logits = self.logits_of(&tokens)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;
-        let scores =
-            self.spec.scoring.scores(&Logits::new(&values, rows, self.spec.experts)?, self.gate.selection_bias())?;
+        let logit_rows = Logits::new(&values, rows, self.spec.experts)?;
+        let scores = self.spec.scoring.scores(&logit_rows, self.gate.selection_bias()?.as_deref())?;
         let pads = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
         let capacity = match &self.capacity {
             Some(rule) => rule.capacity(rows.saturating_sub(pads), self.spec.experts, self.spec.top_k)?,
@@ -368,6 +373,7 @@ impl MoeLayer {
         let started = Instant::now();
         let assignment = self.router.route(&request, state)?;
         let route_time = started.elapsed();
+        check(self.router.as_ref(), &request, &assignment)?;
 
         let plan = DispatchPlan::new(&assignment);
         let output = match by_engine {

@@ -35,7 +35,12 @@ pub(super) fn load_experts(spec: &MoeSpec, vb: &VarBuilder<'_>) -> Result<Vec<Ex
     }
     let tensor = |name: &str| vb.get_unchecked(name);
     let (mut gate_up, mut down) = (tensor(&names.stacked_gate_up)?, tensor(&names.stacked_down)?);
-    if spec.stack_order(gate_up.dims(), down.dims())? == StackOrder::ColumnsFirst {
+    let columns_first = spec.stack_order(gate_up.dims(), down.dims())? == StackOrder::ColumnsFirst;
+    if (columns_first || names.stacked_in_turns) && (gate_up.track_op() || down.track_op()) {
+        // Brought into form once, experts would stay what they are now, whatever an optimiser does.
+        return Err(Error::shape("stacked experts under `Var`s", "rows first and gate before up", "another order"));
+    }
+    if columns_first {
         let turned = |stack: Tensor| stack.transpose(1, 2)?.contiguous();
         (gate_up, down) = (turned(gate_up)?, turned(down)?);
     }

@@ -7,19 +7,26 @@ use crate::routing::capacity::Capacity;
 use crate::routing::router::RouteRequest;
 use crate::routing::topk::gate_choice;
 
-/// Spread of loads over experts or devices.
+/// Spread of loads over experts or devices, each against its share of the room: `r = load / share`, one number for each of `n`.
+/// Loads in proportion to the shares are perfectly balanced, whatever the shares.
+///
+/// What has no share and no load counts nowhere (`n` is without it). What has no share and a load is without end above it:
+/// beside it those with a share count as 0. Where nothing has a share, `r` is the load.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Balance {
     /// Largest load over its fair share of the demand, minus 1 (MaxVio, arXiv 2408.15664); 0 is perfect, below 0 means
-    /// that slots were dropped.
+    /// that slots were dropped, infinite that one without a share has a load.
     pub max_violation: f64,
-    /// Standard deviation of the loads over their mean.
+    /// Standard deviation over mean: `√(Σ(r − r̄)² / n) / r̄`.
     pub cv: f64,
-    /// Gini coefficient: 0 is equal, towards 1 one expert has all.
+    /// Gini coefficient, `Σᵢ Σⱼ |rᵢ − rⱼ| / (2 n² r̄)`: 0 is equal, towards 1 one expert has all.
     pub gini: f64,
-    /// Jain's fairness index: 1 is equal, 1/n one expert has all.
+    /// Jain's fairness index, `(Σr)² / (n Σr²)`: 1 is equal, 1/n one expert has all.
     pub jain: f64,
 }
+
+/// Shares below this part of the largest, or below this number, count as none: no sum of squares overflows.
+const LEAST_SHARE: (f64, f64) = (1e-100, 1e-200);
 
 impl Balance {
     /// The spread of `loads` where each should have had its part of `demand` slots in proportion to `fair` (any scale).
@@ -39,19 +46,43 @@ impl Balance {
         if total == 0.0 {
             return Self { max_violation, jain: 1.0, ..Self::default() };
         }
-        let count = loads.len() as f64;
+        let mut sorted = relative(loads, fair);
+        let (count, total) = (sorted.len() as f64, sorted.iter().sum::<f64>());
         let mean = total / count;
-        let squares: f64 = loads.iter().map(|&load| f64::from(load).powi(2)).sum();
-        let mut sorted = loads.to_vec();
-        sorted.sort_unstable();
-        let ranked: f64 = sorted.iter().zip(1..).map(|(&load, rank)| f64::from(load) * f64::from(rank)).sum();
+        let squares: f64 = sorted.iter().map(|load| load.powi(2)).sum();
+        // Of the loads themselves, whole numbers, this is exact; of others a difference of near equals would be noise.
+        let variance = match sorted.iter().copied().eq(loads.iter().map(|&load| f64::from(load))) {
+            true => (squares / count - mean * mean).max(0.0),
+            false => sorted.iter().map(|load| (load - mean).powi(2)).sum::<f64>() / count,
+        };
+        sorted.sort_unstable_by(f64::total_cmp);
+        let ranked: f64 = sorted.iter().zip(1..).map(|(&load, rank)| load * f64::from(rank)).sum();
         Self {
             max_violation,
-            cv: (squares / count - mean * mean).max(0.0).sqrt() / mean,
+            cv: variance.sqrt() / mean,
             gini: (2.0 * ranked / (count * total) - (count + 1.0) / count).max(0.0),
             jain: total * total / (count * squares),
         }
     }
+}
+
+/// Loads over shares, up to a factor; the loads themselves where the shares are equal.
+fn relative(loads: &[u32], fair: &[f64]) -> Vec<f64> {
+    let largest = fair.iter().copied().fold(0.0, f64::max);
+    let least = (largest * LEAST_SHARE.0).max(LEAST_SHARE.1);
+    let equal = largest < least || fair.iter().all(|&fair| fair == largest);
+    let all = || loads.iter().map(|&load| f64::from(load)).zip(fair.iter().copied());
+    if equal {
+        return all().map(|(load, _)| load).collect();
+    }
+    let without_share = all().any(|(load, fair)| fair < least && load > 0.0);
+    let relative = |(load, fair): (f64, f64)| match fair >= least {
+        // In this order: loads in proportion to the shares have the same quotient to the last bit.
+        true if !without_share => Some(load / fair * largest),
+        true => Some(0.0),
+        false => (load > 0.0).then_some(load),
+    };
+    all().filter_map(relative).collect()
 }
 
 /// Figures of one routed batch of one layer.
@@ -69,7 +100,7 @@ pub struct RouteMetrics {
     pub top_k_gate_mass: f64,
     /// Balance of the kept slots over experts, against each expert's share of the capacity.
     pub experts: Balance,
-    /// Balance of the kept slots over devices, where the capacity is per device.
+    /// Balance of the kept slots over devices, where the capacity is per device, against each device's limit.
     pub devices: Option<Balance>,
     /// Largest load of the gate's own top-k, before any capacity, against the same shares.
     pub demand_max_violation: f64,

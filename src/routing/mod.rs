@@ -8,6 +8,7 @@ pub mod assignment;
 pub mod balanced;
 pub mod cache_aware;
 pub mod capacity;
+pub mod check;
 pub mod drop;
 pub mod expanded;
 pub mod expert_choice;

@@ -11,28 +11,22 @@ use super::{Kernel, LANES, Lanes};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
 
+pub(super) mod set {
+    features!(is_x86_feature_detected, super::Avx2: "avx2" "fma" "f16c" "bmi1" "bmi2" "popcnt");
+}
+
 impl Avx2 {
     /// The proof, where the CPU gives it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("bmi1")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("popcnt");
-        has.then_some(Self(()))
+        set::has().then_some(Self(()))
     }
 
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
-        fn compiled<K: Kernel>(lanes: Avx2, kernel: K) -> K::Output {
-            kernel.run(lanes)
-        }
         // SAFETY: `self` proves the features.
-        unsafe { compiled(self, kernel) }
+        unsafe { set::compiled(self, kernel) }
     }
 }
 

@@ -7,42 +7,36 @@ use std::arch::x86_64::*;
 use super::multiply::{LINE_BYTES, Line, Multiply, bytes_dot, narrowed, pairs_dot};
 use super::{Kernel, LANES, Lanes};
 
-/// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOTS` also BF16 and VNNI.
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL and what came before them; with `DOTS` also BF16 and VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx512<const DOTS: bool>(());
+
+pub(super) mod plain {
+    features!(is_x86_feature_detected, super::Avx512<false>:
+        "avx512f" "avx512bw" "avx512dq" "avx512vl" "avx2" "fma" "f16c" "bmi1" "bmi2" "lzcnt" "popcnt");
+}
+
+pub(super) mod dots {
+    features!(is_x86_feature_detected, super::Avx512<true>:
+        "avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512bf16" "avx512vnni" "avx2" "fma" "f16c" "bmi1" "bmi2" "lzcnt" "popcnt");
+}
 
 impl<const DOTS: bool> Avx512<DOTS> {
     /// The proof, where the CPU gives it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("popcnt");
-        let dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
-        (has && (dots || !DOTS)).then_some(Self(()))
+        let has = if DOTS { dots::has() } else { plain::has() };
+        has.then_some(Self(()))
     }
 
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-        fn plain<K: Kernel>(lanes: Avx512<false>, kernel: K) -> K::Output {
-            kernel.run(lanes)
-        }
-        #[target_feature(
-            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt"
-        )]
-        fn dots<K: Kernel>(lanes: Avx512<true>, kernel: K) -> K::Output {
-            kernel.run(lanes)
-        }
-        // SAFETY: `self` proves the features; AVX2, FMA, F16C, BMI1 and LZCNT come with every CPU that has AVX-512.
+        // SAFETY: `self` proves the features.
         unsafe {
             match DOTS {
-                true => dots(Avx512(()), kernel),
-                false => plain(Avx512(()), kernel),
+                true => dots::compiled(Avx512(()), kernel),
+                false => plain::compiled(Avx512(()), kernel),
             }
         }
     }

@@ -7,6 +7,25 @@
 //!
 //! The only room with `unsafe` in it. Knows nothing of routing.
 
+/// What a set needs of the CPU, said once: `has` detects the features that `compiled` has a kernel compiled for.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! features {
+    ($detected:ident, $lanes:ty: $($feature:tt)+) => {
+        #[cfg(test)]
+        pub(in crate::simd) const FEATURES: &[&str] = &[$($feature),+];
+
+        #[inline]
+        pub(super) fn has() -> bool {
+            $(std::arch::$detected!($feature))&&+
+        }
+
+        #[target_feature($(enable = $feature),+)]
+        pub(super) fn compiled<K: crate::simd::Kernel>(lanes: $lanes, kernel: K) -> K::Output {
+            kernel.run(lanes)
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

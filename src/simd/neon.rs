@@ -11,22 +11,22 @@ use super::{Kernel, LANES, Lanes};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Neon(());
 
+pub(super) mod set {
+    features!(is_aarch64_feature_detected, super::Neon: "neon");
+}
+
 impl Neon {
     /// The proof, where the CPU gives it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
+        set::has().then_some(Self(()))
     }
 
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "neon")]
-        fn compiled<K: Kernel>(lanes: Neon, kernel: K) -> K::Output {
-            kernel.run(lanes)
-        }
         // SAFETY: `self` proves the feature.
-        unsafe { compiled(self, kernel) }
+        unsafe { set::compiled(self, kernel) }
     }
 }
 

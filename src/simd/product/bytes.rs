@@ -186,9 +186,11 @@ fn padded(rows: &[*const u8; LANES], at: usize, bytes: usize, copies: &mut [Line
     let mut starts = [std::ptr::null(); LANES];
     for (row, copy) in copies.chunks_exact_mut(PADDED).take(LANES).enumerate() {
         copy.fill(Line::default());
-        starts[row] = copy.as_ptr().cast();
+        // Read through the pointer that it is written through: one made before from a shared reference ends at the write.
+        let start = copy.as_mut_ptr().cast();
         // SAFETY: a row has so many bytes left, and a copy has room for a chunk.
-        unsafe { std::ptr::copy_nonoverlapping(rows[row].wrapping_add(at), copy.as_mut_ptr().cast(), bytes) };
+        unsafe { std::ptr::copy_nonoverlapping(rows[row].wrapping_add(at), start, bytes) };
+        starts[row] = start.cast_const();
     }
     starts
 }
