@@ -7,7 +7,8 @@
 //!
 //! Knows nothing of tensor frameworks or models.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::fs::File;
 use std::path::Path;
@@ -25,6 +26,7 @@ use crate::error::{Error, Result};
 mod direct;
 mod element;
 mod gguf;
+pub mod json;
 mod metadata;
 
 /// Bytes that can be read at a position: a file, or memory.
@@ -151,29 +153,27 @@ impl Checkpoint {
         let name = index.display().to_string();
         let wrong = |detail: String| Error::Checkpoint { file: name.clone(), detail };
         let parsed: serde_json::Value =
-            serde_json::from_str(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
+            json::parse(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
         let map = parsed.get("weight_map").and_then(serde_json::Value::as_object);
         let map = map.ok_or_else(|| wrong("expected an object `weight_map`, got none".into()))?;
         if map.is_empty() {
             return Err(wrong("expected tensors in `weight_map`, got none".into()));
         }
-        let mut shards = BTreeMap::<&str, Vec<&str>>::new();
+        let (mut shards, mut places) = (BTreeSet::new(), HashMap::new());
         for (tensor, shard) in map {
             let shard = shard.as_str().filter(|shard| !shard.contains(['/', '\\']));
             let shard = shard
                 .ok_or_else(|| wrong(format!("tensor `{tensor}`: expected a file name, got {:?}", map[tensor])))?;
-            shards.entry(shard).or_default().push(tensor);
+            let path = directory.join(shard);
+            places.insert(tensor.as_str(), path.display().to_string());
+            shards.insert(path);
         }
-        let paths: Vec<_> = shards.keys().map(|shard| directory.join(shard)).collect();
-        let checkpoint = Self::open_files(&paths)?;
-        for (shard, tensors) in shards {
-            let path = directory.join(shard).display().to_string();
-            let in_shard = |tensor: &str| {
-                let entry = checkpoint.tensors.get(tensor);
-                entry.is_some_and(|entry| checkpoint.files[entry.file].0 == path)
-            };
-            let missing = tensors.into_iter().find(|tensor| !in_shard(tensor));
-            if let Some(tensor) = missing {
+        let paths: Vec<_> = shards.into_iter().collect();
+        let checkpoint = Self::from_indexed(files(&paths)?, |tensor| places.get(tensor).map(String::as_str))?;
+        for (tensor, shard) in map {
+            let entry = checkpoint.tensors.get(tensor);
+            if entry.is_none_or(|entry| checkpoint.files[entry.file].0 != places[tensor.as_str()]) {
+                let shard = shard.as_str().unwrap_or_default();
                 return Err(wrong(format!("tensor `{tensor}`: expected in {shard}, got none")));
             }
         }
@@ -185,11 +185,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
-        let open = |path: &Path| -> Result<(String, Box<dyn ByteSource>)> {
-            let file = DirectFile::open(path).map_err(|error| Error::io(path, error))?;
-            Ok((path.display().to_string(), Box::new(file)))
-        };
-        Self::from_sources(paths.iter().map(|path| open(path.as_ref())).collect::<Result<_>>()?)
+        Self::from_sources(files(paths)?)
     }
 
     /// Reads the headers of named sources.
@@ -197,6 +193,14 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] for a header that is not one, a tensor outside the file, a tensor in two files.
     pub fn from_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
+        Self::from_indexed(files, |_| None)
+    }
+
+    /// The same where an index may say which file a tensor is in that is in two.
+    fn from_indexed<'a>(
+        files: Vec<(String, Box<dyn ByteSource>)>,
+        place: impl Fn(&str) -> Option<&'a str>,
+    ) -> Result<Self> {
         let files: Vec<NamedSource> = files.into_iter().map(|(name, source)| (name, source.into())).collect();
         let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
         for (index, (name, source)) in files.iter().enumerate() {
@@ -211,9 +215,15 @@ impl Checkpoint {
                     file: index,
                     offset: data_start + start as u64,
                 };
-                if tensors.insert(tensor.clone(), entry).is_some() {
-                    let detail = format!("tensor `{tensor}`: expected in one file, got in two");
-                    return Err(Error::Checkpoint { file: name.clone(), detail });
+                let place = place(&tensor);
+                match (tensors.entry(tensor), place) {
+                    (Entry::Vacant(vacant), _) => drop(vacant.insert(entry)),
+                    (Entry::Occupied(mut taken), Some(place)) if place == name => drop(taken.insert(entry)),
+                    (Entry::Occupied(taken), Some(place)) if place == files[taken.get().file].0 => {}
+                    (Entry::Occupied(taken), _) => {
+                        let detail = format!("tensor `{}`: expected in one file, got in two", taken.key());
+                        return Err(Error::Checkpoint { file: name.clone(), detail });
+                    }
                 }
             }
         }
@@ -346,6 +356,15 @@ pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<Hash
     std::fs::write(path, tensor_bytes(tensors, metadata)?).map_err(|reason| Error::io(path, reason))
 }
 
+/// The files at `paths`, to be read by position.
+fn files(paths: &[impl AsRef<Path>]) -> Result<Vec<(String, Box<dyn ByteSource>)>> {
+    let open = |path: &Path| -> Result<(String, Box<dyn ByteSource>)> {
+        let file = DirectFile::open(path).map_err(|error| Error::io(path, error))?;
+        Ok((path.display().to_string(), Box::new(file)))
+    };
+    paths.iter().map(|path| open(path.as_ref())).collect()
+}
+
 /// Reads and checks the header of a safetensors file; returns it and where the data begin.
 fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader, u64)> {
     let wrong = |detail: String| Error::Checkpoint { file: name.into(), detail };
@@ -421,6 +440,11 @@ mod tests {
     fn open(bytes: Vec<u8>) -> Result<Checkpoint, String> {
         let bytes: &'static [u8] = bytes.leak();
         Checkpoint::from_sources(vec![("m.safetensors".into(), Box::new(bytes))]).map_err(|error| error.to_string())
+    }
+
+    fn both(second: &str) -> String {
+        let rest = r#"{"dtype":"F32","shape":[2],"data_offsets":[8,16]}"#;
+        format!(r#"{},"{second}":{rest}}}"#, ONE.trim_end_matches('}').to_owned() + "}")
     }
 
     const ONE: &str = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
@@ -509,7 +533,18 @@ mod tests {
         write("two.safetensors", &file(r#"{"c":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 8));
         assert!(error().contains("tensor `b`: expected in two.safetensors, got none"));
         write("two.safetensors", &file(ONE, 8));
+        assert!(error().contains("tensor `b`: expected in two.safetensors, got none"));
+        // In both, and the index does not say in which.
+        index(r#"{"b":"one.safetensors","c":"two.safetensors"}"#);
         assert!(error().contains("tensor `a`: expected in one file, got in two"));
+        for place in ["one.safetensors", "two.safetensors"] {
+            write("one.safetensors", &file(&both("b"), 16));
+            write("two.safetensors", &file(&both("c"), 16));
+            index(&format!(r#"{{"a":"{place}","b":"one.safetensors","c":"two.safetensors"}}"#));
+            let checkpoint = Checkpoint::open(directory.path()).unwrap();
+            assert!(checkpoint.file_of(checkpoint.entry("a").unwrap()).ends_with(place));
+            assert_eq!(checkpoint.tensors().len(), 3);
+        }
         index(r#"{"a":"../one.safetensors"}"#);
         assert!(error().contains("expected a file name"));
     }

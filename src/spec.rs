@@ -8,6 +8,10 @@ use crate::experts::activation::Activation;
 use crate::routing::assignment::check_top_k;
 use crate::routing::scores::Scoring;
 
+pub use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
+
+mod positions;
+
 /// Where an MoE layer's tensors are, relative to the layer: `{experts}.{E}.{gate_proj}.weight`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertNames {
@@ -245,25 +249,6 @@ pub struct LatentSpec {
     pub pairs: bool,
 }
 
-/// Positions stretched past those that a model was first trained on (YaRN, arXiv 2309.00071).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Yarn {
-    /// How many times as far it now looks.
-    pub factor: f64,
-    /// Positions that it was first trained on.
-    pub original_positions: usize,
-    /// Turns over those positions above which a rotation stays as fast as it was.
-    pub beta_fast: f64,
-    /// Turns below which it is slowed down by the whole factor; in between by a part.
-    pub beta_slow: f64,
-    /// What cosines and sines are multiplied by.
-    pub rotation_scale: f64,
-    /// What products of queries and keys are multiplied by, beside the usual.
-    pub score_scale: f64,
-    /// The part in between begins and ends at whole rotations, as in the paper's code, or wherever it does (gpt-oss).
-    pub whole_rotations: bool,
-}
-
 /// Constants that Granite multiplies with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Multipliers {
@@ -317,7 +302,7 @@ pub struct ModelSpec {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Longest sequence the model was made for.
+    /// Longest sequence that it runs: what the model was made for, or less where nothing here rotates further positions.
     pub max_positions: usize,
     /// Which norms it has.
     pub norm: Norm,
@@ -326,7 +311,7 @@ pub struct ModelSpec {
     /// Base of the rotary embedding.
     pub rope_theta: f64,
     /// Stretched positions.
-    pub yarn: Option<Yarn>,
+    pub rope_scaling: RopeScaling,
     /// How much of a head is rotated, from its front on; even.
     pub rotary_dim: usize,
     /// RMS norm on queries and keys.
@@ -364,7 +349,7 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd rotary width or one above the head width, dense blocks or blocks with a window that are not there or out of order, dense ones that
+    /// odd rotary width or one above the head width, as many divisors of rotations as there are no pairs, dense blocks or blocks with a window that are not there or out of order, dense ones that
     /// are all there are, sinks or windows in latent attention, or more weights than can be counted.
     pub fn check(&self) -> Result<()> {
         self.moe.check()?;
@@ -400,6 +385,12 @@ impl ModelSpec {
                 return Err(Error::parameter(name, format!("{blocks:?}"), format!("some of 0..{}", self.layers)));
             }
         }
+        if let RopeScaling::Each(each) = &self.rope_scaling
+            && each.divisors.len() != self.rotary_dim / 2
+        {
+            let expected = format!("one for each of {} pairs", self.rotary_dim / 2);
+            return Err(Error::parameter("divisors of rotations", each.divisors.len(), expected));
+        }
         if !self.window.blocks.is_empty() && self.window.positions == 0 {
             return Err(Error::parameter("positions of a window", 0, "at least 1"));
         }
@@ -420,7 +411,16 @@ impl ModelSpec {
                 .fold(query_rank.unwrap_or(0), |a, b| a.saturating_add(*b))
         });
         let queries = self.heads.saturating_mul(head);
-        let largest = [self.vocab, self.moe.expert_width, queries, self.moe.experts, shared, self.dense.width];
+        let ranks = self.latent.map_or(0, |latent| latent.kv_rank.max(latent.query_rank.unwrap_or(0)));
+        let largest = [
+            self.vocab,
+            self.moe.expert_width,
+            queries,
+            queries.saturating_mul(ranks),
+            self.moe.experts,
+            shared,
+            self.dense.width,
+        ];
         let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
         let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
         if !largest.iter().all(countable) {

@@ -114,7 +114,7 @@ impl Attention {
 /// What products of queries and keys of `width` are multiplied by.
 pub(super) fn score_scale(spec: &ModelSpec, width: usize) -> f64 {
     let usual = spec.multipliers.attention.unwrap_or((width as f64).powf(-0.5));
-    usual * spec.yarn.map_or(1.0, |yarn| yarn.score_scale)
+    usual * spec.rope_scaling.score_scale()
 }
 
 /// Scores of all heads that are there at a time, at most: a long prompt in chunks needs memory in proportion to its length alone.

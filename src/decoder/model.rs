@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::{Decoder, weights};
-use crate::checkpoint::{Checkpoint, Metadata, gguf_file};
+use crate::checkpoint::{Checkpoint, Metadata, gguf_file, json};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
@@ -113,21 +113,21 @@ impl ModelFiles {
         const FILE: &str = "generation_config.json";
         let Some(text) = self.beside(FILE)? else { return Ok(None) };
         let wrong = |detail: String| Error::Config { file: FILE.into(), detail };
-        let config: Value =
-            serde_json::from_str(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
+        let config: Value = json::parse(&text).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
         let ids = match config.get("eos_token_id") {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::Array(ids)) => ids.as_slice(),
             Some(id) => std::slice::from_ref(id),
         };
-        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids: Option<Vec<u32>> = ids.iter().map(id).collect();
+        // -1 is how some say that there is none.
+        let ids = ids.iter().filter(|id| id.as_i64() != Some(-1));
+        let ids: Option<Vec<u32>> = ids.map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect();
         let got =
             || wrong(format!("`eos_token_id`: expected a token id or a list of them, got {}", config["eos_token_id"]));
         ids.map(Some).ok_or_else(got)
     }
 
-    /// What the configuration says, and that the checkpoint has no other experts.
+    /// What the configuration says, and that the checkpoint has its blocks and no other experts.
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::UnknownName`] for a family there is no file for, [`Error::Checkpoint`] as
@@ -135,6 +135,7 @@ impl ModelFiles {
     pub fn spec(&self) -> Result<ModelSpec> {
         let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
         let spec = zoo::parse_config(&self.config, file)?;
+        weights::check_blocks(&self.checkpoint, &spec, file)?;
         weights::check_experts(&self.checkpoint, &spec)?;
         Ok(spec)
     }

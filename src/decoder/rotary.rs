@@ -5,7 +5,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 
 use crate::error::Result;
-use crate::spec::{ModelSpec, Yarn};
+use crate::spec::ModelSpec;
 
 /// Cosines and sines of the positions of one forward pass: `[positions, rotary_dim / 2]`, or where sequences begin at different ones
 /// `[sequences, positions, rotary_dim / 2]`.
@@ -25,10 +25,11 @@ impl Rotary {
         device: &Device,
     ) -> Result<Self> {
         let half = spec.rotary_dim / 2;
-        let slowed = |pair: usize| spec.yarn.map_or(1.0, |yarn| slowing(&yarn, spec, pair)) as f32;
-        let rate =
-            |pair: usize| slowed(pair) / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32);
-        let rates: Vec<f32> = (0..half).map(rate).collect();
+        let slowing = spec.rope_scaling.slowing(spec.rope_theta, spec.rotary_dim);
+        let rate = |(pair, slowed): (usize, f64)| {
+            slowed as f32 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32)
+        };
+        let rates: Vec<f32> = slowing.into_iter().enumerate().map(rate).collect();
         let alike = starts.windows(2).all(|pair| pair[0] == pair[1]);
         let starts = if alike { &starts[..starts.len().min(1)] } else { starts };
         let angles: Vec<f32> = starts
@@ -40,7 +41,7 @@ impl Rotary {
             true => Tensor::from_vec(angles, (positions, half), device)?,
             false => Tensor::from_vec(angles, (starts.len(), positions, half), device)?,
         };
-        let scale = spec.yarn.map_or(1.0, |yarn| yarn.rotation_scale);
+        let scale = spec.rope_scaling.rotation_scale();
         let scaled = |tensor: Tensor| (tensor * scale)?.to_dtype(dtype);
         Ok(Self { cos: scaled(angles.cos()?)?, sin: scaled(angles.sin()?)? })
     }
@@ -86,19 +87,4 @@ impl Rotary {
             (0..heads.dim(0)?).map(|row| rotate(&heads.narrow(0, row, 1)?, &self.cos.get(row)?, &self.sin.get(row)?));
         Ok(Tensor::cat(&rotated.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
-}
-
-/// What a rotation's rate is multiplied by: 1 where it turns often, `1 / factor` where it hardly turns, between them a ramp.
-fn slowing(yarn: &Yarn, spec: &ModelSpec, pair: usize) -> f64 {
-    let dim = spec.rotary_dim as f64;
-    // The pair that turns so many times over the original positions.
-    let pair_of = |turns: f64| {
-        dim * (yarn.original_positions as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * spec.rope_theta.ln())
-    };
-    let (low, high) = (pair_of(yarn.beta_fast), pair_of(yarn.beta_slow));
-    let (low, high) = if yarn.whole_rotations { (low.floor(), high.ceil()) } else { (low, high) };
-    let (low, high) = (low.max(0.0), high.min(dim - 1.0));
-    let width = if low == high { 0.001 } else { high - low };
-    let ramp = ((pair as f64 - low) / width).clamp(0.0, 1.0);
-    ramp / yarn.factor + 1.0 - ramp
 }

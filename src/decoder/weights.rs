@@ -25,6 +25,27 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
     VarBuilder::from_backend(backend, dtype, device.clone())
 }
 
+/// Checks that the checkpoint has as many blocks as `spec`, by the norm that each begins with: before anything counts them, and before
+/// those that are there are read.
+///
+/// # Errors
+/// [`Error::Config`] naming the key in `config`, which is where the configuration is from.
+pub fn check_blocks(checkpoint: &Checkpoint, spec: &ModelSpec, config: &str) -> Result<()> {
+    let [before, after] = match checkpoint.gguf() {
+        Some(_) => ["blk.", ".attn_norm.weight"],
+        None => ["model.layers.", ".input_layernorm.weight"],
+    };
+    let is_norm = |name: &&String| name.starts_with(before) && name.ends_with(after);
+    let there = checkpoint.tensors().keys().filter(is_norm).count();
+    if spec.layers > there {
+        let got = spec.layers;
+        let detail =
+            format!("key `num_hidden_layers`: expected at most the {there} blocks of the checkpoint, got {got}");
+        return Err(Error::Config { file: config.into(), detail });
+    }
+    Ok(())
+}
+
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its
 /// configuration, and would load as another model than the one that was trained. Likewise for experts that are there both one by
 /// one and stacked, and for stacks of other shapes. (Missing ones are found when they are asked for.)

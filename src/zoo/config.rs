@@ -1,8 +1,14 @@
 //! Typed reading of a `config.json`: every miss names the file, the key, what was expected and what came.
+//!
+//! As in transformers a number with a decimal point is no size, and a text no number.
 
 use serde_json::{Map, Value};
 
+use crate::checkpoint::json;
 use crate::error::{Error, Result};
+
+/// The largest size.
+const MOST: u64 = u32::MAX as u64;
 
 /// A parsed `config.json` and the name it goes by in errors.
 pub(super) struct Config {
@@ -13,11 +19,10 @@ pub(super) struct Config {
 impl Config {
     pub(super) fn parse(json: &str, file: &str) -> Result<Self> {
         let config = |detail: String| Error::Config { file: file.into(), detail };
-        let value: Value =
-            serde_json::from_str(json).map_err(|error| config(format!("expected a JSON object, got {error}")))?;
+        let value = json::parse(json).map_err(|error| config(format!("expected a JSON object, got {error}")))?;
         match value {
             Value::Object(keys) => Ok(Self { file: file.into(), keys }),
-            other => Err(config(format!("expected a JSON object, got {other}"))),
+            other => Err(config(format!("expected a JSON object, got {}", shown(&other)))),
         }
     }
 
@@ -26,8 +31,13 @@ impl Config {
         Error::Config { file: self.file.clone(), detail: format!("key `{key}`: expected {expected}, got {got}") }
     }
 
+    /// An error about the value that there is under `key`.
+    pub(super) fn wrong(&self, key: &str, expected: &str) -> Error {
+        self.error(key, expected, &self.value(key).map_or_else(|| "nothing".into(), shown))
+    }
+
     /// The value of `key`; null counts as absent, as Hugging Face writes it. A dot reaches into a nested object.
-    fn value(&self, key: &str) -> Option<&Value> {
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
         let mut parts = key.split('.');
         let first = self.keys.get(parts.next()?)?;
         parts.try_fold(first, |value, part| value.get(part)).filter(|value| !value.is_null())
@@ -38,6 +48,11 @@ impl Config {
         self.value(key).is_some()
     }
 
+    /// True when the key is not there, which may mean something else than null.
+    pub(super) fn is_absent(&self, key: &str) -> bool {
+        !self.keys.contains_key(key)
+    }
+
     fn typed<'a, T>(
         &'a self,
         key: &str,
@@ -45,7 +60,7 @@ impl Config {
         convert: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(value) = self.value(key) else { return Ok(None) };
-        convert(value).map(Some).ok_or_else(|| self.error(key, expected, &value.to_string()))
+        convert(value).map(Some).ok_or_else(|| self.error(key, expected, &shown(value)))
     }
 
     fn required<T>(&self, key: &str, expected: &str, value: Option<T>) -> Result<T> {
@@ -66,13 +81,16 @@ impl Config {
     }
 
     pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
-        let positive = |value: &Value| value.as_u64().filter(|&size| size > 0 && size <= u32::MAX.into());
+        if let Some(size) = self.value(key).and_then(Value::as_u64).filter(|&size| size > MOST) {
+            return Err(self.error(key, &format!("at most {MOST}"), &size.to_string()));
+        }
+        let positive = |value: &Value| value.as_u64().filter(|&size| size > 0);
         Ok(self.typed(key, "a positive integer", positive)?.map(|size| size as usize))
     }
 
     /// An integer that may be 0.
     pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
-        let count = |value: &Value| value.as_u64().filter(|&count| count <= u32::MAX.into());
+        let count = |value: &Value| value.as_u64().filter(|&count| count <= MOST);
         Ok(self.typed(key, "an integer, at least 0", count)?.map(|count| count as usize))
     }
 
@@ -103,7 +121,23 @@ impl Config {
         })
     }
 
-    /// The same where there must be one.
+    /// The same, and none for 0, which some write where they mean nothing.
+    pub(super) fn optional_number_or_zero(&self, key: &str) -> Result<Option<f64>> {
+        match self.value(key).and_then(Value::as_f64) {
+            Some(0.0) => Ok(None),
+            _ => self.optional_number(key),
+        }
+    }
+
+    /// A list of positive finite numbers.
+    pub(super) fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        let number = |value: &Value| value.as_f64().filter(|number| number.is_finite() && *number > 0.0);
+        let list = |value: &Value| value.as_array()?.iter().map(number).collect::<Option<Vec<_>>>();
+        let value = self.typed(key, "a list of positive numbers", list)?;
+        self.required(key, "a list of positive numbers", value)
+    }
+
+    /// A positive finite number that must be there.
     pub(super) fn number(&self, key: &str) -> Result<f64> {
         let value = self.optional_number(key)?;
         self.required(key, "a positive number", value)
@@ -117,13 +151,25 @@ impl Config {
         self.typed(key, "a string", Value::as_str)
     }
 
-    /// Token ids: a number, a list of numbers, or nothing.
+    /// Token ids: a number, a list of numbers, or nothing; -1 is how some say that there is none.
     pub(super) fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = self.typed(key, "a token id or a list of them", |value| match value {
-            Value::Array(list) => list.iter().map(id).collect(),
-            value => id(value).map(|id| vec![id]),
+        let ids = self.typed(key, "a token id or a list of them", |value| {
+            let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            let there = list.iter().filter(|id| id.as_i64() != Some(-1));
+            there.map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
         })?;
         Ok(ids.unwrap_or_default())
+    }
+}
+
+/// A value in an error, which is one line of some length.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Array(list) if list.len() > 8 => format!("a list of {}", list.len()),
+        Value::Object(_) => "an object".into(),
+        value => match value.to_string() {
+            text if text.chars().count() > 100 => format!("{}...", text.chars().take(100).collect::<String>()),
+            text => text,
+        },
     }
 }

@@ -1,27 +1,51 @@
 //! What DeepSeek-V2 and its successors share: groups of experts, shared experts without a gate, latent attention.
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::rope::{self, Rotated};
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::{GroupLimit, GroupScore};
-use crate::spec::{LatentSpec, ModelSpec, MoeSpec, SharedExperts};
+use crate::spec::{DenseBlocks, LatentSpec, ModelSpec, MoeSpec, RopeScaling, SharedExperts};
+
+/// What a family means where its configuration does not have a key, which is not where it says null.
+#[derive(Clone, Copy)]
+pub(super) struct Defaults {
+    /// `n_shared_experts`.
+    pub(super) shared: usize,
+    /// `routed_scaling_factor`.
+    pub(super) scale: f64,
+    /// `n_group` and `topk_group`; they must be there where there is none.
+    pub(super) groups: Option<usize>,
+}
 
 /// An MoE layer of `n_routed_experts`, some of them limited to groups, and `n_shared_experts` beside them.
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) fn moe_spec(config: &Config, defaults: Defaults) -> Result<MoeSpec> {
     if let Some(every) = config.optional_size("moe_layer_freq")?.filter(|&every| every != 1) {
         return Err(config.error("moe_layer_freq", "1", &every.to_string()));
     }
     let mut spec = transformer::moe_spec(config, "n_routed_experts", "moe_intermediate_size")?;
-    let shared = config.optional_count("n_shared_experts")?.filter(|&shared| shared > 0);
+    let said = |key: &str, otherwise| if config.is_absent(key) { Some(otherwise) } else { None };
+    let shared = config.optional_count("n_shared_experts")?.or(said("n_shared_experts", defaults.shared));
+    let shared = shared.filter(|&shared| shared > 0);
     spec.shared = shared.map(|shared| SharedExperts { width: shared.saturating_mul(spec.expert_width), gated: false });
     spec.names.shared = "shared_experts".into();
-    spec.scoring.scale = config.optional_number("routed_scaling_factor")?.unwrap_or(1.0) as f32;
+    let unsaid = if config.is_absent("routed_scaling_factor") { defaults.scale } else { 1.0 };
+    spec.scoring.scale = config.optional_number("routed_scaling_factor")?.unwrap_or(unsaid) as f32;
     Ok(spec)
 }
 
 /// The groups of `spec`, where there is more than one.
-pub(super) fn groups(config: &Config, spec: &MoeSpec, score: GroupScore) -> Result<Option<GroupLimit>> {
-    let (groups, top_groups) = (config.size("n_group")?, config.size("topk_group")?);
+pub(super) fn groups(
+    config: &Config,
+    spec: &MoeSpec,
+    score: GroupScore,
+    defaults: Defaults,
+) -> Result<Option<GroupLimit>> {
+    let count = |key: &str| match defaults.groups {
+        Some(groups) if config.is_absent(key) => Ok(groups),
+        _ => config.size(key),
+    };
+    let (groups, top_groups) = (count("n_group")?, count("topk_group")?);
     if !spec.experts.is_multiple_of(groups) {
         let expected = format!("a divisor of n_routed_experts {}", spec.experts);
         return Err(config.error("n_group", &expected, &groups.to_string()));
@@ -37,17 +61,21 @@ pub(super) fn groups(config: &Config, spec: &MoeSpec, score: GroupScore) -> Resu
     Ok((groups > 1).then_some(GroupLimit { groups, top_groups, score }))
 }
 
-/// The transformer around `moe`; `pairs` says how it rotates.
-pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, pairs: bool) -> Result<ModelSpec> {
+/// The transformer around `moe`, without dense blocks; `pairs` says how it rotates.
+pub(super) fn model_spec(
+    config: &Config,
+    family: &'static str,
+    moe: MoeSpec,
+    pairs: bool,
+    max_positions: usize,
+) -> Result<ModelSpec> {
     config.expect_false("attention_bias")?;
-    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 4096 };
+    let rotated = Rotated::Key("qk_rope_head_dim");
+    let defaults = transformer::Defaults { rotated, ..transformer::Defaults::new(1e-6, 10_000.0, max_positions) };
     let mut spec = transformer::model_spec(config, family, moe, defaults)?;
-    if let Some(yarn) = &mut spec.yarn {
-        let mut weight = None;
-        for object in ["rope_scaling", "rope_parameters"] {
-            weight = weight.or(config.optional_number(&format!("{object}.mscale_all_dim"))?);
-        }
-        yarn.score_scale = weight.map_or(1.0, |weight| transformer::yarn_scale(yarn.factor, weight).powi(2));
+    if let RopeScaling::Yarn(yarn) = &mut spec.rope_scaling {
+        let weight = rope::mscale_all_dim(config)?;
+        yarn.score_scale = weight.map_or(1.0, |weight| rope::yarn_scale(yarn.factor, weight).powi(2));
     }
     let latent = LatentSpec {
         query_rank: config.optional_size("q_lora_rank")?,
@@ -56,9 +84,20 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, pa
         value_width: config.size("v_head_dim")?,
         pairs,
     };
-    let dense = transformer::leading_dense_blocks(config, "first_k_dense_replace", spec.layers)?;
-    let extra_blocks = config.optional_count("num_nextn_predict_layers")?.unwrap_or(0);
-    Ok(ModelSpec { latent: Some(latent), rotary_dim: config.size("qk_rope_head_dim")?, dense, extra_blocks, ..spec })
+    Ok(ModelSpec { latent: Some(latent), ..spec })
+}
+
+/// The first blocks, which have no experts; as many as `otherwise` where the key is absent.
+pub(super) fn dense_blocks(config: &Config, otherwise: usize, layers: usize) -> Result<DenseBlocks> {
+    const KEY: &str = "first_k_dense_replace";
+    let unsaid = if config.is_absent(KEY) { otherwise } else { 0 };
+    transformer::leading_dense_blocks(config, KEY, unsaid, layers)
+}
+
+/// Blocks that predict further tokens, under either of their names.
+pub(super) fn extra_blocks(config: &Config) -> Result<usize> {
+    let count = config.optional_count("num_nextn_predict_layers")?.or(config.optional_count("num_mtp_layers")?);
+    Ok(count.unwrap_or(0))
 }
 
 /// Refuses another value than `expected` under `key`.

@@ -11,15 +11,20 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     // The published code scales normalised weights in no case, transformers all in any case: no model says what is right.
     config.expect_false("norm_topk_prob")?;
     deepseek::expect(config, "scoring_func", "softmax")?;
-    let mut spec = deepseek::moe_spec(config)?;
+    let defaults = deepseek::Defaults { shared: 2, scale: 1.0, groups: None };
+    let mut spec = deepseek::moe_spec(config, defaults)?;
     spec.scoring.groups = match config.optional_string("topk_method")? {
         None | Some("greedy") => None,
-        Some("group_limited_greedy") => deepseek::groups(config, &spec, GroupScore::Max)?,
+        Some("group_limited_greedy") => deepseek::groups(config, &spec, GroupScore::Max, defaults)?,
         Some(other) => return Err(config.error("topk_method", "greedy or group_limited_greedy", other)),
     };
     Ok(spec)
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    deepseek::model_spec(config, "deepseek_v2", moe_spec(config)?, true)
+    if config.optional_flag("rope_interleave")? == Some(false) {
+        return Err(config.error("rope_interleave", "true, as this family rotates", "false"));
+    }
+    let spec = deepseek::model_spec(config, "deepseek_v2", moe_spec(config)?, true, 2048)?;
+    Ok(ModelSpec { dense: deepseek::dense_blocks(config, 0, spec.layers)?, ..spec })
 }

@@ -8,8 +8,12 @@
 //! | `granitemoe` | `granitemoe` |
 //! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids |
 //!
-//! What a file does not say is as llama.cpp has it: whether weights are normalised, that experts have no groups. Keys, names and what
-//! is done to the tensors on the way into a file: llama.cpp's `conversion/` and `src/models/`.
+//! What a file does not say is as llama.cpp has it: positions, whether weights are normalised, that experts have no groups; what
+//! llama.cpp requires must be there. Keys, names and what is done to the tensors on the way into a file: llama.cpp's `conversion/` and
+//! `src/models/`.
+
+mod positions;
+mod unread;
 
 use serde_json::{Map, Value, json};
 
@@ -27,19 +31,6 @@ const COUNTS: [(&str, &str); 6] = [
     ("attention.head_count", "num_attention_heads"),
     ("attention.head_count_kv", "num_key_value_heads"),
     ("expert_used_count", "num_experts_per_tok"),
-];
-
-/// The same, of numbers.
-const NUMBERS: [(&str, &str); 2] =
-    [("attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("rope.freq_base", "rope_theta")];
-
-/// Of stretched positions.
-const YARN: [(&str, &str); 5] = [
-    ("factor", "factor"),
-    ("original_context_length", "original_max_position_embeddings"),
-    ("yarn_beta_fast", "beta_fast"),
-    ("yarn_beta_slow", "beta_slow"),
-    ("yarn_attn_factor", "attention_factor"),
 ];
 
 /// The numbers of `expert_gating_func`.
@@ -66,17 +57,14 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
     let mut config = source.common()?;
     let experts = source.experts()?;
     let (key, norm) = ("norm_topk_prob", source.flag("expert_weights_norm")?);
-    let width = match source.count("expert_feed_forward_length")?.filter(|&width| width > 0) {
-        Some(width) => Some(width),
-        None => source.count("feed_forward_length")?,
-    };
+    source.check_unread()?;
+    let width = source.expert_width()?;
     let mut set = |key: &str, value: Value| config.insert(key.into(), value);
     match architecture {
         "llama" => {
             set("model_type", json!("mixtral"));
             set("num_local_experts", json!(experts));
             set("intermediate_size", json!(width));
-            set("sliding_window", json!(source.count("attention.sliding_window")?.filter(|&window| window > 0)));
         }
         "olmoe" => {
             set("model_type", json!("olmoe"));
@@ -94,7 +82,11 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
             set("model_type", json!(family));
             set("num_experts", json!(experts));
             set("moe_intermediate_size", json!(width));
-            set("shared_expert_intermediate_size", json!(source.count("expert_shared_feed_forward_length")?));
+            if architecture == "qwen2moe" {
+                let shared = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0);
+                let shared = shared.or(source.count("feed_forward_length")?);
+                set("shared_expert_intermediate_size", json!(shared));
+            }
             set("mlp_only_layers", json!(source.dense_blocks()?));
             set(if family == "qwen2_moe" { "qkv_bias" } else { "attention_bias" }, json!(biased));
             set(key, json!(norm.unwrap_or(normalised)));
@@ -103,16 +95,17 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
             set("model_type", json!("glm4_moe"));
             set("n_routed_experts", json!(experts));
             set("moe_intermediate_size", json!(width));
-            set("n_shared_experts", json!(source.count("expert_shared_count")?));
+            set("n_shared_experts", json!(source.required("expert_shared_count")?));
             set("routed_scaling_factor", json!(source.number("expert_weights_scale")?.filter(|&scale| scale != 0.0)));
             set("first_k_dense_replace", json!(source.count("leading_dense_block_count")?));
             set("attention_bias", json!(source.has("blk.0.attn_q.bias")));
             set("use_qk_norm", json!(source.has("blk.0.attn_q_norm.weight")));
-            let (rotated, head) = (source.required("rope.dimension_count")?, source.head()?);
+            let head = source.head()?;
+            let rotated = source.count("rope.dimension_count")?.unwrap_or(head);
             set("partial_rotary_factor", json!(rotated as f64 / head.max(1) as f64));
-            for key in ["n_group", "topk_group"] {
-                set(key, json!(1));
-            }
+            let groups = source.groups()?;
+            set("n_group", json!(groups.0));
+            set("topk_group", json!(groups.1));
             set(key, json!(norm.unwrap_or(false)));
         }
         "granitemoe" => {
@@ -128,7 +121,9 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
             set("embedding_multiplier", json!(scale("embedding_scale")?));
             set("residual_multiplier", json!(scale("residual_scale")?));
             set("attention_multiplier", json!(scale("attention.scale")?.unwrap_or(usual)));
-            set("logits_scaling", json!(scale("logit_scale")?));
+            let logits = source.key("logit_scale");
+            let scale = scale("logit_scale")?.ok_or_else(|| metadata.error(&logits, "a positive number", "nothing"))?;
+            set("logits_scaling", json!(scale));
         }
         _ => source.deepseek(&mut config, experts, width, norm.unwrap_or(false))?,
     }
@@ -180,11 +175,45 @@ impl Source<'_> {
     /// Blocks without those that predict further tokens.
     fn blocks(&self) -> Result<usize> {
         let extra = self.count("nextn_predict_layers")?.unwrap_or(0);
-        let all = self.required("block_count")?;
+        let (all, there) = (self.required("block_count")?, self.blocks_there());
+        if all > there {
+            let expected = format!("at most the {there} blocks that there are");
+            return Err(self.metadata.error(&self.key("block_count"), &expected, &all.to_string()));
+        }
         all.checked_sub(extra).filter(|&blocks| blocks > 0).ok_or_else(|| {
             let expected = format!("more than {} {extra}", self.key("nextn_predict_layers"));
             self.metadata.error(&self.key("block_count"), &expected, &all.to_string())
         })
+    }
+
+    /// Blocks that the file has, by the norm that each begins with.
+    fn blocks_there(&self) -> usize {
+        let is_norm = |name: &&String| name.starts_with("blk.") && name.ends_with(".attn_norm.weight");
+        self.checkpoint.tensors().keys().filter(is_norm).count()
+    }
+
+    /// Width of an expert. Where it has no key of its own it is that of all of a token's experts together in Qwen's models, and that of
+    /// one in others.
+    fn expert_width(&self) -> Result<Option<usize>> {
+        if let Some(width) = self.count("expert_feed_forward_length")?.filter(|&width| width > 0) {
+            return Ok(Some(width));
+        }
+        let width = self.count("feed_forward_length")?;
+        Ok(match self.architecture {
+            "qwen2moe" | "qwen3moe" => {
+                width.and_then(|width| width.checked_div(self.count("expert_used_count").ok()??))
+            }
+            "deepseek2" | "glm4moe" => Some(self.required("expert_feed_forward_length")?),
+            _ => width,
+        })
+    }
+
+    /// Groups of experts, and how many of them a token may use.
+    fn groups(&self) -> Result<(usize, usize)> {
+        match self.count("expert_group_count")?.filter(|&groups| groups > 1) {
+            Some(groups) => Ok((groups, self.required("expert_group_used_count")?)),
+            None => Ok((1, 1)),
+        }
     }
 
     fn experts(&self) -> Result<usize> {
@@ -201,12 +230,14 @@ impl Source<'_> {
         for (name, key) in COUNTS {
             config.insert(key.into(), json!(self.count(name)?));
         }
-        for (name, key) in NUMBERS {
-            config.insert(key.into(), json!(self.number(name)?));
-        }
-        for name in ["embedding_length", "attention.head_count", "expert_used_count"] {
+        for name in ["context_length", "embedding_length", "attention.head_count", "expert_used_count"] {
             self.required(name)?;
         }
+        const EPSILON: &str = "attention.layer_norm_rms_epsilon";
+        let Some(epsilon) = self.number(EPSILON)? else {
+            return Err(self.metadata.error(&self.key(EPSILON), "a number", "nothing: the key is missing"));
+        };
+        config.insert("rms_norm_eps".into(), json!(epsilon));
         config.insert("num_hidden_layers".into(), json!(self.blocks()?));
         config.insert("num_nextn_predict_layers".into(), json!(self.count("nextn_predict_layers")?));
         config.insert("vocab_size".into(), json!(self.checkpoint.entry("token_embd.weight")?.shape[0]));
@@ -228,37 +259,8 @@ impl Source<'_> {
                 }
             }
         }
-        if self.has("rope_freqs.weight") {
-            return Err(self.metadata.error("rope_freqs.weight", "no tensor of factors of rotations", "one"));
-        }
-        if let Some(scaling) = self.scaling()? {
-            config.insert("rope_scaling".into(), scaling);
-        }
+        config.insert("rope_parameters".into(), self.positions()?);
         Ok(config)
-    }
-
-    /// Stretched positions, as `rope_scaling`.
-    fn scaling(&self) -> Result<Option<Value>> {
-        let kind = match self.metadata.text(&self.key("rope.scaling.type"))? {
-            None | Some("none") => return Ok(None),
-            Some("linear") if self.number("rope.scaling.factor")?.is_none_or(|factor| factor == 1.0) => {
-                return Ok(None);
-            }
-            Some(kind) => kind,
-        };
-        let mut scaling = Map::from_iter([("rope_type".into(), json!(kind))]);
-        for (name, key) in YARN {
-            let value = self.number(&format!("rope.scaling.{name}"))?;
-            let value = if key.starts_with("original") { json!(value.map(|value| value as u64)) } else { json!(value) };
-            scaling.insert(key.into(), value);
-        }
-        // The file has a tenth of DeepSeek's `mscale_all_dim`; `mscale`, which is not in it, is taken to be the same.
-        if let Some(tenth) = self.number("rope.scaling.yarn_log_multiplier")?.filter(|&tenth| tenth > 0.0) {
-            for key in ["mscale", "mscale_all_dim"] {
-                scaling.insert(key.into(), json!(10.0 * tenth));
-            }
-        }
-        Ok(Some(Value::Object(scaling)))
     }
 
     /// The blocks that have no experts.
@@ -274,7 +276,6 @@ impl Source<'_> {
         width: Option<usize>,
         norm: bool,
     ) -> Result<()> {
-        // Files from before there was a key for it are DeepSeek-V2's; a bias for selection is DeepSeek-V3's.
         let biased = self.checkpoint.tensors().keys().any(|name| name.contains(".exp_probs_b"));
         let sigmoid = match self.count("expert_gating_func")?.filter(|&function| function != 0) {
             Some(function @ 1..=SIGMOID) => function == SIGMOID,
@@ -282,9 +283,18 @@ impl Source<'_> {
                 let expected = "1 (softmax) or 2 (sigmoid)";
                 return Err(self.metadata.error(&self.key("expert_gating_func"), expected, &other.to_string()));
             }
-            None => biased,
+            None => false,
         };
-        let groups = self.count("expert_group_count")?.filter(|&groups| groups > 1);
+        // transformers has no softmax beside a bias, and no model has.
+        if biased && !sigmoid {
+            let expected = "2 (sigmoid) beside biases for selection";
+            return Err(self.metadata.error(
+                &self.key("expert_gating_func"),
+                expected,
+                "softmax, or nothing, which is the same",
+            ));
+        }
+        let groups = self.groups()?;
         let rotated = self.required("rope.dimension_count")?;
         // Newer files say how wide heads are before keys and values are left in the narrow vector, older ones have nothing else.
         let either = |new: &str, old: &str| match self.count(new)? {
@@ -302,23 +312,17 @@ impl Source<'_> {
             ("num_key_value_heads", Value::Null),
             ("n_routed_experts", json!(experts)),
             ("moe_intermediate_size", json!(width)),
-            ("n_shared_experts", json!(self.count("expert_shared_count")?)),
+            ("n_shared_experts", json!(self.required("expert_shared_count")?)),
             ("routed_scaling_factor", json!(scale)),
             ("norm_topk_prob", json!(norm)),
-            ("n_group", json!(groups.unwrap_or(1))),
-            (
-                "topk_group",
-                json!(match groups {
-                    Some(_) => self.required("expert_group_used_count")?,
-                    None => 1,
-                }),
-            ),
+            ("n_group", json!(groups.0)),
+            ("topk_group", json!(groups.1)),
             (
                 "topk_method",
                 json!(match (sigmoid, groups) {
                     (true, _) => "noaux_tc",
-                    (false, Some(_)) => "group_limited_greedy",
-                    (false, None) => "greedy",
+                    (false, (2.., _)) => "group_limited_greedy",
+                    (false, _) => "greedy",
                 }),
             ),
             ("first_k_dense_replace", json!(self.count("leading_dense_block_count")?)),

@@ -3,11 +3,12 @@
 //! sliding window in every other block.
 
 use super::config::Config;
+use super::rope;
 use super::transformer::{self, Defaults};
 use crate::error::Result;
 use crate::experts::activation::Activation;
 use crate::routing::scores::Scoring;
-use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, SlidingWindow, Yarn};
+use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, RopeScaling, SlidingWindow, Yarn};
 
 pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
@@ -30,11 +31,10 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 150_000.0, max_positions: 131_072 };
+    let scaling = RopeScaling::Yarn(usual_yarn());
+    let defaults = Defaults { scaling, ..Defaults::new(1e-5, 150_000.0, 131_072) };
     let spec = transformer::model_spec(config, "gpt_oss", moe_spec(config)?, defaults)?;
-    let says_nothing = !config.has("rope_scaling") && !config.has("rope_parameters");
     Ok(ModelSpec {
-        yarn: if says_nothing { Some(usual_yarn()) } else { spec.yarn },
         attention_bias: match config.optional_flag("attention_bias")? {
             Some(false) => AttentionBias::None,
             _ => AttentionBias::All,
@@ -52,7 +52,7 @@ fn usual_yarn() -> Yarn {
         original_positions: 4096,
         beta_fast: 32.0,
         beta_slow: 1.0,
-        rotation_scale: transformer::yarn_scale(32.0, 1.0),
+        rotation_scale: rope::yarn_scale(32.0, 1.0),
         score_scale: 1.0,
         whole_rotations: false,
     }

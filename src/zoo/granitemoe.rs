@@ -16,8 +16,7 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    config.expect_false("attention_bias")?;
-    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 2048 };
+    let defaults = Defaults::new(1e-6, 10_000.0, 2048);
     let spec = transformer::model_spec(config, "granitemoe", moe_spec(config)?, defaults)?;
     let number = |key: &str| -> Result<f64> { Ok(config.optional_number(key)?.unwrap_or(1.0)) };
     let multipliers = Multipliers {
@@ -26,5 +25,6 @@ pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
         attention: Some(number("attention_multiplier")?),
         logits: 1.0 / number("logits_scaling")?,
     };
-    Ok(ModelSpec { ffn: "block_sparse_moe".into(), multipliers, ..spec })
+    let attention_bias = transformer::attention_bias(config)?;
+    Ok(ModelSpec { ffn: "block_sparse_moe".into(), multipliers, attention_bias, ..spec })
 }

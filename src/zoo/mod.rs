@@ -21,12 +21,14 @@ pub mod gguf_tokenizer;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
+mod known;
 mod lfm2_moe;
 mod mixtral;
 mod olmoe;
 mod phimoe;
 mod qwen2_moe;
 mod qwen3_moe;
+mod rope;
 mod transformer;
 
 use crate::error::{Error, Result};

@@ -12,10 +12,14 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    config.expect_false("attention_bias")?;
-    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 10_000.0, max_positions: 4096 };
+    let defaults = Defaults::new(1e-5, 10_000.0, 4096);
     let spec = transformer::model_spec(config, "olmoe", moe_spec(config)?, defaults)?;
-    Ok(ModelSpec { qk_norm: Some(QkNorm::Whole), clip_qkv: config.optional_number("clip_qkv")?, ..spec })
+    Ok(ModelSpec {
+        qk_norm: Some(QkNorm::Whole),
+        clip_qkv: config.optional_number("clip_qkv")?,
+        attention_bias: transformer::attention_bias(config)?,
+        ..spec
+    })
 }
 
 #[cfg(test)]

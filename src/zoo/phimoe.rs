@@ -1,13 +1,13 @@
 //! Phi-3.5-MoE (`model_type: phimoe`, arXiv 2404.14219): a sparse mixer of two experts, experts in `block_sparse_moe` with the
-//! names of Mixtral's; layer norms, biases in attention and on the output. Positions stretched by factors of their own
-//! (`longrope`), which the published model has, are not here.
+//! names of Mixtral's; layer norms, biases in attention and on the output. The published model's positions are
+//! stretched by factors of their own (`longrope`); this runs it within those of its first training.
 
 use super::config::Config;
 use super::mixtral;
 use super::transformer::{self, Defaults};
 use crate::error::Result;
 use crate::routing::scores::Scoring;
-use crate::spec::{AttentionBias, ModelSpec, MoeSpec, Norm};
+use crate::spec::{ModelSpec, MoeSpec, Norm};
 
 pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
@@ -20,14 +20,13 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    let defaults = Defaults { norm_eps: 1e-5, rope_theta: 1e6, max_positions: 131_072 };
+    let defaults = Defaults { magnitudes: true, ..Defaults::new(1e-5, 1e6, 131_072) };
     let spec = transformer::model_spec(config, "phimoe", moe_spec(config)?, defaults)?;
     transformer::refuse_sliding_window(config, spec.max_positions)?;
-    let flag = |key: &str| -> Result<bool> { Ok(config.optional_flag(key)?.unwrap_or(false)) };
     Ok(ModelSpec {
         norm: Norm::Layer,
-        attention_bias: if flag("attention_bias")? { AttentionBias::All } else { AttentionBias::None },
-        output_bias: flag("lm_head_bias")?,
+        attention_bias: transformer::attention_bias(config)?,
+        output_bias: config.optional_flag("lm_head_bias")?.unwrap_or(false),
         ffn: "block_sparse_moe".into(),
         ..spec
     })

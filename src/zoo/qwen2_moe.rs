@@ -15,8 +15,7 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    config.expect_false("use_sliding_window")?;
-    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 32_768 };
+    let defaults = Defaults::new(1e-6, 10_000.0, 32_768);
     let spec = transformer::model_spec(config, "qwen2_moe", moe_spec(config)?, defaults)?;
     let attention_bias = match config.optional_flag("qkv_bias")?.unwrap_or(true) {
         true => AttentionBias::Inputs,

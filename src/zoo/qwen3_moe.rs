@@ -5,7 +5,7 @@ use super::config::Config;
 use super::transformer::{self, Defaults};
 use crate::error::Result;
 use crate::routing::scores::Scoring;
-use crate::spec::{AttentionBias, ModelSpec, MoeSpec, QkNorm};
+use crate::spec::{ModelSpec, MoeSpec, QkNorm};
 
 pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
@@ -15,13 +15,9 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    config.expect_false("use_sliding_window")?;
-    let defaults = Defaults { norm_eps: 1e-6, rope_theta: 10_000.0, max_positions: 32_768 };
+    let defaults = Defaults::new(1e-6, 10_000.0, 32_768);
     let spec = transformer::model_spec(config, "qwen3_moe", moe_spec(config)?, defaults)?;
-    let attention_bias = match config.optional_flag("attention_bias")?.unwrap_or(false) {
-        true => AttentionBias::All,
-        false => AttentionBias::None,
-    };
+    let attention_bias = transformer::attention_bias(config)?;
     let dense = transformer::qwen_dense_blocks(config, spec.layers)?;
     Ok(ModelSpec { qk_norm: Some(QkNorm::PerHead), attention_bias, dense, ..spec })
 }

@@ -1,14 +1,35 @@
 //! The keys of `config.json` that mean the same in all families: sizes, heads, rotation, vocabulary, how many experts.
 
-use super::config::Config;
-use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow, Yarn};
+use std::collections::BTreeSet;
 
-/// Defaults that a family has where its configuration is silent.
+use super::config::Config;
+use super::known;
+use super::rope::{self, Rotated};
+use crate::error::Result;
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, RopeScaling, SlidingWindow};
+
+/// More blocks than any model has: a longer one is no model, and nothing counts its blocks.
+const MOST_BLOCKS: usize = 1 << 16;
+
+/// What a family means where its configuration is silent, and how it rotates.
 pub(super) struct Defaults {
     pub(super) norm_eps: f64,
     pub(super) rope_theta: f64,
     pub(super) max_positions: usize,
+    /// How much of a head is rotated.
+    pub(super) rotated: Rotated,
+    /// Positions where nothing is said of them.
+    pub(super) scaling: RopeScaling,
+    /// Where it stretches positions, which is by LongRoPE alone, what cosines and sines are multiplied by is said.
+    pub(super) magnitudes: bool,
+}
+
+impl Defaults {
+    /// Those of a family that rotates whole heads.
+    pub(super) fn new(norm_eps: f64, rope_theta: f64, max_positions: usize) -> Self {
+        let (rotated, scaling) = (Rotated::Whole, RopeScaling::None);
+        Self { norm_eps, rope_theta, max_positions, rotated, scaling, magnitudes: false }
+    }
 }
 
 /// The transformer around `moe`, without biases, norms of queries and keys or dense blocks.
@@ -19,24 +40,26 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         let expected = format!("a divisor of num_attention_heads {heads}");
         return Err(config.error("num_key_value_heads", &expected, &kv_heads.to_string()));
     }
+    known::check(config, family)?;
+    let layers = config.size("num_hidden_layers")?;
+    if layers > MOST_BLOCKS {
+        return Err(config.error("num_hidden_layers", &format!("at most {MOST_BLOCKS}"), &layers.to_string()));
+    }
     let head_dim = head_dim(config, moe.hidden, heads)?;
+    let positions = rope::positions(config, head_dim, &defaults)?;
     Ok(ModelSpec {
         family,
         vocab: config.size("vocab_size")?,
-        layers: config.size("num_hidden_layers")?,
+        layers,
         heads,
         kv_heads,
         head_dim,
-        max_positions: config.optional_size("max_position_embeddings")?.unwrap_or(defaults.max_positions),
+        max_positions: positions.longest,
         norm: Norm::Rms,
         norm_eps: config.optional_number("rms_norm_eps")?.unwrap_or(defaults.norm_eps),
-        // transformers 5 nests it, earlier versions do not.
-        rope_theta: match config.optional_number("rope_parameters.rope_theta")? {
-            Some(theta) => theta,
-            None => config.optional_number("rope_theta")?.unwrap_or(defaults.rope_theta),
-        },
-        yarn: yarn(config)?,
-        rotary_dim: head_dim,
+        rope_theta: positions.theta,
+        rope_scaling: positions.scaling,
+        rotary_dim: positions.rotary_dim,
         qk_norm: None,
         sinks: false,
         window: SlidingWindow::default(),
@@ -54,6 +77,14 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
     })
 }
 
+/// Biases of all of attention's projections, where `attention_bias` says so.
+pub(super) fn attention_bias(config: &Config) -> Result<AttentionBias> {
+    Ok(match config.optional_flag("attention_bias")?.unwrap_or(false) {
+        true => AttentionBias::All,
+        false => AttentionBias::None,
+    })
+}
+
 fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize> {
     let head_dim = match config.optional_size("head_dim")? {
         Some(head_dim) => head_dim,
@@ -63,64 +94,20 @@ fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize> {
             return Err(config.error("num_attention_heads", &expected, &heads.to_string()));
         }
     };
-    if !head_dim.is_multiple_of(2) {
-        return Err(config.error("head_dim", "an even number (rotary embedding)", &head_dim.to_string()));
-    }
     Ok(head_dim)
-}
-
-/// Stretched positions, if there are any: YaRN, and no other kind.
-fn yarn(config: &Config) -> Result<Option<Yarn>> {
-    for object in ["rope_scaling", "rope_parameters"] {
-        let mut kind = None;
-        for key in ["rope_type", "type"] {
-            kind = kind.or(config.optional_string(&format!("{object}.{key}"))?);
-        }
-        match kind {
-            Some("default") => {}
-            Some("yarn") => return yarn_in(config, object).map(Some),
-            Some(other) => return Err(config.error(object, "rope_type default or yarn", other)),
-            None if object == "rope_scaling" && config.has(object) => {
-                return Err(config.error(object, "null or rope_type default or yarn", "something else"));
-            }
-            None => {}
-        }
-    }
-    Ok(None)
-}
-
-fn yarn_in(config: &Config, object: &str) -> Result<Yarn> {
-    let key = |key: &str| format!("{object}.{key}");
-    let number = |name: &str| config.optional_number(&key(name));
-    let factor = config.number(&key("factor"))?;
-    let rotation_scale = match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
-        (Some(scale), ..) => scale,
-        (None, Some(above), Some(below)) => yarn_scale(factor, above) / yarn_scale(factor, below),
-        (None, ..) => yarn_scale(factor, 1.0),
-    };
-    Ok(Yarn {
-        factor,
-        original_positions: config.size(&key("original_max_position_embeddings"))?,
-        beta_fast: number("beta_fast")?.unwrap_or(32.0),
-        beta_slow: number("beta_slow")?.unwrap_or(1.0),
-        rotation_scale,
-        score_scale: 1.0,
-        whole_rotations: config.optional_flag(&key("truncate"))?.unwrap_or(true),
-    })
-}
-
-/// How much sharper attention has to be at `factor` times the positions (arXiv 2309.00071, section 3.4).
-pub(super) fn yarn_scale(factor: f64, weight: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
 }
 
 /// An MoE layer of SwiGLU experts: how many, under which key, how many a token gets and how wide they are, under which key.
 pub(super) fn moe_spec(config: &Config, experts_key: &str, width_key: &str) -> Result<MoeSpec> {
     let hidden = config.size("hidden_size")?;
     let activation = config.optional_string("hidden_act")?.unwrap_or("silu");
-    if activation != "silu" {
+    // transformers has two names for it.
+    if !["silu", "swish"].contains(&activation) {
         return Err(config.error("hidden_act", "silu", activation));
     }
+    // transformers reads any of its names where the family's own is not there.
+    let names = [experts_key, "num_experts", "num_local_experts"];
+    let experts_key = names.into_iter().find(|key| config.has(key)).unwrap_or(experts_key);
     let (experts, top_k) = (config.size(experts_key)?, config.size("num_experts_per_tok")?);
     if top_k > experts {
         let expected = format!("at most {experts_key} {experts}");
@@ -138,13 +125,14 @@ pub(super) fn qwen_dense_blocks(config: &Config, layers: usize) -> Result<DenseB
         let expected = format!("blocks of num_hidden_layers {layers}");
         return Err(config.error("mlp_only_layers", &expected, &block.to_string()));
     }
+    let named: BTreeSet<usize> = named.into_iter().collect();
     let dense = |block: &usize| named.contains(block) || !(block + 1).is_multiple_of(step);
     dense_blocks(config, "mlp_only_layers and decoder_sparse_step", (0..layers).filter(dense).collect(), layers)
 }
 
 /// The first `key` blocks, which have no experts.
-pub(super) fn leading_dense_blocks(config: &Config, key: &str, layers: usize) -> Result<DenseBlocks> {
-    let first = config.optional_count(key)?.unwrap_or(0);
+pub(super) fn leading_dense_blocks(config: &Config, key: &str, otherwise: usize, layers: usize) -> Result<DenseBlocks> {
+    let first = config.optional_count(key)?.unwrap_or(otherwise);
     dense_blocks(config, key, (0..first.min(layers)).collect(), layers)
 }
 

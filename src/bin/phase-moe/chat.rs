@@ -10,7 +10,7 @@ use anyhow::Result;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
-use phase_moe::checkpoint::Metadata;
+use phase_moe::checkpoint::{Metadata, json};
 use phase_moe::decoder::model::ModelFiles;
 use serde_json::Value as Json;
 
@@ -37,7 +37,7 @@ impl Chat {
         let config: Json = match files.beside(CONFIG)? {
             None => Json::Null,
             Some(text) => {
-                serde_json::from_str(&text).map_err(|error| mistake(format!("{CONFIG}: expected JSON, got {error}")))?
+                json::parse(&text).map_err(|error| mistake(format!("{CONFIG}: expected JSON, got {error}")))?
             }
         };
         let (template, file) = match (files.beside(TEMPLATE)?, &config["chat_template"]) {

@@ -1,0 +1,117 @@
+//! Positions of a GGUF file, as the `rope_parameters` that mean the same.
+//!
+//! What a file does not say is as llama.cpp has it, whatever the family that it is mapped to: a base of 10000; with a factor and no
+//! type positions are divided by the factor, under its old key `rope.scale_linear` too; YaRN's original positions are the context
+//! length. Rules: llama.cpp's `llama_model::load_hparams`, `llama_context` and `rope_yarn`.
+
+use serde_json::{Map, Value, json};
+
+use super::Source;
+use crate::error::Result;
+use crate::zoo::rope::yarn_scale;
+
+/// The base where there is none.
+const BASE: f64 = 10_000.0;
+
+/// Turns over YaRN's original positions, as `rope_parameters` has them.
+const TURNS: [(&str, &str); 2] = [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")];
+
+/// Numbers that change positions in ways that nothing here does, and those that say nothing.
+const REFUSED: [(&str, &[f64]); 4] =
+    [("yarn_attn_factor", &[1.0]), ("yarn_ext_factor", &[1.0, -1.0]), ("attn_factor", &[1.0]), ("alpha", &[0.0, 1.0])];
+
+impl Source<'_> {
+    /// `rope_parameters`.
+    pub(super) fn positions(&self) -> Result<Value> {
+        let base = self.positive("rope.freq_base")?.unwrap_or(BASE);
+        let mut rope = Map::from_iter([("rope_theta".into(), json!(base))]);
+        for tensor in ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"] {
+            if self.has(tensor) {
+                return Err(self.metadata.error(tensor, "no tensor of factors of rotations", "one"));
+            }
+        }
+        for (name, neutral) in REFUSED {
+            let name = format!("rope.scaling.{name}");
+            if let Some(number) = self.number(&name)?.filter(|number| !neutral.contains(number)) {
+                let expected = format!("nothing or {}", neutral[0]);
+                return Err(self.metadata.error(&self.key(&name), &expected, &number.to_string()));
+            }
+        }
+        let factor = self.factor()?;
+        let kind = self.metadata.text(&self.key("rope.scaling.type"))?.unwrap_or("linear");
+        let mut set = |key: &str, value: Value| drop(rope.insert(key.into(), value));
+        match kind {
+            "none" => {}
+            _ if factor == 1.0 && ["linear", "yarn"].contains(&kind) => {}
+            "linear" => {
+                set("rope_type", json!("linear"));
+                set("factor", json!(factor));
+            }
+            "yarn" => {
+                set("rope_type", json!("yarn"));
+                set("factor", json!(factor));
+                set("original_max_position_embeddings", json!(self.original()?));
+                for (name, key) in TURNS {
+                    set(key, json!(self.positive(&format!("rope.scaling.{name}"))?));
+                }
+                set("attention_factor", json!(self.rotation_scale(factor)?));
+                set("mscale_all_dim", json!(self.log_multiplier(factor)?));
+            }
+            other => {
+                return Err(self.metadata.error(&self.key("rope.scaling.type"), "none, linear or yarn", other));
+            }
+        }
+        Ok(Value::Object(rope))
+    }
+
+    /// How many times as far the model looks; its old key counts where the new one is not there, and 0 says nothing.
+    fn factor(&self) -> Result<f64> {
+        let name = match self.number("rope.scaling.factor")? {
+            Some(_) => "rope.scaling.factor",
+            None => "rope.scale_linear",
+        };
+        match self.number(name)? {
+            None | Some(0.0) => Ok(1.0),
+            Some(factor) if factor > 0.0 => Ok(factor),
+            Some(factor) => Err(self.metadata.error(&self.key(name), "a positive number", &factor.to_string())),
+        }
+    }
+
+    fn original(&self) -> Result<usize> {
+        match self.count("rope.scaling.original_context_length")?.filter(|&positions| positions > 0) {
+            Some(positions) => Ok(positions),
+            None => self.required("context_length"),
+        }
+    }
+
+    /// What cosines and sines are multiplied by. In DeepSeek's the multiplier of logarithms stands for both of its `mscale`s, whose
+    /// quotient is 1.
+    fn rotation_scale(&self, factor: f64) -> Result<f64> {
+        Ok(if self.architecture == "deepseek2" { 1.0 } else { yarn_scale(factor, 1.0) })
+    }
+
+    /// DeepSeek's `mscale_all_dim`, of which the file has a tenth. It must say so: without it llama.cpp and transformers do not mean
+    /// the same.
+    fn log_multiplier(&self, factor: f64) -> Result<Option<f64>> {
+        const NAME: &str = "rope.scaling.yarn_log_multiplier";
+        let tenth = self.positive(NAME)?;
+        match (self.architecture, tenth) {
+            ("deepseek2", None) if factor > 1.0 => {
+                Err(self.metadata.error(&self.key(NAME), "a positive number beside yarn", "nothing"))
+            }
+            ("deepseek2", tenth) => Ok(tenth.map(|tenth| 10.0 * tenth)),
+            (_, None) => Ok(None),
+            (_, Some(tenth)) => Err(self.metadata.error(&self.key(NAME), "nothing or 0", &tenth.to_string())),
+        }
+    }
+
+    /// A number that is positive, or says nothing where it is 0.
+    fn positive(&self, name: &str) -> Result<Option<f64>> {
+        match self.number(name)?.filter(|&number| number != 0.0) {
+            Some(number) if number < 0.0 => {
+                Err(self.metadata.error(&self.key(name), "a positive number", &number.to_string()))
+            }
+            number => Ok(number),
+        }
+    }
+}
