@@ -10,7 +10,8 @@ Run by hand; the results are committed and the tests need no Python. The binding
 Writes one tiny random model for each architecture whose fixture in ../../goldens/gguf llama.cpp does not run (olmoe there has fewer
 keys than queries, qwen2moe and qwen3moe blocks without experts, deepseek2 no low rank of queries), and then, for every row of
 ../llama_cpp.json with a tensor, the logits that llama.cpp gives for the row's file and token ids. llama.cpp reads the file with two
-more keys, which say that it has no tokenizer.
+more keys, which say that it has no tokenizer. Not asked: deepseek2 with linear scaling, where llama.cpp multiplies attention scores by
+YaRN's factor too, which no file means.
 """
 
 import json
