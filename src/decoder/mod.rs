@@ -33,7 +33,7 @@ use candle_nn::{Embedding, Init, VarBuilder};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::block::{Block, Ffn, Mixer};
-use crate::decoder::finite::{Place, Suspects, first_non_finite};
+use crate::decoder::finite::Place;
 use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
 use crate::decoder::memory::ExpertMemory;
@@ -302,44 +302,8 @@ impl Decoder {
     /// What the output weights make of hidden states.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = scaled(self.output.forward(hidden)?, self.spec.multipliers.logits)?;
-        match first_non_finite(&logits, true)? {
-            None => Ok(logits),
-            Some((at, value)) => {
-                let detail = format!(" of vocabulary id {}", at % self.spec.vocab);
-                Err(self.suspects(logits.dtype()).error(Place::Output, &detail, value))
-            }
-        }
-    }
-
-    /// Checks that what a part gave is finite, `[.., hidden]`.
-    fn check_finite(&self, place: Place, hidden: &Tensor) -> Result<()> {
-        match first_non_finite(hidden, false)? {
-            None => Ok(()),
-            Some((at, value)) => {
-                let detail = format!(", token {} of the batch", at / self.spec.moe.hidden);
-                Err(self.suspects(hidden.dtype()).error(place, &detail, value))
-            }
-        }
-    }
-
-    /// Checks gate logits of an MoE layer, `[tokens, experts]`: −∞ masks an expert only where the gate's bias says so.
-    fn check_gate(&self, block: usize, moe: &MoeLayer, logits: &Tensor, dtype: DType) -> Result<()> {
-        let Some((at, value)) = first_non_finite(logits, false)? else { return Ok(()) };
-        let experts = self.spec.moe.experts;
-        if let Some(bias) = moe.gate().bias() {
-            let bias = bias.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            let masked = |(at, value): (usize, &f32)| value.is_finite() || bias[at % experts] == f32::NEG_INFINITY;
-            if logits.flatten_all()?.to_vec1::<f32>()?.iter().enumerate().all(masked) {
-                return Ok(());
-            }
-        }
-        let detail = format!(", gate logit of token {}, expert {}", at / experts, at % experts);
-        Err(self.suspects(dtype).error(Place::Ffn(block), &detail, value))
-    }
-
-    fn suspects(&self, dtype: DType) -> Suspects<'_> {
-        let (checkpoint, tied) = (self.checkpoint.as_deref(), self.spec.tied_embeddings);
-        Suspects { checkpoint, ffn: &self.spec.ffn, tied, dtype }
+        self.check_logits(&logits)?;
+        Ok(logits)
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
@@ -420,13 +384,7 @@ impl Decoder {
             };
             let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
             let done = moe.forward_in(&normed, context, &mut state.routes[layer]);
-            let (output, routing) = done.map_err(|error| match error {
-                Error::NonFiniteLogit { token, expert, value } => {
-                    let detail = format!(", gate logit of token {token}, expert {expert}");
-                    self.suspects(normed.dtype()).error(Place::Ffn(index), &detail, f64::from(value))
-                }
-                other => other,
-            })?;
+            let (output, routing) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
             self.check_gate(index, moe, &routing.logits, normed.dtype())?;
             if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
                 experts.cache().cancel_prefetch(experts.layer());

@@ -183,9 +183,6 @@ fn directory_of(file: &Path) -> &Path {
 fn end_of_links(path: &Path) -> Result<Option<PathBuf>, String> {
     let mut end = path.to_owned();
     for _ in 0..MAX_LINKS {
-        if end.as_os_str().is_empty() {
-            return Err("expected a path, got nothing".into());
-        }
         // A path that names a directory, there or not, has no name of a file.
         if end.file_name().is_none() || end.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return Err("expected a file, got a directory".into());
