@@ -387,7 +387,11 @@ fn is_input(words: &[String], path: &Path) -> bool {
     let is_of_a_model = path.file_name().is_some_and(|name| MODEL_FILES.iter().any(|file| name == *file));
     words.windows(2).any(|pair| {
         let (option, given) = (pair[0].as_str(), Path::new(&pair[1]));
-        let model = if given.is_file() { given.parent() } else { Some(given) };
+        // Beside a GGUF file lies its tokenizer at most.
+        let model = match given.is_file() {
+            true => given.parent().filter(|_| !path.ends_with("model.safetensors")),
+            false => Some(given),
+        };
         let reads = ["--model", "--text", "--logits", "--ids-file", "--prompt-file"].contains(&option);
         (reads && given == path) || (option == "--model" && is_of_a_model && path.parent() == model)
     })
