@@ -15,6 +15,8 @@ const CACHE: &str = "64KiB";
 struct Bench<'a> {
     /// `--model ..`, nothing for the bundled model's default.
     model: Vec<&'a str>,
+    /// What experts are stored in: from a cache they are used so.
+    dtype: &'a str,
     text: Vec<&'a str>,
     prompt: &'a str,
     cache: &'a str,
@@ -33,7 +35,11 @@ impl Bench<'_> {
             _ => &[],
         };
         let model: &[&str] = if command.contains(&"--logits") { &[] } else { &self.model };
-        let arguments = [command, model, text].concat();
+        let dtype: &[&str] = match command[0] {
+            "compare" | "generate" | "trace" | "logits" => &["--dtype", self.dtype],
+            _ => &[],
+        };
+        let arguments = [command, model, dtype, text].concat();
         let ran = run(&arguments);
         answer::good(&ran).map_err(|message| format!("{}: {message}", arguments.join(" ")))?;
         Ok(ran)
@@ -124,7 +130,7 @@ impl Bench<'_> {
         let held = self.json(&generate)?;
         let cached = self.json(&[&generate[..], &["--expert-cache", self.cache]].concat())?;
         let counted = self.json(&[&generate[..], &["--cached-experts", "2"]].concat())?;
-        is(held["text"].is_string() && count(&held, "new_tokens") > 0, "generate", &held)?;
+        is(held["text"].is_string() && count(&held, "prompt_tokens") > 0, "generate", &held)?;
         is(held["text"] == cached["text"] && held["text"] == counted["text"], "generate", &cached)?;
         is(cached["hit_rate"].is_number() && count(&cached, "expert_bytes_read") > 0, "generate", &cached)?;
         is(counted["hit_rate"].is_number(), "generate", &counted)?;
@@ -158,7 +164,8 @@ fn is(right: bool, what: &str, got: impl std::fmt::Display) -> Result<(), String
 
 /// What only says why it cannot run.
 fn is_refused(model: &str, ready: &Ready, expected: &str) -> Result<(), String> {
-    let [out, text] = [&ready.file("out"), &ready.texts[0]].map(|path| path.to_str().unwrap());
+    let (out, text) = (ready.file("out"), ready.texts[0].to_str().unwrap());
+    let out = out.to_str().unwrap();
     let commands: [&[&str]; 7] = [
         &["inspect"],
         &["compare", "--text", text],
@@ -191,6 +198,7 @@ fn check(fixture: &Fixture) -> Result<(), String> {
     let [first, second] = [0, 1].map(|kind| ready.texts[kind].to_str().unwrap());
     let bench = Bench {
         model: vec!["--model", model],
+        dtype: "f32",
         text: vec!["--text", first, "--text", second, "--tokens", "80", "--batch-tokens", "16"],
         prompt: &ready.prompt,
         cache: CACHE,
@@ -214,6 +222,7 @@ fn every_command_runs_on_the_bundled_model() {
         std::fs::create_dir(&out).unwrap();
         let bench = Bench {
             model: model.clone(),
+            dtype: "bf16",
             text: vec!["--tokens", "128", "--batch-tokens", "64"],
             prompt: "And it came to pass",
             cache: "2MiB",

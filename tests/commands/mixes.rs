@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::SystemTime;
 
@@ -379,18 +379,22 @@ fn check(place: &mut Option<Place>, mix: &Mix) -> Result<(), String> {
     checked
 }
 
+/// Files of a model's directory that a run on it may read.
+const MODEL_FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
+
 /// True for a path that the run reads: named by an option that is not for output, or of the model that is named.
-fn is_input(words: &[String], path: &PathBuf) -> bool {
-    let named = words.windows(2).any(|pair| {
-        let reads = ["--model", "--text", "--logits", "--ids-file", "--prompt-file"].contains(&pair[0].as_str());
-        let given = PathBuf::from(&pair[1]);
-        reads && (given == *path || (pair[0] == "--model" && path.parent() == Some(given.as_path())))
-    });
-    let of_the_model = words.windows(2).any(|pair| {
-        pair[0] == "--model" && pair[1].ends_with(".gguf") && path.parent() == PathBuf::from(&pair[1]).parent()
-    });
-    let is_of_a_model = path.file_name().is_some_and(|name| name == "tokenizer.json");
-    named || (of_the_model && is_of_a_model)
+fn is_input(words: &[String], path: &Path) -> bool {
+    let is_of_a_model = path.file_name().is_some_and(|name| MODEL_FILES.iter().any(|file| name == *file));
+    words.windows(2).any(|pair| {
+        let (option, given) = (pair[0].as_str(), Path::new(&pair[1]));
+        // Beside a GGUF file lies its tokenizer at most.
+        let model = match given.is_file() {
+            true => given.parent().filter(|_| !path.ends_with("model.safetensors")),
+            false => Some(given),
+        };
+        let reads = ["--model", "--text", "--logits", "--ids-file", "--prompt-file"].contains(&option);
+        (reads && given == path) || (option == "--model" && is_of_a_model && path.parent() == model)
+    })
 }
 
 #[test]

