@@ -209,7 +209,7 @@ mod command {
             &["trace", "--tokens", "64", "--out", "out"],
             &["generate", "--prompt", "In the", "--new-tokens", "3"],
             &["generate", "--prompt", "In the", "--new-tokens", "3", "--temperature", "1", "--json"],
-            &["compare", "--tokens", "64", "--router", "phase", "--json"],
+            &["compare", "--tokens", "64", "--router", "top-k", "--json"],
             &["replay", "--tokens", "64", "--json"],
             &["tune", "--tokens", "64", "--json"],
         ];

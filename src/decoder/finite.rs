@@ -14,6 +14,7 @@ use super::{Decoder, gguf};
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::layer::MoeLayer;
+use crate::spec::ModelSpec;
 
 /// A part of the decoder that gives a hidden state or logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub(super) enum Place {
     Ffn(usize),
     Norm,
     Output,
+    /// What is added to gate scores for selection, checked when it is loaded.
+    SelectionBias,
 }
 
 impl std::fmt::Display for Place {
@@ -33,6 +36,7 @@ impl std::fmt::Display for Place {
             Self::Ffn(block) => write!(f, "layer {block} of the model, feed-forward"),
             Self::Norm => f.write_str("last norm"),
             Self::Output => f.write_str("logits"),
+            Self::SelectionBias => f.write_str("selection bias"),
         }
     }
 }
@@ -89,6 +93,16 @@ impl Decoder {
             }
             other => other,
         }
+    }
+}
+
+/// An error of loading `spec` from `checkpoint`, with the tensor that is to blame where one is no number.
+pub(super) fn of_loading(error: Error, checkpoint: &Checkpoint, spec: &ModelSpec) -> Error {
+    let suspects =
+        Suspects { checkpoint: Some(checkpoint), ffn: &spec.ffn, tied: spec.tied_embeddings, dtype: DType::F32 };
+    match error {
+        Error::NonFinite { value, .. } => suspects.error(Place::SelectionBias, "", value),
+        other => other,
     }
 }
 
@@ -199,6 +213,9 @@ impl Suspects<'_> {
             Place::Norm => starts(&["model.norm.", "output_norm."]),
             Place::Output if self.tied => starts(&["model.embed_tokens.", "token_embd."]),
             Place::Output => starts(&["lm_head.", "output."]),
+            Place::SelectionBias => {
+                ["e_score_correction_bias", "expert_bias", "exp_probs_b"].iter().any(|part| name.contains(part))
+            }
         }
     }
 }

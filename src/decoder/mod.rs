@@ -27,7 +27,7 @@ pub use self::state::DecoderState;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Module, Tensor};
+use candle_core::{Module, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{Embedding, Init, VarBuilder};
 

@@ -16,6 +16,7 @@ use candle_core::{DType, Device};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::finite::of_loading;
 use super::{Decoder, weights};
 use crate::checkpoint::{Checkpoint, Metadata, gguf_file, json};
 use crate::error::{Error, Result};
@@ -148,15 +149,16 @@ impl ModelFiles {
         let spec = self.spec()?;
         let vb = weights::var_builder(self.checkpoint.clone(), options.dtype, &options.device);
         let decoder = match (options.expert_cache, self.checkpoint.gguf()) {
-            (None, Some(_)) => Decoder::load_gguf(&spec, vb, &self.checkpoint)?,
-            (None, None) => Decoder::load(&spec, vb)?,
+            (None, Some(_)) => Decoder::load_gguf(&spec, vb, &self.checkpoint),
+            (None, None) => Decoder::load(&spec, vb),
             (Some(cache), _) => {
                 let store = weights::expert_store(&self.checkpoint, &spec)?;
                 let cache = if cache.spare_bytes == 0 { cache.sparing(&store) } else { cache };
                 let cache = ExpertCache::new(Arc::new(store), cache)?;
-                Decoder::load_cached(&spec, vb, Arc::new(cache))?
+                Decoder::load_cached(&spec, vb, Arc::new(cache))
             }
         };
+        let decoder = decoder.map_err(|error| of_loading(error, &self.checkpoint, &spec))?;
         Ok(decoder.with_checkpoint(self.checkpoint.clone()))
     }
 }

@@ -114,6 +114,7 @@ impl Sweep {
         bytes_per_expert: u64,
         mut progress: impl FnMut(u64),
     ) -> Result<Vec<TuneRow>> {
+        self.check(decoder)?;
         let timed = self.timed(batches)?;
         let (mut rows, mut counted) = (Vec::with_capacity(self.settings()), Vec::new());
         for &top_k in &self.top_k {
@@ -164,6 +165,19 @@ impl Sweep {
             rows[at].pareto = !rows.iter().any(|other| rows[at].is_beaten_by(other));
         }
         Ok(rows)
+    }
+
+    /// Checks every setting before the first one takes its time.
+    fn check(&self, decoder: &Decoder) -> Result<()> {
+        self.bonus.iter().try_for_each(|&bonus| self.cache.clone().with_bonus(bonus).map(drop))?;
+        self.top_k.iter().try_for_each(|&top_k| decoder.clone().set_top_k(top_k))?;
+        self.memories.iter().try_for_each(|memory| match *memory {
+            FastMemory::Counted { experts, policy, admission } => {
+                decoder.expert_memory(experts, policy, admission).map(drop)
+            }
+            // Made one after the other, so that there is never more than one.
+            FastMemory::Cache(_) => Ok(()),
+        })
     }
 
     /// The first sequences, each a batch of its own.

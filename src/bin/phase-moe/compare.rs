@@ -33,7 +33,7 @@ pub struct Compare {
     /// Experts per token [default: the model's]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Room over demand [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
+    /// Room over demand; routers that know no limit run once, without [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
     #[arg(long, value_name = "F,..", value_delimiter = ',', allow_hyphen_values = true)]
     capacity_factor: Vec<f64>,
     #[command(flatten)]
@@ -59,7 +59,6 @@ impl Compare {
         // Options that contradict each other are found before the model is loaded.
         self.capacity.rule(1.0)?;
         self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
-        self.capacity.refuse_unheard(&routers, &[("--capacity-factor", !self.capacity_factor.is_empty())])?;
         self.model.check_memory(self.cached_experts, &self.memory)?;
         let mut model = self.model.load_with(&self.memory)?;
         if let Some(top_k) = self.top_k {

@@ -331,22 +331,17 @@ const MAX_DEVICES: usize = u16::MAX as usize;
 
 impl CapacityOptions {
     /// The rule for `router` and one capacity factor, none without a factor: then no option may ask for a limit. `needed` says what
-    /// the command takes to set one.
+    /// the command takes to set one. (`compare` has a row for each router: one that knows no limit says there that it had none.)
     pub fn rule_if(&self, router: RouterKind, factor: Option<f64>, needed: &str) -> Result<Option<CapacityRule>> {
         if let Some(factor) = factor {
             let rule = self.rule(factor)?;
-            self.refuse_unheard(&[router], &[("--capacity-factor", true)])?;
+            refuse_unheard(&[router], Knowledge::Limits, &[("--capacity-factor", true)])?;
             return Ok(Some(rule));
         }
         match self.given().into_iter().find(|(_, given)| *given) {
             Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
             None => Ok(None),
         }
-    }
-
-    /// Refuses limits that none of `routers` understands: these options, and `own` ones of the command.
-    pub fn refuse_unheard(&self, routers: &[RouterKind], own: &[(&'static str, bool)]) -> Result<()> {
-        refuse_unheard(routers, Knowledge::Limits, &[own, &self.given()].concat())
     }
 
     fn given(&self) -> [(&'static str, bool); 4] {
@@ -455,8 +450,7 @@ pub fn refuse_unheard(routers: &[RouterKind], told: Knowledge, given: &[(&'stati
                 true => "cache+phase",
                 false => "phase or top-k-score",
             };
-            let know = if routers.len() == 1 { "knows" } else { "know" };
-            format!("{option}: {names} {know} no limit: use {instead}")
+            format!("{option}: {names} knows no limit: use {instead}")
         }
         Knowledge::Memory if routers.len() == 1 => {
             format!("{option} is for the routers cache and cache+phase, not for {names}")

@@ -5,13 +5,16 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::weights::expert_sizes;
+use phase_moe::error::Error;
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay as Replayer;
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::experts::admission::Admission;
 use phase_moe::report::replay::ReplayReport;
+use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::{Knowledge, RouterKind};
 
 use crate::options::{
@@ -79,7 +82,7 @@ impl Replay {
         let settings = self.cache.settings(&[self.router])?;
         let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
         let router = self.router.build_with(self.capacity.seed, &settings);
-        let Source { trace, name, bytes_per_expert } = self.source(global)?;
+        let Source { trace, name, bytes_per_expert } = self.source(global, rule.as_ref())?;
         let (tokens, layers) = (trace.tokens(), trace.layers.len());
         let top_k = self.top_k.unwrap_or(trace.top_k);
         if let Some(rule) = &rule {
@@ -143,13 +146,30 @@ impl Replay {
         }
     }
 
-    fn source(&self, global: &Global) -> Result<Source> {
+    /// Checks what was asked for against what there is, before the model runs.
+    fn check(&self, experts: usize, top_k: usize, rule: Option<&CapacityRule>) -> Result<()> {
+        let top_k = self.top_k.unwrap_or(top_k);
+        match top_k {
+            0 => return Err(Error::TopKZero.into()),
+            _ if top_k > experts => return Err(Error::TopKExceedsExperts { top_k, experts }.into()),
+            _ => {}
+        }
+        let cached = self.cached_experts.unwrap_or(0);
+        ExpertMemory::new(1, experts, cached, self.memory.policy(), self.memory.admission())?;
+        rule.map(|rule| rule.capacity(0, experts, top_k)).transpose()?;
+        Ok(())
+    }
+
+    fn source(&self, global: &Global, rule: Option<&CapacityRule>) -> Result<Source> {
         if let Some(path) = &self.logits {
             let trace = GateTrace::read(path)?;
+            self.check(trace.experts, trace.top_k, rule)?;
             return Ok(Source { trace, name: path.display().to_string(), bytes_per_expert: None });
         }
         let files = self.model.files()?;
         let model = Model::from_files(&files, &LoadOptions::default())?;
+        let moe = &model.decoder().spec().moe;
+        self.check(moe.experts, moe.top_k, rule)?;
         let text = TextOptions {
             text: self.text.clone(),
             tokens: self.tokens,

@@ -10,10 +10,10 @@ use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::report::times;
 use phase_moe::routing::capacity::{Capacity, Placement};
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
 use serde::Serialize;
 
-use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
+use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, refuse_unheard, warn_unlimited};
 use crate::output::{Destination, Inputs};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
@@ -70,7 +70,7 @@ impl Route {
         if self.capacities.is_empty() {
             self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
         } else {
-            self.capacity.refuse_unheard(&[self.router], &[("--capacities", true)])?;
+            refuse_unheard(&[self.router], Knowledge::Limits, &[("--capacities", true)])?;
         }
         let out = self.out.as_ref().map(|out| Destination::open("--out", out)).transpose()?;
         let inputs = Inputs::default().file("--logits", &self.logits);
