@@ -167,7 +167,8 @@ fn columns_of(dtype: Dtype) -> &'static [usize] {
 fn tokens_of(columns: usize) -> Vec<usize> {
     match columns {
         // Tiles and, above 32, panels.
-        _ if cfg!(miri) => vec![1, 2, 33],
+        0..=32 if cfg!(miri) => vec![2, 33],
+        _ if cfg!(miri) => vec![1],
         0..=300 => (0..=40).collect(),
         _ => vec![1, 2, 3, 5, 6, 7, 11, 12, 13, 16, 17, 25, 32, 33, 37],
     }
@@ -285,6 +286,7 @@ fn rows_without_columns_have_sums_of_zero() {
     }
 }
 
+#[cfg_attr(miri, ignore = "minutes, and no memory access that the products do not have")]
 #[test]
 fn what_is_no_number_stays_with_its_row_in_every_form() {
     let mut rng = ChaCha8Rng::seed_from_u64(8);
@@ -297,14 +299,14 @@ fn what_is_no_number_stays_with_its_row_in_every_form() {
         (Dtype::Mxfp4, 96),
     ] {
         for &form in forms_of(dtype) {
-            for column in (0..columns).step_by(if cfg!(miri) { columns } else { 5 }) {
+            for column in (0..columns).step_by(5) {
                 for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
                     let mut case = Case::new(&mut rng, dtype, columns);
                     case.input[1][column] = bad;
                     for isa in Isa::all().filter(|&isa| meets(isa, form)) {
                         let lines = case.filled(isa, form, columns.next_multiple_of(CHUNK));
                         let rows = Rows::whole(&lines, form, columns, ROWS);
-                        for count in if cfg!(miri) { &[2][..] } else { &[2, 7, 14, 40] }.iter().copied() {
+                        for count in [2, 7, 14, 40] {
                             let tokens: Vec<u32> = (0..count).map(|t| t % 3).collect();
                             let sums = case.products(isa, rows, &tokens, &mut Workspace::default());
                             for (sums, &token) in sums.chunks(BLOCK).zip(&tokens) {
