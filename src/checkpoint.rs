@@ -19,7 +19,7 @@ use safetensors::{Dtype, SafeTensorError};
 
 pub use self::direct::{DirectFile, PAGE_BYTES};
 pub use self::element::{BlockType, ElementType};
-pub use self::gguf::gguf_file;
+pub use self::locate::{Located, locate, name_of};
 pub use self::metadata::{Metadata, Value};
 use crate::error::{Error, Result};
 
@@ -27,6 +27,7 @@ mod direct;
 mod element;
 mod gguf;
 pub mod json;
+mod locate;
 mod metadata;
 
 /// Bytes that can be read at a position: a file, or memory.
@@ -141,10 +142,10 @@ impl Checkpoint {
     /// [`Error::Io`] when a file is missing or unreadable, [`Error::Checkpoint`] when it is not what it says: naming the file,
     /// the tensor, what was expected and what came.
     pub fn open(path: &Path) -> Result<Self> {
-        if let Some(file) = gguf_file(path)? {
-            return Self::open_gguf(&file);
-        }
-        let directory = path;
+        let directory = match locate(path)? {
+            Located::Gguf(file) => return Self::open_gguf(&file),
+            Located::Directory(directory) => directory,
+        };
         let [single, index] = SAFETENSORS.map(|name| directory.join(name));
         if single.exists() || !index.exists() {
             return Self::open_files(&[single]);
@@ -376,6 +377,10 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader
     }
     source.read_exact_at(&mut prefix, 0).map_err(io)?;
     let header_length = u64::from_le_bytes(prefix);
+    if prefix == *b"version " {
+        let what = "a pointer of Git LFS to it: fetch the file itself with `git lfs pull`";
+        return Err(wrong(format!("expected a safetensors file, got {what}")));
+    }
     if header_length > MAX_HEADER_BYTES || header_length > length - 8 {
         return Err(wrong(format!(
             "expected a safetensors header within the file's {length} bytes, got a header length of {header_length}: \

@@ -148,7 +148,7 @@ fn mistakes_are_named() {
         ),
         (of(&template("{% if %}"), &["--chat"]), "chat_template.jinja: line 1: "),
         (of(&template("{{ messages.none.content }}"), &["--chat"]), "chat_template.jinja: line 1: "),
-        (of(&template("\n{{ strftime_now('%q') }}"), &["--chat"]), "line 2: strftime_now: expected one of %Y "),
+        (of(&template("\n{{ strftime_now(3, 4) }}"), &["--chat"]), "line 2: "),
         (
             of(&config(json!({"chat_template": 3})), &["--chat"]),
             "tokenizer_config.json: `chat_template`: expected text, got 3",

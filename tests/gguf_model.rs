@@ -173,6 +173,16 @@ fn four_bits(block: usize, part: &str) -> GgmlDType {
     if (block, part) == (0, "down") { GgmlDType::Q6K } else { GgmlDType::Q4K }
 }
 
+/// Another mix in every block.
+fn by_block_and_part(block: usize, part: &str) -> GgmlDType {
+    match (block, part) {
+        (0, "gate") => GgmlDType::Q6K,
+        (0, "up") | (1, "down") => GgmlDType::Q4K,
+        (1, "gate") => GgmlDType::BF16,
+        _ => GgmlDType::Q8_0,
+    }
+}
+
 /// The share of `right`'s size that `left` is off by.
 fn off(left: &[f32], right: &[f32]) -> f32 {
     assert_eq!(left.len(), right.len());
@@ -184,7 +194,7 @@ fn off(left: &[f32], right: &[f32]) -> f32 {
 fn every_type_of_weights_is_the_numbers_it_stands_for() {
     // Activations meet bf16 as bf16 and blocks as bytes.
     type Kind = (fn(usize, &str) -> GgmlDType, GgmlDType, Form, f32);
-    let kinds: [Kind; 9] = [
+    let kinds: [Kind; 13] = [
         (|_, _| GgmlDType::F32, GgmlDType::Q4_0, Form::Stacked, 1e-5),
         (|_, _| GgmlDType::F32, GgmlDType::F32, Form::Joined, 1e-5),
         (|_, _| GgmlDType::F16, GgmlDType::F16, Form::Single, 1e-5),
@@ -195,6 +205,11 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
         (|_, _| GgmlDType::Q6K, GgmlDType::Q5K, Form::Stacked, 3e-3),
         // As in most files of four bits: some down projections have six.
         (four_bits, GgmlDType::Q4K, Form::Stacked, 6e-3),
+        // Gate and up projection of two types, as files of mixed bits have them.
+        (|_, part| if part == "gate" { GgmlDType::Q4K } else { GgmlDType::Q6K }, GgmlDType::Q8_0, Form::Stacked, 6e-3),
+        (by_block_and_part, GgmlDType::F32, Form::Single, 6e-3),
+        (|_, part| if part == "up" { GgmlDType::F32 } else { GgmlDType::Q8_0 }, GgmlDType::F32, Form::Stacked, 6e-3),
+        (|_, part| if part == "up" { GgmlDType::F16 } else { GgmlDType::BF16 }, GgmlDType::F32, Form::Stacked, 2e-3),
     ];
     for (dtype, others, form, tolerance) in kinds {
         let experts = [dtype(0, "up"), dtype(0, "down"), dtype(1, "down")];

@@ -94,13 +94,20 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
 #[test]
 fn an_unknown_family_is_told_those_there_are() {
     let known = FAMILIES.join(", ");
-    let error = parse_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
-    assert_eq!(error, format!("unknown model family `llama`: expected one of {known}"));
+    for (config, expected) in [
+        (r#"{"model_type": "llama", "hidden_size": 16}"#, "model family without experts `llama`"),
+        (r#"{"model_type": "new_moe", "num_experts": 4}"#, "model family `new_moe`"),
+        (r#"{"model_type": "seeing", "text_config": {}}"#, "model family around a text model `seeing`"),
+    ] {
+        let error = parse_config(config, "config.json").unwrap_err().to_string();
+        assert_eq!(error, format!("unknown {expected}: expected one of {known}"));
+    }
     // Its layer is known, its decoder is not.
     let error = parse_config(&changed("lfm2_moe", &[]), "config.json").unwrap_err().to_string();
     assert_eq!(error, format!("unknown model family `lfm2_moe`: expected one of {known}"));
     let error = parse_moe_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
-    assert_eq!(error, format!("unknown model family `llama`: expected one of {known}, {}", MOE_FAMILIES.join(", ")));
+    let known = [&FAMILIES[..], &MOE_FAMILIES].concat().join(", ");
+    assert_eq!(error, format!("unknown model family without experts `llama`: expected one of {known}"));
     for family in FAMILIES.iter().filter(|&&family| family != "olmoe").chain(&MOE_FAMILIES) {
         parse_moe_config(&changed(family, &[]), "config.json").unwrap();
     }

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use super::element::ElementType;
 use super::metadata::{Metadata, Value};
-use super::{ByteSource, Checkpoint, DirectFile, MAX_HEADER_BYTES, NamedSource, SAFETENSORS, TensorEntry};
+use super::{ByteSource, Checkpoint, DirectFile, MAX_HEADER_BYTES, NamedSource, TensorEntry};
 use crate::error::{Error, Result};
 
-const MAGIC: [u8; 4] = *b"GGUF";
+pub(super) const MAGIC: [u8; 4] = *b"GGUF";
 
 /// Bytes read at once: most headers are their tokenizer, some megabytes.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -78,36 +78,9 @@ impl Checkpoint {
     }
 }
 
-/// The GGUF file that `path` is, or that is in a directory without safetensors files, the first part where it is split; `None` where
-/// there is none.
-///
-/// # Errors
-/// [`Error::Io`] for an unreadable directory, [`Error::Checkpoint`] for one with several of them.
-pub fn gguf_file(path: &Path) -> Result<Option<PathBuf>> {
-    let is_gguf = |path: &Path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    if !path.is_dir() {
-        return Ok(is_gguf(path).then(|| path.to_path_buf()));
-    }
-    if SAFETENSORS.iter().any(|name| path.join(name).exists()) {
-        return Ok(None);
-    }
-    let io = |error| Error::io(path, error);
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(io)? {
-        let file = entry.map_err(io)?.path();
-        if is_gguf(&file) && parts(&file)[0] == file {
-            found.push(file);
-        }
-    }
-    found.sort();
-    match found.as_slice() {
-        [] => Ok(None),
-        [only] => Ok(Some(only.clone())),
-        [first, second, ..] => {
-            let detail = format!("expected one GGUF file, got {} and {}", first.display(), second.display());
-            Err(Error::Checkpoint { file: path.display().to_string(), detail })
-        }
-    }
+/// Whether a file is not, by its name, a later part of another one.
+pub(super) fn is_first_part(path: &Path) -> bool {
+    parts(path).first().is_some_and(|first| first == path)
 }
 
 /// All parts of the file at `path`, by its name.

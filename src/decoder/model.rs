@@ -18,7 +18,7 @@ use tokenizers::Tokenizer;
 
 use super::finite::of_loading;
 use super::{Decoder, weights};
-use crate::checkpoint::{Checkpoint, Metadata, gguf_file, json};
+use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
@@ -68,31 +68,30 @@ impl ModelFiles {
     /// [`Error::Io`] for an unreadable file or a missing one other than `tokenizer.json`, [`Error::Checkpoint`] as
     /// [`Checkpoint::open`]; of a GGUF file as [`zoo::gguf::config`].
     pub fn open(path: &Path) -> Result<Self> {
-        let name = |path: &Path| {
-            let name = path.canonicalize().ok();
-            let name = name.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-            name.unwrap_or_else(|| path.display().to_string())
+        let path = match locate(path)? {
+            Located::Directory(directory) => directory,
+            Located::Gguf(file) => {
+                let checkpoint = Arc::new(Checkpoint::open_gguf(&file)?);
+                let tokenizer = file.with_file_name("tokenizer.json");
+                return Ok(Self {
+                    name: name_of(path).trim_end_matches(".gguf").into(),
+                    config: zoo::gguf::config(&checkpoint)?,
+                    checkpoint,
+                    tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+                    directory: file.parent().map(Path::to_owned),
+                });
+            }
         };
-        if let Some(file) = gguf_file(path)? {
-            let checkpoint = Arc::new(Checkpoint::open_gguf(&file)?);
-            let tokenizer = file.with_file_name("tokenizer.json");
-            return Ok(Self {
-                name: name(path).trim_end_matches(".gguf").into(),
-                config: zoo::gguf::config(&checkpoint)?,
-                checkpoint,
-                tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
-                directory: file.parent().map(Path::to_owned),
-            });
-        }
         let config = String::from_utf8(read(&path.join("config.json"))?)
             .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
+        zoo::quantization::check(&config, "config.json")?;
         let tokenizer = path.join("tokenizer.json");
         Ok(Self {
-            name: name(path),
+            name: name_of(&path),
             config,
-            checkpoint: Arc::new(Checkpoint::open(path)?),
+            checkpoint: Arc::new(Checkpoint::open(&path)?),
             tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
-            directory: Some(path.to_owned()),
+            directory: Some(path),
         })
     }
 

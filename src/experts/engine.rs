@@ -82,7 +82,7 @@ impl<'a> ExpertWeights<'a> {
     /// activation has one.
     ///
     /// # Errors
-    /// [`Error::Shape`] for sizes that do not fit, gate and up projections of two dtypes, a gate too many or too few;
+    /// [`Error::Shape`] for sizes that do not fit, a gate too many or too few;
     /// [`Error::Parameter`] for an activation that is none.
     pub fn new(
         activation: Activation,
@@ -110,10 +110,6 @@ impl<'a> ExpertWeights<'a> {
             let word = |is_there: bool| if is_there { "one" } else { "none" };
             return Err(Error::shape("gate projection", word(activation.gated), word(gate.is_some())));
         }
-        if let Some(gate) = gate.filter(|gate| gate.weight.dtype() != up.weight.dtype()) {
-            let expected = format!("{} like the up projection", up.weight.dtype());
-            return Err(Error::shape("gate projection", expected, gate.weight.dtype()));
-        }
         Ok(Self { activation, gate, up, down })
     }
 
@@ -131,6 +127,19 @@ impl<'a> ExpertWeights<'a> {
     pub fn size_in_bytes(&self) -> usize {
         let gate = self.gate.map_or(0, |gate| gate.weight.size_in_bytes());
         gate + self.up.weight.size_in_bytes() + self.down.weight.size_in_bytes()
+    }
+
+    /// The gate where it is not of the up projection's dtype.
+    fn other_gate(&self) -> Option<Projection<'a>> {
+        self.gate.filter(|gate| gate.weight.dtype() != self.up.weight.dtype())
+    }
+
+    /// Whether some of its weights are floats of one dtype and some of another: they multiply floats then, as they do where all were
+    /// brought to the widest dtype before.
+    fn mixes_floats(&self) -> bool {
+        let dtypes = [self.gate.unwrap_or(self.up), self.up, self.down].map(|projection| projection.weight.dtype());
+        let mut floats = dtypes.into_iter().filter(|dtype| !dtype.is_quantized());
+        floats.next().is_some_and(|first| floats.any(|dtype| dtype != first))
     }
 
     fn parameters(&self) -> usize {
@@ -186,6 +195,8 @@ impl std::fmt::Debug for Buffers {
 struct Room {
     workspace: Workspace,
     sums: Vec<f32>,
+    /// Products with a gate of another dtype.
+    gates: Vec<f32>,
     values: Vec<f32>,
 }
 
@@ -195,6 +206,8 @@ struct Group<'a> {
     tokens: &'a [u32],
     weights: &'a [f32],
     input: Form,
+    /// What the gate wants, where that is another form.
+    gate_input: Form,
     between: Form,
 }
 
@@ -235,7 +248,8 @@ impl Engine {
         let bytes: usize = groups.iter().map(|group| group.expert.size_in_bytes()).sum();
         let threads = buffers.threads_for(products, bytes);
 
-        let inputs = self.inputs(input, groups.iter().map(|group| group.input), threads, &mut buffers);
+        let inputs =
+            self.inputs(input, groups.iter().flat_map(|group| [group.input, group.gate_input]), threads, &mut buffers);
         let rows = |form: Form| {
             let (_, lines) = inputs.iter().find(|(made, _)| *made == form).expect("every form that a group wants");
             Rows::whole(&buffers.input[lines.clone()], form, hidden, tokens)
@@ -255,7 +269,7 @@ impl Engine {
             }
         }
         share_out(items.into_iter(), &mut buffers.threads[..threads], |room, (group, columns, between)| {
-            self.first_pass(group, rows(group.input), columns, room, between);
+            self.first_pass(group, [rows(group.gate_input), rows(group.input)], columns, room, between);
         });
 
         // Second pass: the down projection and the weighted sum, one item for each piece of the hidden width.
@@ -364,9 +378,14 @@ impl Engine {
         let mut groups = Vec::new();
         for Work { expert, tokens, weights } in work {
             for (tokens, weights) in tokens.chunks(GROUP_ROWS).zip(weights.chunks(GROUP_ROWS)) {
-                let form = |weight: Matrix<'_>| form(self.isa, weight.dtype());
+                let floats = expert.mixes_floats();
+                let form = |weight: Matrix<'_>| match floats && !weight.dtype().is_quantized() {
+                    true => Form::Floats,
+                    false => form(self.isa, weight.dtype()),
+                };
                 let (input, between) = (form(expert.up.weight), form(expert.down.weight));
-                groups.push(Group { expert, tokens, weights, input, between });
+                let gate_input = form(expert.gate.unwrap_or(expert.up).weight);
+                groups.push(Group { expert, tokens, weights, input, gate_input, between });
             }
         }
         groups
@@ -404,19 +423,10 @@ impl Engine {
         forms
     }
 
-    /// `act(gate(x), up(x))` of a group in some columns of its width.
-    fn first_pass(
-        &self,
-        group: &Group<'_>,
-        input: Rows<'_>,
-        columns: Range<usize>,
-        room: &mut Room,
-        between: &mut [Line],
-    ) {
-        let (expert, tokens) = (group.expert, group.tokens.len());
-        let Room { workspace, sums, values } = room;
-        sums.resize(tokens * BLOCK, 0.0);
-        values.resize(tokens * columns.len(), 0.0);
+    /// The products and activations of a first pass: a block holds rows of gate and up projection.
+    fn joined_products(&self, group: &Group<'_>, input: Rows<'_>, columns: Range<usize>, room: &mut Room) {
+        let expert = group.expert;
+        let Room { workspace, sums, values, .. } = room;
         let at_once = if expert.gate.is_some() { BLOCK / 2 } else { BLOCK };
         for first in columns.clone().step_by(at_once) {
             // The first sixteen rows are the gate's, the others the up projection's of the same columns; past the last column the
@@ -446,6 +456,58 @@ impl Engine {
             let stride = columns.len();
             self.isa.run(Activate { activation: expert.activation, biases, sums, values, stride, into });
         }
+    }
+
+    /// The same where the gate is of another dtype: a block of each, then activations of half a block at a time.
+    fn mixed_products(
+        &self,
+        group: &Group<'_>,
+        gate: Projection<'_>,
+        [gate_input, input]: [Rows<'_>; 2],
+        columns: Range<usize>,
+        room: &mut Room,
+    ) {
+        let (activation, up, tokens) = (group.expert.activation, group.expert.up, group.tokens);
+        let Room { workspace, sums, gates, values } = room;
+        gates.resize(tokens.len() * BLOCK, 0.0);
+        for first in columns.clone().step_by(BLOCK) {
+            self.block(gate.weight, Some(up.weight), &columns, first, gate_input, tokens, gates, workspace);
+            self.block(up.weight, None, &columns, first, input, tokens, sums, workspace);
+            let (gates, sums) = (gates.as_chunks_mut::<BLOCK>().0, sums.as_chunks_mut::<BLOCK>().0);
+            // Gates of the first half meet the up products of the first half, where the others were.
+            for (gates, sums) in gates.iter_mut().zip(&mut *sums) {
+                gates[BLOCK / 2..].swap_with_slice(&mut sums[..BLOCK / 2]);
+            }
+            for (half, sums) in [&mut *gates, sums].into_iter().enumerate() {
+                let first = first + half * LANES;
+                if first >= columns.end {
+                    break;
+                }
+                let into = first - columns.start..(first - columns.start + LANES).min(columns.len());
+                let (biases, stride) = ([gate.biases(first), up.biases(first)], columns.len());
+                let sums = sums.as_flattened_mut();
+                self.isa.run(Activate { activation, biases, sums, values, stride, into });
+            }
+        }
+    }
+
+    /// `act(gate(x), up(x))` of a group in some columns of its width, from the input as the gate and as the up projection want it.
+    fn first_pass(
+        &self,
+        group: &Group<'_>,
+        [gate_input, input]: [Rows<'_>; 2],
+        columns: Range<usize>,
+        room: &mut Room,
+        between: &mut [Line],
+    ) {
+        let (expert, tokens, stride) = (group.expert, group.tokens.len(), columns.len());
+        room.sums.resize(tokens * BLOCK, 0.0);
+        room.values.resize(tokens * stride, 0.0);
+        match expert.other_gate() {
+            Some(gate) => self.mixed_products(group, gate, [gate_input, input], columns.clone(), room),
+            None => self.joined_products(group, input, columns.clone(), room),
+        }
+        let values = &room.values;
         let stride = group.between.stride(CHUNK.min(expert.width()));
         for (values, row) in values.chunks_exact(columns.len()).zip(between.chunks_exact_mut(stride)) {
             self.isa.run(Fill { form: group.between, values, row });

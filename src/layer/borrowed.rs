@@ -104,21 +104,6 @@ pub(super) fn projection_fits(projection: &Projection) -> bool {
     weight && projection.bias().is_none_or(|bias| !bias.track_op())
 }
 
-/// One dtype for gate and up projection, whose rows the engine takes turns with.
-pub(super) fn alike(gate: &Projection, up: &Projection) -> bool {
-    let of = |projection: &Projection| match projection.weight() {
-        Weight::Dense(tensor) => match tensor.dtype() {
-            DType::F32 => Some(Dtype::F32),
-            DType::F16 => Some(Dtype::F16),
-            DType::BF16 => Some(Dtype::Bf16),
-            _ => None,
-        },
-        Weight::Quantized { tensor, .. } => dtype(tensor.dtype()),
-        Weight::Packed(packed) => Some(packed.dtype()),
-    };
-    of(gate) == of(up)
-}
-
 /// An expert's matrices, held.
 struct BorrowedExpert<'a> {
     expert: &'a Expert,

@@ -212,7 +212,6 @@ impl Expert {
     pub(super) fn fits_engine(&self) -> bool {
         let Self { gate_proj, up_proj, down_proj, .. } = self;
         [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
-            && gate_proj.as_ref().is_none_or(|gate| borrowed::alike(gate, up_proj))
     }
 
     pub(super) fn check(&self, operand: &str, form: Form<'_>, gate: &Gate) -> Result<()> {

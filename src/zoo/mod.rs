@@ -26,6 +26,7 @@ mod lfm2_moe;
 mod mixtral;
 mod olmoe;
 mod phimoe;
+pub mod quantization;
 mod qwen2_moe;
 mod qwen3_moe;
 mod rope;
@@ -70,7 +71,7 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
         "granitemoe" => granitemoe::model_spec(&config),
         "gpt_oss" => gpt_oss::model_spec(&config),
         "phimoe" => phimoe::model_spec(&config),
-        other => Err(unknown(other, &FAMILIES)),
+        other => Err(unknown(json, other, &FAMILIES)),
     }?;
     spec.check()?;
     Ok(spec)
@@ -94,12 +95,20 @@ pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
         "lfm2_moe" => lfm2_moe::moe_spec(&config),
         "gpt_oss" => gpt_oss::moe_spec(&config),
         "phimoe" => phimoe::moe_spec(&config),
-        other => Err(unknown(other, &[FAMILIES.as_slice(), &MOE_FAMILIES].concat())),
+        other => Err(unknown(json, other, &[FAMILIES.as_slice(), &MOE_FAMILIES].concat())),
     }?;
     spec.check()?;
     Ok(spec)
 }
 
-fn unknown(got: &str, known: &[&str]) -> Error {
-    Error::UnknownName { kind: "model family", got: got.into(), expected: known.join(", ") }
+/// A family that is not known, and whether its configuration shows that it could not be.
+fn unknown(config: &str, got: &str, known: &[&str]) -> Error {
+    let config = crate::checkpoint::json::parse(config).unwrap_or_default();
+    let mut keys = config.as_object().into_iter().flatten().map(|(key, _)| key);
+    let kind = match config["text_config"].is_object() {
+        true => "model family around a text model",
+        false if keys.any(|key| key.contains("expert") || key.contains("moe")) => "model family",
+        false => "model family without experts",
+    };
+    Error::UnknownName { kind, got: got.into(), expected: known.join(", ") }
 }
