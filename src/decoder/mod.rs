@@ -18,6 +18,7 @@ mod rotary;
 pub mod sampling;
 mod seen;
 mod state;
+pub mod tokenizer;
 pub mod unstacked;
 pub mod weights;
 

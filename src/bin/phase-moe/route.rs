@@ -12,6 +12,7 @@ use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
+use crate::notice::notice;
 use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, warn_unlimited};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
@@ -82,7 +83,11 @@ impl Route {
             batch_tokens: self.batch_tokens,
         };
         if trace.token_ids.is_none() && matches!(self.router, RouterKind::Hash | RouterKind::WeightedHash) {
-            eprintln!("{}: no `tokens`: {} hashes positions instead", self.logits.display(), self.router.name());
+            notice(format_args!(
+                "{}: no `tokens`: {} hashes positions instead",
+                self.logits.display(),
+                self.router.name()
+            ));
         }
         let (mut layers, mut tensors, mut unlimited) = (Vec::new(), Vec::new(), 0);
         for layer in &trace.layers {
