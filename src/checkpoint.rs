@@ -3,7 +3,8 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
 //! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
-//! Files are read through [`DirectFile`]. [`tensor_bytes`] and [`write_tensors`] are the other direction: [`NamedTensor`]s to one safetensors file.
+//! Files are read through [`DirectFile`]; a FIFO or a device is no file ([`open_file`]). [`tensor_bytes`] and [`write_tensors`] are the
+//! other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
 
@@ -19,12 +20,15 @@ use safetensors::{Dtype, SafeTensorError};
 
 pub use self::direct::{DirectFile, PAGE_BYTES};
 pub use self::element::{BlockType, ElementType};
+pub(crate) use self::file::not_a_file;
+pub use self::file::{open_file, read_file, read_text, text, without_mark};
 pub use self::locate::{Located, locate, name_of};
 pub use self::metadata::{Metadata, Value};
 use crate::error::{Error, Result};
 
 mod direct;
 mod element;
+mod file;
 mod gguf;
 pub mod json;
 mod locate;
@@ -150,7 +154,7 @@ impl Checkpoint {
         if single.exists() || !index.exists() {
             return Self::open_files(&[single]);
         }
-        let text = std::fs::read_to_string(&index).map_err(|error| Error::io(&index, error))?;
+        let text = read_text(&index)?;
         let name = index.display().to_string();
         let wrong = |detail: String| Error::Checkpoint { file: name.clone(), detail };
         let parsed: serde_json::Value =

@@ -12,7 +12,7 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::ByteSource;
+use super::{ByteSource, open_file};
 
 /// What direct reads are aligned to: a page, and a multiple of every common disk's blocks.
 pub const PAGE_BYTES: usize = 4096;
@@ -29,9 +29,9 @@ impl DirectFile {
     /// Opens a file for reading.
     ///
     /// # Errors
-    /// When the system cannot open it.
+    /// As [`open_file`].
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = open_file(path)?;
         let direct = open_direct(path, &file);
         Ok(Self { file, direct, refused: AtomicBool::new(false) })
     }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::gguf::{MAGIC, is_first_part};
-use super::{ByteSource, SAFETENSORS};
+use super::{ByteSource, SAFETENSORS, not_a_file};
 use crate::error::{Error, Result};
 
 /// Where a model is.
@@ -36,8 +36,8 @@ pub fn locate(path: &Path) -> Result<Located> {
             kind => Err(wrong(refused_file(path, kind))),
         };
     }
-    if !metadata.is_dir() {
-        return Err(wrong("expected a directory or a GGUF file, got neither: a model is read at many places".into()));
+    if let Some(kind) = not_a_file(metadata.file_type()) {
+        return Err(wrong(format!("expected a checkpoint directory or a GGUF file, got {kind}")));
     }
     let has = |name: &str| path.join(name).exists();
     if SAFETENSORS.iter().any(|name| has(name)) {
@@ -53,8 +53,6 @@ pub fn locate(path: &Path) -> Result<Located> {
     match refused_directory(path, &files)? {
         Refused::Snapshot(snapshot) => locate(&snapshot),
         Refused::Other(detail) => Err(wrong(detail)),
-        // What is missing is found and named when it is opened.
-        Refused::No => Ok(Located::Directory(path.to_owned())),
     }
 }
 
@@ -182,7 +180,6 @@ enum Refused {
     /// It has one, in a place of its own.
     Snapshot(PathBuf),
     Other(String),
-    No,
 }
 
 fn refused_directory(path: &Path, files: &[PathBuf]) -> Result<Refused> {

@@ -17,6 +17,7 @@
 //!
 //! Knows nothing of routers or of how text becomes tokens.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::model::Model;
@@ -178,8 +179,7 @@ pub fn generate_in(
 /// router that looks at the batch, texts are those that each prompt gives alone, but for what rounding turns.
 ///
 /// # Errors
-/// [`Error::Shape`] for no prompt or an empty one, for samplers that are not as many, and for a state that keeps no keys and values
-/// or those of other sequences; whatever the forward pass reports.
+/// As [`generate_batch_until`].
 pub fn generate_batch(
     model: &Model,
     prompts: &[&[u32]],
@@ -187,6 +187,25 @@ pub fn generate_batch(
     state: &mut DecoderState,
     samplers: &mut [Sampler],
     mut on_token: impl FnMut(usize, u32),
+) -> Result<BatchGeneration> {
+    generate_batch_until(model, prompts, options, state, samplers, |text, id| {
+        on_token(text, id);
+        ControlFlow::Continue(())
+    })
+}
+
+/// The same until `on_token` breaks off: with nobody left who reads, there is nothing to go on for.
+///
+/// # Errors
+/// [`Error::Shape`] for no prompt or an empty one, for samplers that are not as many, and for a state that keeps no keys and values
+/// or those of other sequences; whatever the forward pass reports.
+pub fn generate_batch_until(
+    model: &Model,
+    prompts: &[&[u32]],
+    options: Options,
+    state: &mut DecoderState,
+    samplers: &mut [Sampler],
+    mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<BatchGeneration> {
     if !state.keeps_text() {
         return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
@@ -207,6 +226,7 @@ pub fn generate_batch(
     })?;
     // The last token of each text that goes on; it has not been through the model.
     let mut next: Vec<Option<u32>> = vec![Some(0); prompts.len()];
+    let mut stopped = false;
     loop {
         for (text, (next, sampler)) in next.iter_mut().zip(samplers.iter_mut()).enumerate() {
             if next.is_none() {
@@ -218,7 +238,7 @@ pub fn generate_batch(
                 continue;
             }
             done.texts[text].push(id);
-            on_token(text, id);
+            stopped |= on_token(text, id).is_break();
             if done.texts[text].len() == options.new_tokens || state.lengths()[text] == decoder.spec().max_positions {
                 *next = None;
             }
@@ -226,7 +246,7 @@ pub fn generate_batch(
         if done.decode_steps == 0 {
             done.prefill_time = started.elapsed();
         }
-        if next.iter().all(Option::is_none) {
+        if stopped || next.iter().all(Option::is_none) {
             break;
         }
         done.decode_steps += 1;

@@ -19,6 +19,7 @@ mod rotary;
 pub mod sampling;
 mod seen;
 mod state;
+pub mod tokenizer;
 pub mod unstacked;
 pub mod weights;
 

@@ -8,17 +8,16 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use serde_json::Value;
-use tokenizers::Tokenizer;
 
 use super::finite::of_loading;
+use super::tokenizer::{Continuation, TextTokenizer};
 use super::{Decoder, weights};
-use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of};
+use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of, read_file, read_text};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
@@ -57,10 +56,6 @@ pub struct ModelFiles {
     pub directory: Option<PathBuf>,
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| Error::io(path, error))
-}
-
 impl ModelFiles {
     /// Opens the files in the directory `path`, or the GGUF file that `path` is or holds.
     ///
@@ -77,20 +72,19 @@ impl ModelFiles {
                     name: name_of(path).trim_end_matches(".gguf").into(),
                     config: zoo::gguf::config(&checkpoint)?,
                     checkpoint,
-                    tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+                    tokenizer: tokenizer.exists().then(|| read_file(&tokenizer)).transpose()?,
                     directory: file.parent().map(Path::to_owned),
                 });
             }
         };
-        let config = String::from_utf8(read(&path.join("config.json"))?)
-            .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
+        let config = read_text(&path.join("config.json"))?;
         zoo::quantization::check(&config, "config.json")?;
         let tokenizer = path.join("tokenizer.json");
         Ok(Self {
             name: name_of(&path),
             config,
             checkpoint: Arc::new(Checkpoint::open(&path)?),
-            tokenizer: tokenizer.exists().then(|| read(&tokenizer)).transpose()?,
+            tokenizer: tokenizer.exists().then(|| read_file(&tokenizer)).transpose()?,
             directory: Some(path),
         })
     }
@@ -101,11 +95,34 @@ impl ModelFiles {
     /// [`Error::Io`] for an unreadable file, or one that is no UTF-8 text.
     pub fn beside(&self, file: &str) -> Result<Option<String>> {
         let Some(path) = self.directory.as_ref().map(|directory| directory.join(file)) else { return Ok(None) };
-        match std::fs::read_to_string(&path) {
+        match read_text(&path) {
             Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io(path, error)),
+            Err(Error::Io { reason, .. }) if reason.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
         }
+    }
+
+    /// The tokenizer, and what it puts around a text as these files say.
+    fn text_tokenizer(&self) -> Result<TextTokenizer> {
+        const FILE: &str = "tokenizer.json";
+        let gguf = self.checkpoint.gguf();
+        let Some(bytes) = &self.tokenizer else {
+            let reason = || std::io::Error::new(std::io::ErrorKind::NotFound, "expected beside config.json, got none");
+            let metadata = gguf.ok_or_else(|| Error::io(FILE, reason()))?;
+            return TextTokenizer::read(zoo::gguf_tokenizer::tokenizer_json(metadata)?.as_bytes(), metadata.file());
+        };
+        let file = self.directory.as_ref().map_or(FILE.into(), |directory| directory.join(FILE).display().to_string());
+        let tokenizer = TextTokenizer::read(bytes, &file)?;
+        Ok(match gguf {
+            Some(metadata) => match zoo::gguf_tokenizer::said_around(metadata)? {
+                Some((before, after)) => tokenizer.around(before, after),
+                None => tokenizer,
+            },
+            None => match self.beside("tokenizer_config.json")? {
+                Some(config) => tokenizer.configured(&config)?,
+                None => tokenizer,
+            },
+        })
     }
 
     /// The tokens that end a text as `generation_config.json` has them, a number or a list; `None` where it does not say.
@@ -167,7 +184,7 @@ impl ModelFiles {
 pub struct Model {
     name: String,
     decoder: Decoder,
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Arc<TextTokenizer>,
     end_of_text: Vec<u32>,
 }
 
@@ -187,15 +204,7 @@ impl Model {
     /// missing, of the wrong shape or dtype, or of experts that the configuration does not have, [`Error::Io`] for no tokenizer
     /// and [`Error::Tokenizer`] for one that is unusable.
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
-        let bytes = match (&files.tokenizer, files.checkpoint.gguf()) {
-            (Some(bytes), _) => Cow::Borrowed(bytes.as_slice()),
-            (None, Some(metadata)) => Cow::Owned(zoo::gguf_tokenizer::tokenizer_json(metadata)?.into_bytes()),
-            (None, None) => {
-                let reason = "expected beside config.json, got none";
-                return Err(Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason)));
-            }
-        };
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let tokenizer = files.text_tokenizer()?;
         let end_of_text = files.end_of_text()?;
         let decoder = files.decoder(options)?;
         let end_of_text = end_of_text.unwrap_or_else(|| decoder.spec().end_of_text.clone());
@@ -222,13 +231,26 @@ impl Model {
         &mut self.decoder
     }
 
-    /// Token ids of `text`, without special tokens.
+    /// Token ids of `text`, without special tokens but those that it names.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| Error::Tokenizer(error.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        self.tokenizer.encode(text)
+    }
+
+    /// Token ids of `text` as a sequence of its own, with the special tokens that the tokenizer puts around one: its
+    /// [beginning](Model::sequence_start), and its end where the tokenizer has that too.
+    ///
+    /// # Errors
+    /// As [`Model::encode`].
+    pub fn encode_sequence(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode_sequence(text)
+    }
+
+    /// What every sequence begins with: a beginning-of-text token, of some models more than one, of many none.
+    pub fn sequence_start(&self) -> &[u32] {
+        self.tokenizer.before()
     }
 
     /// Text of token ids.
@@ -236,6 +258,28 @@ impl Model {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|error| Error::Tokenizer(error.to_string()))
+        self.tokenizer.decode(ids)
+    }
+
+    /// Text of token ids that come after those `before`: what all of them read beyond what those read alone, so that the first
+    /// word keeps the space before it.
+    ///
+    /// # Errors
+    /// As [`Model::decode`].
+    pub fn decode_after(&self, before: &[u32], ids: &[u32]) -> Result<String> {
+        let mut continuation = self.continuation(before)?;
+        let mut text = String::new();
+        for &id in ids {
+            text += &continuation.push(id)?;
+        }
+        Ok(text + &continuation.finish()?)
+    }
+
+    /// The same token by token.
+    ///
+    /// # Errors
+    /// As [`Model::decode`].
+    pub fn continuation(&self, before: &[u32]) -> Result<Continuation> {
+        Continuation::after(self.tokenizer.clone(), before)
     }
 }

@@ -55,6 +55,16 @@ impl Batching {
     /// [`Error::Parameter`] for `batch_tokens` below 2 or above [`SEQUENCE_TOKENS`] and no multiple of it, and for texts of
     /// fewer than two tokens in all.
     pub fn batches(&self, texts: &[EvalText]) -> Result<Vec<Batch>> {
+        self.batches_from(&[], texts)
+    }
+
+    /// The same where every sequence begins with the tokens `start`
+    /// ([`Model::sequence_start`](crate::decoder::model::Model::sequence_start)): they count in its length and in
+    /// [`Batching::tokens`].
+    ///
+    /// # Errors
+    /// As [`Batching::batches`]; [`Error::Parameter`] for `batch_tokens` that leave no room for a token of text.
+    pub fn batches_from(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Batch>> {
         if self.batch_tokens < 2 {
             return Err(Error::parameter("batch tokens", self.batch_tokens, "at least 2"));
         }
@@ -63,25 +73,34 @@ impl Batching {
             let expected = format!("at most {SEQUENCE_TOKENS} or a multiple of it");
             return Err(Error::parameter("batch tokens", self.batch_tokens, expected));
         }
+        if length <= start.len() {
+            let expected = format!("more than the {} that a text of this model begins with", start.len());
+            return Err(Error::parameter("batch tokens", length, expected));
+        }
         let per_batch = self.batch_tokens / length;
-        let shares = self.shares(texts);
-        let mut sequences: Vec<Vec<&[u32]>> = texts
-            .iter()
-            .zip(shares)
-            .map(|(text, share)| text.ids[..share].chunks(length).filter(|ids| ids.len() > 1).collect())
-            .collect();
+        let sequence = |ids: &[u32]| [start, ids].concat();
+        let cut = |text: &EvalText| text.ids.chunks(length - start.len()).map(sequence).collect();
+        let mut sequences: Vec<Vec<Vec<u32>>> = texts.iter().map(cut).collect();
+        let lengths: Vec<usize> = sequences.iter().map(|text| text.iter().map(Vec::len).sum()).collect();
+        for (text, share) in sequences.iter_mut().zip(self.shares(&lengths)) {
+            text.truncate(share.div_ceil(length));
+            if let Some(last) = text.last_mut() {
+                last.truncate(share - (share - 1) / length * length);
+            }
+            text.retain(|ids| ids.len() > start.len().max(1));
+        }
         if let Some(seed) = self.shuffle {
             sequences.iter_mut().zip(0..).for_each(|(text, key)| Stream::new(seed, key).shuffle(text));
         }
         let batches = match self.mixing {
             Mixing::OneKind => {
-                sequences.iter().flat_map(|text| text.chunks(per_batch)).map(Batch::new).collect::<Result<Vec<_>>>()?
+                sequences.iter().flat_map(|text| text.chunks(per_batch)).map(batch).collect::<Result<Vec<_>>>()?
             }
             Mixing::Mixed => {
                 let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
-                let turns = |turn: usize| sequences.iter().filter_map(move |text| text.get(turn).copied());
-                let interleaved: Vec<&[u32]> = (0..longest).flat_map(turns).collect();
-                interleaved.chunks(per_batch).map(Batch::new).collect::<Result<Vec<_>>>()?
+                let turns = |turn: usize| sequences.iter().filter_map(move |text| text.get(turn));
+                let interleaved: Vec<&Vec<u32>> = (0..longest).flat_map(turns).collect();
+                interleaved.chunks(per_batch).map(batch).collect::<Result<Vec<_>>>()?
             }
         };
         if batches.is_empty() {
@@ -90,18 +109,23 @@ impl Batching {
         Ok(batches)
     }
 
-    /// Tokens taken of each text: an even share of the limit, what short texts leave going to the longer ones.
-    fn shares(&self, texts: &[EvalText]) -> Vec<usize> {
-        let mut shares: Vec<usize> = texts.iter().map(|text| text.ids.len()).collect();
+    /// Tokens taken of each text, whose lengths these are: an even share of the limit, what short texts leave going to the longer
+    /// ones.
+    fn shares(&self, lengths: &[usize]) -> Vec<usize> {
+        let mut shares = lengths.to_vec();
         let Some(mut left) = self.tokens else { return shares };
-        let mut order: Vec<usize> = (0..texts.len()).collect();
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
         order.sort_by_key(|&text| shares[text]);
         for (taken, &text) in order.iter().enumerate() {
-            shares[text] = shares[text].min(left.div_ceil(texts.len() - taken));
+            shares[text] = shares[text].min(left.div_ceil(lengths.len() - taken));
             left -= shares[text];
         }
         shares
     }
+}
+
+fn batch<T: AsRef<[u32]>>(sequences: &[T]) -> Result<Batch> {
+    Batch::new(&sequences.iter().map(AsRef::as_ref).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -127,6 +151,37 @@ mod tests {
     }
 
     #[test]
+    fn every_sequence_begins_with_the_start() {
+        let text = EvalText { name: "a".into(), ids: (1..=600).collect() };
+        let rows = |batching: Batching, start: &[u32], text: &EvalText| -> Vec<Vec<u32>> {
+            let batches = batching.batches_from(start, std::slice::from_ref(text)).unwrap();
+            let rows = |batch: &Batch| {
+                let rows = batch.ids().chunks(batch.positions()).zip(batch.lengths());
+                rows.map(|(row, &length)| row[..length].to_vec()).collect::<Vec<_>>()
+            };
+            batches.iter().flat_map(rows).collect()
+        };
+        let all = rows(Batching::default(), &[0, 0], &text);
+        assert_eq!(all.iter().map(Vec::len).collect::<Vec<_>>(), [256, 256, 94]);
+        assert!(all.iter().all(|row| row[..2] == [0, 0] && row[2..].iter().all(|&id| id > 0)));
+        assert_eq!(all.iter().flat_map(|row| &row[2..]).copied().collect::<Vec<_>>(), text.ids);
+        // The limit counts them, and a sequence of nothing else is none.
+        for (tokens, lengths) in
+            [(600, vec![256, 256, 88]), (515, vec![256, 256, 3]), (514, vec![256, 256]), (9, vec![9])]
+        {
+            let limited = rows(Batching { tokens: Some(tokens), ..Batching::default() }, &[0, 0], &text);
+            assert_eq!(limited.iter().map(Vec::len).collect::<Vec<_>>(), lengths, "{tokens}");
+        }
+        // One token of text is predicted from the start.
+        let one = EvalText { name: "one".into(), ids: vec![7] };
+        assert_eq!(rows(Batching::default(), &[0], &one), [[0, 7]]);
+        let small = Batching { batch_tokens: 2, ..Batching::default() };
+        assert_eq!(rows(small, &[0], &one), [[0, 7]]);
+        let error = small.batches_from(&[0, 0], &[one]).unwrap_err().to_string();
+        assert_eq!(error, "batch tokens is 2: expected more than the 2 that a text of this model begins with");
+    }
+
+    #[test]
     fn mixed_batches_take_turns() {
         let batching = Batching { mixing: Mixing::Mixed, ..Batching::default() };
         let batches = batching.batches(&texts(&[512, 512])).unwrap();
@@ -137,7 +192,7 @@ mod tests {
     fn the_limit_is_shared_evenly_and_met() {
         for (limit, expected) in [(300, [100, 100, 100]), (1000, [100, 450, 450]), (5000, [100, 600, 900])] {
             let batching = Batching { tokens: Some(limit), ..Batching::default() };
-            assert_eq!(batching.shares(&texts(&[100, 600, 900])), expected);
+            assert_eq!(batching.shares(&[100, 600, 900]), expected);
         }
     }
 

@@ -31,8 +31,45 @@ struct Split {
     whole_words: bool,
 }
 
+/// Byte pairs of Llama 3.
+const LLAMA_3: &[&str] = &["llama-bpe", "llama3", "llama-v3"];
+
+/// Byte pairs of ChatGLM, whose texts have no first token unless the file names one.
+const CHATGLM: &[&str] = &["glm4", "chatglm-bpe"];
+
+/// Of both: numbers in threes.
+const NUMBERS_IN_THREES: &[&str] = &[concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)];
+
+/// Words of scripts that have capitals, as DeepSeek's first tokenizer lists them.
+const CASED_LETTERS: &str = concat!(
+    r"\s?[",
+    "A-Za-z\u{B5}\u{C0}-\u{D6}\u{D8}-\u{F6}\u{F8}-\u{1BA}\u{1BC}-\u{1BF}\u{1C4}-\u{293}\u{295}-\u{2AF}\u{370}-\u{373}",
+    "\u{376}\u{377}\u{37B}-\u{37D}\u{37F}\u{386}\u{388}-\u{38A}\u{38C}\u{38E}-\u{3A1}\u{3A3}-\u{3F5}\u{3F7}-\u{481}",
+    "\u{48A}-\u{52F}\u{531}-\u{556}\u{10A0}-\u{10C5}\u{13A0}-\u{13F5}\u{13F8}-\u{13FD}\u{1C90}-\u{1CBA}",
+    "\u{1CBD}-\u{1CBF}\u{1D00}-\u{1D2B}\u{1D6B}-\u{1D77}\u{1D79}-\u{1D9A}\u{1E00}-\u{1F15}\u{1F18}-\u{1F1D}",
+    "\u{1F20}-\u{1F45}\u{1F48}-\u{1F4D}\u{1F50}-\u{1F57}\u{1F59}\u{1F5B}\u{1F5D}\u{1F5F}-\u{1F7D}\u{1F80}-\u{1FB4}",
+    "\u{1FB6}-\u{1FBC}\u{1FBE}\u{1FC2}-\u{1FC4}\u{1FC6}-\u{1FCC}\u{1FD0}-\u{1FD3}\u{1FD6}-\u{1FDB}\u{1FE0}-\u{1FEC}",
+    "\u{1FF2}-\u{1FF4}\u{1FF6}-\u{1FFC}\u{2102}\u{2107}\u{210A}-\u{2113}\u{2115}\u{2119}-\u{211D}\u{2124}\u{2126}",
+    "\u{2128}\u{212A}-\u{212D}\u{212F}-\u{2134}\u{2139}\u{213C}-\u{213F}\u{2145}-\u{2149}\u{214E}\u{2183}\u{2184}",
+    "\u{2C00}-\u{2C7B}\u{2C7E}-\u{2CE4}\u{2CEB}-\u{2CEE}\u{2CF2}\u{2CF3}\u{A640}-\u{A66D}\u{A680}-\u{A69B}",
+    "\u{A722}-\u{A76F}\u{A771}-\u{A787}\u{A78B}-\u{A78E}\u{AB70}-\u{ABBF}\u{FB00}-\u{FB06}\u{FB13}-\u{FB17}",
+    "\u{FF21}-\u{FF3A}\u{FF41}-\u{FF5A}\u{10400}-\u{1044F}\u{104B0}-\u{104D3}\u{104D8}-\u{104FB}\u{10C80}-\u{10CB2}",
+    "\u{10CC0}-\u{10CF2}\u{118A0}-\u{118DF}\u{1E900}-\u{1E943}",
+    "]+"
+);
+
+/// The same for punctuation, in ASCII and as wide as East Asian letters are.
+const WIDE_PUNCTUATION: &str =
+    concat!(r"\s?[!-/:-~", "\u{FF01}-\u{FF0F}\u{FF1A}-\u{FF5E}\u{2018}-\u{201F}\u{3000}-\u{3002}", "]+");
+
+/// Chinese, Japanese and Korean, and what lies between.
+const EAST_ASIAN: &str = "[\u{4E00}-\u{9FA5}\u{800}-\u{4E00}\u{AC00}-\u{D7FF}]+";
+
 /// As in the models' own `tokenizer.json`, or where they have more than tokenizers need in llama.cpp (`llama-vocab.cpp`).
-const SPLITS: [Split; 5] = [
+const SPLITS: [Split; 9] = [
     Split { names: &["gpt-2"], composed: false, patterns: &[], whole_words: false },
     Split { names: &["olmo"], composed: true, patterns: &[], whole_words: false },
     Split {
@@ -44,14 +81,25 @@ const SPLITS: [Split; 5] = [
         )],
         whole_words: false,
     },
+    Split { names: LLAMA_3, composed: false, patterns: NUMBERS_IN_THREES, whole_words: true },
+    Split { names: CHATGLM, composed: false, patterns: NUMBERS_IN_THREES, whole_words: false },
     Split {
-        names: &["llama-bpe", "llama3"],
+        names: &["refact", "starcoder", "smollm"],
         composed: false,
-        patterns: &[concat!(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )],
-        whole_words: true,
+        patterns: &[r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"],
+        whole_words: false,
+    },
+    Split {
+        names: &["deepseek-llm"],
+        composed: false,
+        patterns: &[r"[\r\n]", CASED_LETTERS, WIDE_PUNCTUATION, r"\s+$", EAST_ASIAN, r"\p{N}+"],
+        whole_words: false,
+    },
+    Split {
+        names: &["deepseek-coder"],
+        composed: false,
+        patterns: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", EAST_ASIAN, r"\p{N}"],
+        whole_words: false,
     },
     Split {
         names: &["deepseek-v3"],
@@ -87,7 +135,7 @@ pub fn tokenizer_json(metadata: &Metadata) -> Result<String> {
         "added_tokens": tokenizer.added(),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": tokenizer.first_token()?,
+        "post_processor": tokenizer.template()?,
         "decoder": decoder,
         "model": model,
     });
@@ -104,6 +152,48 @@ fn unknown(metadata: &Metadata, expected: &str, got: Option<&str>) -> Error {
 
 /// Normalizer, pre-tokenizer, decoder and model.
 type Parts = (Value, Value, Value, Value);
+
+/// Which tokens llama.cpp puts around a text.
+struct Around {
+    first: Option<usize>,
+    last: Option<usize>,
+}
+
+impl Around {
+    /// As the file says, and where it does not, as its kind of tokenizer has it: tokens 1 and 2 of SentencePiece, whose texts begin with
+    /// one, and 11 of byte pairs, where only those of Llama 3 do.
+    fn of(metadata: &Metadata) -> Result<Self> {
+        let pre = metadata.text("tokenizer.ggml.pre")?;
+        let is = |names: &[&str]| pre.is_some_and(|pre| names.contains(&pre));
+        let (begins, first, last) = match metadata.text("tokenizer.ggml.model")? {
+            Some("llama") => (true, Some(1), Some(2)),
+            Some("gpt2") => (is(LLAMA_3), Some(11).filter(|_| !is(CHATGLM)), Some(11)),
+            _ => (false, None, None),
+        };
+        let tokens = metadata.texts("tokenizer.ggml.tokens")?.map_or(0, <[String]>::len);
+        let token = |name: &str, otherwise: Option<usize>, added: bool| -> Result<Option<usize>> {
+            let added = metadata.flag(&format!("tokenizer.ggml.add_{name}_token"))?.unwrap_or(added);
+            let said = metadata.count(&format!("tokenizer.ggml.{name}_token_id"))?;
+            Ok(said.or(otherwise.filter(|&id| id < tokens)).filter(|_| added))
+        };
+        Ok(Self { first: token("bos", first, begins)?, last: token("eos", last, false)? })
+    }
+}
+
+/// The tokens before a text and after it where the file says whether its beginning has one, for those who take the tokenizer from
+/// elsewhere; `None` where it does not say.
+///
+/// # Errors
+/// [`Error::Config`] for metadata of another type.
+pub fn said_around(metadata: &Metadata) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+    if metadata.flag("tokenizer.ggml.add_bos_token")?.is_none() {
+        return Ok(None);
+    }
+    let Around { first, last } = Around::of(metadata)?;
+    // [`Metadata::count`] gives no more than 32 bits.
+    let ids = |id: Option<usize>| id.into_iter().map(|id| id as u32).collect();
+    Ok(Some((ids(first), ids(last))))
+}
 
 struct Source<'a> {
     metadata: &'a Metadata,
@@ -143,22 +233,32 @@ impl<'a> Source<'a> {
         added.collect()
     }
 
-    /// What a text begins with, where special tokens are asked for.
-    fn first_token(&self) -> Result<Value> {
-        let metadata = self.metadata;
-        let is_sentence_piece = metadata.text("tokenizer.ggml.model")? == Some("llama");
-        let add = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(is_sentence_piece);
-        let Some(id) = metadata.count("tokenizer.ggml.bos_token_id")?.filter(|_| add) else { return Ok(Value::Null) };
-        let Some(token) = self.tokens.get(id) else {
-            return Err(wrong(metadata, format!("expected a first token below {}, got {id}", self.tokens.len())));
+    /// What stands around a text, where special tokens are asked for.
+    fn template(&self) -> Result<Value> {
+        let around = Around::of(self.metadata)?;
+        let named = |id: usize| {
+            let expected = format!("expected tokens around a text below {}, got {id}", self.tokens.len());
+            self.tokens.get(id).map(|token| (id, token)).ok_or_else(|| wrong(self.metadata, expected))
         };
-        let [special, text] =
-            [json!({"SpecialToken": {"id": token, "type_id": 0}}), json!({"Sequence": {"id": "A", "type_id": 0}})];
+        let first = around.first.map(named).transpose()?;
+        let last = around.last.map(named).transpose()?;
+        if first.is_none() && last.is_none() {
+            return Ok(Value::Null);
+        }
+        let special = |token: Option<(usize, &String)>| {
+            token.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": 0}}))
+        };
+        let sequence = |id: &str, kind: usize| json!({"Sequence": {"id": id, "type_id": kind}});
+        let around =
+            |text: Vec<Value>| -> Vec<Value> { special(first).into_iter().chain(text).chain(special(last)).collect() };
+        let defined =
+            |(id, token): (usize, &String)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]}));
+        let defined: Map<String, Value> = [first, last].into_iter().flatten().map(defined).collect();
         Ok(json!({
             "type": "TemplateProcessing",
-            "single": [special, text],
-            "pair": [special, text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {token.as_str(): {"id": token, "ids": [id], "tokens": [token]}},
+            "single": around(vec![sequence("A", 0)]),
+            "pair": around(vec![sequence("A", 0), sequence("B", 1)]),
+            "special_tokens": defined,
         }))
     }
 

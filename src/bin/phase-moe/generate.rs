@@ -1,24 +1,33 @@
 //! `generate`: continues a prompt.
 
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Read, Stdout, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
+use phase_moe::checkpoint::text;
 use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::{BatchGeneration, Options, generate_batch};
+use phase_moe::decoder::generate::{BatchGeneration, Options, generate_batch, generate_batch_until};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
+use phase_moe::decoder::tokenizer::Continuation;
+use phase_moe::error::Error;
 use phase_moe::routing::registry::RouterKind;
 use serde::Serialize;
 
 use crate::chat::Chat;
+use crate::notice::notice;
 use crate::options::{
-    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, set_routing,
-    warn_streamed, warn_unlimited,
+    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, read_text,
+    set_routing, warn_streamed, warn_unlimited,
 };
 
 /// Continues prompts with a chosen router and prints statistics at the end.
+///
+/// One prompt is printed token by token, several and --json at the end. A prompt begins with the tokens that the model's tokenizer
+/// has begin a text; with --chat that is left to the template.
 ///
 /// Example: phase-moe generate --prompt "And it came to pass" --new-tokens 60 --temperature 0.7
 #[derive(Args)]
@@ -26,8 +35,11 @@ pub struct Generate {
     #[command(flatten)]
     model: ModelOptions,
     /// Text to continue, repeatable: several are continued side by side in one batch
-    #[arg(long, value_name = "TEXT", required = true)]
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
     prompt: Vec<String>,
+    /// File of the one text to continue, - for standard input; one end of line at its end is not of the text
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompt_file: Option<PathBuf>,
     /// Take each prompt as a user's message, written as the model's chat template has it
     #[arg(long)]
     chat: bool,
@@ -109,11 +121,12 @@ impl Generate {
         self.model.check_memory(self.cached_experts, &self.memory)?;
         let files = self.model.files()?;
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
+        let prompts = self.prompts()?;
         let written = |prompt: &String| match &chat {
             Some(chat) => chat.write(self.system.as_deref(), prompt),
             None => Ok(prompt.clone()),
         };
-        let written: Vec<String> = self.prompt.iter().map(written).collect::<Result<_>>()?;
+        let written: Vec<String> = prompts.iter().map(written).collect::<Result<_>>()?;
         let mut model = self.model.load_from(&files, &self.memory)?;
         let router = self.router.build_with(self.capacity.seed, &settings);
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
@@ -122,14 +135,18 @@ impl Generate {
             let (policy, admission) = (self.memory.policy(), self.memory.admission());
             state = state.with_memory(model.decoder().expert_memory(cached, policy, admission)?);
         }
-        let prompts: Vec<Vec<u32>> =
-            written.iter().map(|prompt| model.encode(prompt)).collect::<phase_moe::error::Result<_>>()?;
-        if prompts.iter().any(Vec::is_empty) {
-            return Err(UserMistake("--prompt: expected at least one token of text, got none".into()).into());
-        }
-        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let encode = |prompt: &String| -> Result<Vec<u32>> {
+            let ids = model.encode(prompt)?;
+            match self.chat {
+                _ if ids.is_empty() => Err(self.no_text()),
+                true => Ok(ids),
+                false => Ok(model.encode_sequence(prompt)?),
+            }
+        };
+        let ids: Vec<Vec<u32>> = written.iter().map(encode).collect::<Result<_>>()?;
+        let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
         if let Some(rule) = &rule {
-            let (moe, batch) = (&model.decoder().spec().moe, Batch::new(&prompts)?);
+            let (moe, batch) = (&model.decoder().spec().moe, Batch::new(&ids)?);
             let (mut chunks, mut unlimited) = (0, 0);
             for chunk in batch.chunks(self.chunk_tokens) {
                 let capacity = rule.capacity(chunk.live_tokens() as usize, moe.experts, moe.top_k)?;
@@ -138,30 +155,70 @@ impl Generate {
             }
             warn_unlimited(rule, unlimited, chunks);
         }
-        let bar = global.progress((prompts.len() as u64).saturating_mul(self.new_tokens as u64));
-        bar.set_message("generating");
         let options = Options { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
-        let mut samplers = vec![sampler; prompts.len()];
-        let generation = generate_batch(&model, &prompts, options, &mut state, &mut samplers, |_, _| bar.inc(1))?;
-        drop(bar);
+        let mut samplers = vec![sampler; ids.len()];
+        let generation = match (ids.as_slice(), self.json) {
+            ([prompt], false) => {
+                let mut screen = Screen::new(model.continuation(prompt)?, (!self.chat).then_some(&prompts[0]))?;
+                let on_token = |_, id| screen.show(id);
+                let generation = generate_batch_until(&model, &ids, options, &mut state, &mut samplers, on_token);
+                // The line ends before anything else is said, an error too.
+                let shown = screen.finish();
+                let generation = generation?;
+                shown?;
+                generation
+            }
+            _ => {
+                let bar = global.progress((ids.len() as u64).saturating_mul(self.new_tokens as u64));
+                bar.set_message("generating");
+                generate_batch(&model, &ids, options, &mut state, &mut samplers, |_, _| bar.inc(1))?
+            }
+        };
         warn_streamed(model.decoder());
         let hit_rate = state.memory().and_then(ExpertMemory::hit_rate);
-        self.print(&model, &generation, hit_rate)
+        self.print(&model, &prompts, &ids, &generation, hit_rate)
     }
 
-    fn print(&self, model: &Model, generation: &BatchGeneration, hit_rate: Option<f64>) -> Result<()> {
-        let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
-        let text = |((prompt, ids), &prompt_tokens): ((&String, &Vec<u32>), &usize)| {
-            let (text, prompt) = (model.decode(ids)?, prompt.clone());
-            Ok(Text { prompt, text, prompt_tokens, new_tokens: ids.len() })
+    /// The texts to continue.
+    fn prompts(&self) -> Result<Vec<String>> {
+        let Some(path) = &self.prompt_file else { return Ok(self.prompt.clone()) };
+        let mut prompt = match path.as_os_str() == "-" {
+            true => {
+                let mut bytes = Vec::new();
+                std::io::stdin().read_to_end(&mut bytes).context("standard input")?;
+                text(bytes).map_err(|error| Error::io("standard input", error))?
+            }
+            false => read_text(path)?,
         };
-        let mut texts: Vec<Text> = self
-            .prompt
-            .iter()
-            .zip(&generation.texts)
-            .zip(&generation.prompt_tokens)
-            .map(text)
-            .collect::<Result<_>>()?;
+        // Editors and `echo` end the last line, which is seldom what is to be continued.
+        if prompt.ends_with('\n') {
+            prompt.pop();
+            prompt.truncate(prompt.strip_suffix('\r').map_or(prompt.len(), str::len));
+        }
+        Ok(vec![prompt])
+    }
+
+    fn no_text(&self) -> anyhow::Error {
+        let source =
+            self.prompt_file.as_ref().map_or("--prompt".into(), |path| format!("--prompt-file {}", path.display()));
+        UserMistake(format!("{source}: expected at least one token of text, got none")).into()
+    }
+
+    fn print(
+        &self,
+        model: &Model,
+        prompts: &[String],
+        before: &[&[u32]],
+        generation: &BatchGeneration,
+        hit_rate: Option<f64>,
+    ) -> Result<()> {
+        let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
+        let text = |((prompt, before), ids): ((&String, &&[u32]), &Vec<u32>)| {
+            let (text, prompt) = (model.decode_after(before, ids)?, prompt.clone());
+            Ok(Text { prompt, text, prompt_tokens: before.len(), new_tokens: ids.len() })
+        };
+        let mut texts: Vec<Text> =
+            prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
         let mut output = Output {
             text: None,
             texts: None,
@@ -184,14 +241,15 @@ impl Generate {
         let positions = model.decoder().spec().max_positions;
         let cut = |text: &Text| text.new_tokens < self.new_tokens && text.prompt_tokens + text.new_tokens >= positions;
         if texts.iter().any(cut) {
-            eprintln!("stopped at the model's {positions} positions");
+            notice(format_args!("stopped at the model's {positions} positions"));
         }
+        // One alone is on the screen already.
+        let several = if texts.len() > 1 { texts.as_slice() } else { &[] };
         let mut out = std::io::stdout();
-        for (index, text) in texts.iter().enumerate() {
+        for (index, text) in several.iter().enumerate() {
             if index > 0 {
                 writeln!(out)?;
             }
-            // On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
             if out.is_terminal() && !self.chat {
                 write!(out, "{}", text.prompt)?;
             }
@@ -202,14 +260,61 @@ impl Generate {
         let ahead = cache.map(|cache| cache.prefetch).filter(|ahead| ahead.issued > 0);
         let ahead =
             ahead.map_or(String::new(), |ahead| format!(", {} of {} reads ahead used", ahead.used, ahead.issued));
-        eprintln!(
+        notice(format_args!(
             "{} tokens of prompt{} at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}{ahead}",
             output.prompt_tokens,
             if texts.len() > 1 { "s" } else { "" },
             output.prefill_tokens_per_second,
             output.new_tokens,
             100.0 * output.survival
-        );
+        ));
         Ok(())
+    }
+}
+
+/// A text on standard output as it comes, so that whatever ends the run leaves there what was generated.
+struct Screen {
+    out: Stdout,
+    text: Continuation,
+    failed: Option<anyhow::Error>,
+}
+
+impl Screen {
+    /// On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
+    fn new(text: Continuation, prompt: Option<&String>) -> Result<Self> {
+        let mut out = std::io::stdout();
+        if let Some(prompt) = prompt.filter(|_| out.is_terminal()) {
+            write!(out, "{prompt}")?;
+            out.flush()?;
+        }
+        Ok(Self { out, text, failed: None })
+    }
+
+    fn show(&mut self, id: u32) -> ControlFlow<()> {
+        let shown = self.text.push(id).map_err(anyhow::Error::from).and_then(|text| Ok(self.write(&text)?));
+        match shown {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    fn write(&mut self, text: &str) -> std::io::Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.out.write_all(text.as_bytes())?;
+        self.out.flush()
+    }
+
+    /// What was held back, and the end of the line; or what went wrong on the way.
+    fn finish(mut self) -> Result<()> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        let rest = self.text.finish()?;
+        Ok(self.write(&(rest + "\n"))?)
     }
 }

@@ -1,5 +1,7 @@
 //! The `phase-moe` command: real forward passes, routing and inspection of Mixture-of-Experts models.
 #![forbid(unsafe_code)]
+// They panic where the other end is closed: `notice` and `writeln!` do not.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 
 mod bundled;
 mod chat;
@@ -8,6 +10,7 @@ mod generate;
 mod hub;
 mod inspect;
 mod logits;
+mod notice;
 mod options;
 mod output;
 mod replay;
@@ -63,7 +66,7 @@ fn main() -> ExitCode {
             if error.chain().any(is_broken_pipe) {
                 return ExitCode::SUCCESS;
             }
-            eprintln!("phase-moe: {error:#}");
+            notice::notice(format_args!("phase-moe: {error:#}"));
             ExitCode::from(if options::is_user_mistake(&error) { 2 } else { 1 })
         }
     }

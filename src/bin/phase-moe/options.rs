@@ -12,6 +12,7 @@ use bytesize::ByteSize;
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use phase_moe::checkpoint::text;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
@@ -24,6 +25,7 @@ use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::registry::{Knowledge, RouterKind};
 use phase_moe::routing::router::Router;
 
+use crate::notice::notice;
 use crate::{bundled, hub};
 
 /// A mistake of the user that only the command line can see.
@@ -296,7 +298,7 @@ impl TextOptions {
             Batches::Mixed => Mixing::Mixed,
         };
         let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
-        let batches = batching.batches(&texts)?;
+        let batches = batching.batches_from(model.sequence_start(), &texts)?;
         Ok((texts.into_iter().map(|text| text.name).collect(), batches))
     }
 }
@@ -502,11 +504,9 @@ pub fn set_routing(
     Ok(())
 }
 
-/// Reads a text file.
+/// Reads text from a file, or from whatever else has a path.
 pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    let text = String::from_utf8(bytes);
-    Ok(text.map_err(|_| UserMistake(format!("{}: expected UTF-8 text, got other bytes", path.display())))?)
+    Ok(std::fs::read(path).and_then(text).map_err(|error| Error::io(path, error))?)
 }
 
 /// A clap parser from `FromStr` with our own error text.
@@ -528,17 +528,17 @@ pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
             Shares::PerExpert { .. } => "expert",
             Shares::PerDevice { .. } => "device",
         };
-        eprintln!(
+        notice(format_args!(
             "capacity factor {:?} per {pool}: no limit in {unlimited} of {batches} batches, which have fewer than {} slots per \
              {pool} on average",
             rule.factor, rule.minimum_mean
-        );
+        ));
     }
 }
 
 /// Says once that an expert cache is too small for what one layer needs at a time.
 pub fn warn_streamed(decoder: &Decoder) {
     if let Some(warning) = decoder.expert_cache().and_then(|cache| cache.take_warning()) {
-        eprintln!("warning: {warning}");
+        notice(format_args!("warning: {warning}"));
     }
 }

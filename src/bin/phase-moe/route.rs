@@ -13,6 +13,7 @@ use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::registry::{Knowledge, RouterKind};
 use serde::Serialize;
 
+use crate::notice::notice;
 use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, refuse_unheard, warn_unlimited};
 use crate::output::{Destination, Inputs};
 
@@ -86,7 +87,11 @@ impl Route {
             batch_tokens: self.batch_tokens,
         };
         if trace.token_ids.is_none() && matches!(self.router, RouterKind::Hash | RouterKind::WeightedHash) {
-            eprintln!("{}: no `tokens`: {} hashes positions instead", self.logits.display(), self.router.name());
+            notice(format_args!(
+                "{}: no `tokens`: {} hashes positions instead",
+                self.logits.display(),
+                self.router.name()
+            ));
         }
         let (mut layers, mut tensors, mut unlimited) = (Vec::new(), Vec::new(), 0);
         for layer in &trace.layers {
