@@ -385,10 +385,18 @@ fn shards_that_do_not_match_their_index() {
         index["weight_map"][&up] = json!("../two.safetensors");
     });
     refused("no map", &format!("{index}expected an object `weight_map`, got none"), &|index, _| *index = json!({}));
-    refused("twice", "expected in one file, got in two", &|_, directory| {
+    let twice = |directory: &Path| {
         write(
             &directory.join("two.safetensors"),
             model.tensors.iter().filter(|(name, _)| shard(name) == "two.safetensors" || name.ends_with("norm.weight")),
         );
+    };
+    refused("twice", "expected in one file, got in two", &|index, directory| {
+        index["weight_map"].as_object_mut().unwrap().retain(|name, _| !name.ends_with("norm.weight"));
+        twice(directory);
     });
+    let decided = sharded(&|_, directory| twice(directory));
+    for command in COMMANDS {
+        assert_eq!(run(command, decided.path()).0, Some(0), "the index says which of the two");
+    }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use phase_moe::error::{Error, Result};
 use phase_moe::routing::scores::{GroupLimit, GroupScore, Scoring};
-use phase_moe::spec::{AttentionBias, ModelSpec, MoeSpec, StackOrder};
+use phase_moe::spec::{AttentionBias, ModelSpec, MoeSpec, RopeScaling, StackOrder};
 use phase_moe::zoo::{FAMILIES, MOE_FAMILIES, parse_config, parse_moe_config};
 use serde_json::{Value, json};
 
@@ -74,14 +74,24 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
         ("deepseek_v3", "scoring_func", json!("softmax"), "sigmoid, got softmax"),
         ("deepseek_v3", "moe_layer_freq", json!(2), "1, got 2"),
         ("deepseek_v3", "first_k_dense_replace", json!(2), "at least one block with experts, got none"),
-        ("deepseek_v3", "rope_scaling", json!({"type": "linear"}), "rope_type default or yarn, got linear"),
+        (
+            "deepseek_v3",
+            "rope_scaling",
+            json!({"type": "ntk"}),
+            "rope_type default, linear, dynamic, yarn, llama3 or longrope, got ntk",
+        ),
         ("granitemoe", "logits_scaling", json!(0), "a positive number, got 0"),
         ("gpt_oss", "layer_types", json!(["full_attention"]), "one for each of num_hidden_layers 3, got 1"),
         ("gpt_oss", "layer_types", json!([1, 2, 3]), "a list of strings, got [1,2,3]"),
         ("gpt_oss", "sliding_window", json!(0), "a positive integer, got 0"),
         ("phimoe", "num_experts_per_tok", json!(3), "2, got 3"),
         ("phimoe", "router_jitter_noise", json!(-1), "a positive number, got -1"),
-        ("phimoe", "rope_scaling", json!({"type": "longrope"}), "rope_type default or yarn, got longrope"),
+        (
+            "phimoe",
+            "rope_scaling",
+            json!({"type": "yarn"}),
+            "rope_type default or longrope, as this family has, got yarn",
+        ),
         ("phimoe", "sliding_window", json!(63), "null or at least max_position_embeddings 64, got 63"),
     ];
     for (family, key, value, expected) in cases {
@@ -120,7 +130,8 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     assert_eq!((qwen.attention_bias, qwen.moe_layers()), (AttentionBias::Inputs, 3));
     assert!(!qwen.moe.scoring.normalize && qwen.moe.shared.unwrap().gated);
     let v3 = parse("deepseek_v3", &[null("norm_topk_prob"), null("n_shared_experts"), null("scoring_func")]).unwrap();
-    assert!(v3.moe.scoring.normalize && v3.moe.selection_bias && v3.moe.shared.is_none());
+    // To Python null is false.
+    assert!(!v3.moe.scoring.normalize && v3.moe.selection_bias && v3.moe.shared.is_none());
     assert_eq!(v3.moe.scoring.groups, Some(GroupLimit { groups: 4, top_groups: 2, score: GroupScore::TopTwo }));
     assert_eq!((v3.dense.blocks.as_slice(), v3.extra_blocks), ([0].as_slice(), 1));
     let v2 = parse("deepseek_v2", &[null("topk_method"), null("q_lora_rank")]).unwrap();
@@ -131,7 +142,8 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     let gpt_oss = parse("gpt_oss", &every_other).unwrap();
     assert_eq!((gpt_oss.window.blocks, gpt_oss.window.positions), (vec![0, 2], 128));
     assert_eq!((gpt_oss.attention_bias, gpt_oss.rope_theta), (AttentionBias::All, 150_000.0));
-    assert!(gpt_oss.yarn.is_some_and(|yarn| yarn.factor == 32.0 && !yarn.whole_rotations));
+    let RopeScaling::Yarn(yarn) = gpt_oss.rope_scaling else { panic!("{:?}", gpt_oss.rope_scaling) };
+    assert!(yarn.factor == 32.0 && !yarn.whole_rotations);
     let kinds = ["full_attention", "full_attention", "chunked_attention"];
     let chunked = message("gpt_oss", "layer_types", json!(kinds));
     assert!(chunked.ends_with("expected sliding_attention or full_attention, got chunked_attention"), "{chunked}");
@@ -144,12 +156,13 @@ fn absent_keys_mean_what_the_family_means_by_them() {
 
 #[test]
 fn positions_are_stretched_as_transformers_says_now_and_as_it_said() {
-    let now = parse("deepseek_v2", &[]).unwrap().yarn.unwrap();
+    let now = parse("deepseek_v2", &[]).unwrap().rope_scaling;
+    assert!(matches!(now, RopeScaling::Yarn(_)), "{now:?}");
     let keys = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.8,
         "mscale_all_dim": 0.5, "beta_fast": 4, "beta_slow": 0.5});
     let before = [("rope_parameters", Value::Null), ("rope_theta", json!(20.0)), ("rope_scaling", keys)];
     let before = parse("deepseek_v2", &before).unwrap();
-    assert_eq!((before.yarn.unwrap(), before.rope_theta), (now, 20.0));
+    assert_eq!((before.rope_scaling, before.rope_theta), (now, 20.0));
     let nothing = json!({"type": "yarn"});
     assert_eq!(
         message("qwen3_moe", "rope_scaling", nothing),

@@ -151,8 +151,10 @@ impl ModelFiles {
     /// [`weights::check_experts`].
     pub fn spec(&self) -> Result<ModelSpec> {
         let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
-        let spec = zoo::parse_config(&self.config, file)?;
-        weights::check_blocks(&self.checkpoint, &spec, file)?;
+        let mut spec = zoo::parse_config(&self.config, file)?;
+        // Output weights that are there are the model's, whatever the configuration says: so transformers has it.
+        spec.tied_embeddings &= !self.checkpoint.tensors().contains_key("lm_head.weight");
+        weights::check_blocks(&self.checkpoint, &spec)?;
         weights::check_experts(&self.checkpoint, &spec)?;
         Ok(spec)
     }

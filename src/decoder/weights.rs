@@ -25,25 +25,17 @@ pub fn var_builder(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -
     VarBuilder::from_backend(backend, dtype, device.clone())
 }
 
-/// Checks that the checkpoint has as many blocks as `spec`, by the norm that each begins with: before anything counts them, and before
+/// Checks that the checkpoint has all blocks of `spec`, by the norm that each begins with: before anything else counts them, and before
 /// those that are there are read.
 ///
 /// # Errors
-/// [`Error::Config`] naming the key in `config`, which is where the configuration is from.
-pub fn check_blocks(checkpoint: &Checkpoint, spec: &ModelSpec, config: &str) -> Result<()> {
-    let [before, after] = match checkpoint.gguf() {
-        Some(_) => ["blk.", ".attn_norm.weight"],
-        None => ["model.layers.", ".input_layernorm.weight"],
+/// [`Error::Checkpoint`] naming the first norm that is not there.
+pub fn check_blocks(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    let norm = |block: usize| match checkpoint.gguf() {
+        Some(_) => format!("blk.{block}.attn_norm.weight"),
+        None => format!("model.layers.{block}.input_layernorm.weight"),
     };
-    let is_norm = |name: &&String| name.starts_with(before) && name.ends_with(after);
-    let there = checkpoint.tensors().keys().filter(is_norm).count();
-    if spec.layers > there {
-        let got = spec.layers;
-        let detail =
-            format!("key `num_hidden_layers`: expected at most the {there} blocks of the checkpoint, got {got}");
-        return Err(Error::Config { file: config.into(), detail });
-    }
-    Ok(())
+    (0..spec.layers).try_for_each(|block| checkpoint.entry(&norm(block)).map(drop))
 }
 
 /// Checks that the checkpoint has no expert, and no block with experts, beyond those of `spec`: one that has contradicts its

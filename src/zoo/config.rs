@@ -147,6 +147,11 @@ impl Config {
         self.typed(key, "true or false", Value::as_bool)
     }
 
+    /// A flag that is `otherwise` where the key is absent; null is false to Python.
+    pub(super) fn flag_or(&self, key: &str, otherwise: bool) -> Result<bool> {
+        Ok(self.optional_flag(key)?.unwrap_or(otherwise && self.is_absent(key)))
+    }
+
     pub(super) fn optional_string(&self, key: &str) -> Result<Option<&str>> {
         self.typed(key, "a string", Value::as_str)
     }

@@ -77,6 +77,12 @@ pub(super) fn model_spec(
         let weight = rope::mscale_all_dim(config)?;
         yarn.score_scale = weight.map_or(1.0, |weight| rope::yarn_scale(yarn.factor, weight).powi(2));
     }
+    // transformers writes it so; another number would change what is rotated.
+    let head_dim = config.optional_size("head_dim")?.filter(|&head_dim| head_dim != spec.rotary_dim);
+    if let Some(head_dim) = head_dim.filter(|_| family == "deepseek_v3") {
+        let expected = format!("nothing or qk_rope_head_dim {}", spec.rotary_dim);
+        return Err(config.error("head_dim", &expected, &head_dim.to_string()));
+    }
     let latent = LatentSpec {
         query_rank: config.optional_size("q_lora_rank")?,
         kv_rank: config.size("kv_lora_rank")?,

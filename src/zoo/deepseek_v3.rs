@@ -16,14 +16,14 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 /// The same routing in other families, which have no key for it.
 pub(super) fn biased_spec(config: &Config, defaults: deepseek::Defaults) -> Result<MoeSpec> {
     let spec = deepseek::moe_spec(config, defaults)?;
-    let normalize = config.optional_flag("norm_topk_prob")?.unwrap_or(true);
+    let normalize = config.flag_or("norm_topk_prob", true)?;
     let groups = deepseek::groups(config, &spec, GroupScore::TopTwo, defaults)?;
     let scoring = Scoring { scale: spec.scoring.scale, groups, ..Scoring::sigmoid().normalized(normalize) };
     Ok(MoeSpec { scoring, selection_bias: true, ..spec })
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
-    let pairs = config.optional_flag("rope_interleave")?.unwrap_or(true);
+    let pairs = config.flag_or("rope_interleave", true)?;
     let spec = deepseek::model_spec(config, "deepseek_v3", moe_spec(config)?, pairs, 4096)?;
     let (dense, extra_blocks) = (deepseek::dense_blocks(config, 3, spec.layers)?, deepseek::extra_blocks(config)?);
     Ok(ModelSpec { dense, extra_blocks, ..spec })

@@ -17,7 +17,7 @@ mod unread;
 
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{Checkpoint, Metadata};
+use crate::checkpoint::{self, Checkpoint, Metadata};
 use crate::error::{Error, Result};
 
 /// What `general.architecture` may be.
@@ -102,6 +102,10 @@ pub fn config(checkpoint: &Checkpoint) -> Result<String> {
             set("use_qk_norm", json!(source.has("blk.0.attn_q_norm.weight")));
             let head = source.head()?;
             let rotated = source.count("rope.dimension_count")?.unwrap_or(head);
+            if rotated == 0 || rotated > head || !rotated.is_multiple_of(2) {
+                let expected = format!("an even part of the head's {head}");
+                return Err(metadata.error(&source.key("rope.dimension_count"), &expected, &rotated.to_string()));
+            }
             set("partial_rotary_factor", json!(rotated as f64 / head.max(1) as f64));
             let groups = source.groups()?;
             set("n_group", json!(groups.0));
@@ -175,21 +179,14 @@ impl Source<'_> {
     /// Blocks without those that predict further tokens.
     fn blocks(&self) -> Result<usize> {
         let extra = self.count("nextn_predict_layers")?.unwrap_or(0);
-        let (all, there) = (self.required("block_count")?, self.blocks_there());
-        if all > there {
-            let expected = format!("at most the {there} blocks that there are");
-            return Err(self.metadata.error(&self.key("block_count"), &expected, &all.to_string()));
-        }
-        all.checked_sub(extra).filter(|&blocks| blocks > 0).ok_or_else(|| {
+        let all = self.required("block_count")?;
+        let blocks = all.checked_sub(extra).filter(|&blocks| blocks > 0).ok_or_else(|| {
             let expected = format!("more than {} {extra}", self.key("nextn_predict_layers"));
             self.metadata.error(&self.key("block_count"), &expected, &all.to_string())
-        })
-    }
-
-    /// Blocks that the file has, by the norm that each begins with.
-    fn blocks_there(&self) -> usize {
-        let is_norm = |name: &&String| name.starts_with("blk.") && name.ends_with(".attn_norm.weight");
-        self.checkpoint.tensors().keys().filter(is_norm).count()
+        })?;
+        // Before anything counts them.
+        (0..blocks).try_for_each(|block| self.checkpoint.entry(&format!("blk.{block}.attn_norm.weight")).map(drop))?;
+        Ok(blocks)
     }
 
     /// Width of an expert. Where it has no key of its own it is that of all of a token's experts together in Qwen's models, and that of
@@ -244,7 +241,10 @@ impl Source<'_> {
         config.insert("tie_word_embeddings".into(), json!(!self.has("output.weight")));
         let mut ends = Vec::new();
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-            ends.extend(self.metadata.count(key)?.filter(|id| !ends.contains(id)));
+            // -1 is how some say that there is none.
+            let is_none = matches!(self.metadata.get(key), Some(checkpoint::Value::Integer(-1)));
+            let id = if is_none { None } else { self.metadata.count(key)? };
+            ends.extend(id.filter(|id| !ends.contains(id)));
         }
         config.insert("eos_token_id".into(), json!(ends));
         if self.architecture != "deepseek2" {

@@ -21,6 +21,5 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-5, 1e6, 131_072);
     let spec = transformer::model_spec(config, "mixtral", moe_spec(config)?, defaults)?;
-    transformer::refuse_sliding_window(config, spec.max_positions)?;
     Ok(ModelSpec { ffn: "block_sparse_moe".into(), ..spec })
 }

@@ -74,13 +74,14 @@ mod tests {
             error("num_key_value_heads", json!(3)),
             "config.json: key `num_key_value_heads`: expected a divisor of num_attention_heads 4, got 3"
         );
-        let scaled = "config.json: key `rope_scaling`: expected ";
         assert_eq!(
             error("rope_scaling", json!({"factor": 8.0})),
-            format!("{scaled}null or rope_type default or yarn, got something else")
+            "config.json: key `rope_scaling.factor`: expected nothing beside rope_type default, got 8.0"
         );
-        let dynamic = json!({"type": "dynamic"});
-        assert_eq!(error("rope_scaling", dynamic), format!("{scaled}rope_type default or yarn, got dynamic"));
+        assert_eq!(
+            error("rope_scaling", json!({"type": "ntk"})),
+            "config.json: key `rope_scaling`: expected rope_type default, linear, dynamic, yarn, llama3 or longrope, got ntk"
+        );
         assert!(config(|config| config["rope_scaling"] = Value::Null).is_ok());
         assert_eq!(
             error("model_type", json!("llama")),

@@ -15,14 +15,14 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
         // Other numbers have no published meaning: transformers picks two, whatever the configuration says.
         return Err(config.error("num_experts_per_tok", "2", &spec.top_k.to_string()));
     }
-    let jitter = config.optional_number("router_jitter_noise")?.unwrap_or(0.01) as f32;
+    let unsaid = if config.has("router_jitter_noise") { 0.0 } else { 0.01 };
+    let jitter = config.optional_number_or_zero("router_jitter_noise")?.unwrap_or(unsaid) as f32;
     Ok(MoeSpec { scoring: Scoring::sparse_mixer(jitter), names: mixtral::names(), ..spec })
 }
 
 pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults { magnitudes: true, ..Defaults::new(1e-5, 1e6, 131_072) };
     let spec = transformer::model_spec(config, "phimoe", moe_spec(config)?, defaults)?;
-    transformer::refuse_sliding_window(config, spec.max_positions)?;
     Ok(ModelSpec {
         norm: Norm::Layer,
         attention_bias: transformer::attention_bias(config)?,

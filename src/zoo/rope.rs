@@ -51,6 +51,9 @@ const KEYS: [(&str, &[&str]); 13] = [
     ("alpha", &[]),
 ];
 
+/// Positions of the first training, in the object or beside it.
+const ORIGINAL: &str = "original_max_position_embeddings";
+
 /// Kinds that there is a rotation for.
 const KINDS: &str = "default, linear, dynamic, yarn, llama3 or longrope";
 
@@ -63,11 +66,14 @@ pub(super) fn positions(config: &Config, head_dim: usize, defaults: &Defaults) -
         None => config.optional_number("rope_theta")?.unwrap_or(defaults.rope_theta),
     };
     let rotary_dim = said.rotary_dim(head_dim, defaults.rotated)?;
-    if said.object.is_none() && defaults.scaling != RopeScaling::None {
-        // Where there is an object, though an empty one, it says that positions are as they are.
-        if !matches!(config.value("rope_parameters"), Some(Value::Object(_))) {
-            return Ok(Positions { theta, scaling: defaults.scaling.clone(), rotary_dim, longest });
+    // Where there is an object, though an empty one, it says that positions are as they are.
+    let unsaid = said.object.is_none() && !matches!(config.value("rope_parameters"), Some(Value::Object(_)));
+    if unsaid && defaults.scaling != RopeScaling::None {
+        let mut scaling = defaults.scaling.clone();
+        if let (RopeScaling::Yarn(yarn), Some(original)) = (&mut scaling, config.optional_size(ORIGINAL)?) {
+            yarn.original_positions = original;
         }
+        return Ok(Positions { theta, scaling, rotary_dim, longest });
     }
     let (scaling, longest) = said.scaling(theta, rotary_dim)?;
     Ok(Positions { theta, scaling, rotary_dim, longest })
@@ -219,8 +225,7 @@ impl Said<'_> {
 
     /// Positions of the first training: what stands beside the object comes first, as transformers has it.
     fn original(&self) -> Result<usize> {
-        const KEY: &str = "original_max_position_embeddings";
-        let (inside, beside) = (self.config.optional_size(&self.key(KEY))?, self.config.optional_size(KEY)?);
+        let (inside, beside) = (self.config.optional_size(&self.key(ORIGINAL))?, self.config.optional_size(ORIGINAL)?);
         // Phi-3.5-MoE has it in both places, and in transformers the object counts there.
         let first = if self.magnitudes { inside.or(beside) } else { beside.or(inside) };
         Ok(first.unwrap_or(self.longest))
@@ -295,7 +300,7 @@ impl Said<'_> {
             (false, Some(scale), _) => scale,
             (false, None, factor) if factor <= 1.0 => 1.0,
             (false, None, _) if original == 1 => {
-                return Err(self.config.error(&self.key("original_max_position_embeddings"), "more than 1", "1"));
+                return Err(self.config.error(&self.key(ORIGINAL), "more than 1", "1"));
             }
             (false, None, factor) => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
         };

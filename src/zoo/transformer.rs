@@ -47,6 +47,10 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
     }
     let head_dim = head_dim(config, moe.hidden, heads)?;
     let positions = rope::positions(config, head_dim, &defaults)?;
+    // Qwen's have it behind a flag that is refused.
+    if !["gpt_oss", "qwen2_moe", "qwen3_moe"].contains(&family) {
+        refuse_sliding_window(config, positions.longest)?;
+    }
     Ok(ModelSpec {
         family,
         vocab: config.size("vocab_size")?,
@@ -145,7 +149,7 @@ fn dense_blocks(config: &Config, key: &str, blocks: Vec<usize>, layers: usize) -
 }
 
 /// Refuses attention that looks back less far than the model's positions, which nothing here does.
-pub(super) fn refuse_sliding_window(config: &Config, positions: usize) -> Result<()> {
+fn refuse_sliding_window(config: &Config, positions: usize) -> Result<()> {
     match config.optional_size("sliding_window")? {
         Some(window) if window < positions => {
             let expected = format!("null or at least max_position_embeddings {positions}");

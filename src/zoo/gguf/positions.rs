@@ -94,7 +94,10 @@ impl Source<'_> {
     /// the same.
     fn log_multiplier(&self, factor: f64) -> Result<Option<f64>> {
         const NAME: &str = "rope.scaling.yarn_log_multiplier";
-        let tenth = self.positive(NAME)?;
+        let tenth = match self.number(NAME)? {
+            Some(0.0) => None,
+            _ => self.positive(NAME)?,
+        };
         match (self.architecture, tenth) {
             ("deepseek2", None) if factor > 1.0 => {
                 Err(self.metadata.error(&self.key(NAME), "a positive number beside yarn", "nothing"))
@@ -105,10 +108,9 @@ impl Source<'_> {
         }
     }
 
-    /// A number that is positive, or says nothing where it is 0.
     fn positive(&self, name: &str) -> Result<Option<f64>> {
-        match self.number(name)?.filter(|&number| number != 0.0) {
-            Some(number) if number < 0.0 => {
+        match self.number(name)? {
+            Some(number) if number <= 0.0 => {
                 Err(self.metadata.error(&self.key(name), "a positive number", &number.to_string()))
             }
             number => Ok(number),

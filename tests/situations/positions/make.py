@@ -93,6 +93,8 @@ CASES = {
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
     ),
     "deepseek_v3_scale_absent": ("deepseek_v3", {"routed_scaling_factor": None, "n_shared_experts": None}),
+    # To Python null is false.
+    "deepseek_v3_null": ("deepseek_v3", {"norm_topk_prob": "null", "rope_interleave": "null"}),
     "gpt_oss_linear": ("gpt_oss", {"rope_parameters": None, "rope_theta": 20.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "gpt_oss_plain": ("gpt_oss", {"rope_parameters": "{}"}),
     "gpt_oss_usual": ("gpt_oss", {"rope_parameters": None, "rope_theta": 20.0}),
@@ -104,8 +106,8 @@ def changed(config: dict, patch: dict) -> dict:
     for key, value in patch.items():
         if value is None:
             config.pop(key, None)
-        elif value == "{}":
-            config[key] = {}
+        elif value in ("{}", "null"):
+            config[key] = json.loads(value)
         else:
             config[key] = {k: None if v == "null" else v for k, v in value.items()} if isinstance(value, dict) else value
     return config
