@@ -29,10 +29,10 @@ fn main() -> Result<()> {
         "river (noun): a large natural stream of ",
     ];
     for prompt in prompts {
-        let ids = model.encode(prompt)?;
+        let ids = model.encode_sequence(prompt)?;
         let mut sampler = Sampler::new(0.6, 0.9, 1)?;
         let generation = generate(&model, &ids, 60, &mut sampler, |_| ())?;
-        println!("\n{prompt}|{}", model.decode(&generation.ids)?);
+        println!("\n{prompt}|{}", model.decode_after(&ids, &generation.ids)?);
         println!(
             "  ({} tokens read, {} written, {:.0} % of slots kept)",
             generation.prompt_tokens,

@@ -6,12 +6,12 @@
 //! use phase_moe::decoder::sampling::Sampler;
 //!
 //! let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
-//! let prompts = [model.encode("And God said")?, model.encode("fn main() {")?];
+//! let prompts = [model.encode_sequence("And God said")?, model.encode_sequence("fn main() {")?];
 //! let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
 //! let mut samplers = vec![Sampler::new(0.0, 1.0, 42)?; 2];
 //! let mut state = model.decoder().generation_state();
 //! let done = generate_batch(&model, &prompts, Options::new(50), &mut state, &mut samplers, |_, _| ())?;
-//! assert_eq!(done.texts.len(), 2);
+//! let said = model.decode_after(prompts[0], &done.texts[0])?;
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!

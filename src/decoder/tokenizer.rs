@@ -87,11 +87,24 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, true).map_err(wrong)
     }
 
-    /// True for a token that stands for one byte: several of them are text only together.
-    fn is_byte(&self, id: u32) -> bool {
-        let digits = |token: String| Some(token.strip_prefix("<0x")?.strip_suffix('>')?.len() == 2);
-        self.tokenizer.id_to_token(id).and_then(digits).unwrap_or(false)
+    fn piece(&self, id: u32) -> Piece {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return Piece::Skipped };
+        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
+            return Piece::Skipped;
+        }
+        let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+        if digits.is_some_and(|digits| digits.len() == 2) { Piece::Byte } else { Piece::Text }
     }
+}
+
+/// What a token is to a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Piece {
+    Text,
+    /// One byte: several in a row are text together, or none of them is.
+    Byte,
+    /// Not in the text, nor between the bytes that it stands between.
+    Skipped,
 }
 
 /// The text of a continuation, token by token; see [`Model::continuation`](super::model::Model::continuation).
@@ -104,6 +117,8 @@ pub struct Continuation {
     ids: Vec<u32>,
     /// What of their text is not to be given out (again).
     given: String,
+    /// The last token of text was a byte.
+    bytes: bool,
 }
 
 impl Continuation {
@@ -113,7 +128,7 @@ impl Continuation {
 
     pub(super) fn after(tokenizer: Arc<TextTokenizer>, before: &[u32]) -> Result<Self> {
         let given = tokenizer.decode(before)?;
-        let mut this = Self { tokenizer, ids: before.to_vec(), given };
+        let mut this = Self { tokenizer, ids: before.to_vec(), given, bytes: false };
         this.let_go()?;
         Ok(this)
     }
@@ -124,7 +139,12 @@ impl Continuation {
     /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
-        if self.tokenizer.is_byte(id) {
+        match self.tokenizer.piece(id) {
+            Piece::Text => self.bytes = false,
+            Piece::Byte => self.bytes = true,
+            Piece::Skipped => {}
+        }
+        if self.bytes {
             return Ok(String::new());
         }
         let text = self.tokenizer.decode(&self.ids)?;
@@ -162,7 +182,7 @@ impl Continuation {
     fn let_go(&mut self) -> Result<()> {
         let start = self.ids.len().saturating_sub(Self::SHORT);
         let kept = &self.ids[start..];
-        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.is_byte(id)) {
+        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.piece(id) != Piece::Text) {
             return Ok(());
         }
         let text = self.tokenizer.decode(kept)?;

@@ -119,9 +119,9 @@ impl Generate {
             return Err(UserMistake("--chunk-tokens is 0: expected at least 1".into()).into());
         }
         self.model.check_memory(self.cached_experts, &self.memory)?;
+        let prompts = self.prompts()?;
         let files = self.model.files()?;
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
-        let prompts = self.prompts()?;
         let written = |prompt: &String| match &chat {
             Some(chat) => chat.write(self.system.as_deref(), prompt),
             None => Ok(prompt.clone()),
