@@ -82,7 +82,10 @@ impl Router for Outside {
                 let last = ids.len() - top_k;
                 ids[last] = 0;
             }
-            Spoilt::EqualWeights => weights.fill(1.0 / top_k as f32),
+            Spoilt::EqualWeights => {
+                let kept = weights.iter_mut().zip(&ids).filter(|(_, id)| **id >= 0);
+                kept.for_each(|(weight, _)| *weight = 1.0 / top_k as f32);
+            }
             Spoilt::TwiceTheWeight => weights.iter_mut().for_each(|weight| *weight *= 2.0),
             Spoilt::Twice => ids[1] = ids[0],
             Spoilt::NoNumber => weights[0] = f32::NAN,

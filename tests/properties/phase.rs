@@ -123,7 +123,7 @@ fn the_names_of_experts_do_not_matter() {
         };
         let there = moved(&case, &here, values, here.padding.clone(), capacity);
         let (one, other) = (cold(&*kind.build(0), &here.request()), cold(&*kind.build(0), &there.request()));
-        check(&there.request(), &other, kind.build(0).respects_capacity());
+        check(&there.request(), &other, &*kind.build(0));
         let own = |assignment: &Assignment| -> Vec<Vec<usize>> {
             let row = |token: usize| assignment.slots(token).map(|(expert, _)| expert.index()).collect();
             (0..case.tokens).map(row).collect()
@@ -194,7 +194,7 @@ fn stale_prices_break_nothing() {
         let batch = case.batch();
         let request = batch.request();
         let warm = PhaseRouter::default().route(&request, &mut state).unwrap();
-        check(&request, &warm, true);
+        check(&request, &warm, &PhaseRouter::default());
         check_prices(&request, &state, gate_mass(&request, &warm));
         assert_eq!(warm.kept() as u64, maximum_flow(&request));
     });
