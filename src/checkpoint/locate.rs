@@ -53,8 +53,6 @@ pub fn locate(path: &Path) -> Result<Located> {
     match refused_directory(path, &files)? {
         Refused::Snapshot(snapshot) => locate(&snapshot),
         Refused::Other(detail) => Err(wrong(detail)),
-        // What is missing is found and named when it is opened.
-        Refused::No => Ok(Located::Directory(path.to_owned())),
     }
 }
 
@@ -182,7 +180,6 @@ enum Refused {
     /// It has one, in a place of its own.
     Snapshot(PathBuf),
     Other(String),
-    No,
 }
 
 fn refused_directory(path: &Path, files: &[PathBuf]) -> Result<Refused> {

@@ -133,7 +133,11 @@ impl ModelFiles {
     /// [`weights::check_experts`].
     pub fn spec(&self) -> Result<ModelSpec> {
         let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
-        let spec = zoo::parse_config(&self.config, file)?;
+        let in_its_words = |error: Error| match self.checkpoint.gguf() {
+            Some(metadata) => zoo::gguf_keys::in_words_of_file(error, metadata),
+            None => error,
+        };
+        let spec = zoo::parse_config(&self.config, file).map_err(in_its_words)?;
         weights::check_experts(&self.checkpoint, &spec)?;
         Ok(spec)
     }
@@ -191,7 +195,19 @@ impl Model {
                 return Err(Error::io("tokenizer.json", std::io::Error::new(std::io::ErrorKind::NotFound, reason)));
             }
         };
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| {
+            let file = match (&files.tokenizer, files.checkpoint.gguf()) {
+                (None, Some(metadata)) => metadata.file().to_owned(),
+                _ => files
+                    .directory
+                    .as_ref()
+                    .map_or(PathBuf::new(), Clone::clone)
+                    .join("tokenizer.json")
+                    .display()
+                    .to_string(),
+            };
+            Error::Tokenizer(format!("{file}: {error}"))
+        })?;
         let end_of_text = files.end_of_text()?;
         let decoder = files.decoder(options)?;
         let end_of_text = end_of_text.unwrap_or_else(|| decoder.spec().end_of_text.clone());
