@@ -224,8 +224,9 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
         assert!(error <= tolerance, "{experts:?}: off by {error}");
 
         let store = weights::expert_store(&files.checkpoint, &files.spec().unwrap()).unwrap();
+        let slab = store.slab_bytes(0).max(store.slab_bytes(1));
         for room in [1, 2, 2 * EXPERTS] {
-            let cache = CacheOptions::new(room * store.slab_bytes(0)).sparing(&store);
+            let cache = CacheOptions::new(room * slab).sparing(&store);
             let options = LoadOptions { expert_cache: Some(cache), ..LoadOptions::default() };
             assert!(logits(&files.decoder(&options).unwrap(), &IDS) == ours, "{experts:?}: room for {room}");
         }
@@ -235,7 +236,7 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
         let ours = logits(&files.decoder(&narrow).unwrap(), &IDS);
         let error = off(&ours, &expected);
         assert!(error <= 5e-2, "{experts:?} beside bf16: off by {error}");
-        let cache = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
+        let cache = CacheOptions::new(2 * slab).sparing(&store);
         let options = LoadOptions { expert_cache: Some(cache), ..narrow };
         assert!(logits(&files.decoder(&options).unwrap(), &IDS) == ours, "{experts:?} beside bf16, from a cache");
     }

@@ -151,7 +151,11 @@ impl ModelFiles {
     /// [`weights::check_experts`].
     pub fn spec(&self) -> Result<ModelSpec> {
         let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
-        let mut spec = zoo::parse_config(&self.config, file)?;
+        let in_its_words = |error: Error| match self.checkpoint.gguf() {
+            Some(metadata) => zoo::gguf_keys::in_words_of_file(error, metadata),
+            None => error,
+        };
+        let mut spec = zoo::parse_config(&self.config, file).map_err(in_its_words)?;
         // Output weights that are there are the model's, whatever the configuration says: so transformers has it.
         spec.tied_embeddings &= !self.checkpoint.tensors().contains_key("lm_head.weight");
         weights::check_blocks(&self.checkpoint, &spec)?;

@@ -16,6 +16,7 @@ mod deepseek;
 mod deepseek_v2;
 mod deepseek_v3;
 pub mod gguf;
+pub mod gguf_keys;
 pub mod gguf_names;
 pub mod gguf_tokenizer;
 mod glm4_moe;
