@@ -31,16 +31,17 @@ fn any(value: &mut Value, change: &mut impl FnMut(&mut Value) -> bool) -> bool {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let [which, mut at, replacement @ ..] = data else { return };
+    let [which, at, replacement @ ..] = data else { return };
     let Ok(replacement) = serde_json::from_slice::<Value>(replacement) else { return };
     let mut config: Value = serde_json::from_str(CONFIGS[usize::from(*which) % CONFIGS.len()]).expect("sound JSON");
+    let mut left = *at;
     any(&mut config, &mut |value| {
-        let found = at == 0;
-        if found {
+        if left == 0 {
             *value = replacement.clone();
+            return true;
         }
-        at = at.wrapping_sub(1);
-        found
+        left -= 1;
+        false
     });
     if let Ok(spec) = parse_config(&config.to_string(), "config.json") {
         // What follows from it takes no more than counting.
