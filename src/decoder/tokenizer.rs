@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{Encoding, Token, Tokenizer};
 
-use crate::checkpoint::without_mark;
+use crate::checkpoint::{json, without_mark};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "tokenizer_config.json";
@@ -46,8 +46,7 @@ impl TextTokenizer {
     /// With what `tokenizer_config.json` says of the beginning of a text.
     pub(super) fn configured(mut self, config: &str) -> Result<Self> {
         let wrong = |detail: String| Error::Config { file: CONFIG.into(), detail };
-        let config: Value =
-            serde_json::from_str(config).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
+        let config = json::parse(config).map_err(|error| wrong(format!("expected JSON, got {error}")))?;
         let token = &config["bos_token"];
         let name = token.as_str().or_else(|| token["content"].as_str());
         if let Some(name) = name.filter(|_| config["add_bos_token"] == true) {
