@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::tokenizer::{Continuation, TextTokenizer};
 use super::{Decoder, weights};
-use crate::checkpoint::{Checkpoint, Metadata, gguf_file, not_a_file, read_file, read_text};
+use crate::checkpoint::{Checkpoint, Metadata, gguf_file, not_a_file, read_file, read_text, text};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
@@ -82,7 +82,8 @@ impl ModelFiles {
                 directory: file.parent().map(Path::to_owned),
             });
         }
-        let config = read_text(&path.join("config.json"))?;
+        let config = text(read_file(&path.join("config.json"))?)
+            .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
         let tokenizer = path.join("tokenizer.json");
         Ok(Self {
             name: name(path),
