@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::finite::of_loading;
 use super::tokenizer::{Continuation, TextTokenizer};
 use super::{Decoder, weights};
-use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of, read_file, read_text};
+use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of, read_file, read_text, text};
 use crate::error::{Error, Result};
 use crate::experts::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
@@ -77,7 +77,8 @@ impl ModelFiles {
                 });
             }
         };
-        let config = read_text(&path.join("config.json"))?;
+        let config = text(read_file(&path.join("config.json"))?)
+            .map_err(|error| Error::Config { file: "config.json".into(), detail: error.to_string() })?;
         zoo::quantization::check(&config, "config.json")?;
         let tokenizer = path.join("tokenizer.json");
         Ok(Self {
