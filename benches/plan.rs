@@ -1,13 +1,20 @@
-//! Building the dispatch plan: the counting sort of this crate, against a stable comparison sort of the slots by expert.
+//! Building the dispatch plan: the counting sort of this crate, against a stable comparison sort of the slots by expert. And the check
+//! that stands before it, of top-k's answer.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use phase_moe::routing::assignment::Assignment;
+use phase_moe::routing::capacity::Capacity;
+use phase_moe::routing::check;
+use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
-use rand::SeedableRng;
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+use phase_moe::routing::scores::Scoring;
+use phase_moe::routing::topk::TopK;
 use rand::seq::index;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Tokens, experts, top_k.
@@ -40,5 +47,27 @@ fn plan(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, plan);
+fn check(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("check/cpu");
+    group.sample_size(20).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
+    for (tokens, experts, top_k) in SIZES {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let values: Vec<f32> = (0..tokens * experts).map(|_| rng.random_range(-4.0f32..4.0)).collect();
+        let logits = Logits::new(&values, tokens, experts).expect("finite logits");
+        let scores = Scoring::softmax().normalized(true).scores(&logits, None).expect("a plain scoring");
+        let capacity = Capacity::unlimited(experts).expect("experts in range");
+        let request =
+            RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).expect("parts that belong together");
+        let router = TopK::default();
+        let assignment = router.route(&request, &mut RouteState::default()).expect("a valid request");
+        let name = format!("tokens={tokens},experts={experts},top_k={top_k}");
+        group.throughput(Throughput::Elements((tokens * top_k) as u64));
+        group.bench_function(BenchmarkId::new("answer", &name), |bencher| {
+            bencher.iter(|| check::check(&router, black_box(&request), black_box(&assignment)));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan, check);
 criterion_main!(benches);

@@ -16,12 +16,14 @@ pub struct Gate {
     bias: Option<Tensor>,
     /// Read anew in every forward pass: an update rule, or whoever holds the variable, may have set it.
     selection_bias: Option<Var>,
+    /// Its tensors are those of a builder, and what is not among them is not saved with them.
+    loaded: bool,
 }
 
 impl Gate {
     /// From a weight `[experts, hidden]`.
     pub fn new(weight: Tensor) -> Self {
-        Self { weight, bias: None, selection_bias: None }
+        Self { weight, bias: None, selection_bias: None, loaded: false }
     }
 
     /// The same gate with a bias `[experts]` that is part of the logits (gpt-oss).
@@ -46,7 +48,7 @@ impl Gate {
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let weight = vb.get_with_hints((spec.experts, spec.hidden), "weight", init)?;
         let bias = || vb.get_with_hints(spec.experts, "bias", Init::Const(0.0));
-        Ok(Self { weight, bias: spec.gate_bias.then(bias).transpose()?, selection_bias: None })
+        Ok(Self { weight, bias: spec.gate_bias.then(bias).transpose()?, selection_bias: None, loaded: true })
     }
 
     /// Loads what `spec` says and `spec.names` names under `vb`, the layer's own builder: the bias for selection too.
@@ -109,7 +111,7 @@ impl Gate {
         let values = Tensor::from_slice(bias, experts, self.weight.device())?;
         match &self.selection_bias {
             Some(held) => held.set(&values.to_device(held.device())?.to_dtype(held.dtype())?)?,
-            None if self.weight.is_variable() => {
+            None if self.loaded && self.weight.is_variable() => {
                 let expected = "`selection_bias` in the layer's spec, so that it is saved with the other variables";
                 return Err(Error::shape("selection bias of a layer in training", expected, "none"));
             }

@@ -281,7 +281,8 @@ impl MoeLayer {
     /// its own.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another length, and for a layer under `Var`s whose spec has no such bias: it would not be saved.
+    /// [`Error::Shape`] for another length, and for a layer loaded from variables whose spec has no such bias: it would not be
+    /// saved with them.
     /// [`Error::Parameter`] for values that are not finite.
     pub fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
         self.gate.set_selection_bias(bias)
