@@ -159,20 +159,27 @@ impl Suspects<'_> {
             DType::F16 => f64::from(f16::MAX),
             _ => f64::from(f32::MAX),
         };
-        let mut largest = (0.0, String::new());
-        for (name, entry) in checkpoint.tensors().iter().filter(|(name, _)| self.is_of(place, name)) {
+        let (mut largest, mut all_read) = ((0.0, String::new()), true);
+        let of = |place: Place| checkpoint.tensors().iter().filter(move |(name, _)| self.is_of(place, name));
+        let others = match place {
+            // Some families' norm before it has the name that others' norm after attention has.
+            Place::Ffn(block) => Some(Place::Attention(block)),
+            _ => None,
+        };
+        for (name, entry) in of(place).chain(others.into_iter().flat_map(of)) {
             let file = checkpoint.file_of(entry);
             let mut found = None;
-            // A tensor that cannot be read any more is not what went wrong.
-            let _ = each_value(checkpoint, name, entry, |at, value: f64| {
+            // Of a tensor that cannot be read any more nothing is said.
+            all_read &= each_value(checkpoint, name, entry, |at, value: f64| {
                 let size = value.abs();
-                if !(size <= largest_finite) {
+                if size.is_nan() || size > largest_finite {
                     found = Some((at, value));
                 } else if size > largest.0 {
                     largest = (size, name.clone());
                 }
                 found.is_none()
-            });
+            })
+            .is_ok();
             if let Some((at, value)) = found {
                 let at = index(at, &entry.shape);
                 let why = match value.is_finite() {
@@ -187,7 +194,7 @@ impl Suspects<'_> {
             _ => "",
         };
         match largest {
-            (size, name) if size > 0.0 => {
+            (size, name) if size > 0.0 && all_read => {
                 format!("; its weights are finite, the largest is {size:e} in tensor `{name}`: an overflow{half}")
             }
             _ => half.into(),

@@ -71,7 +71,9 @@ impl Compare {
         }
         let (files, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
-        for rule in &rules {
+        // What is said of a limit matters to those that know one.
+        let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
+        for rule in rules.iter().filter(|_| is_limited) {
             let mut unlimited = 0;
             for batch in &batches {
                 let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, moe.top_k)?;
