@@ -382,14 +382,13 @@ fn read_header(name: &str, source: &dyn ByteSource) -> Result<(SafetensorsHeader
     }
     source.read_exact_at(&mut prefix, 0).map_err(io)?;
     let header_length = u64::from_le_bytes(prefix);
-    if prefix == *b"version " {
-        let what = "a pointer of Git LFS to it: fetch the file itself with `git lfs pull`";
-        return Err(wrong(format!("expected a safetensors file, got {what}")));
-    }
     if header_length > MAX_HEADER_BYTES || header_length > length - 8 {
+        let got = match &prefix {
+            b"version " => "a pointer of Git LFS, without what `git lfs pull` fetches".to_owned(),
+            _ => format!("a header length of {header_length}"),
+        };
         return Err(wrong(format!(
-            "expected a safetensors header within the file's {length} bytes, got a header length of {header_length}: \
-             truncated, or not a safetensors file"
+            "expected a safetensors header within the file's {length} bytes, got {got}: truncated, or not a safetensors file"
         )));
     }
     let mut header = vec![0; header_length as usize];

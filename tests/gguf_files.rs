@@ -295,8 +295,13 @@ fn metadata_that_contradict_the_tensors_or_each_other_are_named() {
             5,
             "tensor `blk.0.ffn_gate_exps.weight`: expected shape [5, 20, 32], got [6, 20, 32]",
         ),
-        ("olmoe", "expert_used_count", 7, "key `num_experts_per_tok`: expected at most num_experts 6, got 7"),
-        ("olmoe", "attention.head_count", 0, "key `num_attention_heads`: expected a positive integer, got 0"),
+        (
+            "olmoe",
+            "expert_used_count",
+            7,
+            "key `olmoe.expert_used_count`: expected at most olmoe.expert_count 6, got 7",
+        ),
+        ("olmoe", "attention.head_count", 0, "key `olmoe.attention.head_count`: expected a positive integer, got 0"),
         (
             "olmoe",
             "feed_forward_length",
@@ -308,13 +313,13 @@ fn metadata_that_contradict_the_tensors_or_each_other_are_named() {
             "llama",
             "attention.head_count_kv",
             3,
-            "key `num_key_value_heads`: expected a divisor of num_attention_heads 4, got 3",
+            "key `llama.attention.head_count_kv`: expected a divisor of llama.attention.head_count 4, got 3",
         ),
         (
             "deepseek2",
             "leading_dense_block_count",
             2,
-            "key `first_k_dense_replace`: expected at least one block with experts, got none",
+            "key `deepseek2.leading_dense_block_count`: expected at least one block with experts, got none",
         ),
         (
             "deepseek2",
@@ -328,7 +333,12 @@ fn metadata_that_contradict_the_tensors_or_each_other_are_named() {
             12,
             "metadata `deepseek2.attention.key_length_mla`: expected more than the rotated 12, got 12",
         ),
-        ("deepseek2", "expert_group_used_count", 5, "key `topk_group`: expected at most n_group 4, got 5"),
+        (
+            "deepseek2",
+            "expert_group_used_count",
+            5,
+            "key `deepseek2.expert_group_used_count`: expected at most deepseek2.expert_group_count 4, got 5",
+        ),
         (
             "qwen3moe",
             "attention.key_length",
@@ -384,6 +394,7 @@ fn a_file_without_a_tokenizer_runs_on_ids_alone() {
     assert!(files.decoder(&LoadOptions::default()).is_ok());
     let error = Model::from_files(&files, &LoadOptions::default()).err().unwrap();
     assert!(matches!(error, Error::Tokenizer(_)), "{error}");
-    let expected = "olmoe.gguf: expected tokens, got none: put the model's tokenizer.json beside it";
+    let expected =
+        "olmoe.gguf: key `tokenizer.ggml.tokens`: expected tokens, got none: put the model's tokenizer.json beside it";
     assert!(error.to_string().ends_with(expected), "{error}");
 }

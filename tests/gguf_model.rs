@@ -429,7 +429,7 @@ fn every_command_takes_a_gguf_file() {
     let (code, _, errors) = run(&["generate", "--model", fixture.to_str().unwrap(), "--prompt", "a"]);
     assert_eq!((code, errors.lines().count()), (Some(2), 1), "{errors}");
     assert!(
-        errors.contains("llama.gguf: expected tokens, got none: put the model's tokenizer.json beside it"),
+        errors.contains("llama.gguf: key `tokenizer.ggml.tokens`: expected tokens, got none: put the model's tokenizer.json beside it"),
         "{errors}"
     );
 }

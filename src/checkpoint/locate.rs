@@ -51,8 +51,10 @@ pub fn locate(path: &Path) -> Result<Located> {
         return Ok(Located::Gguf(file));
     }
     match refused_directory(path, &files)? {
-        Refused::Snapshot(snapshot) => locate(&snapshot),
-        Refused::Other(detail) => Err(wrong(detail)),
+        Some(Refused::Snapshot(snapshot)) => locate(&snapshot),
+        Some(Refused::Other(detail)) => Err(wrong(detail)),
+        // What is missing is named when it is opened.
+        None => Ok(Located::Directory(path.to_owned())),
     }
 }
 
@@ -182,24 +184,25 @@ enum Refused {
     Other(String),
 }
 
-fn refused_directory(path: &Path, files: &[PathBuf]) -> Result<Refused> {
+/// None where it holds nothing that is known.
+fn refused_directory(path: &Path, files: &[PathBuf]) -> Result<Option<Refused>> {
     let has = |name: &str| path.join(name).exists();
     let expected = "expected config.json with model.safetensors or its index, or a GGUF file";
+    let other = |detail: String| Ok(Some(Refused::Other(format!("{expected}, got {detail}"))));
     if let Some(refused) = hub_cache(path, files)? {
-        return Ok(refused);
+        return Ok(Some(refused));
     }
     if has("adapter_config.json") {
-        return Ok(Refused::Other(adapter(path)));
+        return Ok(Some(Refused::Other(adapter(path))));
     }
     let name = |file: &PathBuf| file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let names: Vec<String> = files.iter().map(name).collect();
     let first = |ends: &[&str]| names.iter().find(|name| ends.iter().any(|end| name.ends_with(end)));
     if let Some(file) = first(&[".safetensors"]) {
-        let detail = match has("config.json") {
-            true => format!("{expected}, got {file} alone: name it model.safetensors, or fetch the index of all parts"),
-            false => format!("{expected}, got {file} without a config.json: give a checkpoint in Hugging Face layout"),
-        };
-        return Ok(Refused::Other(detail));
+        return other(match has("config.json") {
+            true => format!("{file} alone: name it model.safetensors, or fetch the index of all parts"),
+            false => format!("{file} without a config.json: give a checkpoint in Hugging Face layout"),
+        });
     }
     for (ends, what) in [
         (&[".bin", ".pt", ".pth", ".ckpt"][..], "PyTorch weights"),
@@ -209,24 +212,22 @@ fn refused_directory(path: &Path, files: &[PathBuf]) -> Result<Refused> {
         (&[".npz"], "MLX or NumPy weights"),
     ] {
         if let Some(file) = first(ends) {
-            return Ok(Refused::Other(format!("{expected}, got {what} ({file}): {OTHER_WEIGHTS}")));
+            return other(format!("{what} ({file}): {OTHER_WEIGHTS}"));
         }
     }
+    // Its weights are missed by their name when they are opened.
     if has("config.json") {
-        return Ok(Refused::Other(format!("{expected}, got a config.json without weights")));
+        return Ok(None);
     }
     let below: Vec<&PathBuf> = files.iter().filter(|file| file.join("config.json").is_file()).collect();
-    Ok(match below.as_slice() {
-        [] => Refused::Other(format!(
-            "{expected}, got {}",
-            if files.is_empty() { "an empty directory" } else { "none of them" }
-        )),
-        [only] => Refused::Other(format!("{expected}, got a directory above one: give {}", only.display())),
+    match below.as_slice() {
+        [] => Ok(None),
+        [only] => other(format!("a directory above one: give {}", only.display())),
         [first, second, ..] => {
             let which = format!("give one of them, as {} or {}", first.display(), second.display());
-            Refused::Other(format!("{expected}, got a directory above {}: {which}", below.len()))
+            other(format!("a directory above {}: {which}", below.len()))
         }
-    })
+    }
 }
 
 /// A model's directory in the hub's cache, `models--org--name`, or the whole cache.

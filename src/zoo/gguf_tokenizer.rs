@@ -205,7 +205,7 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn new(metadata: &'a Metadata) -> Result<Self> {
         let Some(tokens) = metadata.texts("tokenizer.ggml.tokens")? else {
-            return Err(wrong(metadata, "expected tokens, got none".into()));
+            return Err(wrong(metadata, "key `tokenizer.ggml.tokens`: expected tokens, got none".into()));
         };
         let types = metadata.integers("tokenizer.ggml.token_type")?.map(<[i64]>::to_vec);
         let types = types.unwrap_or_else(|| vec![NORMAL; tokens.len()]);

@@ -50,8 +50,8 @@ impl Chat {
         let mistake = |message: String| -> anyhow::Error { UserMistake(message).into() };
         let json = |file: &str| -> Result<Json> {
             let Some(text) = files.beside(file)? else { return Ok(Json::Null) };
-            Ok(phase_moe::checkpoint::json::parse(&text)
-                .map_err(|error| mistake(format!("{file}: expected JSON, got {error}")))?)
+            phase_moe::checkpoint::json::parse(&text)
+                .map_err(|error| mistake(format!("{file}: expected JSON, got {error}")))
         };
         let config = json(CONFIG)?;
         let (template, file) = match (files.beside(TEMPLATE)?, &config["chat_template"]) {
