@@ -31,7 +31,7 @@ impl Fixture {
     pub fn refusal(&self) -> Option<&'static str> {
         match self.name.as_str() {
             "zoo/lfm2_moe" => Some("lfm2_moe"),
-            "gguf/sentencepiece.gguf" => Some("llama.embedding_length"),
+            "gguf/sentencepiece.gguf" => Some("metadata `llama."),
             _ => None,
         }
     }
