@@ -362,5 +362,5 @@ fn validate(decoder: &Decoder, text: &EvalText) -> Result<f64> {
         let logits = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
         perplexity.add(&logits, &batch)?;
     }
-    perplexity.value()
+    Ok(perplexity.value()?)
 }

@@ -233,8 +233,9 @@ fn tensor_fault(expected: &Expected, file: &Path) -> Option<String> {
     if shape != golden.0 {
         return Some(format!("`{}` is {shape:?}, expected {:?}", expected.name, golden.0));
     }
-    // Written so that a NaN counts as far away.
-    let far = got.iter().zip(&golden.1).filter(|(got, golden)| !((*got - *golden).abs() <= expected.within)).count();
+    // A NaN is far away.
+    let near = |(got, golden): &(&f32, &f32)| (*got - *golden).abs() <= expected.within;
+    let far = got.len() - got.iter().zip(&golden.1).filter(near).count();
     let farthest = got.iter().zip(&golden.1).map(|(got, golden)| (got - golden).abs()).fold(0.0, f32::max);
     (far > 0).then(|| {
         format!(
