@@ -114,11 +114,12 @@ impl Output {
 pub struct Inputs(Vec<(String, Identity)>);
 
 /// Files beside a checkpoint's tensors that are read where they are there.
-const BESIDE: [&str; 6] = [
+const BESIDE: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
 ];
