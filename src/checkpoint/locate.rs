@@ -4,6 +4,7 @@
 //! Reads the first bytes of files and no tensors. Knows nothing of what a configuration means.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::gguf::{MAGIC, is_first_part};
@@ -29,7 +30,15 @@ const OTHER_WEIGHTS: &str = "convert them to safetensors or GGUF";
 /// [`Error::Io`] for a path that is not there or unreadable, [`Error::Checkpoint`] for one that is something else, and says what.
 pub fn locate(path: &Path) -> Result<Located> {
     let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
-    let metadata = std::fs::metadata(path).map_err(|error| Error::io(path, error))?;
+    let is_named_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        // As a directory it is missed by the first file that is looked for in it.
+        Err(error) if error.kind() == ErrorKind::NotFound && !is_named_gguf => {
+            return Ok(Located::Directory(path.to_owned()));
+        }
+        Err(error) => return Err(Error::io(path, error)),
+    };
     if metadata.is_file() {
         return match file_kind(path)? {
             FileKind::Gguf => Ok(Located::Gguf(path.to_owned())),
