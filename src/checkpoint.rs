@@ -20,8 +20,6 @@ use safetensors::{Dtype, SafeTensorError};
 
 pub use self::direct::{DirectFile, PAGE_BYTES};
 pub use self::element::{BlockType, ElementType};
-#[cfg(feature = "candle")]
-pub(crate) use self::file::not_a_file;
 pub use self::file::{open_file, read_file, read_text, text, without_mark};
 pub use self::locate::{Located, locate, name_of};
 pub use self::metadata::{Metadata, Value};

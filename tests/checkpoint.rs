@@ -387,5 +387,7 @@ fn weights_that_are_no_numbers_load_and_fail_at_the_gate() {
     let model = copy.load().unwrap();
     let (decoder, batch) = (model.decoder(), Batch::new(&[&[1, 2]]).unwrap());
     let error = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap_err();
-    assert!(matches!(error, Error::NonFiniteLogit { token: 0, expert: 0, .. }), "{error}");
+    let expected = "layer 1 of the model, feed-forward, gate logit of token 0, expert 0: expected finite numbers, got NaN; \
+                    tensor `model.layers.1.mlp.gate.weight` of model.safetensors has NaN at [0, 0]";
+    assert!(matches!(error, Error::NonFinite { .. }) && copy.shown(&error) == expected, "{error}");
 }

@@ -23,7 +23,7 @@ pub fn open_file(path: &Path) -> io::Result<File> {
 }
 
 /// What can be opened and is neither a file nor a directory, by name.
-pub(crate) fn not_a_file(kind: FileType) -> Option<&'static str> {
+pub(super) fn not_a_file(kind: FileType) -> Option<&'static str> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;

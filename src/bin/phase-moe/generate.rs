@@ -163,7 +163,7 @@ impl Generate {
                 let on_token = |_, id| screen.show(id);
                 let generation = generate_batch_until(&model, &ids, options, &mut state, &mut samplers, on_token);
                 // The line ends before anything else is said, an error too.
-                let shown = screen.finish();
+                let shown = screen.finish(generation.is_ok());
                 let generation = generation?;
                 shown?;
                 generation
@@ -276,18 +276,19 @@ impl Generate {
 struct Screen {
     out: Stdout,
     text: Continuation,
+    /// Whether something stands on the line.
+    begun: bool,
     failed: Option<anyhow::Error>,
 }
 
 impl Screen {
     /// On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
     fn new(text: Continuation, prompt: Option<&String>) -> Result<Self> {
-        let mut out = std::io::stdout();
-        if let Some(prompt) = prompt.filter(|_| out.is_terminal()) {
-            write!(out, "{prompt}")?;
-            out.flush()?;
+        let mut screen = Self { out: std::io::stdout(), text, begun: false, failed: None };
+        if let Some(prompt) = prompt.filter(|_| screen.out.is_terminal()) {
+            screen.write(prompt)?;
         }
-        Ok(Self { out, text, failed: None })
+        Ok(screen)
     }
 
     fn show(&mut self, id: u32) -> ControlFlow<()> {
@@ -305,16 +306,20 @@ impl Screen {
         if text.is_empty() {
             return Ok(());
         }
+        self.begun = true;
         self.out.write_all(text.as_bytes())?;
         self.out.flush()
     }
 
-    /// What was held back, and the end of the line; or what went wrong on the way.
-    fn finish(mut self) -> Result<()> {
+    /// What was held back, and the end of the line, also of an empty one if the text is `whole`; or what went wrong on the way.
+    fn finish(mut self, whole: bool) -> Result<()> {
         if let Some(error) = self.failed {
             return Err(error);
         }
         let rest = self.text.finish()?;
-        Ok(self.write(&(rest + "\n"))?)
+        self.write(&rest)?;
+        Ok(if whole || self.begun {
+            self.write("\n")?
+        })
     }
 }
