@@ -318,8 +318,9 @@ impl Screen {
         }
         let rest = self.text.finish()?;
         self.write(&rest)?;
-        Ok(if whole || self.begun {
-            self.write("\n")?
-        })
+        if whole || self.begun {
+            self.write("\n")?;
+        }
+        Ok(())
     }
 }
