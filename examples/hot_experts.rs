@@ -13,8 +13,8 @@ use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
 use phase_moe::expert::ExpertId;
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 
 /// Experts of a layer in fast memory.

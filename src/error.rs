@@ -124,7 +124,7 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     /// Candle refused a tensor operation.
-    #[cfg(feature = "candle")]
+    #[cfg(feature = "layer")]
     #[error(transparent)]
     Candle(candle_core::Error),
 }
@@ -306,7 +306,7 @@ impl Error {
     /// True when the input is at fault and not the machine: what a command line answers with exit code 2.
     pub fn is_user_error(&self) -> bool {
         match self {
-            #[cfg(feature = "candle")]
+            #[cfg(feature = "layer")]
             Self::Candle(_) => false,
             Self::Expert(_) | Self::Answer(_) | Self::NonFinite { .. } => false,
             Self::Io { reason, .. } => matches!(
@@ -324,7 +324,7 @@ impl Error {
 
 /// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends). Converting
 /// back gives the same error again.
-#[cfg(feature = "candle")]
+#[cfg(feature = "layer")]
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
@@ -336,7 +336,7 @@ impl From<Error> for candle_core::Error {
 }
 
 /// Takes an error of this crate that went through Candle out again; anything else is [`Error::Candle`].
-#[cfg(feature = "candle")]
+#[cfg(feature = "layer")]
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         match error {
@@ -346,7 +346,7 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-#[cfg(all(test, feature = "candle"))]
+#[cfg(all(test, feature = "layer"))]
 mod tests {
     use super::*;
 

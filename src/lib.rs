@@ -1,26 +1,26 @@
-#![cfg_attr(feature = "candle", doc = include_str!("../README.md"))]
-#![cfg_attr(not(feature = "candle"), doc = "Mixture-of-Experts routing, without any tensor framework.")]
+#![cfg_attr(feature = "model", doc = include_str!("../README.md"))]
+#![cfg_attr(not(feature = "model"), doc = "Mixture-of-Experts routing, without any tensor framework.")]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
 pub mod checkpoint;
-#[cfg(feature = "candle")]
+#[cfg(feature = "model")]
 pub mod decoder;
 pub mod error;
-#[cfg(feature = "candle")]
+#[cfg(feature = "model")]
 pub mod eval;
 pub mod expert;
 pub mod experts;
-#[cfg(feature = "candle")]
+#[cfg(feature = "layer")]
 pub mod layer;
-#[cfg(feature = "candle")]
-pub mod report;
+pub mod offload;
 pub mod routing;
 pub mod simd;
 pub mod spec;
+pub mod weights;
 pub mod zoo;
 
 /// The examples of the guide are tests.
-#[cfg(all(doctest, feature = "candle"))]
+#[cfg(all(doctest, feature = "model"))]
 #[doc = include_str!("../docs/swap.md")]
 struct SwapGuide;

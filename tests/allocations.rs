@@ -8,6 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::offload::requests::Requests;
 use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
@@ -15,7 +16,6 @@ use phase_moe::routing::cache_aware::token::CacheTokenRouter;
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::scores::{Scores, Scoring};
 use phase_moe::routing::token::TokenRouter;

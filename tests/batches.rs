@@ -1,6 +1,6 @@
 //! Several sequences in a batch and prompts in chunks: the logits, the routing and the text are those of each sequence alone and of
 //! the prompt at once, and padding costs nobody anything.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -11,10 +11,10 @@ use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::cache::{CacheOptions, Prefetch};
-use phase_moe::experts::residency::Policy;
 use phase_moe::layer::Routing;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::cache::{CacheOptions, Prefetch};
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::drop::DropRule;

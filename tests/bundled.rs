@@ -1,5 +1,5 @@
 //! What the bundled model must show: survival, perplexity and certificates in real forward passes.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

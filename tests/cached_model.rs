@@ -1,6 +1,6 @@
 //! A model whose experts are in an expert cache against the same model held in memory: the same bits, whatever the budget and whatever
 //! is read ahead; what is wrong is named, and a broken file ends nothing but the pass that needs it.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -12,16 +12,16 @@ use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::{Error, Fault};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::residency::Policy;
-use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
 use phase_moe::layer::MoeLayer;
 use phase_moe::layer::cached::{CachedExperts, ExpertBiases};
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::shared::Shared;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
+use phase_moe::offload::residency::Policy;
+use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::{RouteContext, RouteState};
 use phase_moe::spec::{MoeSpec, SharedExperts};

@@ -1,6 +1,6 @@
 //! Loading a model from a directory whose files are wrong: each fault is an error that names the file and the operand.
 //! The sound model is the random OLMoE of the goldens; every test spoils a copy of it in a directory of its own.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

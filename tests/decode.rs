@@ -1,6 +1,6 @@
 //! Decode with a logical memory of experts on the bundled model: what routers see, what it costs, and that both ways to decode a
 //! known text are the same.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -10,8 +10,8 @@ use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::Router;
 use phase_moe::routing::topk::TopK;

@@ -627,7 +627,7 @@ fn what_does_not_fit_is_named() {
     assert_eq!(message(reversed), "rows of a matrix: expected within 0..4, got 3..2");
 }
 
-#[cfg(feature = "candle")]
+#[cfg(feature = "model")]
 #[test]
 fn candle_reads_the_same_numbers_from_blocks() {
     use candle_core::quantized::{GgmlDType, QTensor};

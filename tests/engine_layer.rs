@@ -1,6 +1,6 @@
 //! `MoeLayer` through the expert engine against the same layer through Candle's operations, which is what weights that want
 //! gradients take.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::sync::Arc;
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::experts::cache::{CacheOptions, ExpertCache, Scope};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::store::{self, ExpertStore, Part, Piece};
+use phase_moe::offload::cache::{CacheOptions, ExpertCache, Scope};
+use phase_moe::offload::store::{self, ExpertStore, Part, Piece};
 
 /// Bytes of slabs now, and the most since the last look.
 static NOW: AtomicUsize = AtomicUsize::new(0);

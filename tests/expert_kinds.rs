@@ -1,6 +1,6 @@
 //! Every kind of expert against a naive loop in double precision: activations, biases, shared experts, stacked and quantised
 //! weights, loading, training, and weights that do not fit.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! GGUF files against Hugging Face transformers, goldens by `tests/goldens/make_gguf_goldens.py`; with experts in an expert cache and
 //! without the same bits.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::offload::cache::CacheOptions;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)

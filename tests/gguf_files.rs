@@ -1,5 +1,5 @@
 //! GGUF files that are wrong: each fault is an error that names the file and the operand. The sound file is that of the goldens.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
@@ -179,7 +179,7 @@ proptest! {
             bytes[at] = value;
         }
         if let Ok(checkpoint) = open(bytes) {
-            let _ = phase_moe::zoo::gguf::config(&checkpoint).and_then(|config| phase_moe::zoo::parse_config(&config, "m.gguf"));
+            let _ = phase_moe::weights::gguf::config(&checkpoint).and_then(|config| phase_moe::zoo::parse_config(&config, "m.gguf"));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Experts of a GGUF file in MXFP4 against transformers with the numbers of their blocks, golden by
 //! `tests/goldens/make_mxfp4_golden.py`; from the file through an expert cache the same bits.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
@@ -8,9 +8,9 @@ use candle_core::{Module, Tensor, Var};
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::experts::cache::CacheOptions;
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::store::Part;
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::offload::store::Part;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_mxfp4").join(name)

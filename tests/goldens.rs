@@ -1,5 +1,5 @@
 //! Parity with Hugging Face transformers: the decoder against goldens made by `tests/goldens/make_goldens.py`.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

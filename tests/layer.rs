@@ -1,6 +1,6 @@
 //! The MoE layer through its public face: gradients, equalities with simpler layers, shapes and dtypes, padding, training
 //! helpers, and input that is wrong.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::HashMap;
 use std::sync::Arc;

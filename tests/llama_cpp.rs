@@ -1,5 +1,5 @@
 //! The bundled weights in f32 against llama.cpp, goldens by `tests/goldens/make_llama_cpp_goldens.py`.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use half::bf16;
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::Batch;
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::offload::cache::CacheOptions;
 use safetensors::SafeTensors;
 
 /// How far a logit may be from llama.cpp's: what summing in another order makes of f32.

@@ -1,7 +1,7 @@
 //! Experts whose projections are of several dtypes: what runs from memory runs from an expert cache, to the same bits.
 //!
-//! Values against transformers: `tests/situations/formats.json`. K-quants: `tests/gguf_model.rs`.
-#![cfg(feature = "candle")]
+//! Values against transformers: `cli/tests/situations/formats.json`. K-quants: `cli/tests/gguf_model.rs`.
+#![cfg(feature = "model")]
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::offload::cache::CacheOptions;
 use safetensors::Dtype;
 
 /// Which dtype a tensor gets, by its layer, its expert and `gate`, `up` or `down`.

@@ -1,6 +1,6 @@
 //! Routers that are not of this crate, whose answers are wrong in every way there is: each user of a router says so, with the
 //! router's name, before anything is made of the answer.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -14,9 +14,9 @@ use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay;
 use phase_moe::eval::trace::{GateTrace, LayerTrace};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
 use phase_moe::layer::MoeLayer;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};

@@ -1,7 +1,7 @@
 //! Memory of a long prompt in chunks: beside weights, keys and values it does not grow with the square of the prompt.
 //!
 //! Counted by an allocator of this test, on all threads; one test alone, so that no other one's memory counts.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

@@ -1,6 +1,6 @@
 //! A layer that was trained, saved and loaded is the same layer: every parameter there is, of every family, by the loop that
 //! `layer::loss` documents.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! Families against Hugging Face transformers: MoE block and whole decoder, goldens by `tests/goldens/make_zoo_goldens.py`.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Module, Tensor, Var};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::experts::cache::CacheOptions;
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::store::Part;
 use phase_moe::layer::{MoeLayer, Routing};
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::offload::store::Part;
 use phase_moe::spec::ModelSpec;
 use phase_moe::zoo;
 

@@ -17,8 +17,8 @@ use phase_moe::expert::ExpertSet;
 use phase_moe::experts::activation::Activation;
 use phase_moe::experts::engine::{ExpertWeights, Projection};
 use phase_moe::experts::matrix::Matrix;
-use phase_moe::experts::residency::{Policy, Residency, Step};
-use phase_moe::experts::store::{Part, Piece};
+use phase_moe::offload::residency::{Policy, Residency, Step};
+use phase_moe::offload::store::{Part, Piece};
 use rustix::fs::{Advice as FileAdvice, fadvise};
 
 const PAGE: usize = 4096;

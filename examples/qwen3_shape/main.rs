@@ -22,7 +22,7 @@ use phase_moe::decoder::Batch;
 use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::decoder::weights::expert_pieces;
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::offload::cache::CacheOptions;
 use phase_moe::zoo;
 use shape::Shape;
 

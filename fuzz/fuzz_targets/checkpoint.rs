@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use phase_moe::checkpoint::{ByteSource, Checkpoint};
-use phase_moe::zoo::gguf::config;
-use phase_moe::zoo::gguf_tokenizer::tokenizer_json;
+use phase_moe::weights::gguf::config;
+use phase_moe::weights::gguf::tokenizer::tokenizer_json;
 use phase_moe::zoo::parse_config;
 
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 //! llama.cpp did to a tensor on its way into the file is undone: rows of queries and keys that take turns, keys and
 //! values of latent attention that were split.
 //!
-//! Knows nothing of metadata: which tensor is which is for [`gguf_names`](crate::zoo::gguf_names) to say.
+//! Knows nothing of metadata: which tensor is which is for [`gguf_names`](crate::weights::gguf::names) to say.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -21,12 +21,12 @@ use safetensors::Dtype as StoredDtype;
 use crate::checkpoint::{BlockType, Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::experts::matrix::Dtype;
-use crate::experts::store::{Part, Piece};
 use crate::layer::expert::Expert;
 use crate::layer::packed::Packed;
 use crate::layer::projection::{Projection, Weight};
+use crate::offload::store::{Part, Piece};
 use crate::spec::{ModelSpec, MoeSpec};
-use crate::zoo::gguf_names::{TensorNames, TensorSource, single, stack};
+use crate::weights::gguf::names::{TensorNames, TensorSource, single, stack};
 
 /// Tensors by the names that transformers gives them.
 pub(super) struct GgufBackend {

@@ -10,8 +10,8 @@
 //!
 //! ```
 //! use phase_moe::decoder::memory::ExpertMemory;
-//! use phase_moe::experts::admission::Admission;
-//! use phase_moe::experts::residency::Policy;
+//! use phase_moe::offload::admission::Admission;
+//! use phase_moe::offload::residency::Policy;
 //! use phase_moe::routing::assignment::Assignment;
 //!
 //! let mut memory = ExpertMemory::new(1, 8, 2, Policy::Lru, Admission::default())?;
@@ -29,10 +29,10 @@
 
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
-use crate::experts::admission::{Admission, Admitted};
-use crate::experts::residency::{Policy, Residency, Step};
+use crate::offload::admission::{Admission, Admitted};
+use crate::offload::requests::Requests;
+use crate::offload::residency::{Policy, Residency, Step};
 use crate::routing::assignment::Assignment;
-use crate::routing::requests::Requests;
 
 /// The logical resident set of one layer.
 #[derive(Clone, Debug)]

@@ -19,7 +19,7 @@ use super::tokenizer::{Continuation, TextTokenizer};
 use super::{Decoder, weights};
 use crate::checkpoint::{Checkpoint, Located, Metadata, json, locate, name_of, read_file, read_text, text};
 use crate::error::{Error, Result};
-use crate::experts::cache::{CacheOptions, ExpertCache};
+use crate::offload::cache::{CacheOptions, ExpertCache};
 use crate::spec::ModelSpec;
 use crate::zoo;
 
@@ -61,7 +61,7 @@ impl ModelFiles {
     ///
     /// # Errors
     /// [`Error::Io`] for an unreadable file or a missing one other than `tokenizer.json`, [`Error::Checkpoint`] as
-    /// [`Checkpoint::open`]; of a GGUF file as [`zoo::gguf::config`].
+    /// [`Checkpoint::open`]; of a GGUF file as [`crate::weights::gguf::config`].
     pub fn open(path: &Path) -> Result<Self> {
         let path = match locate(path)? {
             Located::Directory(directory) => directory,
@@ -70,7 +70,7 @@ impl ModelFiles {
                 let tokenizer = file.with_file_name("tokenizer.json");
                 return Ok(Self {
                     name: name_of(path).trim_end_matches(".gguf").into(),
-                    config: zoo::gguf::config(&checkpoint)?,
+                    config: crate::weights::gguf::config(&checkpoint)?,
                     checkpoint,
                     tokenizer: tokenizer.exists().then(|| read_file(&tokenizer)).transpose()?,
                     directory: file.parent().map(Path::to_owned),
@@ -110,12 +110,15 @@ impl ModelFiles {
         let Some(bytes) = &self.tokenizer else {
             let reason = || std::io::Error::new(std::io::ErrorKind::NotFound, "expected beside config.json, got none");
             let metadata = gguf.ok_or_else(|| Error::io(FILE, reason()))?;
-            return TextTokenizer::read(zoo::gguf_tokenizer::tokenizer_json(metadata)?.as_bytes(), metadata.file());
+            return TextTokenizer::read(
+                crate::weights::gguf::tokenizer::tokenizer_json(metadata)?.as_bytes(),
+                metadata.file(),
+            );
         };
         let file = self.directory.as_ref().map_or(FILE.into(), |directory| directory.join(FILE).display().to_string());
         let tokenizer = TextTokenizer::read(bytes, &file)?;
         Ok(match gguf {
-            Some(metadata) => match zoo::gguf_tokenizer::said_around(metadata)? {
+            Some(metadata) => match crate::weights::gguf::tokenizer::said_around(metadata)? {
                 Some((before, after)) => tokenizer.around(before, after),
                 None => tokenizer,
             },
@@ -153,7 +156,7 @@ impl ModelFiles {
     pub fn spec(&self) -> Result<ModelSpec> {
         let file = self.checkpoint.gguf().map_or("config.json", Metadata::file);
         let in_its_words = |error: Error| match self.checkpoint.gguf() {
-            Some(metadata) => zoo::gguf_keys::in_words_of_file(error, metadata),
+            Some(metadata) => crate::weights::gguf::keys::in_words_of_file(error, metadata),
             None => error,
         };
         let mut spec = zoo::parse_config(&self.config, file).map_err(in_its_words)?;

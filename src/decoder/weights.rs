@@ -13,7 +13,7 @@ use safetensors::Dtype;
 use super::gguf::{self, GgufBackend};
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
-use crate::experts::store::{ExpertStore, Part, Piece};
+use crate::offload::store::{ExpertStore, Part, Piece};
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, StackOrder};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`.

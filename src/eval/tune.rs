@@ -17,9 +17,9 @@ use super::decode::{DecodeFigures, Decoding};
 use super::perplexity::Perplexity;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
-use crate::experts::admission::Admission;
-use crate::experts::cache::{CacheOptions, ExpertCache};
-use crate::experts::residency::Policy;
+use crate::offload::admission::Admission;
+use crate::offload::cache::{CacheOptions, ExpertCache};
+use crate::offload::residency::Policy;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::topk::TopK;
 

@@ -10,10 +10,10 @@ use super::expert::Expert;
 use super::projection::Projection as LayerProjection;
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
-use crate::experts::cache::ExpertCache;
 use crate::experts::engine::{ExpertWeights, Projection};
 use crate::experts::matrix::Matrix;
-use crate::experts::store::{LoadedExpert, Part};
+use crate::offload::cache::ExpertCache;
+use crate::offload::store::{LoadedExpert, Part};
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
 

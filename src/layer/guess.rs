@@ -28,10 +28,10 @@ use candle_core::Tensor;
 use super::MoeLayer;
 use crate::error::Result;
 use crate::expert::ExpertSet;
+use crate::offload::requests::Requests;
 use crate::routing::capacity::Capacity;
 use crate::routing::check::check;
 use crate::routing::logits::Logits;
-use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState};
 
 impl MoeLayer {

@@ -19,7 +19,6 @@ pub mod metrics;
 pub mod phase;
 pub mod plan;
 pub mod registry;
-pub mod requests;
 pub mod router;
 pub mod scores;
 pub(crate) mod select;

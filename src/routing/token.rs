@@ -5,7 +5,7 @@
 //! divided by their sum where the model normalises; `missing = ids \ resident`. Shapes: logits `[experts]`, ids and weights
 //! `[top_k]`, or shorter where fewer experts are not masked.
 //!
-//! All of it is bit-equal to scoring, [`TopK`](crate::routing::topk::TopK) and [`Requests`](crate::routing::requests::Requests),
+//! All of it is bit-equal to scoring, [`TopK`](crate::routing::topk::TopK) and [`Requests`](crate::offload::requests::Requests),
 //! only faster, because nothing waits for the scores: softmax keeps the order of the logits, so the experts are selected by logit
 //! while the exponentials are summed, and scores are made for the selected alone. Rounding may turn two logits that hardly differ
 //! into equal scores; such tokens, like those with too many equals or too few experts that are not masked, take the general way.
@@ -358,10 +358,10 @@ pub(super) fn is_settled<L: Lanes>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::offload::requests::Requests;
     use crate::routing::affinity::Decay;
     use crate::routing::assignment::Assignment;
     use crate::routing::cache_aware::CacheRouter;
-    use crate::routing::requests::Requests;
     use crate::routing::router::{RouteState, Router};
     use proptest::prelude::*;
 

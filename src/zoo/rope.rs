@@ -310,6 +310,6 @@ impl Said<'_> {
 }
 
 /// How much sharper attention has to be at `factor` times the positions (arXiv 2309.00071, section 3.4).
-pub(super) fn yarn_scale(factor: f64, weight: f64) -> f64 {
+pub(crate) fn yarn_scale(factor: f64, weight: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
 }

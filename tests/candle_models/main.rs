@@ -3,7 +3,7 @@
 //! equals Hugging Face transformers (`faults`).
 //!
 //! Weights are those of the families' goldens (`tests/goldens/zoo`), where need be cut to what both can read.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 mod faults;
 mod logits;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::error::{Error, ExpertFault, Fault};
-use phase_moe::experts::cache::{CacheOptions, ExpertCache};
-use phase_moe::experts::store::{ExpertStore, Part, Piece};
+use phase_moe::offload::cache::{CacheOptions, ExpertCache};
+use phase_moe::offload::store::{ExpertStore, Part, Piece};
 
 use crate::disk::{bed, bed_of, broken, set, wait_until};
 
