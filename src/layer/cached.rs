@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::ROUTING_DTYPE;
+use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
 use super::projection::Projection as LayerProjection;
 use crate::error::{Error, Result};

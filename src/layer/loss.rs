@@ -34,7 +34,7 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
-use super::Routing;
+use super::routed::Routing;
 use crate::error::{Error, Result};
 use crate::routing::assignment::EMPTY;
 use crate::routing::scores::{ScoreFunction, Scoring};

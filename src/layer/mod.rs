@@ -25,41 +25,45 @@
 //!
 //! Knows nothing of attention, checkpoints or model families.
 
-mod borrowed;
+pub(crate) mod borrowed;
+mod by_candle;
+mod by_engine;
 pub mod cached;
-mod dispatch;
+mod check;
 pub mod expert;
 pub mod gate;
-mod guess;
 pub mod loss;
 pub mod packed;
 pub mod projection;
+mod routed;
 pub mod shared;
 mod stacked;
 pub mod worth;
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+pub use self::routed::Routing;
 
-use candle_core::{DType, Module, Tensor};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
+use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
-use crate::layer::borrowed::{Borrowed, Source};
+use crate::layer::by_engine::Source;
 use crate::layer::cached::{CachedExperts, ExpertBiases};
 use crate::layer::expert::{Expert, Form};
 use crate::layer::gate::Gate;
 use crate::layer::shared::Shared;
 use crate::layer::worth::OutputNorms;
+use crate::offload::requests::Requests;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
 use crate::routing::check::check;
 use crate::routing::logits::Logits;
-use crate::routing::metrics::RouteMetrics;
 use crate::routing::plan::DispatchPlan;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
-use crate::routing::scores::Scores;
 use crate::routing::topk::TopK;
 use crate::spec::MoeSpec;
 
@@ -84,36 +88,6 @@ pub struct MoeLayer {
 enum Experts {
     Held(Vec<Expert>),
     Cached(CachedExperts),
-}
-
-/// What the router saw and did in one forward pass of one layer.
-#[derive(Clone, Debug)]
-pub struct Routing {
-    /// What the layer got, `[tokens, hidden]`; part of the graph under `Var`s.
-    pub input: Tensor,
-    /// Gate logits, `[tokens, experts]` f32; part of the graph under `Var`s.
-    pub logits: Tensor,
-    /// Gate scores made of them.
-    pub scores: Scores,
-    /// Room there was in this batch.
-    pub capacity: Capacity,
-    /// Who went where.
-    pub assignment: Assignment,
-    /// True for padding tokens, which count in no loss; `None` when there are none.
-    pub padding: Option<Vec<bool>>,
-    /// Time in the router alone: from scores to assignment.
-    pub route_time: Duration,
-}
-
-impl Routing {
-    /// The figures of this routing; `context` is what the forward pass was given.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `context` is of another batch.
-    pub fn metrics(&self, context: RouteContext<'_>) -> Result<RouteMetrics> {
-        let request = RouteRequest::new(&self.scores, self.assignment.top_k(), &self.capacity, context)?;
-        Ok(RouteMetrics::new(&request, &self.assignment))
-    }
 }
 
 impl MoeLayer {
@@ -183,10 +157,10 @@ impl MoeLayer {
             }
         };
         for (index, expert) in held.iter().enumerate() {
-            expert.check(&format!("expert {index}"), Form::routed(&spec), &gate)?;
+            expert.check(&format!("expert {index}"), Form::routed(&spec), &gate.like())?;
         }
         match (spec.shared, &shared) {
-            (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate)?,
+            (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate.like())?,
             (Some(expected), None) => {
                 return Err(Error::shape("shared expert", format!("one of width {}", expected.width), "none"));
             }
@@ -383,7 +357,7 @@ impl MoeLayer {
                     Experts::Held(experts) => Source::Held(experts),
                     Experts::Cached(experts) => Source::Cached(experts, &self.spec),
                 };
-                borrowed::forward(&self.engine, &tokens, experts, self.shared.as_ref(), &plan)?
+                by_engine::forward(&self.engine, &tokens, experts, self.shared.as_ref(), &plan)?
             }
             false => self.composed(&tokens, &logits, &assignment, &plan)?,
         };
@@ -394,13 +368,30 @@ impl MoeLayer {
 }
 
 impl MoeLayer {
+    /// The experts that the layer would use for `hidden`, without a limit; nothing runs and `state` stays what it is.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::forward_in`].
+    pub fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
+        let tokens = self.tokens(hidden)?;
+        let values = self.logits_of(&tokens)?.flatten_all()?.to_vec1::<f32>()?;
+        let experts = self.spec.experts;
+        let logits = Logits::new(&values, tokens.dim(0)?, experts)?;
+        let scores = self.spec.scoring.scores(&logits, self.gate.selection_bias()?.as_deref())?;
+        let capacity = Capacity::unlimited(experts)?;
+        let request = RouteRequest::new(&scores, self.spec.top_k, &capacity, context)?;
+        let assignment = self.router.route(&request, &mut state.clone())?;
+        check(self.router.as_ref(), &request, &assignment)?;
+        Ok(Requests::new(&assignment, None)?.wanted().clone())
+    }
+
     /// A hidden state of this layer's width, dtype and device as `[tokens, hidden]`.
     fn tokens(&self, hidden: &Tensor) -> Result<Tensor> {
         let width = self.spec.hidden;
         if hidden.dims().last() != Some(&width) {
             return Err(Error::shape("hidden state", format!("[.., {width}]"), format!("{:?}", hidden.dims())));
         }
-        self.gate.check_alike("hidden state", hidden)?;
+        self.gate.like().check("hidden state", hidden)?;
         Ok(hidden.reshape((hidden.elem_count() / width, width))?)
     }
 
@@ -424,8 +415,8 @@ impl MoeLayer {
         assignment: &Assignment,
         plan: &DispatchPlan,
     ) -> Result<Tensor> {
-        let weights = dispatch::slot_weights(logits, assignment, plan, self.spec.scoring)?;
-        let output = dispatch::forward(tokens, self.experts(), plan, &weights)?;
+        let weights = by_candle::slot_weights(logits, assignment, plan, self.spec.scoring)?;
+        let output = by_candle::forward(tokens, self.experts(), plan, &weights)?;
         match &self.shared {
             Some(shared) => Ok((output + shared.forward(tokens)?)?),
             None => Ok(output),
@@ -448,39 +439,5 @@ impl std::fmt::Debug for MoeLayer {
     }
 }
 
-/// Whether the engine can read a weight, and nobody wants its gradient.
-pub(crate) fn engine_reads(weight: &Tensor) -> bool {
-    borrowed::fits(weight)
-}
-
-/// `x·Wᵀ` of `input` `[.., columns]` and `weight` `[rows, columns]` by the engine, for what [`engine_reads`] and an input of its dtype on the
-/// CPU: `[.., rows]` in that dtype.
-pub(crate) fn product(engine: &Engine, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (rows, columns) = weight.dims2()?;
-    let Some((&last, outer)) = input.dims().split_last() else {
-        return Err(Error::shape("input of a product", format!("[.., {columns}]"), "a number"));
-    };
-    let tokens = input.contiguous()?.reshape((outer.iter().product::<usize>(), last))?;
-    let mut sums = vec![0.0; tokens.dim(0)? * rows];
-    {
-        let (weight, tokens) = (Borrowed::tensor(weight)?, Borrowed::tensor(&tokens)?);
-        engine.product(tokens.matrix()?, weight.matrix()?, &mut sums)?;
-    }
-    let shape: Vec<usize> = outer.iter().copied().chain([rows]).collect();
-    // A product has the dtype of its operands, as in Candle and transformers.
-    Ok(Tensor::from_vec(sums, shape, weight.device())?.to_dtype(weight.dtype())?)
-}
-
-/// Checks the shape of a weight.
-fn check_weight<const RANK: usize>(operand: &str, weight: &Tensor, expected: [usize; RANK]) -> Result<()> {
-    if weight.dims() != expected {
-        return Err(Error::shape(operand, format!("{expected:?}"), format!("{:?}", weight.dims())));
-    }
-    Ok(())
-}
-
 /// What a layer needs whose experts are in a cache.
 const CACHED_NEEDS: &str = "one on the CPU without gradients, as experts in a cache need";
-
-/// The dtype of scores, combine weights and the sum over slots.
-const ROUTING_DTYPE: DType = DType::F32;

@@ -9,7 +9,7 @@ use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 use rayon::prelude::*;
 
-use super::ROUTING_DTYPE;
+use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY};
