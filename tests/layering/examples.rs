@@ -6,11 +6,11 @@ use super::source::{Crate, Edge, circles};
 
 /// Edges as `from -> to`.
 fn seen(sources: &[(&str, &str)]) -> Vec<String> {
-    edges(sources, false).iter().map(|edge| format!("{} -> {}", edge.from, edge.to)).collect()
+    edges(sources).iter().map(|edge| format!("{} -> {}", edge.from, edge.to)).collect()
 }
 
-fn edges(sources: &[(&str, &str)], tests: bool) -> BTreeSet<Edge> {
-    Crate::new(sources.iter().copied()).edges(tests)
+fn edges(sources: &[(&str, &str)]) -> BTreeSet<Edge> {
+    Crate::new(sources.iter().copied()).edges()
 }
 
 const LIB: (&str, &str) = ("lib.rs", "pub mod a; pub mod b; mod c;");
@@ -51,12 +51,11 @@ fn what_is_no_import_is_not_seen() {
     );
     assert_eq!(imports_of_a("#[doc = \"crate::b\"] #[serde(default = \"crate::c\")] struct X;"), nothing);
     assert_eq!(imports_of_a("mod within { use super::own; } fn own() {} use self::own as other;"), nothing);
-    // Tests may look anywhere; they are asked for apart.
+    // Tests may look anywhere.
     let test = "#[cfg(test)] mod tests { use crate::b::Flat; } #[cfg(test)] use crate::c; fn f() {}";
     assert_eq!(imports_of_a(test), nothing);
     assert_eq!(imports_of_a("#[cfg(test)] use crate::c; use crate::b;"), ["b"]);
     assert_eq!(imports_of_a("#[cfg(not(test))] use crate::c;"), ["c"]);
-    assert_eq!(edges(&[LIB, ("a.rs", test), ("b.rs", ""), ("c.rs", "")], true).len(), 2);
 }
 
 #[test]
@@ -65,13 +64,16 @@ fn a_re_export_leads_to_the_file_that_has_the_item() {
     let root = ("lib.rs", "pub mod a; mod b; pub use b::Deep; pub use b::{Flat as Even};");
     let b = ("b.rs", "pub struct Deep; pub struct Flat;");
     assert_eq!(seen(&[root, b, ("a.rs", "use crate::{Deep, Even};")]), ["a -> b"]);
+    // But what a room re-exports of another is its own word.
+    let other = ("b.rs", "pub use crate::c::Low;");
+    assert_eq!(seen(&[LIB, other, ("c.rs", "pub struct Low;"), ("a.rs", "use crate::b::Low;")]), ["a -> b", "b -> c"]);
     let globs = ("lib.rs", "pub mod a; mod b; pub use b::*;");
     assert_eq!(seen(&[globs, b, ("a.rs", "use crate::Deep;")]), ["a -> b"]);
 }
 
 #[test]
 fn circles_inside_a_room_are_found_and_a_parent_that_only_declares_is_in_none() {
-    let circle = |sources: &[(&str, &str)]| circles(&edges(sources, false));
+    let circle = |sources: &[(&str, &str)]| circles(&edges(sources));
     let room = |mod_rs: &'static str, x: &'static str, y: &'static str| {
         circle(&[("lib.rs", "mod room;"), ("room/mod.rs", mod_rs), ("room/x.rs", x), ("room/y.rs", y)])
     };

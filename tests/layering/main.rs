@@ -43,7 +43,25 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
 ];
 
 /// Imports that close a circle and stand all the same, each with its reason. One that no longer closes any has to go from here.
-const CIRCLES: [(&str, &str, &str); 0] = [];
+const CIRCLES: [(&str, &str, &str); 15] = [
+    ("decoder/finite", "decoder", "it asks the decoder's weights which tensor the first NaN came from"),
+    ("offload/cache/reader", "offload/cache", "readers and steps share one state, which stands beside the cache"),
+    ("offload/store/place", "offload/store", "pieces stand beside the store that is made of them"),
+    ("offload/store/scatter", "offload/store", "pieces stand beside the store that is made of them"),
+    ("routing/assignment", "routing/scores", "combine weights are made of scores"),
+    ("simd/avx2", "simd", LANES),
+    ("simd/avx512", "simd", LANES),
+    ("simd/neon", "simd", LANES),
+    ("simd/scalar", "simd", LANES),
+    ("simd/multiply", "simd", LANES),
+    ("simd/product/bytes", "simd/product", CHUNKS),
+    ("simd/product/element", "simd/product", CHUNKS),
+    ("simd/product/panels", "simd/product", CHUNKS),
+    ("simd/product/tiles", "simd/product", CHUNKS),
+    ("simd/quantized", "simd/product", CHUNKS),
+];
+const LANES: &str = "the trait of lanes stands beside the choice among those that implement it";
+const CHUNKS: &str = "the sizes that all products share stand beside the choice among them";
 
 fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(directory).unwrap() {
@@ -66,17 +84,17 @@ fn read(directory: &str) -> Vec<(String, String)> {
 }
 
 /// Which file of the library imports which.
-fn edges(tests: bool) -> BTreeSet<Edge> {
+fn edges() -> BTreeSet<Edge> {
     let files = read("src");
     assert!(files.len() > 20, "the walk found {} files", files.len());
-    Crate::new(files.iter().map(|(name, text)| (name.as_str(), text.as_str()))).edges(tests)
+    Crate::new(files.iter().map(|(name, text)| (name.as_str(), text.as_str()))).edges()
 }
 
 #[test]
 fn every_import_is_one_the_architecture_allows() {
     let part = |file: &str| file.split('/').next().unwrap().to_owned();
     let mut wrong = BTreeSet::new();
-    for Edge { from, to } in edges(true) {
+    for Edge { from, to } in edges() {
         let (importing, imported) = (part(&from), part(&to));
         match MAY_IMPORT.iter().find(|(name, _)| *name == importing) {
             None => wrong.insert(format!("{from}: part `{importing}` is not in the table")),
@@ -92,7 +110,7 @@ fn every_import_is_one_the_architecture_allows() {
 
 #[test]
 fn no_files_import_each_other_in_a_circle() {
-    let all = edges(false);
+    let all = edges();
     let allowed = |edge: &Edge| CIRCLES.iter().any(|(from, to, _)| (*from, *to) == (&edge.from, &edge.to));
     let rest: BTreeSet<Edge> = all.iter().filter(|edge| !allowed(edge)).cloned().collect();
     let mut wrong = Vec::new();

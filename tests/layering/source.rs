@@ -268,7 +268,8 @@ impl Crate {
         Self { files: files.collect() }
     }
 
-    /// The file that a path leads to: the longest module of it and, where that only re-exports the item, the file it comes from.
+    /// The file that a path leads to: the longest module of it and, where that only re-exports an item of its own room, the file
+    /// that the item comes from. What a room re-exports of another one is its own word; the root's words are those of their rooms.
     fn resolve(&self, path: &[String], depth: usize) -> Module {
         let length = (0..=path.len()).rev().find(|&length| self.files.contains_key(&path[..length])).unwrap_or(0);
         let module = &path[..length];
@@ -279,7 +280,8 @@ impl Crate {
         fn declared<'a>(file: &'a File, name: &'a str) -> impl Iterator<Item = &'a Named> {
             file.named.iter().filter(move |named| named.declared.as_ref().is_some_and(|(called, _)| called == name))
         }
-        if let Some(named) = declared(file, item).find(|named| named.path != path) {
+        let ours = |named: &&Named| module.is_empty() || named.path.first() == module.first();
+        if let Some(named) = declared(file, item).filter(ours).find(|named| named.path != path) {
             return self.resolve(&named.path, depth + 1);
         }
         for glob in declared(file, "*") {
@@ -299,17 +301,17 @@ impl Crate {
         })
     }
 
-    /// Which file names which, without itself. What a file declares as its child or re-exports for others is no import; a test's
-    /// imports count where they are asked for.
-    pub fn edges(&self, tests: bool) -> BTreeSet<Edge> {
+    /// Which file names which, without itself. What a file declares as its child or re-exports for others is no import;
+    /// tests may import anything.
+    pub fn edges(&self) -> BTreeSet<Edge> {
         let mut edges = BTreeSet::new();
         for (module, file) in &self.files {
-            if !tests && self.is_test(module) {
+            if self.is_test(module) {
                 continue;
             }
             for named in &file.named {
                 let re_export = named.declared.as_ref().is_some_and(|(_, visible)| *visible);
-                if (named.test && !tests) || (re_export && named.path.starts_with(module)) {
+                if named.test || (re_export && named.path.starts_with(module)) {
                     continue;
                 }
                 let to = self.resolve(&named.path, 0);
