@@ -58,7 +58,7 @@ impl Fixture {
     fn logits(&self, options: &LoadOptions) -> Result<Vec<f32>> {
         let files = ModelFiles { checkpoint: Arc::new(self.checkpoint()), ..ModelFiles::open(&self.path).unwrap() };
         let decoder = files.decoder(options)?;
-        let logits = decoder.forward(&Batch::new(&[&IDS])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        let logits = decoder.forward(&Batch::new(&[&IDS])?, &mut decoder.batch_state())?;
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 

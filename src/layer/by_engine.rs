@@ -5,9 +5,9 @@
 use candle_core::Tensor;
 
 use super::borrowed::Borrowed;
-use super::cached::CachedExperts;
 use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
+use super::experts::Experts;
 use super::projection::Projection;
 use super::shared::Shared;
 use crate::error::Result;
@@ -55,17 +55,12 @@ impl<'a> BorrowedExpert<'a> {
     }
 }
 
-/// The experts of a layer, wherever they are.
-pub(super) enum Source<'a> {
-    Held(&'a [Expert]),
-    Cached(&'a CachedExperts, &'a MoeSpec),
-}
-
 /// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
 pub(super) fn forward(
     engine: &Engine,
     tokens: &Tensor,
-    experts: Source<'_>,
+    experts: &Experts,
+    spec: &MoeSpec,
     shared: Option<&Shared>,
     plan: &DispatchPlan,
 ) -> Result<Tensor> {
@@ -82,7 +77,7 @@ pub(super) fn forward(
     let input = borrowed.matrix()?;
     let mut output = vec![0.0; rows * hidden];
     match experts {
-        Source::Held(experts) => {
+        Experts::Held(experts) => {
             let busy: Vec<_> = plan.busy_experts().collect();
             let held: Vec<_> =
                 busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
@@ -94,7 +89,7 @@ pub(super) fn forward(
             work.extend(shared);
             engine.forward(input, &work, &mut output)?;
         }
-        Source::Cached(experts, spec) => {
+        Experts::Cached(experts) => {
             let mut busy = plan.busy_experts().peekable();
             if busy.peek().is_none() {
                 engine.add(input, shared.as_slice(), &mut output)?;
