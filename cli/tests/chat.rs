@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::generate::generate;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use serde_json::{Value, json};
 

@@ -31,11 +31,11 @@ mod dispatch;
 pub mod expert;
 pub mod gate;
 mod guess;
+pub(crate) mod load;
 pub mod loss;
 pub mod packed;
 pub mod projection;
 pub mod shared;
-mod stacked;
 pub mod worth;
 
 use std::sync::Arc;
@@ -209,7 +209,7 @@ impl MoeLayer {
     /// What the builder reports for missing tensors and wrong shapes; as [`MoeSpec::stack_order`] for stacked experts.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
-        let experts = stacked::load_experts(spec, &vb)?;
+        let experts = load::from_builder(spec, &vb)?;
         Self::load_with(spec, vb, experts)
     }
 
@@ -231,7 +231,7 @@ impl MoeLayer {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
         let experts = match spec.expert_bias {
-            true => experts.with_biases(stacked::load_biases(spec, &vb)?),
+            true => experts.with_biases(load::cached_biases(spec, &vb)?),
             false => experts,
         };
         Self::with_cached(spec.clone(), gate, experts, Shared::load(spec, vb)?)
