@@ -15,8 +15,8 @@ use phase_moe::error::Result;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::{Capacity, CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::logits::Logits;
-use phase_moe::routing::phase::draws::permutations;
-use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
+use phase_moe::routing::phase_kernel::permutations;
+use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
 use phase_moe::routing::scores::{Scores, Scoring};
@@ -195,7 +195,7 @@ fn square_kernel_kept(scenario: &Scenario, capacity: &Capacity, seed: u64) -> Re
     let [source_order, target_order] = permutations(scenario.size as u32, seed);
     let sources = PhaseSide::new(vec![degree(1.0); scenario.size], source_order)?;
     let targets = PhaseSide::new(weights.iter().map(|weight| degree(weight / mean)).collect(), target_order)?;
-    let columns = Kernel::new(sources, targets)?.route(scenario.top_k, seed)?;
+    let columns = PhaseRing::new(sources, targets)?.route(scenario.top_k, seed)?;
 
     let mut load = vec![0u32; scenario.size];
     columns.iter().filter_map(|&column| usize::try_from(column).ok()).for_each(|column| load[column] += 1);

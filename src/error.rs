@@ -112,6 +112,12 @@ pub enum Error {
     /// A router answered with an assignment that is none to its request.
     #[error(transparent)]
     Answer(AnswerFault),
+    /// A layer has a limit and a router that keeps within none.
+    #[error("capacity: expected a router that keeps within it, got {router}")]
+    CapacityIgnored {
+        /// Name of the router.
+        router: &'static str,
+    },
     /// A file could not be read or written.
     #[error("{path}: {reason}")]
     Io {

@@ -132,7 +132,7 @@ impl Copy {
 
 fn logits(model: &Model) -> Vec<f32> {
     let (decoder, batch) = (model.decoder(), Batch::new(&[&[5, 17, 96, 3, 0, 44]]).unwrap());
-    let logits = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+    let logits = decoder.forward(&batch, &mut decoder.batch_state()).unwrap();
     logits.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -385,7 +385,7 @@ fn weights_that_are_no_numbers_load_and_fail_at_the_gate() {
     });
     let model = copy.load().unwrap();
     let (decoder, batch) = (model.decoder(), Batch::new(&[&[1, 2]]).unwrap());
-    let error = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap_err();
+    let error = decoder.forward(&batch, &mut decoder.batch_state()).unwrap_err();
     let expected = "layer 1 of the model, feed-forward, gate logit of token 0, expert 0: expected finite numbers, got NaN; \
                     tensor `model.layers.1.mlp.gate.weight` of model.safetensors has NaN at [0, 0]";
     assert!(matches!(error, Error::NonFinite { .. }) && copy.shown(&error) == expected, "{error}");

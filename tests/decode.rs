@@ -63,7 +63,7 @@ fn a_memory_nobody_reads_changes_nothing() {
             Some(memory) => state.with_memory(memory),
             None => state,
         };
-        let logits = decoder().forward(&batches[0], &mut state, |_, _| Ok(())).unwrap();
+        let logits = decoder().forward(&batches[0], &mut state).unwrap();
         assert!(state.memory().is_none_or(|memory| memory.requests() > 0 && memory.hits() == 0));
         logits.flatten_all().unwrap().to_vec1().unwrap()
     };
@@ -91,7 +91,7 @@ fn swaps_save_misses_within_the_bound_and_none_are_made_without_one() {
 fn mistakes_are_named() {
     let error = |memory: ExpertMemory| {
         let mut state = decoder().batch_state().with_memory(memory);
-        decoder().forward(&Batch::new(&[&[1, 2]]).unwrap(), &mut state, |_, _| Ok(())).unwrap_err().to_string()
+        decoder().forward(&Batch::new(&[&[1, 2]]).unwrap(), &mut state).unwrap_err().to_string()
     };
     let memory = |layers, experts| ExpertMemory::new(layers, experts, 2, Policy::Lru, Admission::All).unwrap();
     let expected = "expert memory: expected 4 layers of 32 experts, got";

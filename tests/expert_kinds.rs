@@ -10,15 +10,15 @@ use candle_core::{CpuStorage, DType, Device, Module, Storage, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use phase_moe::error::{Error, Result};
 use phase_moe::experts::activation::{Activation, Function};
-use phase_moe::layer::MoeLayer;
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::projection::{Projection, Weight};
 use phase_moe::layer::shared::Shared;
 use phase_moe::layer::worth::OutputNorms;
+use phase_moe::layer::{LayerState, MoeLayer};
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::router::{RouteContext, RouteState};
+use phase_moe::routing::router::RouteContext;
 use phase_moe::spec::{MoeSpec, SharedExperts};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -141,13 +141,13 @@ fn layer(seed: u64, spec: &MoeSpec) -> (MoeLayer, Tensor) {
         true => Gate::new(weight.clone()).with_bias((random(rng, &[spec.experts]) * 3.0).unwrap()),
         false => Gate::new(weight.clone()),
     };
-    let experts = (0..spec.experts).map(|_| expert(rng, spec, spec.expert_width, spec.expert_bias)).collect();
+    let experts = (0..spec.experts).map(|_| expert(rng, spec, spec.expert_width, spec.expert_bias)).collect::<Vec<_>>();
     let layer = match spec.shared {
-        None => MoeLayer::new(spec.clone(), gate, experts),
+        None => MoeLayer::new(spec.clone(), gate, experts, None),
         Some(shared) => {
             let weight = shared.gated.then(|| random(rng, &[1, spec.hidden]));
             let shared = Shared::new(expert(rng, spec, shared.width, false), weight);
-            MoeLayer::with_shared(spec.clone(), gate, experts, shared)
+            MoeLayer::new(spec.clone(), gate, experts, Some(shared))
         }
     };
     (layer.unwrap(), weight)
@@ -202,14 +202,15 @@ fn one_expert_is_its_ffn_whatever_its_kind() {
 fn a_shared_expert_is_added_to_dropped_and_padded_tokens_too() {
     let shared = Some(SharedExperts { width: 7, gated: true });
     let (layer, gate) = layer(33, &MoeSpec { shared, ..spec(Activation::swiglu(), false) });
-    let bare = MoeLayer::new(spec(Activation::swiglu(), false), Gate::new(gate), layer.experts().to_vec()).unwrap();
+    let bare =
+        MoeLayer::new(spec(Activation::swiglu(), false), Gate::new(gate), layer.experts().to_vec(), None).unwrap();
     let rule = CapacityRule { minimum_mean: 0.0, ..CapacityRule::per_expert(0.4) };
     let tokens = tokens(34, 20, 12);
     let padding: Vec<bool> = (0..20).map(|token| token % 6 == 0).collect();
     let routed = |layer: &MoeLayer| {
-        let layer = layer.clone().with_router(Arc::new(PhaseRouter::default()), Some(rule.clone()));
+        let layer = layer.clone().with_router(Arc::new(PhaseRouter::default())).with_capacity(rule.clone());
         let context = RouteContext { padding: Some(&padding), ..RouteContext::default() };
-        let (output, routing) = layer.forward_in(&tokens, context, &mut RouteState::default()).unwrap();
+        let (output, routing) = layer.route_with(&tokens, context, &mut LayerState::default()).unwrap();
         (output, routing.assignment)
     };
     let ((with, assignment), (without, _)) = (routed(&layer), routed(&bare));
@@ -272,7 +273,8 @@ fn stacked_experts_are_views_and_equal_the_single_ones_bit_for_bit() {
                 let up = own((&gate_up, &inner_bias), inner - 10, 10);
                 Expert::from_projections(kind, gate, up, own((&down, &down_bias), 0, 12)).unwrap()
             });
-            let single = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), single.collect()).unwrap();
+            let single =
+                MoeLayer::new(spec.clone(), Gate::new(gate.clone()), single.collect::<Vec<_>>(), None).unwrap();
             let hidden = tokens(42, 15, 12).to_dtype(dtype).unwrap();
             let [ours, theirs] = [stacked, single].map(|layer| values(&layer.forward(&hidden).unwrap()));
             assert_eq!(ours, theirs, "{dtype:?} {kind:?}");
@@ -299,7 +301,7 @@ fn quantised_experts_equal_the_layer_of_their_dequantised_weights() {
     let gate = Var::from_tensor(&random(&mut ChaCha8Rng::seed_from_u64(51), &[3, 256])).unwrap().into_inner();
     let hidden = tokens(52, 7, 256);
     let forward = |spec: &MoeSpec, experts: Vec<Expert>| {
-        let layer = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), experts).unwrap();
+        let layer = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), experts, None).unwrap();
         values(&layer.forward(&hidden).unwrap())
     };
     for dtype in QUANTS {
@@ -344,7 +346,7 @@ fn a_quantised_expert_has_biases_in_f32() {
     let norm = values(&first).iter().map(|value| value * value).sum::<f64>().sqrt();
     assert!((f64::from(norms[0]) - norm).abs() < 1e-4);
     let spec = MoeSpec { experts: 1, top_k: 1, expert_bias: true, ..spec };
-    MoeLayer::new(spec, Gate::new(random(rng, &[1, 64])), vec![biased]).unwrap();
+    MoeLayer::new(spec, Gate::new(random(rng, &[1, 64])), vec![biased], None).unwrap();
 }
 
 #[test]
@@ -474,7 +476,7 @@ fn gradients_pass_through_stacked_and_quantised_experts() {
     let hidden = Var::from_tensor(&tokens(75, 5, 32)).unwrap();
     let backward = |layer: MoeLayer| loss(&layer.forward(&hidden).unwrap()).backward().unwrap();
     let forward = |experts: Vec<Expert>| {
-        backward(MoeLayer::new(spec.clone(), Gate::new(gate.as_tensor().clone()), experts).unwrap())
+        backward(MoeLayer::new(spec.clone(), Gate::new(gate.as_tensor().clone()), experts, None).unwrap())
     };
     let tensors = [
         ("gate.weight", gate.as_tensor()),
@@ -525,7 +527,7 @@ fn experts_that_do_not_fit_are_named() {
     let error = |expert: Expert| {
         let mut experts = fits.experts().to_vec();
         experts[2] = expert;
-        message(MoeLayer::new(spec.clone(), Gate::new(zeros(&[4, 12])), experts))
+        message(MoeLayer::new(spec.clone(), Gate::new(zeros(&[4, 12])), experts, None))
     };
     let bare = Expert::new(zeros(&[10, 12]), zeros(&[10, 12]), zeros(&[12, 10]));
     let biased = |gate: &Tensor, up: &[usize], down: &[usize]| {
@@ -546,7 +548,7 @@ fn experts_that_do_not_fit_are_named() {
     );
     let unbiased = MoeSpec { expert_bias: false, ..spec.clone() };
     let experts = fits.experts().to_vec();
-    let error = message(MoeLayer::new(unbiased.clone(), Gate::new(zeros(&[4, 12])), experts));
+    let error = message(MoeLayer::new(unbiased.clone(), Gate::new(zeros(&[4, 12])), experts, None));
     assert_eq!(error, "expert 0 gate_proj bias: expected none, got [10]");
 
     let one = || Projection::new(zeros(&[10, 12]), None);
@@ -576,10 +578,7 @@ fn gates_and_shared_experts_that_do_not_fit_are_named() {
     let gate = || Gate::new(weight.clone()).with_bias(zeros(&[4]));
     let ffn = |width: usize| Expert::new(zeros(&[width, 12]), zeros(&[width, 12]), zeros(&[12, width]));
     let error = |spec: &MoeSpec, gate: Gate, shared: Option<Shared>| {
-        message(match shared {
-            Some(shared) => MoeLayer::with_shared(spec.clone(), gate, experts(), shared),
-            None => MoeLayer::new(spec.clone(), gate, experts()),
-        })
+        message(MoeLayer::new(spec.clone(), gate, experts(), shared))
     };
     let fits = || Some(Shared::new(ffn(7), Some(zeros(&[1, 12]))));
     assert_eq!(error(&with, Gate::new(weight.clone()), fits()), "gate bias: expected [4], got none");
@@ -622,7 +621,7 @@ fn stacks_and_quantised_tensors_that_do_not_fit_are_named() {
         let projection = |shape: &[usize]| Projection::new(quantized(shape), Some(bias(shape[0])));
         let (gate, up) = (Projection::new(weight, Some(bias(32))), projection(&[32, 64]));
         let expert = Expert::from_projections(Activation::swiglu(), Some(gate), up, projection(&[64, 32])).unwrap();
-        MoeLayer::new(one.clone(), Gate::new(zeros(&[1, 64])), vec![expert])
+        MoeLayer::new(one.clone(), Gate::new(zeros(&[1, 64])), vec![expert], None)
     };
     let fits = || Weight::from(quantized(&[32, 64]));
     assert!(new(fits(), DType::F32).is_ok());

@@ -46,9 +46,7 @@ fn prompts(goldens: &str) -> [(Vec<u32>, Vec<f32>); 2] {
 
 /// Logits of a text at once, and of one token after another.
 fn logits(decoder: &Decoder, ids: &[u32]) -> [Vec<f32>; 2] {
-    let forward = |ids: &[u32], state: &mut _| {
-        values(&decoder.forward(&Batch::new(&[ids]).unwrap(), state, |_, _| Ok(())).unwrap())
-    };
+    let forward = |ids: &[u32], state: &mut _| values(&decoder.forward(&Batch::new(&[ids]).unwrap(), state).unwrap());
     let mut state = decoder.generation_state();
     let steps = ids.iter().flat_map(|&id| forward(&[id], &mut state)).collect();
     [forward(ids, &mut decoder.batch_state()), steps]

@@ -52,7 +52,7 @@ fn bundled_weights_give_the_logits_and_the_perplexity_of_llama_cpp() {
     let cached = LoadOptions::default().with_expert_cache(CacheOptions::new(4 << 20));
     for options in [LoadOptions::default(), cached] {
         let decoder = Decoder::load(&files, &options).unwrap();
-        let logits = decoder.forward(&Batch::new(&[&ids]).unwrap(), &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+        let logits = decoder.forward(&Batch::new(&[&ids]).unwrap(), &mut decoder.batch_state()).unwrap();
         let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
         let rows: Vec<&[f32]> = logits.chunks(vocabulary).collect();
         assert_eq!(rows.len(), ids.len());

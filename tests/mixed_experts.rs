@@ -56,7 +56,7 @@ fn logits(decoder: &Decoder) -> Vec<f32> {
     let ids: Vec<u32> = (0..40).map(|at| (at * 7 + 3) % 60).collect();
     for ids in [&ids[..1], &ids[..5], &ids] {
         let batch = Batch::new(&[ids]).unwrap();
-        let logits = decoder.forward(&batch, &mut state, |_, _| Ok(())).unwrap();
+        let logits = decoder.forward(&batch, &mut state).unwrap();
         all.extend(logits.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }
     all

@@ -63,7 +63,7 @@ fn a_long_prompt_in_chunks_takes_no_square_of_its_length() {
         let (batch, mut state) = (Batch::new(&[&ids]).unwrap(), decoder.generation_state());
         let before = NOW.load(Relaxed);
         MOST.store(before, Relaxed);
-        decoder.prefill(&batch, chunk, &mut state, |_, _| Ok(())).unwrap();
+        decoder.prefill(&batch, chunk, &mut state).unwrap();
         assert_eq!(state.position(), tokens);
         MOST.load(Relaxed) - before
     };

@@ -7,8 +7,8 @@ use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::draws::permutations;
-use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
+use phase_moe::routing::phase_kernel::permutations;
+use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
 use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
@@ -330,7 +330,7 @@ fn published_survival(tokens: usize, top_k: usize, headroom: f64, seed: u64) -> 
     let target_degrees =
         weights.iter().map(|weight| (weight / mean * density).round().clamp(1.0, tokens as f64) as u32).collect();
     let sources = PhaseSide::new(vec![density.round() as u32; tokens], source_order).unwrap();
-    let kernel = Kernel::new(sources, PhaseSide::new(target_degrees, target_order).unwrap()).unwrap();
+    let kernel = PhaseRing::new(sources, PhaseSide::new(target_degrees, target_order).unwrap()).unwrap();
     let rule = CapacityRule {
         rounding: Rounding::Ceil,
         shares: Shares::PerExpert { profile: Profile::Strong, seed },

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Module, Tensor, Var};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::layer::{MoeLayer, Routing};
+use phase_moe::layer::MoeLayer;
 use phase_moe::offload::cache::CacheOptions;
 use phase_moe::offload::store::Part;
 use phase_moe::spec::ModelSpec;
@@ -66,26 +66,16 @@ fn compare_logits(family: &str, decoder: &Decoder) {
         let ids = integers(&goldens, &format!("prompt.{prompt}.ids"));
         let golden = floats(&goldens, &format!("prompt.{prompt}.logits"));
         let batch = Batch::new(&[&ids]).unwrap();
-        let mut layers = Vec::new();
-        let seen = |layer: usize, _| {
-            layers.push(layer);
-            Ok(())
-        };
-        let logits = decoder.forward(&batch, &mut decoder.batch_state(), seen).unwrap();
+        let mut state = decoder.batch_state().keeping_routed();
+        let logits = decoder.forward(&batch, &mut state).unwrap();
         assert_close(&format!("{family}, prompt {prompt}"), &values(&logits), &golden);
-        assert_eq!(
-            layers,
-            (0..decoder.spec().moe_layers()).collect::<Vec<_>>(),
-            "MoE layers are counted by themselves"
-        );
+        assert_eq!(state.routed().len(), decoder.spec().moe_layers(), "MoE layers are counted by themselves");
         let mut state = decoder.generation_state();
-        let steps =
-            ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+        let steps = ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state).unwrap());
         let stepped = Tensor::cat(&steps.collect::<Vec<_>>(), 1).unwrap();
         assert_close(&format!("{family}, prompt {prompt} step by step"), &values(&stepped), &golden);
         let (mut state, (first, second)) = (decoder.generation_state(), ids.split_at(3));
-        let parts = [first, second]
-            .map(|ids| decoder.forward(&Batch::new(&[ids]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+        let parts = [first, second].map(|ids| decoder.forward(&Batch::new(&[ids]).unwrap(), &mut state).unwrap());
         let parts = Tensor::cat(&parts, 1).unwrap();
         assert_close(&format!("{family}, prompt {prompt} in two parts"), &values(&parts), &golden);
     }
@@ -280,15 +270,11 @@ fn gpt_oss_in_mxfp4_is_what_transformers_computes_with_the_numbers_of_its_blocks
     let cached = cached(&files);
     for prompt in 0..2 {
         let batch = Batch::new(&[&integers(&goldens, &format!("prompt.{prompt}.ids"))]).unwrap();
-        // Logits, and who went where in the last block.
+        // Logits, and which experts the tokens got in the last block.
         let run = |decoder: &Decoder| {
-            let mut last = None;
-            let seen = |_, routing: Routing| {
-                last = Some(routing.assignment);
-                Ok(())
-            };
-            let logits = decoder.forward(&batch, &mut decoder.batch_state(), seen).unwrap();
-            (values(&logits), last.unwrap())
+            let mut state = decoder.batch_state().keeping_routed();
+            let logits = decoder.forward(&batch, &mut state).unwrap();
+            (values(&logits), state.routed().last().unwrap().assignment.clone())
         };
         let (held, went) = run(&decoder);
         assert_eq!(run(&cached).0, held, "the same bytes, held or read when they are needed");

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
 use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::{BatchGeneration, Options, generate_batch, generate_batch_until};
+use phase_moe::decoder::generate::{Generation, Options, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
@@ -161,7 +161,7 @@ impl Generate {
             ([prompt], false) => {
                 let mut screen = Screen::new(model.continuation(prompt)?, (!self.chat).then_some(&prompts[0]))?;
                 let on_token = |_, id| screen.show(id);
-                let generation = generate_batch_until(&model, &ids, options, &mut state, &mut samplers, on_token);
+                let generation = generate_batch(&model, &ids, options, &mut state, &mut samplers, on_token);
                 // The line ends before anything else is said, an error too.
                 let shown = screen.finish(generation.is_ok());
                 let generation = generation?;
@@ -171,7 +171,10 @@ impl Generate {
             _ => {
                 let bar = global.progress((ids.len() as u64).saturating_mul(self.new_tokens as u64));
                 bar.set_message("generating");
-                generate_batch(&model, &ids, options, &mut state, &mut samplers, |_, _| bar.inc(1))?
+                generate_batch(&model, &ids, options, &mut state, &mut samplers, |_, _| {
+                    bar.inc(1);
+                    ControlFlow::Continue(())
+                })?
             }
         };
         warn_streamed(model.decoder());
@@ -209,7 +212,7 @@ impl Generate {
         model: &Model,
         prompts: &[String],
         before: &[&[u32]],
-        generation: &BatchGeneration,
+        generation: &Generation,
         hit_rate: Option<f64>,
     ) -> Result<()> {
         let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
@@ -226,7 +229,7 @@ impl Generate {
             new_tokens: texts.iter().map(|text| text.new_tokens).sum(),
             prefill_tokens_per_second: generation.prefill_tokens_per_second(),
             decode_tokens_per_second: generation.decode_tokens_per_second(),
-            survival: generation.survival(),
+            survival: generation.slots.survival(),
             hit_rate: cache.as_ref().map_or(hit_rate, |cache| cache.hit_rate()),
             expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
             peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),

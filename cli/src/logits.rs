@@ -53,7 +53,7 @@ impl Logits {
         let inputs = self.ids_file.iter().fold(Inputs::default(), |inputs, path| inputs.file("--ids-file", path));
         let out = out.apart_from(&inputs.model(&files))?;
         let decoder = self.model.decoder_from(&files)?;
-        let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state())?;
         warn_streamed(&decoder);
         let logits = logits.squeeze(0)?.to_dtype(DType::F32)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;

@@ -25,7 +25,7 @@ use clap::{Parser, Subcommand};
 
 /// Mixture-of-Experts routing, measured in real forward passes of a real model.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "phase-moe", version, max_term_width = 100)]
 struct Cli {
     #[command(flatten)]
     global: options::Global,

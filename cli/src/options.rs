@@ -499,7 +499,8 @@ pub fn set_routing(
     if let Some(top_k) = top_k {
         model.decoder_mut().set_top_k(top_k)?;
     }
-    model.decoder_mut().set_router(Arc::from(router), rule);
+    model.decoder_mut().set_router(Arc::from(router));
+    model.decoder_mut().set_capacity(rule);
     Ok(())
 }
 

@@ -1,10 +1,11 @@
 //! `generate --chat`: templates in the style of real ones, rendered as transformers renders them, and what ends an answer.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::generate;
+use phase_moe::decoder::generate::{Options, generate};
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use serde_json::{Value, json};
@@ -171,7 +172,9 @@ fn an_answer_ends_where_the_generation_config_says() {
     let load = |directory: &Path| Model::load(directory, &LoadOptions::default()).unwrap();
     let ids = |model: &Model| {
         let prompt = model.encode("And the LORD spake unto Moses, saying, ").unwrap();
-        generate(model, &prompt, 12, &mut Sampler::new(0.0, 1.0, 1).unwrap(), |_| ()).unwrap().ids
+        let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
+        let go_on = |_| ControlFlow::Continue(());
+        generate(model, &prompt, Options::new(12), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
     };
     let plain = load(&bundled);
     let (all, from_config) = (ids(&plain), plain.end_of_text().to_vec());

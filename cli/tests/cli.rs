@@ -8,7 +8,6 @@ use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::model::Model;
 use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::layer::Routing;
 use phase_moe::routing::registry::RouterKind;
 use serde_json::Value;
 
@@ -315,13 +314,13 @@ fn forward_ids(tokens: usize) -> Vec<Vec<i32>> {
     let mut ids = vec![Vec::new(); model.decoder().spec().layers];
     for batch in batching.batches(&texts).unwrap() {
         let live = |token: usize| !batch.padding().is_some_and(|padding| padding[token]);
-        let observe = |layer: usize, routing: Routing| {
-            let chosen: Vec<i32> = routing.assignment.ids().collect();
-            let rows = chosen.chunks(routing.assignment.width()).enumerate().filter(|(token, _)| live(*token));
-            ids[layer].extend(rows.flat_map(|(_, row)| row));
-            Ok(())
-        };
-        model.decoder().forward(&batch, &mut model.decoder().batch_state(), observe).unwrap();
+        let mut state = model.decoder().batch_state().keeping_routed();
+        model.decoder().forward(&batch, &mut state).unwrap();
+        for (ids, routed) in ids.iter_mut().zip(state.routed()) {
+            let chosen: Vec<i32> = routed.assignment.ids().collect();
+            let rows = chosen.chunks(routed.assignment.width()).enumerate().filter(|(token, _)| live(*token));
+            ids.extend(rows.flat_map(|(_, row)| row));
+        }
     }
     ids
 }

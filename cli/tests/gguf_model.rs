@@ -39,7 +39,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 fn logits(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
-    values(&decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state(), |_, _| Ok(())).unwrap())
+    values(&decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state()).unwrap())
 }
 
 fn write(path: &Path, metadata: &[(&str, Value)], tensors: &[(String, QTensor)]) {

@@ -57,7 +57,7 @@ impl Fixture {
     fn logits(&self, options: &LoadOptions) -> Result<Vec<f32>> {
         let files = Weights::from_parts("m", Weights::open(&self.path).unwrap().config(), self.checkpoint());
         let decoder = Decoder::load(&files, options)?;
-        let logits = decoder.forward(&Batch::new(&[&IDS])?, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        let logits = decoder.forward(&Batch::new(&[&IDS])?, &mut decoder.batch_state())?;
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 

@@ -13,6 +13,9 @@
 //! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
 //! cargo run --release --example offload_table -- --models tiny --shares 0.25,0.5 --json
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
+//! Linux only: mapped pages are asked for and dropped by its calls, and `/proc` says what was read.
 
 mod mapped;
 mod model;
@@ -161,11 +164,12 @@ impl Subject {
         let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 1024 } else { 96 });
         let ids = ids.get(..tokens).context("as many tokens of text")?;
         let (mut logits, mut inputs) = (Vec::new(), Vec::new());
-        decoder.forward(&Batch::new(&[ids])?, &mut decoder.batch_state(), |_, routing| {
-            logits.push(routing.logits.flatten_all()?.to_vec1()?);
-            inputs.push(routing.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
-            Ok(())
-        })?;
+        let mut state = decoder.batch_state().keeping_routed();
+        decoder.forward(&Batch::new(&[ids])?, &mut state)?;
+        for routed in state.routed() {
+            logits.push(routed.logits.flatten_all()?.to_vec1()?);
+            inputs.push(routed.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
+        }
         Ok(Self { which, files, spec, logits, inputs, tokens, text })
     }
 

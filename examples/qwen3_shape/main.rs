@@ -8,6 +8,8 @@
 //! cargo run --release --example qwen3_shape                          # two layers, 256 MiB of experts
 //! cargo run --release --example qwen3_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
 //! ```
+//!
+//! Linux only: `/proc` says what is resident.
 
 mod shape;
 
@@ -75,12 +77,12 @@ fn main() -> Result<()> {
         (0..options.prompt as u64).map(|at| (at * at * 7919 % options.vocab as u64) as u32).collect();
     let (mut state, mut sampler) = (decoder.generation_state(), Sampler::new(0.0, 1.0, 0)?);
     let started = Instant::now();
-    let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state, |_, _| Ok(()))?;
+    let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state)?;
     let prefill = started.elapsed();
     let (after_prompt, started) = (peak_bytes()?, Instant::now());
     for _ in 0..options.new_tokens {
         let next = sampler.next(&logits.squeeze(0)?)?;
-        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state, |_, _| Ok(()))?;
+        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state)?;
     }
     let decode = started.elapsed();
     let statistics = decoder.expert_cache().context("an expert cache")?.statistics();

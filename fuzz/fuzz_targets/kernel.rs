@@ -4,9 +4,9 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::routing::phase::banded::PhaseKernel;
-use phase_moe::routing::phase::draws::permutations;
-use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
+use phase_moe::routing::phase_kernel::PhaseKernel;
+use phase_moe::routing::phase_kernel::permutations;
+use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
 
 fn side(bytes: &mut Unstructured<'_>, rows: usize, seed: u64) -> Result<Option<PhaseSide>> {
     let [mut order, _] = permutations(rows as u32, seed);
@@ -47,7 +47,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
         (bytes.int_in_range(0..=130)?, bytes.int_in_range(0..=140)?, bytes.arbitrary()?);
     let (sources, targets) = (side(bytes, rows, seed)?, side(bytes, rows, seed ^ 1)?);
     if let (Some(sources), Some(targets)) = (sources, targets) {
-        let kernel = Kernel::new(sources, targets).expect("sides of one size");
+        let kernel = PhaseRing::new(sources, targets).expect("sides of one size");
         let routed = kernel.route(top_k, seed);
         assert_eq!(routed.is_ok(), top_k > 0);
         if let Ok(chosen) = routed {

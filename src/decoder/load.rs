@@ -62,7 +62,7 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Weights::spec`]; [`Error::Checkpoint`](crate::error::Error::Checkpoint) for tensors that are missing or of the wrong shape or
-    /// dtype, [`Error::Parameter`](crate::error::Error::Parameter) for a cache that no expert fits, and as [`MoeLayer::with_cached`].
+    /// dtype, [`Error::Parameter`](crate::error::Error::Parameter) for a cache that no expert fits, and as [`MoeLayer::new`].
     pub fn load(weights: &Weights, options: &LoadOptions) -> Result<Self> {
         let spec = weights.spec()?;
         let vb = var_builder(weights, options.dtype, &options.device);
@@ -78,7 +78,7 @@ impl Decoder {
         let checkpoint = weights.checkpoint();
         let rows = FileRows { checkpoint, dtype: options.dtype, device: &options.device, name: None };
         let moe = |layer: usize, vb: VarBuilder<'_>| match &cache {
-            Some(cache) => MoeLayer::load_cached(&spec.moe, vb, CachedExperts::new(cache.clone(), layer)),
+            Some(cache) => MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer)),
             None => {
                 let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, blocks[layer], id), &rows)?;
                 MoeLayer::load_with(&spec.moe, vb, experts)

@@ -26,7 +26,7 @@ pub mod unstacked;
 pub use self::batch::Batch;
 pub use self::builder::var_builder;
 pub use self::load::LoadOptions;
-pub use self::state::DecoderState;
+pub use self::state::{DecoderState, Slots};
 
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::layer::cached::CachedExperts;
-use crate::layer::{MoeLayer, Routing};
+use crate::layer::{Buffers, MoeLayer};
 use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
 use crate::offload::residency::Policy;
@@ -80,7 +80,7 @@ impl Decoder {
     /// Has the experts of all layers come from another cache; clones of the decoder keep theirs.
     ///
     /// # Errors
-    /// As [`MoeLayer::with_cached`].
+    /// As [`MoeLayer::new`].
     pub fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
         let layers = self.moe_layers_mut().enumerate();
         layers.into_iter().try_for_each(|(at, layer)| layer.set_cached(CachedExperts::new(cache.clone(), at)))
@@ -96,11 +96,15 @@ impl Decoder {
         self.blocks.iter_mut().filter_map(Block::moe_mut)
     }
 
-    /// Sets router and capacity rule of every layer.
-    pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
-        for layer in self.moe_layers_mut() {
-            layer.set_router(router.clone(), capacity.clone());
-        }
+    /// Sets the router of every layer.
+    pub fn set_router(&mut self, router: Arc<dyn Router>) {
+        self.moe_layers_mut().for_each(|layer| layer.set_router(router.clone()));
+    }
+
+    /// Sets the rule that limits the router in every layer; `None` for no limit. A router that keeps within none gives an error when
+    /// the model runs.
+    pub fn set_capacity(&mut self, rule: Option<CapacityRule>) {
+        self.moe_layers_mut().for_each(|layer| layer.set_capacity(rule.clone()));
     }
 
     /// Sets how many experts a token gets in every layer.
@@ -140,25 +144,24 @@ impl Decoder {
             resident: ExpertSet::default(),
             lookahead: Lookahead::new(prefetch),
             step: 0,
+            buffers: Buffers::default(),
+            slots: Slots::default(),
+            routed: None,
         }
     }
 
-    /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
-    /// what its router saw and did. All logits are finite. A forward pass that failed on its way leaves keys and values of some blocks alone: the state
-    /// then refuses to go on until [`DecoderState::begin_text`].
+    /// Logits `[sequences, positions, vocab]` of `batch`, all finite. A forward pass that failed on its way leaves keys and values of some
+    /// blocks alone: the state then refuses to go on until [`DecoderState::begin_text`]. What the routers saw and did is there afterwards
+    /// where the state [keeps it](DecoderState::keeping_routed).
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
     /// [`Error::Shape`] for other sequences than those whose keys and values are kept or for the state of a decoder with other layers,
     /// [`Error::NonFinite`] where weights or an overflow give what is no number, naming the block and, where it is known, the tensor;
-    /// whatever a layer or `observe` reports.
-    pub fn forward(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
-        self.logits(&self.hidden_states(batch, state, observe)?)
+    /// whatever a layer reports.
+    pub fn forward(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+        state.begin_pass();
+        self.logits(&self.hidden_states(batch, state)?)
     }
 
     /// Logits `[sequences, vocab]` of each sequence's last token in `batch` alone: what generation needs. Those of a sequence without a
@@ -166,13 +169,9 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::forward`].
-    pub fn forward_last(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
-        let hidden = self.hidden_states(batch, state, observe)?;
+    pub fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+        state.begin_pass();
+        let hidden = self.hidden_states(batch, state)?;
         let all = 0..batch.sequences();
         self.logits(&last_states(&hidden, batch, all.map(|row| (row, batch.lengths()[row].max(1))))?)
     }
@@ -181,29 +180,24 @@ impl Decoder {
     /// position), so that memory beside weights, keys and values does not grow with their square.
     ///
     /// Without a limit logits are those of [`Decoder::forward_last`]. A chunk is a batch: capacities are of its tokens, and it is a
-    /// step of a memory of experts; `observe` is called for each.
+    /// step of a memory of experts.
     ///
     /// # Errors
     /// As [`Decoder::forward`]; [`Error::Shape`] for a state that keeps no keys and values, where there are several chunks.
-    pub fn prefill(
-        &self,
-        batch: &Batch,
-        chunk_tokens: usize,
-        state: &mut DecoderState,
-        mut observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
+    pub fn prefill(&self, batch: &Batch, chunk_tokens: usize, state: &mut DecoderState) -> Result<Tensor> {
         let positions = batch.chunk_positions(chunk_tokens);
         if batch.positions() <= positions {
-            return self.forward_last(batch, state, observe);
+            return self.forward_last(batch, state);
         }
         if !state.keeps_text() {
             return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
         }
         // Before the first chunk changes anything.
         state.seen.starts(batch, self.spec.max_positions)?;
+        state.begin_pass();
         let mut last = vec![None; batch.sequences()];
         for (chunk, start) in batch.chunks(chunk_tokens).zip((0..).step_by(positions)) {
-            let hidden = self.hidden_states(&chunk, state, &mut observe)?;
+            let hidden = self.hidden_states(&chunk, state)?;
             let ends = start + 1..=start + chunk.positions();
             let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
             for row in (0..batch.sequences()).filter(ended) {
@@ -222,12 +216,7 @@ impl Decoder {
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
-    fn hidden_states(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        mut observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn hidden_states(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
@@ -292,22 +281,25 @@ impl Decoder {
             let resident = match (&state.memory, moe.cached()) {
                 (Some(memory), _) => memory.counted(layer),
                 (None, Some(experts)) => {
-                    experts.cache().counted_into(experts.layer(), &mut state.resident)?;
+                    experts.counted_into(&mut state.resident)?;
                     Some(&state.resident)
                 }
                 (None, None) => None,
             };
-            let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
-            let done = moe.forward_in(&normed, context, &mut state.routes[layer]);
-            let (output, routing) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
-            self.check_gate(index, moe, &routing.logits, normed.dtype())?;
+            let context = RouteContext { step: state.step, resident, ..batch.context() };
+            let done = moe.pass(&normed, context, &mut state.routes[layer], &mut state.buffers);
+            let (output, routed) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
+            self.check_gate(index, moe, &routed.logits, normed.dtype())?;
             if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
                 experts.cache().cancel_prefetch(experts.layer());
             }
             if let Some(memory) = &mut state.memory {
-                memory.advance(layer, &routing.assignment)?;
+                memory.advance(layer, state.buffers.assignment())?;
             }
-            observe(layer, routing)?;
+            state.slots.count(state.buffers.assignment(), batch.live_tokens());
+            if let Some(all) = &mut state.routed {
+                all.push(routed.routed(state.buffers.assignment(), batch.padding()));
+            }
             hidden = (hidden + scaled(output, residual)?)?;
             self.check_finite(Place::Ffn(index), &hidden)?;
         }
@@ -336,7 +328,7 @@ impl Decoder {
                 return Ok(0);
             }
             cache.counted_into(at, &mut resident)?;
-            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
+            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
             let normed = block.ffn_norm.forward(hidden)?;
             cache.prefetch(at, &moe.guess(&normed, context, &state.routes[layer])?)
         };

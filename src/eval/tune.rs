@@ -250,10 +250,11 @@ fn row(
 /// Whatever the forward pass reports.
 pub fn plain_perplexity(decoder: &Decoder, batches: &[Batch]) -> Result<f64> {
     let mut decoder = decoder.clone();
-    decoder.set_router(Arc::new(TopK { drop: None }), None);
+    decoder.set_router(Arc::new(TopK { drop: None }));
+    decoder.set_capacity(None);
     let mut perplexity = Perplexity::default();
     for batch in batches {
-        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?, batch)?;
+        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state())?, batch)?;
     }
     perplexity.value()
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::ROUTING_DTYPE;
+use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
 use super::projection::Projection as LayerProjection;
 use crate::error::{Error, Result};
@@ -130,11 +130,9 @@ impl CachedExperts {
         Ok(())
     }
 
-    /// What is in memory, as routers see it.
-    pub(super) fn counted(&self) -> Result<ExpertSet> {
-        let mut counted = ExpertSet::default();
-        self.cache.counted_into(self.layer, &mut counted)?;
-        Ok(counted)
+    /// What is in memory, as routers see it, in place of what `set` held.
+    pub(crate) fn counted_into(&self, set: &mut ExpertSet) -> Result<()> {
+        self.cache.counted_into(self.layer, set)
     }
 
     /// One step: runs `work` on all experts of the plan, once or in groups, by ascending id.

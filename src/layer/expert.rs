@@ -20,7 +20,7 @@ use candle_core::{DType, Module, Tensor};
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
 use super::borrowed;
-use super::gate::Gate;
+use super::check::LikeGate;
 use super::projection::{Projection, Weight};
 use crate::error::{Error, Result};
 use crate::experts::activation::{Activation, Function};
@@ -140,7 +140,7 @@ impl Expert {
         [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
     }
 
-    pub(super) fn check(&self, operand: &str, form: Form<'_>, gate: &Gate) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, form: Form<'_>, like: &LikeGate<'_>) -> Result<()> {
         let (expected, got) = (form.spec.activation, self.activation);
         if expected != got {
             return Err(Error::shape(format!("{operand} activation"), format!("{expected:?}"), format!("{got:?}")));
@@ -152,7 +152,7 @@ impl Expert {
             ("down_proj", Some(&self.down_proj), narrow),
         ];
         projections.into_iter().try_for_each(|(name, projection, shape)| match projection {
-            Some(projection) => projection.check(&format!("{operand} {name}"), shape, form.bias, gate),
+            Some(projection) => projection.check(&format!("{operand} {name}"), shape, form.bias, like),
             None => Ok(()),
         })
     }

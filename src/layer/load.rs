@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use super::ROUTING_DTYPE;
 use super::cached::ExpertBiases;
+use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
 use super::packed::Packed;
 use super::projection::{Projection, Weight};

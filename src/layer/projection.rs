@@ -8,9 +8,8 @@ use std::sync::Arc;
 use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
-use super::gate::Gate;
+use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use super::packed::Packed;
-use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 
 /// Numbers of a projection; clones share them.
@@ -90,15 +89,15 @@ impl Projection {
 
     /// Checks shapes `[out, in]` and `[out]`, dtypes and devices. A bias has the dtype of a dense weight; beside a quantised
     /// one, which has none that adds up, it is in `f32`.
-    pub(super) fn check(&self, operand: &str, shape: [usize; 2], has_bias: bool, gate: &Gate) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, shape: [usize; 2], has_bias: bool, like: &LikeGate<'_>) -> Result<()> {
         match &self.weight {
             Weight::Dense(weight) => {
-                check_weight(operand, weight, shape)?;
-                gate.check_alike(operand, weight)?;
+                check_shape(operand, weight, shape)?;
+                like.check(operand, weight)?;
             }
             Weight::Quantized(tensor) => {
                 check_quantized(operand, tensor, shape)?;
-                gate.check_device(operand, &tensor.device())?;
+                like.check_device(operand, &tensor.device())?;
             }
             Weight::Packed(packed) if packed.shape() != shape => {
                 return Err(Error::shape(operand, format!("{shape:?}"), format!("{:?}", packed.shape())));
@@ -111,13 +110,13 @@ impl Projection {
             None => Ok(()),
             Some(bias) if !has_bias => Err(Error::shape(operand, "none", format!("{:?}", bias.dims()))),
             Some(bias) => {
-                check_weight(&operand, bias, [shape[0]])?;
+                check_shape(&operand, bias, [shape[0]])?;
                 match self.is_quantized() {
-                    false => gate.check_alike(&operand, bias),
+                    false => like.check(&operand, bias),
                     true if bias.dtype() != ROUTING_DTYPE => {
                         Err(Error::shape(operand, "F32 beside a quantised weight", format!("{:?}", bias.dtype())))
                     }
-                    true => gate.check_device(&operand, bias.device()),
+                    true => like.check_device(&operand, bias.device()),
                 }
             }
         }

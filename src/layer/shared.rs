@@ -5,9 +5,8 @@
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
+use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use super::expert::{Expert, Form};
-use super::gate::Gate;
-use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 use crate::spec::{MoeSpec, SharedExperts};
 
@@ -46,16 +45,16 @@ impl Shared {
         self.gate.as_ref()
     }
 
-    pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, gate: &Gate) -> Result<()> {
-        self.expert.check("shared expert", Form::shared(spec, shared), gate)?;
+    pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, like: &LikeGate<'_>) -> Result<()> {
+        self.expert.check("shared expert", Form::shared(spec, shared), like)?;
         let operand = "shared expert gate";
         match &self.gate {
             None if shared.gated => Err(Error::shape(operand, format!("[1, {}]", spec.hidden), "none")),
             None => Ok(()),
             Some(weight) if !shared.gated => Err(Error::shape(operand, "none", format!("{:?}", weight.dims()))),
             Some(weight) => {
-                check_weight(operand, weight, [1, spec.hidden])?;
-                gate.check_alike(operand, weight)
+                check_shape(operand, weight, [1, spec.hidden])?;
+                like.check(operand, weight)
             }
         }
     }

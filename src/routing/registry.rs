@@ -20,8 +20,8 @@ use crate::routing::expanded::ExpandedDrop;
 use crate::routing::expert_choice::ExpertChoice;
 use crate::routing::hash::{Hash, WeightedHash};
 use crate::routing::phase::PhaseRouter;
-use crate::routing::phase::banded::PhaseKernel;
-use crate::routing::phase::quota::PhaseQuota;
+use crate::routing::phase_kernel::PhaseKernel;
+use crate::routing::quota::PhaseQuota;
 use crate::routing::router::Router;
 use crate::routing::topk::TopK;
 

@@ -7,11 +7,11 @@ use std::any::Any;
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::expert::ExpertSet;
+use crate::expert::{ExpertSet, check_expert_count};
 use crate::routing::affinity::Affinity;
 use crate::routing::assignment::{Assignment, check_slots, check_top_k};
 use crate::routing::capacity::Capacity;
-use crate::routing::scores::Scores;
+use crate::routing::scores::{Scores, Scoring};
 use crate::simd::Isa;
 
 /// What a router may know of a batch beside its scores.
@@ -27,6 +27,26 @@ pub struct RouteContext<'a> {
     pub step: u64,
     /// Experts of this layer that are in fast memory, by the logical cache; `None` where nobody keeps one.
     pub resident: Option<&'a ExpertSet>,
+}
+
+impl RouteContext<'_> {
+    /// Checks that it is one of `tokens` tokens in a layer of `experts`.
+    fn check(&self, tokens: usize, experts: usize) -> Result<()> {
+        let lengths = [("token ids", self.token_ids.map(<[u32]>::len)), ("padding", self.padding.map(<[bool]>::len))];
+        for (operand, length) in lengths {
+            if let Some(length) = length.filter(|&length| length != tokens) {
+                return Err(Error::shape(operand, format!("{tokens} tokens"), format!("{length} values")));
+            }
+        }
+        match self.resident.map(ExpertSet::experts).filter(|&resident| resident != experts) {
+            Some(resident) => Err(Error::shape(
+                "resident experts",
+                format!("a set of {experts} experts"),
+                format!("one of {resident}"),
+            )),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A checked request: scores, slots per token, room, context.
@@ -54,20 +74,7 @@ impl<'a> RouteRequest<'a> {
                 format!("{} experts", capacity.experts()),
             ));
         }
-        let lengths =
-            [("token ids", context.token_ids.map(<[u32]>::len)), ("padding", context.padding.map(<[bool]>::len))];
-        for (operand, length) in lengths {
-            if let Some(length) = length.filter(|&length| length != scores.tokens()) {
-                return Err(Error::shape(operand, format!("{} tokens", scores.tokens()), format!("{length} values")));
-            }
-        }
-        if let Some(resident) = context.resident.filter(|resident| resident.experts() != scores.experts()) {
-            return Err(Error::shape(
-                "resident experts",
-                format!("a set of {} experts", scores.experts()),
-                format!("one of {}", resident.experts()),
-            ));
-        }
+        context.check(scores.tokens(), scores.experts())?;
         Ok(Self { scores, top_k, capacity, context })
     }
 
@@ -99,6 +106,52 @@ impl<'a> RouteRequest<'a> {
     /// Tokens that are not padding.
     pub fn live_tokens(&self) -> usize {
         self.scores.tokens() - self.context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count())
+    }
+}
+
+/// One token in decode, straight from its logits, where nothing limits it: no capacity, no selection bias, no padding.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenRequest<'a> {
+    logits: &'a [f32],
+    scoring: Scoring,
+    top_k: usize,
+    context: RouteContext<'a>,
+}
+
+impl<'a> TokenRequest<'a> {
+    /// Checks that the parts belong together. The values of `logits` (`[experts]`) are not looked at: NaN and +∞ are no token
+    /// for [`Router::route_token`], which answers `false`, and [`Logits::new`](crate::routing::logits::Logits::new) names them.
+    ///
+    /// # Errors
+    /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Parameter`] for a scale that is not
+    /// finite; [`Error::Shape`] for a resident set of another layer, and for token ids or padding of another number of tokens.
+    #[inline]
+    pub fn new(logits: &'a [f32], scoring: Scoring, top_k: usize, context: RouteContext<'a>) -> Result<Self> {
+        check_expert_count(logits.len())?;
+        check_top_k(top_k, logits.len())?;
+        scoring.check_scale()?;
+        context.check(1, logits.len())?;
+        Ok(Self { logits, scoring, top_k, context })
+    }
+
+    /// The token's logits, `[experts]`: −∞ is a mask; NaN and +∞ may be among them.
+    pub fn logits(&self) -> &'a [f32] {
+        self.logits
+    }
+
+    /// How logits become scores and combine weights.
+    pub fn scoring(&self) -> &Scoring {
+        &self.scoring
+    }
+
+    /// Slots of the token.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// Layer, step, resident experts.
+    pub fn context(&self) -> RouteContext<'a> {
+        self.context
     }
 }
 
@@ -223,5 +276,22 @@ pub trait Router: Send + Sync {
         let mut assignment = Assignment::default();
         self.route_into(request, state, &mut Scratch::default(), &mut assignment)?;
         Ok(assignment)
+    }
+
+    /// Routes one token in decode straight from its logits, where nothing limits it: bit-equal to scoring,
+    /// [`Router::route_into`] and its weights, state included; only faster. `false`: there is no such way for this router,
+    /// scoring or token, and nothing has changed.
+    ///
+    /// # Errors
+    /// Those of [`Router::route_into`].
+    fn route_token(
+        &self,
+        request: &TokenRequest<'_>,
+        state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<bool> {
+        let _ = (request, state, scratch, assignment);
+        Ok(false)
     }
 }

@@ -167,10 +167,16 @@ impl Scoring {
         Ok(())
     }
 
-    fn check(&self, experts: usize, bias: Option<&[f32]>) -> Result<()> {
-        if !self.scale.is_finite() {
-            return Err(Error::parameter("scale", self.scale, "a finite number"));
+    /// Checks that the scale of combine weights is a number.
+    pub(crate) fn check_scale(&self) -> Result<()> {
+        match self.scale.is_finite() {
+            true => Ok(()),
+            false => Err(Error::parameter("scale", self.scale, "a finite number")),
         }
+    }
+
+    fn check(&self, experts: usize, bias: Option<&[f32]>) -> Result<()> {
+        self.check_scale()?;
         if let ScoreFunction::SparseMixer { jitter } = self.function
             && !(jitter.is_finite() && jitter >= 0.0)
         {
@@ -327,11 +333,6 @@ impl Scores {
     /// None yet, to be made on `isa` rather than on the widest instructions there are.
     pub fn on(isa: Isa) -> Self {
         Self { isa, ..Self::default() }
-    }
-
-    /// From now on made on `isa`.
-    pub(crate) fn set_isa(&mut self, isa: Isa) {
-        self.isa = isa;
     }
 
     /// Rows.

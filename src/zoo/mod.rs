@@ -15,6 +15,7 @@ mod config;
 mod deepseek;
 mod deepseek_v2;
 mod deepseek_v3;
+mod defaults;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;

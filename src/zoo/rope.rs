@@ -10,20 +10,9 @@
 use serde_json::Value;
 
 use super::config::Config;
-use super::transformer::Defaults;
+use super::defaults::{Defaults, Rotated};
 use crate::error::Result;
 use crate::spec::{EachRate, Llama3, RopeScaling, Yarn};
-
-/// How much of a head a family rotates.
-#[derive(Clone, Copy)]
-pub(super) enum Rotated {
-    /// All of it.
-    Whole,
-    /// The share that `partial_rotary_factor` says, or this one.
-    Share(f64),
-    /// What latent attention says, under a key of its own.
-    Key(&'static str),
-}
 
 /// What a family rotates by.
 pub(super) struct Positions {

@@ -143,7 +143,7 @@ fn golden(family: &str, prompt: usize) -> (Vec<u32>, Vec<f32>) {
 
 /// Our logits of `ids` at once, a row for each.
 fn all_logits(decoder: &Decoder, ids: &[u32]) -> Vec<Vec<f32>> {
-    let logits = decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+    let logits = decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state()).unwrap();
     values(&logits).chunks(decoder.spec().vocab).map(<[f32]>::to_vec).collect()
 }
 
@@ -175,7 +175,7 @@ fn assert_same(decoder: &Decoder, family: &str, build: impl Fn() -> Theirs) {
         for step in [1, 2, 5] {
             let (mut theirs, mut state, mut position) = (build(), decoder.generation_state(), 0);
             for piece in ids.chunks(step) {
-                let ours = values(&decoder.forward(&Batch::new(&[piece]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+                let ours = values(&decoder.forward(&Batch::new(&[piece]).unwrap(), &mut state).unwrap());
                 let theirs = values(&theirs(&input(piece), position).unwrap());
                 position += piece.len();
                 let last = &ours[ours.len() - theirs.len()..];

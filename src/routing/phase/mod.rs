@@ -35,22 +35,19 @@
 //!
 //! Knows nothing of weights, devices' speeds or other layers; prices of the last batch come in and go out with the state.
 
-pub mod banded;
 mod certify;
 mod claim;
 mod cycle;
 mod descent;
-pub mod draws;
 mod exchange;
-pub mod kernel;
 mod margin;
 mod place;
 mod polish;
 mod price;
 mod problem;
-pub mod quota;
 
 pub use certify::gate_mass_bound;
+pub(in crate::routing) use place::place_claims;
 
 use self::certify::{bound, kept_mass};
 use self::claim::Holding;

@@ -7,7 +7,10 @@
 //! Knows nothing of prices beyond preferring the better of two experts.
 
 use super::claim::Holding;
+use super::problem::Problem;
 use crate::routing::assignment::EMPTY;
+use crate::routing::router::RouteRequest;
+use crate::simd::Isa;
 
 /// Where a path may end.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -234,4 +237,31 @@ impl<'e> Phase<'e> {
 fn can_take(holding: &Holding<'_>, row: usize, among: &[u16]) -> bool {
     let selection = holding.problem.selection(row);
     among.iter().any(|&expert| selection[usize::from(expert)] > f32::NEG_INFINITY && !holding.holds(row, expert))
+}
+
+/// Step 3 alone, for a router of another kind: places the slots in `claims` (rising positions in `chosen`, `[tokens, top_k]`), each
+/// of which holds some expert that its token may have, beside the others, which have room already. Where none can be had: [`EMPTY`].
+pub(in crate::routing) fn place_claims(
+    request: &RouteRequest<'_>,
+    limits: &[u32],
+    isa: Isa,
+    chosen: &mut [u16],
+    claims: Vec<usize>,
+) {
+    let top_k = request.top_k();
+    let problem = Problem::new(request, limits, isa);
+    let slots = || problem.tokens.iter().flat_map(|&token| (0..top_k).map(move |slot| token as usize * top_k + slot));
+    let mut holding =
+        Holding::new(&problem, slots().map(|slot| chosen[slot]).collect(), &vec![0.0; problem.room.len()]);
+    let mut claims = claims.into_iter().peekable();
+    for (at, slot) in slots().enumerate() {
+        if claims.next_if_eq(&slot).is_some() {
+            holding.kept[at] = false;
+            holding.left[problem.pool(chosen[slot])] += 1;
+        }
+    }
+    place(&mut holding);
+    for (at, slot) in slots().enumerate() {
+        chosen[slot] = if holding.kept[at] { holding.chosen[at] } else { EMPTY };
+    }
 }

@@ -1,21 +1,21 @@
 //! The phase kernel for many tokens and few experts, and the router made of it: [`PhaseKernel`], the reference point.
 //!
 //! Tokens are padded to a multiple of the experts; each expert owns a band of `width = padded tokens / experts` columns of
-//! the square [`Kernel`]. Source rows have degree `density · padded tokens`, the target rows of expert e have
+//! the square [`PhaseRing`]. Source rows have degree `density · padded tokens`, the target rows of expert e have
 //! `density · width · share_e / mean share`, so load follows capacity on average. The kernel samples `oversample · top_k`
 //! columns a token, of which the first `top_k` distinct experts count: `[tokens, top_k]`, empty where there were fewer.
 //! With equal shares this is the reference's uniform dispatch, bit for bit.
 //!
 //! Knows nothing of what the gate wants. Slots stay empty wherever the sample holds too few distinct experts, and slots past
-//! a limit are dropped in order of arrival: it keeps far less than there is room for. [`super::quota`] is the exact form.
+//! a limit are dropped in order of arrival: it keeps far less than there is room for. [`crate::routing::quota`] is the exact form.
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
 use crate::routing::assignment::{Assignment, EMPTY, check_top_k};
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::metrics::expert_shares;
-use crate::routing::phase::draws::permutations;
-use crate::routing::phase::kernel::{Kernel, PhaseSide};
+use crate::routing::phase_kernel::draws::permutations;
+use crate::routing::phase_kernel::ring::{PhaseRing, PhaseSide};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::layer_seed;
 
@@ -96,7 +96,7 @@ impl PhaseKernel {
         let sources = PhaseSide::new(vec![source_degree; padded as usize], source_order)?;
         let targets = PhaseSide::new(shares.iter().flat_map(band).collect(), target_order)?;
         let sampled = top_k.saturating_mul(self.oversample).max(top_k + 1).min(padded as usize);
-        let columns = Kernel::new(sources, targets)?.route_first(tokens, sampled, seed)?;
+        let columns = PhaseRing::new(sources, targets)?.route_first(tokens, sampled, seed)?;
 
         for (token, (chosen, columns)) in chosen.chunks_exact_mut(top_k).zip(columns.chunks_exact(sampled)).enumerate()
         {
@@ -143,8 +143,8 @@ impl Router for PhaseKernel {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ring::tests::{cases, naive};
     use super::*;
-    use crate::routing::phase::kernel::tests::{cases, naive};
     use proptest::prelude::*;
 
     /// The oracle: the square kernel from its matrices, each column named by its band, repeats passed over.
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn equal_shares_match_the_reference_bit_for_bit() {
-        // FNV-1a digests made with the reference's algorithm on rand 0.8.8; the share of empty slots is in the anchors too.
+        // From `tests/goldens/phase_kernel_digests.py`, and before that from the reference itself on rand 0.8.8.
         let golden = [
             (16, 4, 2, 1, 0x6ebd_e8f9_7e90_ed03u64),
             (1000, 8, 2, 42, 0xb9b6_a903_14c9_9160),

@@ -1,4 +1,4 @@
-//! Dispatch with Candle operations: rows to their experts, experts' rows back, weighted and summed.
+//! A layer's forward pass by Candle's operations: rows to their experts, experts' rows back, weighted and summed.
 //!
 //! Every operation here has a backward pass, and none takes a view of a stacked variable: this is the path that trains,
 //! that runs on any device, and the oracle for faster ones. Knows nothing of how slots were assigned.
@@ -9,8 +9,9 @@ use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 use rayon::prelude::*;
 
-use super::ROUTING_DTYPE;
+use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
+use super::shared::Shared;
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::plan::DispatchPlan;
@@ -52,8 +53,23 @@ pub(super) fn slot_weights(
     Ok(weights.index_select(&Tensor::from_slice(plan.slots(), kept, device)?, 0)?)
 }
 
-/// The weighted sum over slots, `[tokens, hidden]` in `f32`; tokens without slots get 0.
-pub(super) fn forward(tokens: &Tensor, experts: &[Expert], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
+/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
+pub(super) fn forward(
+    tokens: &Tensor,
+    experts: &[Expert],
+    shared: Option<&Shared>,
+    plan: &DispatchPlan,
+    weights: &Tensor,
+) -> Result<Tensor> {
+    let routed = routed(tokens, experts, plan, weights)?;
+    match shared {
+        Some(shared) => Ok((routed + shared.forward(tokens)?)?),
+        None => Ok(routed),
+    }
+}
+
+/// The weighted sum over slots; tokens without slots get 0.
+fn routed(tokens: &Tensor, experts: &[Expert], plan: &DispatchPlan, weights: &Tensor) -> Result<Tensor> {
     let (device, sum) = (tokens.device(), Tensor::zeros(tokens.shape(), ROUTING_DTYPE, tokens.device())?);
     let run = |(expert, range): (usize, Range<usize>)| -> Result<Tensor> {
         let rows = Tensor::from_slice(&plan.tokens()[range.clone()], range.len(), device)?;

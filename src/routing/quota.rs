@@ -32,12 +32,10 @@
 //! Knows nothing of gate scores (they only make combine weights) but for those last leftovers: for quality see the phase
 //! router.
 
-use super::claim::Holding;
-use super::place::place;
-use super::problem::Problem;
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::capacity::Capacity;
+use crate::routing::phase::place_claims;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use crate::routing::stream::{Stream, layer_seed};
 use crate::simd::Isa;
@@ -426,21 +424,7 @@ fn place_rest(request: &RouteRequest<'_>, isa: Isa, chosen: &mut [u16]) {
     if claims.is_empty() {
         return;
     }
-    let problem = Problem::new(request, limits, isa);
-    let slots = || problem.tokens.iter().flat_map(|&token| (0..top_k).map(move |slot| token as usize * top_k + slot));
-    let mut holding =
-        Holding::new(&problem, slots().map(|slot| chosen[slot]).collect(), &vec![0.0; problem.room.len()]);
-    let mut claims = claims.into_iter().peekable();
-    for (at, slot) in slots().enumerate() {
-        if claims.next_if_eq(&slot).is_some() {
-            holding.kept[at] = false;
-            holding.left[problem.pool(chosen[slot])] += 1;
-        }
-    }
-    place(&mut holding);
-    for (at, slot) in slots().enumerate() {
-        chosen[slot] = if holding.kept[at] { holding.chosen[at] } else { EMPTY };
-    }
+    place_claims(request, limits, isa, chosen, claims);
 }
 
 #[cfg(test)]

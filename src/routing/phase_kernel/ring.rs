@@ -10,16 +10,16 @@
 //! `perm_T[j]`, `perm_T[j] + n`, `perm_T[j] + 2n`, … exactly once, so the columns that accept token j can also be listed
 //! directly, Σ degree_T of them over all tokens, and put in walking order by a sort. Each token takes the shorter way.
 //!
-//! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs); its draws are those of [`super::draws`].
+//! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs); its draws are those of `draws`.
 //!
 //! ```
-//! use phase_moe::routing::phase::draws::permutations;
-//! use phase_moe::routing::phase::kernel::{Kernel, PhaseSide};
+//! use phase_moe::routing::phase_kernel::permutations;
+//! use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
 //!
 //! let [source_order, target_order] = permutations(8, 42);
 //! let sources = PhaseSide::new(vec![4; 8], source_order)?;
 //! let targets = PhaseSide::new(vec![3; 8], target_order)?;
-//! let columns = Kernel::new(sources, targets)?.route(2, 42)?;
+//! let columns = PhaseRing::new(sources, targets)?.route(2, 42)?;
 //! assert_eq!(columns.len(), 8 * 2);
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
@@ -31,7 +31,7 @@ use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::routing::phase::draws::draw_u64;
+use crate::routing::phase_kernel::draws::draw_u64;
 
 /// One side of the kernel: a degree per row and a permutation of the `n` ring positions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,7 +125,7 @@ struct Place {
 }
 
 /// Two sides of the same size, ready to route.
-pub struct Kernel {
+pub struct PhaseRing {
     sources: PhaseSide,
     targets: PhaseSide,
     /// `offset_S`, `[n]`.
@@ -139,7 +139,7 @@ pub struct Kernel {
     bucket_bits: u32,
 }
 
-impl Kernel {
+impl PhaseRing {
     /// Joins the two sides.
     ///
     /// # Errors
@@ -272,17 +272,17 @@ fn reservoir(accepted: &[u64], chosen: &mut [i32], seed: u64) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::routing::phase::draws::{draw_u32, permutations};
+    use crate::routing::phase_kernel::draws::{draw_u32, permutations};
     use proptest::prelude::*;
 
     /// So many cases, times `PHASE_MOE_CASES`.
-    pub(in crate::routing::phase) fn cases(count: u32) -> ProptestConfig {
+    pub(in crate::routing::phase_kernel) fn cases(count: u32) -> ProptestConfig {
         let times = std::env::var("PHASE_MOE_CASES").map_or(1, |times| times.parse::<u32>().unwrap());
         ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(count * times) }
     }
 
     /// The oracle: builds both bit matrices, row by row, permutes and rotates them, and intersects.
-    pub(in crate::routing::phase) fn naive(
+    pub(in crate::routing::phase_kernel) fn naive(
         degrees: [&[u32]; 2],
         orders: [&[u32]; 2],
         top_k: usize,
@@ -360,8 +360,8 @@ pub(super) mod tests {
             let sources = PhaseSide::new(source_degrees, source_order).unwrap();
             let targets = PhaseSide::new(target_degrees, target_order).unwrap();
             prop_assert_eq!((&source_bits, &target_bits), (&sources, &targets));
-            prop_assert_eq!(&Kernel::new(source_bits, target_bits).unwrap().route(top_k, seed).unwrap(), &oracle);
-            let kernel = Kernel::new(sources, targets).unwrap();
+            prop_assert_eq!(&PhaseRing::new(source_bits, target_bits).unwrap().route(top_k, seed).unwrap(), &oracle);
+            let kernel = PhaseRing::new(sources, targets).unwrap();
             prop_assert_eq!(kernel.route(top_k, seed).unwrap(), oracle);
             // Both ways of listing columns, whichever the costs would have taken.
             let (mut walked, mut covered) = (Vec::new(), Vec::new());
@@ -383,7 +383,7 @@ pub(super) mod tests {
 
     #[test]
     fn routes_match_the_reference_bit_for_bit() {
-        // Made with the reference's algorithm on rand 0.8.8 and rand_chacha 0.3.1.
+        // From `tests/goldens/phase_kernel_digests.py`, and before that from the reference itself on rand 0.8.8 and rand_chacha 0.3.1.
         let golden = [
             (8, 2, 42, 0x1b5c_c901_fb89_b5f8),
             (64, 4, 7, 0xb64f_26d4_976b_3d04),
@@ -395,7 +395,7 @@ pub(super) mod tests {
             let degrees = |factor, plus| (0..rows).map(|row| (row * factor + plus) % (rows + 1)).collect();
             let sources = PhaseSide::new(degrees(7, 3), source_order).unwrap();
             let targets = PhaseSide::new(degrees(5, 1), target_order).unwrap();
-            let chosen = Kernel::new(sources, targets).unwrap().route(top_k, seed).unwrap();
+            let chosen = PhaseRing::new(sources, targets).unwrap().route(top_k, seed).unwrap();
             assert_eq!(digest(&chosen), expected, "{rows} rows");
         }
         assert_eq!(permutations(8, 42 + 7777)[0], [1, 6, 4, 2, 5, 0, 7, 3]);
@@ -425,10 +425,10 @@ pub(super) mod tests {
         assert_eq!(message(vec![1; 3], vec![0, 1]), "permutation: expected 3 values, got 2 values");
         assert_eq!(message(vec![1, 4, 1], vec![0, 1, 2]), "degree is 4: expected at most rows 3");
         let side = |rows: u32| PhaseSide::new(vec![1; rows as usize], (0..rows).collect()).unwrap();
-        assert_eq!(Kernel::new(side(3), side(4)).err().unwrap().to_string(), "target rows: expected 3, got 4");
-        let kernel = Kernel::new(side(3), side(3)).unwrap();
+        assert_eq!(PhaseRing::new(side(3), side(4)).err().unwrap().to_string(), "target rows: expected 3, got 4");
+        let kernel = PhaseRing::new(side(3), side(3)).unwrap();
         assert!(matches!(kernel.route(0, 1), Err(Error::TopKZero)));
         assert!(matches!(kernel.route(usize::MAX, 1), Err(Error::Parameter { name: "top_k", .. })));
-        assert_eq!(Kernel::new(side(0), side(0)).unwrap().route(2, 1).unwrap(), [0i32; 0]);
+        assert_eq!(PhaseRing::new(side(0), side(0)).unwrap().route(2, 1).unwrap(), [0i32; 0]);
     }
 }
