@@ -10,13 +10,14 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
-//! [`experts`] says where an expert lies, [`gguf`] how a GGUF file says what Hugging Face's files say; files of another format would
-//! have another file there. Nothing but headers and small files is read. Knows nothing of a tensor framework.
+//! `experts` says where an expert lies, `gguf` how a GGUF file says what Hugging Face's files say; files of another format would have
+//! another file there. Nothing but headers and small files is read. Knows nothing of a tensor framework.
 
 mod check;
 pub(crate) mod experts;
-pub mod gguf;
+mod gguf;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -79,15 +80,15 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::Io`] for a file that is missing or unreadable, [`Error::Checkpoint`] as [`Checkpoint::open`], [`Error::Config`] for weights
-    /// that are quantised in a way that is not read; of a GGUF file as [`gguf::config`].
+    /// that are quantised in a way that is not read; of a GGUF file as
+    /// [`Weights::from_gguf`].
     pub fn open(path: &Path) -> Result<Self> {
         let directory = match locate(path)? {
             Located::Directory(directory) => directory,
             Located::Gguf(file) => {
-                let checkpoint = Checkpoint::open_gguf(&file)?;
-                let (name, config) = (name_of(path), gguf::config(&checkpoint)?);
-                let directory = file.parent().map(Path::to_owned);
-                return Ok(Self { directory, ..Self::from_parts(name.trim_end_matches(".gguf"), config, checkpoint) });
+                let name = name_of(path);
+                let weights = Self::from_gguf(name.trim_end_matches(".gguf"), Checkpoint::open_gguf(&file)?)?;
+                return Ok(Self { directory: file.parent().map(Path::to_owned), ..weights });
             }
         };
         let config = text(read_file(&directory.join("config.json"))?)
@@ -107,6 +108,15 @@ impl Weights {
             embedded: Vec::new(),
             spec: OnceLock::new(),
         }
+    }
+
+    /// A GGUF file, whose metadata are its configuration.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] for an architecture that is not known, [`Error::Config`] for metadata that are missing, of another type, or
+    /// of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
+    pub fn from_gguf(name: impl Into<String>, checkpoint: Checkpoint) -> Result<Self> {
+        Ok(Self::from_parts(name, gguf::config(&checkpoint)?, checkpoint))
     }
 
     /// The same with the bytes of a file that stands beside the others, for [`Weights::beside`].
@@ -151,9 +161,30 @@ impl Weights {
         let Some(directory) = &self.directory else { return Ok(None) };
         match read_text(&directory.join(file)) {
             Ok(text) => Ok(Some(text)),
-            Err(Error::Io { reason, .. }) if reason.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(Error::Io { reason, .. }) if reason.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The text of `tokenizer.json`, or of what stands for it in a GGUF file without one beside it.
+    ///
+    /// # Errors
+    /// As [`Weights::beside`]; [`Error::Io`] for none, and [`Error::Tokenizer`] for a tokenizer of a GGUF file that is not known.
+    pub fn tokenizer_json(&self) -> Result<String> {
+        const FILE: &str = "tokenizer.json";
+        match (self.beside(FILE)?, self.checkpoint.gguf()) {
+            (Some(json), _) => Ok(json),
+            (None, Some(metadata)) => gguf::tokenizer::tokenizer_json(metadata),
+            (None, None) => {
+                Err(Error::io(FILE, std::io::Error::new(ErrorKind::NotFound, "expected beside config.json, got none")))
+            }
+        }
+    }
+
+    /// The tokens before a text and after it where a GGUF file says whether its beginning has one.
+    #[cfg(feature = "model")]
+    pub(crate) fn said_around(&self) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+        self.checkpoint.gguf().map_or(Ok(None), gguf::tokenizer::said_around)
     }
 
     /// What the configuration says; that the checkpoint has its blocks and no other experts is checked with it, once.

@@ -12,10 +12,10 @@
 //! llama.cpp requires must be there. Keys, names and what is done to the tensors on the way into a file: llama.cpp's `conversion/` and
 //! `src/models/`.
 
-pub mod keys;
-pub mod names;
+pub(super) mod keys;
+pub(super) mod names;
 mod positions;
-pub mod tokenizer;
+pub(super) mod tokenizer;
 mod unread;
 
 use serde_json::{Map, Value, json};
@@ -24,7 +24,7 @@ use crate::checkpoint::{self, Checkpoint, Metadata};
 use crate::error::{Error, Result};
 
 /// What `general.architecture` may be.
-pub const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
+const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
 
 /// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
 const COUNTS: [(&str, &str); 6] = [
@@ -51,7 +51,7 @@ struct Source<'a> {
 /// # Errors
 /// [`Error::UnknownName`] for an architecture that is not in [`ARCHITECTURES`], [`Error::Config`] for metadata that are missing, of
 /// another type, or of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
-pub fn config(checkpoint: &Checkpoint) -> Result<String> {
+pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
     let Some(metadata) = checkpoint.gguf() else {
         return Err(Error::Checkpoint { file: "checkpoint".into(), detail: "expected a GGUF file, got none".into() });
     };
