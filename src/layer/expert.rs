@@ -37,13 +37,13 @@ pub struct Expert {
 
 /// What an expert has to be.
 #[derive(Clone, Copy)]
-pub(super) struct Form<'a> {
+pub(super) struct ExpertShape<'a> {
     spec: &'a MoeSpec,
     width: usize,
     bias: bool,
 }
 
-impl<'a> Form<'a> {
+impl<'a> ExpertShape<'a> {
     pub(super) fn routed(spec: &'a MoeSpec) -> Self {
         Self { spec, width: spec.expert_width, bias: spec.expert_bias }
     }
@@ -162,19 +162,19 @@ impl Expert {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::load_form(Form::routed(spec), vb)
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::load_shaped(ExpertShape::routed(spec), vb)
     }
 
     /// Loads an FFN of `width` for all tokens, with the activation and the names of the experts of `spec` and without biases.
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::load_form(Form { spec, width, bias: false }, vb)
+    pub(crate) fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::load_shaped(ExpertShape { spec, width, bias: false }, vb)
     }
 
-    pub(super) fn load_form(form: Form<'_>, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn load_shaped(form: ExpertShape<'_>, vb: VarBuilder<'_>) -> Result<Self> {
         let (spec, names) = (form.spec, &form.spec.names);
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
             let vb = vb.pp(name);
@@ -208,13 +208,13 @@ impl Expert {
         self.activation
     }
 
-    /// Whether the engine can read all projections, and nobody wants their gradients.
+    /// Whether the engine can read all projections, which need no gradients.
     pub(super) fn fits_engine(&self) -> bool {
         let Self { gate_proj, up_proj, down_proj, .. } = self;
         [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
     }
 
-    pub(super) fn check(&self, operand: &str, form: Form<'_>, like: &LikeGate<'_>) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, form: ExpertShape<'_>, like: &LikeGate<'_>) -> Result<()> {
         let (expected, got) = (form.spec.activation, self.activation);
         if expected != got {
             return Err(Error::shape(format!("{operand} activation"), format!("{expected:?}"), format!("{got:?}")));

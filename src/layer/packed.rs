@@ -38,7 +38,7 @@ impl Packed {
     ///
     /// # Errors
     /// As [`Matrix::rows`].
-    pub fn of_rows(&self, rows: Range<usize>) -> Result<Self> {
+    pub(crate) fn of_rows(&self, rows: Range<usize>) -> Result<Self> {
         let part = Self { rows, turn: None, ..self.clone() };
         part.matrix()?;
         Ok(part)
@@ -48,19 +48,14 @@ impl Packed {
     ///
     /// # Errors
     /// As [`Matrix::interleaved`].
-    pub fn interleaved(&self, first: usize) -> Result<Self> {
+    pub(crate) fn interleaved(&self, first: usize) -> Result<Self> {
         let part = Self { turn: Some(first), ..self.clone() };
         part.matrix()?;
         Ok(part)
     }
 
-    /// Type of the weights.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
     /// Rows and columns.
-    pub fn shape(&self) -> [usize; 2] {
+    pub(crate) fn shape(&self) -> [usize; 2] {
         [if self.turn.is_some() { self.rows.len() / 2 } else { self.rows.len() }, self.columns]
     }
 
@@ -68,7 +63,7 @@ impl Packed {
     ///
     /// # Errors
     /// None, of what [`Packed::new`] and its parts have checked.
-    pub fn matrix(&self) -> Result<Matrix<'_>> {
+    pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
         let rows = Matrix::new(self.dtype, self.all_rows, self.columns, &self.bytes)?.rows(self.rows.clone())?;
         self.turn.map_or(Ok(rows), |first| rows.interleaved(first))
     }

@@ -55,7 +55,7 @@ impl Weight {
     ///
     /// # Errors
     /// [`Error::Shape`] for rows that are not there.
-    pub fn rows(tensor: Arc<QTensor>, rows: Range<usize>) -> Result<Self> {
+    pub(crate) fn rows(tensor: Arc<QTensor>, rows: Range<usize>) -> Result<Self> {
         match tensor.device().is_cpu() {
             true => Ok(Self::Quantized { tensor, rows }),
             false => Ok(Self::from(Arc::new(own_blocks(&tensor, &rows)?))),
