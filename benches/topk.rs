@@ -1,17 +1,15 @@
-//! Selecting the top-k of every row: the router `top-k`, against a full sort and a partial sort of every row; and one token at
-//! once, from logits to the experts that are missing.
+//! Selecting the top-k of every row: the router `top-k`, against a full sort and a partial sort of every row; and one token in
+//! decode, straight from its logits.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use phase_moe::expert::ExpertSet;
-use phase_moe::routing::affinity::{Affinity, Decay};
+use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::logits::Logits;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::token::TokenRouter;
 use phase_moe::routing::topk::TopK;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -79,16 +77,17 @@ fn token(criterion: &mut Criterion) {
     for (experts, top_k) in TOKENS {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let logits: Vec<f32> = (0..TURNS * experts).map(|_| rng.random_range(-4.0..4.0)).collect();
-        let mut router = TokenRouter::new(Scoring::softmax(), experts, top_k).expect("a plain softmax");
-        let mut affinity = Affinity::new(experts, Decay::default()).expect("experts that can be named");
-        let resident = ExpertSet::new(experts).expect("experts that can be named");
-        let mut step = 0;
+        let (mut state, mut scratch, mut assignment) =
+            (RouteState::default(), Scratch::default(), Assignment::default());
+        let mut turn = 0;
         group.bench_function(BenchmarkId::new("at-once", format!("experts={experts},top_k={top_k}")), |bencher| {
             bencher.iter(|| {
-                step += 1;
-                let at = step as usize % TURNS * experts;
-                let logits = black_box(&logits[at..at + experts]);
-                black_box(router.route(logits, step, &mut affinity, Some(&resident)).expect("finite logits"));
+                turn = (turn + 1) % TURNS;
+                let logits = black_box(&logits[turn * experts..(turn + 1) * experts]);
+                let request = TokenRequest::new(logits, Scoring::softmax(), top_k, RouteContext::default())
+                    .expect("parts that fit");
+                let short = TopK::default().route_token(&request, &mut state, &mut scratch, &mut assignment);
+                black_box((short.expect("a valid request"), &assignment));
             });
         });
     }

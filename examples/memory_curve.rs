@@ -9,6 +9,8 @@
 //! Beside it the published memory-aware router: a fixed bonus on the raw logits of resident experts, whatever their scale, in
 //! front of an LRU memory. A seed other than 0 shuffles the sequences of each text, so that others come before. A difference is
 //! taken sequence by sequence, averaged over the seeds; its standard error is that of a mean over the sequences.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::collections::HashMap;
 use std::path::Path;

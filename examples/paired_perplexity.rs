@@ -14,6 +14,8 @@
 //!
 //! A seed other than 0 shuffles the sequences of each text, so that others meet in a batch. A difference is taken sequence by
 //! sequence, averaged over the seeds; its standard error is that of a mean over the sequences.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::collections::HashMap;
 use std::path::Path;

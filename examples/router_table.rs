@@ -16,18 +16,15 @@ use std::time::{Duration, Instant};
 
 use phase_moe::expert::{ExpertId, ExpertSet};
 use phase_moe::offload::requests::Requests;
-use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::cache_aware::token::CacheTokenRouter;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::quota::PhaseQuota;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::token::TokenRouter;
 use phase_moe::routing::topk::TopK;
 use phase_moe::simd::Isa;
 use rand::{Rng, SeedableRng};
@@ -79,10 +76,6 @@ struct Bed {
     assignment: Assignment,
     requests: Requests,
     plan: DispatchPlan,
-    /// One token at once, and what it keeps the books in.
-    token: TokenRouter,
-    affinity: Affinity,
-    cache_token: CacheTokenRouter,
 }
 
 impl Bed {
@@ -96,7 +89,7 @@ impl Bed {
         let router: Box<dyn Router> = match what {
             "quota" => Box::new(PhaseQuota { seed: 1 }),
             "phase-cold" | "phase-warm" => Box::new(PhaseRouter::default()),
-            "cache" => Box::new(CacheRouter::default()),
+            "cache" | "cache-one" => Box::new(CacheRouter::default()),
             "cache+phase" => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
             _ => Box::new(TopK { drop: None }),
         };
@@ -119,9 +112,6 @@ impl Bed {
             assignment: Assignment::default(),
             requests: Requests::default(),
             plan: DispatchPlan::default(),
-            token: TokenRouter::new(Scoring::softmax(), experts, top_k)?.on(isa),
-            affinity: Affinity::new(experts, Decay::default())?,
-            cache_token: CacheTokenRouter::new(CacheRouter::default(), Scoring::softmax(), experts, top_k)?.on(isa),
         };
         for _ in 0..turns {
             bed.score(cell)?;
@@ -148,21 +138,20 @@ impl Bed {
         Ok(self.router.route_into(black_box(&request), state, scratch, &mut self.assignment)?)
     }
 
-    /// Routes the next input at once, from logits to the experts that are missing.
-    fn route_token(&mut self) -> Result<(), Failure> {
+    /// Routes the next input, one token straight from its logits, and the general way where there is no short one.
+    fn route_token(&mut self, cell: &Cell) -> Result<(), Failure> {
         self.turn = (self.turn + 1) % self.inputs.len();
         self.step += 1;
         let logits = black_box(self.inputs[self.turn].as_slice());
-        black_box(self.token.route(logits, self.step, &mut self.affinity, Some(&self.resident))?);
-        Ok(())
-    }
-
-    /// The same through the memory-aware router.
-    fn route_cache_token(&mut self) -> Result<(), Failure> {
-        self.turn = (self.turn + 1) % self.inputs.len();
-        self.step += 1;
-        let logits = black_box(self.inputs[self.turn].as_slice());
-        black_box(self.cache_token.route(logits, self.step, &mut self.state, Some(&self.resident))?);
+        let context = RouteContext { step: self.step, resident: Some(&self.resident), ..RouteContext::default() };
+        let request = TokenRequest::new(logits, Scoring::softmax(), cell.top_k, context)?;
+        let (state, scratch) = (&mut self.state, &mut self.scratch);
+        if !self.router.route_token(&request, state, scratch, &mut self.assignment)? {
+            Scoring::softmax().scores_into(&Logits::new(logits, 1, cell.experts)?, None, &mut self.scores)?;
+            let request = RouteRequest::new(&self.scores, cell.top_k, &self.capacity, context)?;
+            self.router.route_into(&request, state, scratch, &mut self.assignment)?;
+        }
+        black_box(&self.assignment);
         Ok(())
     }
 
@@ -176,8 +165,7 @@ impl Bed {
         let start = Instant::now();
         for _ in 0..calls {
             match cell.what {
-                "select-one" => self.route_token()?,
-                "cache-one" => self.route_cache_token()?,
+                "select-one" | "cache-one" => self.route_token(cell)?,
                 "plan" => self.plan.refill(black_box(&self.assignment)),
                 _ if whole => {
                     self.score(cell)?;

@@ -5,6 +5,8 @@
 //! ```
 //!
 //! One batch of each kind of text runs through every layer with room for exactly as many slots as there are, per expert.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::path::Path;
 use std::sync::Arc;

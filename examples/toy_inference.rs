@@ -3,6 +3,8 @@
 //! ```text
 //! cargo run --release --example toy_inference
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::ops::ControlFlow;
 use std::path::Path;

@@ -10,6 +10,8 @@
 //!
 //! Each step cuts its batch into fixed shards that run forward and backward on threads of their own; gradients are summed in
 //! shard order, so the result does not depend on the number of threads.
+//!
+//! `--smoke` reads `models/tiny-moe/eval`, which a checkout of the repository has and the published package has not.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -79,6 +79,12 @@ impl ByteSource for File {
         }
         Ok(())
     }
+
+    /// Where there are no files, as in a browser.
+    #[cfg(not(any(unix, windows)))]
+    fn read_exact_at(&self, _: &mut [u8], _: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
 }
 
 impl ByteSource for &'static [u8] {

@@ -109,37 +109,6 @@ impl ExpertSet {
         }
     }
 
-    /// Makes it those of the experts `all` that are not in `without`, in the same layer and memory.
-    #[inline]
-    pub(crate) fn refill_missing(&mut self, all: &[ExpertId], without: Option<&Self>) {
-        let without = without.map_or(&[][..], |set| &set.words);
-        if let [low, rest @ ..] = self.words.as_mut_slice()
-            && rest.len() < 2
-        {
-            // The usual layer: in registers, because to add one bit after another to a word in memory takes long.
-            let mut words = [0u64; 2];
-            for expert in all {
-                let bit = 1 << (expert.0 % 64);
-                words[0] |= if expert.0 < 64 { bit } else { 0 };
-                words[1] |= if expert.0 < 64 { 0 } else { bit };
-            }
-            *low = words[0] & !without.first().unwrap_or(&0);
-            if let [high] = rest {
-                *high = words[1] & !without.get(1).unwrap_or(&0);
-            }
-            return;
-        }
-        self.words.fill(0);
-        for expert in all {
-            if let Some(word) = self.words.get_mut(expert.index() / 64) {
-                *word |= 1 << (expert.index() % 64);
-            }
-        }
-        for (word, without) in self.words.iter_mut().zip(without) {
-            *word &= !without;
-        }
-    }
-
     /// Experts in the layer, in the set or not.
     pub fn experts(&self) -> usize {
         self.experts

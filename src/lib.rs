@@ -3,6 +3,10 @@
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
+// Checkpoints are little-endian, and what lies in them is used as it lies.
+#[cfg(target_endian = "big")]
+compile_error!("phase-moe reads weights where they lie, which are little-endian: big-endian targets are not supported");
+
 pub mod checkpoint;
 #[cfg(feature = "model")]
 pub mod decoder;

@@ -1,4 +1,4 @@
-//! The hot paths allocate nothing once their buffers exist: one token at once, scoring and top-k, the memory-aware router without
+//! The hot paths allocate nothing once their buffers exist: one token straight from its logits, scoring and top-k, the memory-aware router without
 //! the phase router, requests and plans.
 //!
 //! Counted by an allocator of this test, on the calling thread alone: batches are small, so that no other thread has a part.
@@ -11,16 +11,14 @@ use phase_moe::expert::{ExpertId, ExpertSet};
 #[cfg(feature = "layer")]
 use phase_moe::layer::{LayerState, MoeLayer, gate::Gate};
 use phase_moe::offload::requests::Requests;
-use phase_moe::routing::affinity::{Affinity, Decay};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::cache_aware::token::CacheTokenRouter;
 use phase_moe::routing::capacity::Capacity;
+use phase_moe::routing::check::check;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
+use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::token::TokenRouter;
 use phase_moe::routing::topk::TopK;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -99,35 +97,42 @@ fn the_counter_counts() {
 }
 
 #[test]
-fn one_token_at_once_allocates_nothing() {
-    for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (64, 32)] {
-        let mut router = TokenRouter::new(Scoring::softmax().normalized(true), experts, top_k).unwrap();
-        let mut affinity = Affinity::new(experts, Decay::default()).unwrap();
-        let (tokens, resident) = (batches(1, experts), every_other(experts));
-        // From the very first token on: the router is made with all it needs.
-        for (step, logits) in tokens.iter().enumerate() {
-            let count = allocations(|| {
-                router.route(logits, step as u64, &mut affinity, Some(&resident)).unwrap();
-            });
-            assert_eq!(count, 0, "{experts} {top_k} {step}");
-        }
-    }
-}
-
-#[test]
-fn one_token_through_the_memory_aware_router_allocates_nothing() {
-    for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (64, 32)] {
-        let cache = CacheRouter::default().with_target_hit_rate(0.9).unwrap();
-        let mut router = CacheTokenRouter::new(cache, Scoring::softmax(), experts, top_k).unwrap();
-        let (tokens, resident) = (batches(1, experts), every_other(experts));
-        let mut state = RouteState::default();
-        // The first token makes the state's affinity.
-        router.route(&tokens[0], 0, &mut state, Some(&resident)).unwrap();
-        for (step, logits) in (1..).zip(&tokens) {
-            let count = allocations(|| {
-                router.route(logits, step, &mut state, Some(&resident)).unwrap();
-            });
-            assert_eq!(count, 0, "{experts} {top_k} {step}");
+fn one_token_straight_from_its_logits_allocates_nothing_the_second_time() {
+    let routers: [Box<dyn Router>; 3] = [
+        Box::new(TopK::default()),
+        Box::new(CacheRouter::default()),
+        Box::new(CacheRouter::default().with_target_hit_rate(0.9).unwrap()),
+    ];
+    for router in &routers {
+        for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (64, 32)] {
+            let (tokens, resident) = (batches(1, experts), every_other(experts));
+            let capacity = Capacity::unlimited(experts).unwrap();
+            let scoring = Scoring::softmax().normalized(true);
+            let (mut scores, mut state, mut scratch) = (Scores::default(), RouteState::default(), Scratch::default());
+            let (mut assignment, mut plan, mut short) = (Assignment::default(), DispatchPlan::default(), 0);
+            // As a layer does it: the short way, and the general one where there is none.
+            let mut step = |at: usize, logits: &[f32]| {
+                let context = RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
+                let request = TokenRequest::new(logits, scoring, top_k, context).unwrap();
+                if router.route_token(&request, &mut state, &mut scratch, &mut assignment).unwrap() {
+                    short += 1;
+                } else {
+                    scoring.scores_into(&Logits::new(logits, 1, experts).unwrap(), None, &mut scores).unwrap();
+                    let request = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
+                    router.route_into(&request, &mut state, &mut scratch, &mut assignment).unwrap();
+                    // It looks for experts that are there twice in a table above sixteen slots.
+                    if top_k <= 16 {
+                        check(router.as_ref(), &request, &assignment).unwrap();
+                    }
+                }
+                plan.refill(&assignment);
+            };
+            tokens.iter().enumerate().for_each(|(at, logits)| step(at, logits));
+            for (at, logits) in tokens.iter().enumerate() {
+                let count = allocations(|| step(tokens.len() + at, logits));
+                assert_eq!(count, 0, "{} {experts} {top_k} {at}", router.name());
+            }
+            assert_eq!(short > 0, top_k < 16, "{} {experts} {top_k}", router.name());
         }
     }
 }

@@ -13,6 +13,9 @@
 //! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
 //! cargo run --release --example offload_table -- --models tiny --shares 0.25,0.5 --json
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
+//! Linux only: mapped pages are asked for and dropped by its calls, and `/proc` says what was read.
 
 mod mapped;
 mod model;

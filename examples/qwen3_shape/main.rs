@@ -8,6 +8,8 @@
 //! cargo run --release --example qwen3_shape                          # two layers, 256 MiB of experts
 //! cargo run --release --example qwen3_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
 //! ```
+//!
+//! Linux only: `/proc` says what is resident.
 
 mod shape;
 

@@ -10,6 +10,7 @@
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, check_expert_count};
 use crate::routing::scores::Scores;
+use crate::routing::select::copy_few;
 
 /// Marks a slot without an expert in compact tables of ids.
 pub(crate) const EMPTY: u16 = u16::MAX;
@@ -61,6 +62,18 @@ impl Assignment {
         self.chosen.resize(self.tokens * top_k, EMPTY);
         self.weights.resize(self.tokens * top_k, 0.0);
         (&mut self.chosen, &mut self.weights)
+    }
+
+    /// Makes it one token's, with nothing dropped.
+    #[inline]
+    pub(crate) fn refill_token(&mut self, experts: usize, chosen: &[u16], weights: &[f32]) {
+        (self.tokens, self.experts) = (1, experts);
+        (self.top_k, self.width) = (chosen.len(), chosen.len());
+        (self.selection, self.gate_mass_bound) = (None, None);
+        self.chosen.resize(chosen.len(), EMPTY);
+        self.weights.resize(weights.len(), 0.0);
+        copy_few(&mut self.chosen, chosen);
+        copy_few(&mut self.weights, weights);
     }
 
     /// Empties the slots that are not `kept`; weights are made already, from the whole selection.

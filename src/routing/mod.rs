@@ -25,5 +25,5 @@ pub mod router;
 pub mod scores;
 pub(crate) mod select;
 pub(crate) mod stream;
-pub mod token;
+mod token;
 pub mod topk;

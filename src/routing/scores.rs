@@ -335,11 +335,6 @@ impl Scores {
         Self { isa, ..Self::default() }
     }
 
-    /// From now on made on `isa`.
-    pub(crate) fn set_isa(&mut self, isa: Isa) {
-        self.isa = isa;
-    }
-
     /// Rows.
     pub fn tokens(&self) -> usize {
         self.tokens

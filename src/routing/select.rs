@@ -161,16 +161,16 @@ impl Selector {
     }
 }
 
-/// Copies ids to the front of `into`, eight at a time rather than through a call.
+/// Copies a few values to the front of `into`, eight at a time rather than through a call.
 #[inline(always)]
-pub(crate) fn copy_ids(into: &mut [u16], ids: &[u16]) {
-    let into = &mut into[..ids.len()];
-    let ((whole, rest), (ids, ids_rest)) = (into.as_chunks_mut::<8>(), ids.as_chunks::<8>());
-    for (into, ids) in whole.iter_mut().zip(ids) {
-        *into = *ids;
+pub(crate) fn copy_few<T: Copy>(into: &mut [T], few: &[T]) {
+    let into = &mut into[..few.len()];
+    let ((whole, rest), (few, few_rest)) = (into.as_chunks_mut::<8>(), few.as_chunks::<8>());
+    for (into, few) in whole.iter_mut().zip(few) {
+        *into = *few;
     }
-    for (into, &id) in rest.iter_mut().zip(ids_rest) {
-        *into = id;
+    for (into, &value) in rest.iter_mut().zip(few_rest) {
+        *into = value;
     }
 }
 

@@ -7,8 +7,9 @@ use rayon::prelude::*;
 use crate::error::Result;
 use crate::routing::assignment::{Assignment, EMPTY, weigh};
 use crate::routing::drop::{DropRule, keep_within};
-use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use crate::routing::select::{Hint, Selector, copy_ids};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch, TokenRequest};
+use crate::routing::select::{Hint, Selector, copy_few};
+use crate::routing::token::choose_one;
 use crate::simd::{Isa, Kernel, Lanes};
 
 /// Rows · experts below which a selection stays on the calling thread.
@@ -66,7 +67,7 @@ impl Kernel for Choose<'_, '_> {
                 0
             } else {
                 selector.select_on(lanes, scores.selection(token), None, Hint::NONE);
-                copy_ids(chosen, selector.ids());
+                copy_few(chosen, selector.ids());
                 selector.count()
             };
             chosen[count..].fill(EMPTY);
@@ -115,5 +116,15 @@ impl Router for TopK {
         let kept = keep_within(rule, &chosen, request);
         *assignment = Assignment::from_selection(request.scores(), request.top_k(), chosen, Some(&kept));
         Ok(())
+    }
+    #[inline]
+    fn route_token(
+        &self,
+        request: &TokenRequest<'_>,
+        _state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<bool> {
+        Ok(choose_one(request, scratch, assignment))
     }
 }

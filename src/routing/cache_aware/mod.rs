@@ -38,7 +38,7 @@
 mod limited;
 mod range;
 mod swap;
-pub mod token;
+mod token;
 
 use self::limited::Limited;
 use self::swap::{Swaps, Terms, is_in, set_bit};
@@ -47,7 +47,7 @@ use crate::expert::ExpertId;
 use crate::routing::affinity::{Affinity, Decay};
 use crate::routing::assignment::{Assignment, EMPTY};
 use crate::routing::phase::PhaseRouter;
-use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::router::{RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use crate::routing::select::Selector;
 use crate::routing::topk::choose;
 use crate::simd::Isa;
@@ -300,6 +300,17 @@ impl Router for CacheRouter {
         };
         self.learn(request, state, &mut buffers.used, assignment);
         Ok(())
+    }
+
+    #[inline]
+    fn route_token(
+        &self,
+        request: &TokenRequest<'_>,
+        state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<bool> {
+        Ok(self.route_one(request, state, scratch, assignment))
     }
 }
 

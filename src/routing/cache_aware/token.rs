@@ -1,265 +1,123 @@
-//! One token in decode through the memory-aware router at once: selection, swaps, combine weights, misses and the books, without
-//! an allocation.
+//! One token in decode through the memory-aware router at once, straight from its logits: selection, swaps, combine weights and the
+//! state, without an allocation.
 //!
-//! Bit-equal to [`CacheRouter`] on the token's softmax, state included, only faster: the experts are selected by logit while the
+//! Bit-equal to scoring and [`CacheRouter`], state included, only faster: the experts are selected by logit while the
 //! exponentials are summed, the residents' logits are looked through in sixteen lanes, and scores are made for those alone that
-//! matter. Tokens whose order by logit might not be that by score, and those with masks, take the general way. Shapes: logits
-//! `[experts]`, ids and weights `[top_k]`.
+//! matter. Shapes: logits `[experts]`, ids and weights `[top_k]`.
 //!
-//! ```
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::routing::cache_aware::{CacheRouter, token::CacheTokenRouter};
-//! use phase_moe::routing::{router::RouteState, scores::Scoring};
-//!
-//! let mut router = CacheTokenRouter::new(CacheRouter::default(), Scoring::softmax(), 4, 2)?;
-//! let (mut state, mut resident) = (RouteState::default(), ExpertSet::new(4)?);
-//! resident.insert(ExpertId::new(2, 4)?);
-//! let token = router.route(&[2.0, 1.0, 0.9, -3.0], 7, &mut state, Some(&resident))?;
-//! assert_eq!(token.experts().iter().map(|id| id.index()).collect::<Vec<_>>(), [0, 2]);
-//! # Ok::<(), phase_moe::error::Error>(())
-//! ```
+//! There is no short way where there is none for top-k (see `routing/token`), on top of `phase`, and with a state that this router
+//! has not seen yet.
 //!
 //! Knows nothing of batches, capacities, selection biases or groups.
 
 use super::swap::{Terms, how_many, is_in};
-use super::{CacheRouter, MOST_BONUS, running};
-use crate::error::{Error, Result};
+use super::{CacheRouter, running};
 use crate::expert::{ExpertId, ExpertSet};
-use crate::routing::assignment::{Assignment, check_top_k, scale_weights};
-use crate::routing::capacity::Capacity;
-use crate::routing::logits::Logits;
-use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
-use crate::routing::scores::{ScoreFunction, Scores, Scoring};
-use crate::routing::token::{RoutedToken, best_of, is_settled};
+use crate::routing::assignment::{Assignment, scale_weights};
+use crate::routing::router::{RouteState, Scratch, TokenRequest};
+use crate::routing::scores::Scoring;
+use crate::routing::token::{best_of, is_plain, is_same_by_score, rank_for};
 use crate::simd::score::exp;
-use crate::simd::select::{Guess, at_least_of, leading, sixteen};
-use crate::simd::{Isa, Kernel, LANES, Lanes};
+use crate::simd::select::{at_least_of, leading, sixteen};
+use crate::simd::{Kernel, LANES, Lanes};
 
-/// Routes one token after another of one layer; holds the buffers.
-#[derive(Debug)]
-pub struct CacheTokenRouter {
-    router: CacheRouter,
-    scoring: Scoring,
+/// What tokens of layers of one shape need; made again for another.
+#[derive(Default)]
+struct Buffers {
     experts: usize,
     top_k: usize,
-    isa: Isa,
-    /// Ranks among the lanes' largest at which the best and, by how many are wanted, the stand-ins are found; `None` where only
-    /// the general way can go.
-    guesses: Option<(usize, [usize; LANES])>,
-    /// Room for a vector at least; the first `count` count.
-    ids: Vec<ExpertId>,
-    weights: Vec<f32>,
-    count: usize,
-    missing: ExpertSet,
-    near: Near,
-    general: General,
-}
-
-/// The residents that a token does not hold: bits, and their logits.
-#[derive(Debug, Default)]
-struct Near {
+    /// Ranks among the lanes' largest at which the best and, by how many are wanted, the stand-ins are found.
+    rank: usize,
+    stand_in_ranks: [usize; LANES],
+    /// The residents that a token does not hold: bits, and their logits.
     free: Vec<u64>,
     logits: Vec<[f32; LANES]>,
 }
 
-#[derive(Debug)]
-struct General {
-    scores: Scores,
-    capacity: Capacity,
-    scratch: Scratch,
-    assignment: Assignment,
+impl Buffers {
+    #[cold]
+    fn prepare(&mut self, experts: usize, top_k: usize) {
+        let stand_ins = |wanted| rank_for((experts / 2).max(LANES + 1), wanted + 1);
+        (self.experts, self.top_k) = (experts, top_k);
+        (self.rank, self.stand_in_ranks) = (rank_for(experts, top_k + 1), std::array::from_fn(stand_ins));
+        self.free.resize(experts.div_ceil(64), 0);
+        self.logits.resize(experts.div_ceil(LANES), [f32::NEG_INFINITY; LANES]);
+    }
 }
 
-impl CacheTokenRouter {
-    /// For tokens of a layer of `experts` of which each takes `top_k`.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Parameter`] for a router on top of
-    /// `phase`, a scoring other than softmax without groups, and a scale that is not finite.
-    pub fn new(router: CacheRouter, scoring: Scoring, experts: usize, top_k: usize) -> Result<Self> {
-        let missing = ExpertSet::new(experts)?;
-        check_top_k(top_k, experts)?;
-        if router.phase.is_some() {
-            return Err(Error::parameter("router of a token", "cache+phase", "cache: one token has no limits"));
-        }
-        if scoring.function != ScoreFunction::Softmax || scoring.groups.is_some() {
-            return Err(Error::parameter("scoring of a token", format!("{scoring:?}"), "softmax without groups"));
-        }
-        if !scoring.scale.is_finite() {
-            return Err(Error::parameter("scale", scoring.scale, "a finite number"));
-        }
-        let rank = |experts: usize, wanted: usize| match Guess::cold(experts, wanted.min(LANES)) {
-            Guess::Lanes(rank) => rank,
-            Guess::About(..) => 0,
-        };
-        let stand_ins = std::array::from_fn(|wanted| rank((experts / 2).max(LANES + 1), wanted + 1));
-        let guesses = (top_k < LANES).then(|| (rank(experts, top_k + 1), stand_ins));
-        let room = top_k.max(LANES);
-        let rows = experts.div_ceil(LANES);
-        let general = General {
-            scores: Scores::default(),
-            capacity: Capacity::unlimited(experts)?,
-            scratch: Scratch::default(),
-            assignment: Assignment::default(),
-        };
-        let most_swaps = CacheRouter { keep_top: 0, ..CacheRouter::new(MOST_BONUS, 1.0)? };
-        let mut made = Self {
-            router: most_swaps,
-            scoring,
-            experts,
-            top_k,
-            isa: Isa::detect(),
-            guesses,
-            ids: vec![ExpertId::from_raw(0); room],
-            weights: vec![0.0; room],
-            count: 0,
-            missing: missing.clone(),
-            near: Near { free: vec![0; experts.div_ceil(64)], logits: vec![[f32::NEG_INFINITY; LANES]; rows] },
-            general,
-        };
-        // The buffers of the general way as large as they get: with a mask, and with as many swaps as there can be.
-        let (mut logits, mut resident) =
-            ((0..experts).map(|at| at as f32 / experts as f32).collect::<Vec<_>>(), missing);
-        (0..experts - top_k).for_each(|expert| {
-            resident.insert(ExpertId::from_raw(expert as u16));
-        });
-        for first in [0.0, f32::NEG_INFINITY] {
-            logits[0] = first;
-            made.route_generally(&logits, 0, &mut RouteState::default(), Some(&resident))?;
-        }
-        made.router = router;
-        Ok(made)
-    }
-
-    /// The same on `isa` rather than on the widest instructions there are.
-    pub fn on(mut self, isa: Isa) -> Self {
-        self.isa = isa;
-        self.general.scores.set_isa(isa);
-        self.general.scratch = Scratch::on(isa);
-        self
-    }
-
-    /// Routes the token with these `logits` in `step`; `state` is the layer's, as of any router. Without a resident set nothing
-    /// is swapped and all are missing. What comes back is lent until the next call.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for logits or a resident set of another number of experts, [`Error::NonFiniteLogit`] for NaN or +∞;
-    /// nothing has changed then.
+impl CacheRouter {
+    /// Routes one token; false where there is no short way, and nothing has changed.
     #[inline]
-    pub fn route(
-        &mut self,
-        logits: &[f32],
-        step: u64,
+    pub(super) fn route_one(
+        &self,
+        request: &TokenRequest<'_>,
         state: &mut RouteState,
-        resident: Option<&ExpertSet>,
-    ) -> Result<RoutedToken<'_>> {
-        if let Some(got) = resident.map(ExpertSet::experts).filter(|&experts| experts != self.experts) {
-            let experts = |count: usize| format!("{count} experts");
-            return Err(Error::shape("resident experts", experts(self.experts), experts(got)));
-        }
-        if !(logits.len() == self.experts && self.route_shortly(logits, step, state, resident)) {
-            self.route_generally(logits, step, state, resident)?;
-        }
-        let Self { ids, weights, count, missing, .. } = self;
-        missing.refill_missing(&ids[..*count], resident);
-        Ok(RoutedToken::new(&ids[..*count], &weights[..*count], missing))
-    }
-
-    /// The short way; false where it does not lead there, and nothing has changed.
-    #[inline]
-    fn route_shortly(
-        &mut self,
-        logits: &[f32],
-        step: u64,
-        state: &mut RouteState,
-        resident: Option<&ExpertSet>,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
     ) -> bool {
-        let Self { router, scoring, top_k, isa, guesses, ids, weights, near, .. } = self;
-        let (Some(guesses), Some(ids), Some(weights)) = (guesses, ids.first_chunk_mut(), weights.first_chunk_mut())
-        else {
-            return false;
-        };
-        if !router.is_known(logits.len(), state) || router.target_hit_rate.is_none() && state.bonus.is_some() {
+        let (logits, top_k, context) = (request.logits(), request.top_k(), request.context());
+        let known = self.is_known(logits.len(), state) && (self.target_hit_rate.is_some() || state.bonus.is_none());
+        if self.phase.is_some() || !is_plain(request) || !known {
             return false;
         }
-        let bonus = router.bonus_in(state);
-        let resident_bits = resident.map_or(&[][..], ExpertSet::words);
-        let token = Token {
+        let isa = scratch.isa();
+        let buffers: &mut Buffers = scratch.of();
+        if (buffers.experts, buffers.top_k) != (logits.len(), top_k) {
+            buffers.prepare(logits.len(), top_k);
+        }
+        let (mut ids, mut weights) = ([0; LANES], [0.0; LANES]);
+        let token = SwapOne {
             logits,
-            scoring,
-            top_k: *top_k,
-            guesses,
-            router,
-            bonus,
+            scoring: request.scoring(),
+            top_k,
+            router: self,
+            bonus: self.bonus_in(state),
             range: state.score_range,
-            resident: resident_bits,
-            near,
-            ids,
-            weights,
+            resident: context.resident.map_or(&[][..], ExpertSet::words),
+            buffers,
+            ids: &mut ids,
+            weights: &mut weights,
         };
         let Some(range) = isa.run(token) else { return false };
         state.score_range = Some(range);
-        self.count = *top_k;
-        let chosen = &ids[..*top_k];
+        let (chosen, weights) = (&ids[..top_k], &weights[..top_k]);
         if let Some(affinity) = &mut state.affinity {
-            chosen.iter().for_each(|&expert| affinity.use_expert(expert, step));
+            chosen.iter().for_each(|&expert| affinity.use_expert(ExpertId::from_raw(expert), context.step));
         }
-        if router.target_hit_rate.is_some() {
-            router.bonus_now(state);
-            if let Some(resident) = resident {
-                let hits = chosen.iter().filter(|&&expert| resident.contains(expert)).count();
-                router.steer(hits as u32, *top_k as u32, state);
+        if self.target_hit_rate.is_some() {
+            self.bonus_now(state);
+            if let Some(resident) = context.resident {
+                let hits = chosen.iter().filter(|&&expert| is_in(resident.words(), expert)).count();
+                self.steer(hits as u32, top_k as u32, state);
             }
         }
+        assignment.refill_token(logits.len(), chosen, weights);
         true
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn route_generally(
-        &mut self,
-        logits: &[f32],
-        step: u64,
-        state: &mut RouteState,
-        resident: Option<&ExpertSet>,
-    ) -> Result<()> {
-        let General { scores, capacity, scratch, assignment } = &mut self.general;
-        self.scoring.scores_into(&Logits::new(logits, 1, self.experts)?, None, scores)?;
-        let context = RouteContext { step, resident, ..RouteContext::default() };
-        let request = RouteRequest::new(scores, self.top_k, capacity, context)?;
-        self.router.route_into(&request, state, scratch, assignment)?;
-        self.count = 0;
-        for (expert, weight) in assignment.slots(0) {
-            (self.ids[self.count], self.weights[self.count]) = (expert, weight);
-            self.count += 1;
-        }
-        Ok(())
     }
 }
 
 /// One token: its best experts, swaps for residents, weights. Gives the new running score range; `None` where the order of
 /// logits may not be that of scores.
-struct Token<'a> {
+struct SwapOne<'a> {
     logits: &'a [f32],
     scoring: &'a Scoring,
     top_k: usize,
-    guesses: &'a (usize, [usize; LANES]),
     router: &'a CacheRouter,
     bonus: f64,
     range: Option<f64>,
     resident: &'a [u64],
-    near: &'a mut Near,
-    ids: &'a mut [ExpertId; LANES],
+    buffers: &'a mut Buffers,
+    ids: &'a mut [u16; LANES],
     weights: &'a mut [f32; LANES],
 }
 
-impl Kernel for Token<'_> {
+impl Kernel for SwapOne<'_> {
     type Output = Option<f64>;
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Option<f64> {
-        let Self { logits, scoring, top_k, guesses, router, bonus, range, resident, near, ids, weights } = self;
-        let top = best_of::<L, true>(lanes, logits, top_k, guesses.0)?;
+        let Self { logits, scoring, top_k, router, bonus, range, resident, buffers, ids, weights } = self;
+        let top = best_of::<L, true>(lanes, logits, top_k, buffers.rank)?;
         let range = running(range, f64::from(top.extremes.1) - f64::from(top.extremes.0));
         let (mut scores, mut numbers) = ([0.0; LANES], [0.0; LANES]);
         lanes.store(top.scores, &mut scores);
@@ -279,21 +137,22 @@ impl Kernel for Token<'_> {
             let (lowest, count) = (missing.ilog2() as usize, missing.count_ones() as usize);
             let threshold = ((f64::from(scores[lowest]) - lift) as f32).next_down();
             let mut few = [0; 2];
-            let free = free_of(resident, &chosen[..top_k], &mut near.free, &mut few);
-            // Nobody below the threshold comes in, so usually few have to be looked at; a little lower, so that rounding loses none.
+            let free = free_of(resident, &chosen[..top_k], &mut buffers.free, &mut few);
+            // None below the threshold comes in, so usually few have to be looked at; a little lower, so that rounding loses none.
             let (largest, share) = (lanes.fold_max(top.largest), lanes.fold_max(top.share));
             let floor = threshold / share;
             let split = if floor >= f32::MIN_POSITIVE { largest + ln_below(floor) - 1e-3 } else { f32::MIN };
             let mut found = at_least_of(lanes, logits, Some(free), lanes.splat(split.max(f32::MIN)));
             let (mut wanted, mut all) = (count.min(found.count), true);
             if found.count > LANES {
-                let most = gather(lanes, logits, free, &mut near.logits);
+                let most = gather(lanes, logits, free, &mut buffers.logits);
                 (wanted, all) = (count.min(free.iter().map(|word| word.count_ones() as usize).sum()), false);
-                found = leading(lanes, near.logits.as_flattened(), most, wanted + 1, guesses.1[wanted])?;
+                found =
+                    leading(lanes, buffers.logits.as_flattened(), most, wanted + 1, buffers.stand_in_ranks[wanted])?;
             }
             if wanted > 0 {
                 let order = lanes.falling(found.values, found.count);
-                if !is_settled(lanes, (found.values, found.count), order, top.largest, wanted, all) {
+                if !is_same_by_score(lanes, (found.values, found.count), order, top.largest, wanted, all) {
                     return None;
                 }
                 let values = lanes.mul(exp(lanes, lanes.sub(found.values, top.largest)), top.share);
@@ -321,9 +180,7 @@ impl Kernel for Token<'_> {
         *weights = scores;
         weights[top_k..].fill(0.0);
         scale_weights(&mut weights[..top_k], scoring.normalize, scoring.scale);
-        for (id, &expert) in ids.iter_mut().zip(&chosen) {
-            *id = ExpertId::from_raw(expert);
-        }
+        *ids = chosen;
         Some(range)
     }
 }
@@ -416,6 +273,11 @@ fn sort(scores: &mut [f32], chosen: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing::capacity::Capacity;
+    use crate::routing::logits::Logits;
+    use crate::routing::phase::PhaseRouter;
+    use crate::routing::router::{RouteContext, RouteRequest, Router};
+    use crate::simd::Isa;
     use proptest::prelude::*;
     use rand::{Rng, SeedableRng};
 
@@ -469,23 +331,25 @@ mod tests {
             }
             let capacity = Capacity::unlimited(experts).unwrap();
             for isa in Isa::all() {
-                let mut at_once = CacheTokenRouter::new(router.clone(), scoring, experts, top_k).unwrap().on(isa);
+                let (mut scratch, mut assignment) = (Scratch::on(isa), Assignment::default());
                 let (mut state, mut wanted_state) = (RouteState::default(), RouteState::default());
                 for (step, (logits, resident)) in tokens.iter().zip(&residents).enumerate() {
                     let resident = set(&resident[..experts]);
                     let context = RouteContext { step: step as u64, resident: known.then_some(&resident), ..RouteContext::default() };
                     let scores = scoring.scores(&Logits::new(logits, 1, experts).unwrap(), None).unwrap();
-                    let request = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
-                    let wanted = router.route(&request, &mut wanted_state).unwrap();
-                    let token = at_once.route(logits, step as u64, &mut state, context.resident).unwrap();
-                    let wanted: Vec<(ExpertId, u32)> = wanted.slots(0).map(|(id, weight)| (id, weight.to_bits())).collect();
-                    let weights = token.weights().iter().map(|weight| weight.to_bits());
-                    prop_assert_eq!(token.experts().iter().copied().zip(weights).collect::<Vec<_>>(), wanted.clone());
-                    let missing: Vec<ExpertId> = token.missing().iter().collect();
-                    let mut absent: Vec<ExpertId> = wanted.iter().map(|(id, _)| *id).collect();
-                    absent.retain(|id| !(known && resident.contains(*id)));
-                    absent.sort();
-                    prop_assert_eq!(missing, absent);
+                    let general = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
+                    let wanted = router.route(&general, &mut wanted_state).unwrap();
+                    let request = TokenRequest::new(logits, scoring, top_k, context).unwrap();
+                    let (before, state_before) = (assignment.clone(), state.clone());
+                    if router.route_token(&request, &mut state, &mut scratch, &mut assignment).unwrap() {
+                        let bits = |made: &Assignment| made.weights().iter().map(|weight| weight.to_bits()).collect::<Vec<_>>();
+                        prop_assert_eq!(bits(&assignment), bits(&wanted));
+                    } else {
+                        prop_assert_eq!(&assignment, &before);
+                        prop_assert_eq!(&state, &state_before);
+                        router.route_into(&general, &mut state, &mut scratch, &mut assignment).unwrap();
+                    }
+                    prop_assert_eq!(&assignment, &wanted);
                     prop_assert_eq!(&state, &wanted_state);
                 }
             }
@@ -494,19 +358,21 @@ mod tests {
 
     #[test]
     fn ordinary_tokens_take_the_short_way() {
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-        for (experts, top_k) in [(8, 2), (32, 4), (64, 8), (128, 8), (256, 8)] {
-            for cached in [experts / 4, experts / 2] {
-                for isa in Isa::all() {
-                    let router = CacheRouter::default();
-                    let mut router = CacheTokenRouter::new(router, Scoring::softmax(), experts, top_k).unwrap().on(isa);
+        let (mut rng, router) = (rand_chacha::ChaCha8Rng::seed_from_u64(3), CacheRouter::default());
+        for isa in Isa::all() {
+            // One scratch for layers of any shape.
+            let (mut scratch, mut assignment) = (Scratch::on(isa), Assignment::default());
+            for (experts, top_k) in [(8, 2), (32, 4), (64, 8), (128, 8), (256, 8)] {
+                for cached in [experts / 4, experts / 2] {
                     let mut state = RouteState::default();
-                    router.route(&vec![0.5; experts], 0, &mut state, None).unwrap();
+                    router.prepare(experts, &mut state).unwrap();
                     let short = (1..=1000u64).filter(|&step| {
                         let logits: Vec<f32> = (0..experts).map(|_| rng.random_range(-4.0..4.0)).collect();
                         let mut bits = vec![false; experts];
                         (0..cached).for_each(|_| bits[rng.random_range(0..experts)] = true);
-                        router.route_shortly(&logits, step, &mut state, Some(&set(&bits)))
+                        let context = RouteContext { step, resident: Some(&set(&bits)), ..RouteContext::default() };
+                        let request = TokenRequest::new(&logits, Scoring::softmax(), top_k, context).unwrap();
+                        router.route_token(&request, &mut state, &mut scratch, &mut assignment).unwrap()
                     });
                     let short = short.count();
                     assert!(short >= 960, "{isa:?} {experts} {top_k}: {short} of 1000");
@@ -516,29 +382,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_and_changes_nothing() {
-        let phase = CacheRouter::default().with_phase(crate::routing::phase::PhaseRouter::default());
-        let message = CacheTokenRouter::new(phase, Scoring::softmax(), 8, 2).unwrap_err().to_string();
-        assert_eq!(message, "router of a token is cache+phase: expected cache: one token has no limits");
-        assert!(CacheTokenRouter::new(CacheRouter::default(), Scoring::sigmoid(), 8, 2).is_err());
-        let mut router = CacheTokenRouter::new(CacheRouter::default(), Scoring::softmax(), 40, 5).unwrap();
-        for warm in [false, true] {
-            let mut state = RouteState::default();
+    fn what_has_no_short_way_changes_nothing() {
+        let routers = [CacheRouter::default(), CacheRouter::default().with_phase(PhaseRouter::default())];
+        for (router, warm) in routers.iter().flat_map(|router| [(router, false), (router, true)]) {
+            let (mut state, mut scratch) = (RouteState::default(), Scratch::default());
             if warm {
-                router.route(&[0.5; 40], 1, &mut state, None).unwrap();
+                router.prepare(40, &mut state).unwrap();
             }
             let before = state.clone();
+            let mut answered = |logits: &[f32], scoring| {
+                let mut assignment = Assignment::default();
+                let request = TokenRequest::new(logits, scoring, 5, RouteContext::default()).unwrap();
+                let answered = router.route_token(&request, &mut state, &mut scratch, &mut assignment).unwrap();
+                assert!(answered || (assignment == Assignment::default() && state == before));
+                answered
+            };
+            let mut logits: Vec<f32> = (0..40).map(|expert| expert as f32 * 0.25).collect();
+            assert!(!answered(&logits, Scoring::sigmoid()));
+            assert!(!answered(&logits[..39], Scoring::softmax()));
             for bad in [f32::NAN, f32::INFINITY] {
-                let mut logits = vec![0.5; 40];
-                logits[7] = bad;
-                let wanted = Logits::new(&logits, 1, 40).unwrap_err().to_string();
-                assert_eq!(router.route(&logits, 2, &mut state, None).unwrap_err().to_string(), wanted);
+                let usual = std::mem::replace(&mut logits[7], bad);
+                assert!(!answered(&logits, Scoring::softmax()));
+                logits[7] = usual;
             }
-            assert!(router.route(&[0.5; 39], 2, &mut state, None).is_err());
-            let other = ExpertSet::new(9).unwrap();
-            let message = router.route(&[0.5; 40], 2, &mut state, Some(&other)).unwrap_err().to_string();
-            assert_eq!(message, "resident experts: expected 40 experts, got 9 experts");
-            assert_eq!(state, before);
+            assert_eq!(answered(&logits, Scoring::softmax()), warm && router.phase.is_none());
         }
     }
 }

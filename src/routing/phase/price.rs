@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::problem::{Problem, UNIT};
 use crate::routing::assignment::EMPTY;
-use crate::routing::select::{Hint, Selector, copy_ids};
+use crate::routing::select::{Hint, Selector, copy_few};
 use crate::simd::{Kernel, LANES, Lanes};
 
 /// Refused experts that a sweep looks at beyond the last held one.
@@ -195,7 +195,7 @@ fn sweep_run<L: Lanes>(lanes: L, problem: &Problem<'_>, run: Run<'_>, price: &[f
         *hint = selector.hint();
         let (ids, values) = (selector.ids(), selector.values());
         let held = selector.count().min(top_k);
-        copy_ids(chosen, &ids[..held]);
+        copy_few(chosen, &ids[..held]);
         chosen[held..].fill(EMPTY);
         *refused = values.get(top_k).copied().unwrap_or(f32::NEG_INFINITY);
 
