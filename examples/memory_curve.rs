@@ -18,8 +18,8 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Parser;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::perplexity::Perplexity;
 use phase_moe::eval::text::{Batching, EvalText};

@@ -23,8 +23,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::perplexity::Perplexity;
 use phase_moe::eval::text::{Batching, EvalText, Mixing, SEQUENCE_TOKENS};
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};

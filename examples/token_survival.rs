@@ -11,7 +11,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::model::Model;
 use phase_moe::error::{Error, Result};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::routing::capacity::CapacityRule;

@@ -10,8 +10,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
+use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::generate::{Options, generate};
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
 use phase_moe::routing::capacity::CapacityRule;

@@ -129,7 +129,7 @@ fn main() -> Result<()> {
     let spec = zoo::parse_config(&config.to_string(), "config.json")?;
     println!("{} parameters, {} active", spec.parameters(), spec.active_parameters());
     let vars = VarMap::new();
-    let decoder = Decoder::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    let decoder = Decoder::new(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
     let vars = sorted(&vars);
     initialise(&vars, &spec, options.seed)?;
     train_model(&options, &decoder, &vars, &train, &valid)?;

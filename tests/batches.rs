@@ -9,9 +9,9 @@ use std::sync::{Arc, LazyLock};
 use candle_core::{DType, Tensor};
 use phase_moe::decoder::generate::{Options, generate, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::offload::admission::Admission;
 use phase_moe::offload::cache::{CacheOptions, Prefetch};
 use phase_moe::offload::residency::Policy;
@@ -21,6 +21,7 @@ use phase_moe::routing::drop::DropRule;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::router::Router;
 use phase_moe::routing::topk::TopK;
+use phase_moe::weights::Weights;
 
 /// A fixture of every kind of attention and of positions.
 const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
@@ -34,8 +35,8 @@ static MODEL: LazyLock<Model> =
 
 fn decoders() -> Vec<(&'static str, Decoder)> {
     let fixture = |family: &'static str| {
-        let files = ModelFiles::open(&root("tests/goldens/zoo").join(family)).unwrap();
-        (family, files.decoder(&LoadOptions::default()).unwrap())
+        let files = Weights::open(&root("tests/goldens/zoo").join(family)).unwrap();
+        (family, Decoder::load(&files, &LoadOptions::default()).unwrap())
     };
     let mut all: Vec<_> = FAMILIES.into_iter().map(fixture).collect();
     all.push(("tiny-moe", MODEL.decoder().clone()));
@@ -181,7 +182,7 @@ fn padding_takes_no_room_counts_nowhere_and_has_no_expert_read() {
     // With the long one at its end, steps ask for the short one's experts alone.
     let directory = root("models/tiny-moe");
     let cache = CacheOptions { prefetch: Prefetch::Off, ..CacheOptions::new(64 << 20) };
-    let options = LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache);
     let requests = |prompts: &[&[u32]], step: &[Option<u32>]| {
         let model = Model::load(&directory, &options).unwrap();
         let (decoder, mut state) = (model.decoder(), model.decoder().generation_state());

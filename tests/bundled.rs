@@ -5,10 +5,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phase_moe::decoder::Batch;
 use phase_moe::decoder::generate::{Options, generate};
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
+use phase_moe::decoder::{Batch, LoadOptions};
 use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::eval::trace::GateTrace;

@@ -9,9 +9,9 @@ use std::sync::{Arc, LazyLock};
 use candle_core::{DType, Device, Tensor, Var};
 use phase_moe::decoder::generate::{Options, generate};
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::{Error, Fault};
 use phase_moe::experts::matrix::Dtype;
 use phase_moe::layer::cached::{CachedExperts, ExpertBiases};
@@ -33,7 +33,7 @@ fn directory() -> &'static Path {
 
 /// bf16, as the experts are stored.
 fn load(directory: &Path, expert_cache: Option<CacheOptions>) -> Model {
-    Model::load(directory, &LoadOptions { dtype: DType::BF16, expert_cache, ..LoadOptions::default() }).unwrap()
+    Model::load(directory, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(expert_cache)).unwrap()
 }
 
 static HELD: LazyLock<Model> = LazyLock::new(|| load(directory(), None));
@@ -293,7 +293,7 @@ fn mistakes_are_named() {
     let error = model.decoder().forward(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap_err();
     let expected = "expert memory: expected none beside an expert cache, which keeps its own, got one";
     assert_eq!(error.to_string(), expected);
-    let small = LoadOptions { expert_cache: Some(CacheOptions::new(*SLAB - 1)), ..LoadOptions::default() };
+    let small = LoadOptions::default().with_expert_cache(CacheOptions::new(*SLAB - 1));
     let error = Model::load(directory(), &small).err().unwrap().to_string();
     assert!(error.starts_with("expert cache budget is ") && error.contains("the largest expert"), "{error}");
 }

@@ -4,13 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
 use phase_moe::error::{Error, Result};
+use phase_moe::weights::Weights;
 use phase_moe::zoo;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -372,8 +371,8 @@ fn shards_that_do_not_match_their_index_are_named() {
 fn the_decoder_alone_names_file_and_tensor_as_well() {
     let copy = Copy::with_tensors(|tensors| drop(tensors.remove(UP_PROJ)));
     let spec = zoo::parse_config(&std::fs::read_to_string(copy.path("config.json")).unwrap(), "config.json").unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(copy.0.path()).unwrap());
-    let error = Decoder::load(&spec, weights::var_builder(checkpoint, DType::F32, &Device::Cpu)).err().unwrap();
+    let weights = Weights::open(copy.0.path()).unwrap();
+    let error = Decoder::new(&spec, var_builder(&weights, DType::F32, &Device::Cpu)).err().unwrap();
     let expected = format!("model.safetensors: tensor `{UP_PROJ}`: expected in the checkpoint, got none");
     assert!(matches!(error, Error::Checkpoint { .. }) && copy.shown(&error) == expected, "{error}");
 }

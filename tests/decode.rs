@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::offload::admission::Admission;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_nn::VarBuilder;
 use phase_moe::experts::activation::Activation;
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
@@ -178,7 +179,13 @@ fn stacked_weights_are_read_where_they_lie() {
     let gate = || Gate::new(drawn(7, &[4, 64], 0.125, DType::BF16));
     let gate_up = drawn(1, &[4, 96, 64], 0.125, DType::BF16);
     let down = drawn(2, &[4, 64, 48], 0.125, DType::BF16);
-    let stacked = MoeLayer::new(spec.clone(), gate(), Expert::stacked(&spec, &gate_up, &down).unwrap(), None).unwrap();
+    let tensors = [
+        ("gate.weight", drawn(7, &[4, 64], 0.125, DType::BF16)),
+        ("experts.gate_up_proj", gate_up.clone()),
+        ("experts.down_proj", down.clone()),
+    ];
+    let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor)).into_iter().collect();
+    let stacked = MoeLayer::load(&spec, VarBuilder::from_tensors(tensors, DType::BF16, &Device::Cpu)).unwrap();
     let own = |id: usize| {
         let own = |tensor: &Tensor, start, rows| {
             tensor.get(id).unwrap().narrow(0, start, rows).unwrap().force_contiguous().unwrap()

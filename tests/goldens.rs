@@ -2,12 +2,11 @@
 #![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::zoo;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::weights::Weights;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -31,10 +30,7 @@ fn assert_close(stage: &str, ours: &[f32], golden: &[f32]) {
 }
 
 fn compare(model: &Path, goldens: &Path) {
-    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    let spec = zoo::parse_config(&config, "config.json").unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(model).unwrap());
-    let decoder = Decoder::load(&spec, weights::var_builder(checkpoint, DType::F32, &Device::Cpu)).unwrap();
+    let decoder = Decoder::load(&Weights::open(model).unwrap(), &LoadOptions::default()).unwrap();
     let goldens = Checkpoint::open_files(&[goldens]).unwrap();
     let ids: Vec<u32> = golden_ids(&goldens, "ids").into_iter().map(|id| id as u32).collect();
 

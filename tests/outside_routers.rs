@@ -7,8 +7,8 @@ use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, LoadOptions};
 use phase_moe::error::{AnswerFault, Breach, Error, Result};
 use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::offline::Room;

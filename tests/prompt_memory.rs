@@ -57,7 +57,7 @@ const CONFIG: &str = r#"{
 #[test]
 fn a_long_prompt_in_chunks_takes_no_square_of_its_length() {
     let spec = zoo::parse_config(CONFIG, "config.json").unwrap();
-    let decoder = Decoder::load(&spec, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
+    let decoder = Decoder::new(&spec, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
     let most = |tokens: usize, chunk: usize| {
         let ids: Vec<u32> = (0..tokens as u32).map(|at| at % 16).collect();
         let (batch, mut state) = (Batch::new(&[&ids]).unwrap(), decoder.generation_state());

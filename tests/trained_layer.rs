@@ -238,7 +238,7 @@ fn a_model_saves_the_biases_of_all_its_layers() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/zoo/deepseek_v3/config.json");
     let spec = zoo::parse_config(&std::fs::read_to_string(path).unwrap(), "config.json").unwrap();
     let (vars, file) = (VarMap::new(), tempfile::NamedTempFile::new().unwrap());
-    let mut decoder = Decoder::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &CPU)).unwrap();
+    let mut decoder = Decoder::new(&spec, VarBuilder::from_varmap(&vars, DType::F32, &CPU)).unwrap();
     for (at, layer) in decoder.moe_layers_mut().enumerate() {
         let bias: Vec<f32> = (0..spec.moe.experts).map(|expert| ((expert * 7 + at) % 5) as f32 * 0.3).collect();
         layer.set_selection_bias(&bias).unwrap();
@@ -247,11 +247,11 @@ fn a_model_saves_the_biases_of_all_its_layers() {
     let batch = Batch::new(&[&[1, 2, 3, 4, 5][..]]).unwrap();
     let logits = |decoder: &Decoder| values(&decoder.forward(&batch, &mut decoder.batch_state()).unwrap());
     let mut again = VarMap::new();
-    let reloaded = Decoder::load(&spec, VarBuilder::from_varmap(&again, DType::F32, &CPU)).unwrap();
+    let reloaded = Decoder::new(&spec, VarBuilder::from_varmap(&again, DType::F32, &CPU)).unwrap();
     again.load(file.path()).unwrap();
     assert_eq!(logits(&reloaded), logits(&decoder));
     let bytes = std::fs::read(file.path()).unwrap();
-    let plain = Decoder::load(&spec, VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap()).unwrap();
+    let plain = Decoder::new(&spec, VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap()).unwrap();
     for (got, wanted) in plain.moe_layers().zip(decoder.moe_layers()) {
         assert_eq!(got.gate().selection_bias().unwrap(), wanted.gate().selection_bias().unwrap());
         assert!(wanted.gate().selection_bias().unwrap().unwrap().iter().any(|bias| *bias > 0.0));

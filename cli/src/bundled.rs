@@ -1,11 +1,10 @@
 //! The bundled model: beside the manifest in a checkout, embedded in the binary elsewhere.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::ModelFiles;
 use phase_moe::error::Result;
+use phase_moe::weights::Weights;
 
 macro_rules! embedded {
     ($name:literal) => {
@@ -30,18 +29,14 @@ fn directory() -> Option<PathBuf> {
 }
 
 /// The model's files.
-pub fn files() -> Result<ModelFiles> {
+pub fn files() -> Result<Weights> {
     if let Some(directory) = directory() {
-        return ModelFiles::open(&directory);
+        return Weights::open(&directory);
     }
     let source = (format!("embedded {NAME}/model.safetensors"), Box::new(TENSORS) as Box<_>);
-    Ok(ModelFiles {
-        name: NAME.into(),
-        config: String::from_utf8_lossy(CONFIG).into_owned(),
-        tokenizer: Some(TOKENIZER.to_vec()),
-        checkpoint: Arc::new(Checkpoint::from_sources(vec![source])?),
-        directory: None,
-    })
+    let config = String::from_utf8_lossy(CONFIG);
+    let weights = Weights::from_parts(NAME, config, Checkpoint::from_sources(vec![source])?);
+    Ok(weights.with_file("tokenizer.json", TOKENIZER.to_vec()))
 }
 
 /// Name and text of the held-out evaluation texts.

@@ -4,7 +4,6 @@ use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::weights::expert_sizes;
 use serde::Serialize;
 
 use crate::options::{ModelSource, print_json};
@@ -43,8 +42,8 @@ impl Inspect {
     pub fn run(self) -> Result<()> {
         let files = self.model.files()?;
         let spec = files.spec()?;
-        let experts = expert_sizes(&files.checkpoint, &spec)?;
-        let all_bytes: u64 = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum();
+        let experts = files.expert_sizes()?;
+        let all_bytes: u64 = files.checkpoint().tensors().values().map(|entry| entry.bytes as u64).sum();
         let output = Output {
             family: spec.family,
             layers: spec.layers,
@@ -64,7 +63,7 @@ impl Inspect {
             return print_json(&output);
         }
         let mut out = std::io::stdout();
-        writeln!(out, "{}: {}, stored in {}", files.name, output.family, output.dtype)?;
+        writeln!(out, "{}: {}, stored in {}", files.name(), output.family, output.dtype)?;
         writeln!(
             out,
             "  {} layers of {} experts, top {}, hidden {}, expert width {}",

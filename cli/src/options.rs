@@ -13,8 +13,8 @@ use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::Error;
 use phase_moe::eval::text::{Batching, EvalText, Mixing};
 use phase_moe::offload::admission::Admission;
@@ -24,6 +24,7 @@ use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
 use phase_moe::routing::registry::{Knowledge, RouterKind};
 use phase_moe::routing::router::Router;
+use phase_moe::weights::Weights;
 
 use crate::notice::notice;
 use crate::{bundled, hub};
@@ -143,12 +144,10 @@ pub struct ModelSource {
 
 impl ModelSource {
     /// Opens the files; nothing is loaded yet.
-    pub fn files(&self) -> Result<ModelFiles> {
+    pub fn files(&self) -> Result<Weights> {
         Ok(match &self.model {
             Some(name) if hub::is_name(name) => from_hub(name)?,
-            Some(directory) => {
-                ModelFiles::open(directory).with_context(|| format!("--model {}", directory.display()))?
-            }
+            Some(directory) => Weights::open(directory).with_context(|| format!("--model {}", directory.display()))?,
             None => bundled::files()?,
         })
     }
@@ -156,15 +155,15 @@ impl ModelSource {
 
 /// The files of a model on the hub.
 #[cfg(feature = "hub")]
-fn from_hub(name: &Path) -> Result<ModelFiles> {
+fn from_hub(name: &Path) -> Result<Weights> {
     let name = name.to_string_lossy();
     let directory = hub::directory(&name, !QUIET.load(Ordering::Relaxed))?;
-    let files = ModelFiles::open(&directory).with_context(|| format!("--model {name}, in {}", directory.display()))?;
-    Ok(ModelFiles { name: name.into_owned(), ..files })
+    let files = Weights::open(&directory).with_context(|| format!("--model {name}, in {}", directory.display()))?;
+    Ok(files.named(name))
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(name: &Path) -> Result<ModelFiles> {
+fn from_hub(name: &Path) -> Result<Weights> {
     let message =
         format!("--model {}: no such directory; for models on the hub, build with --features hub", name.display());
     Err(UserMistake(message).into())
@@ -206,7 +205,7 @@ impl ModelOptions {
                 Some(cache::CacheOptions { policy, admission, prefetch, ..cache::CacheOptions::new(budget) })
             }
         };
-        Ok(LoadOptions { dtype, expert_cache, ..LoadOptions::default() })
+        Ok(LoadOptions::default().with_dtype(dtype).with_expert_cache(expert_cache))
     }
 
     /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
@@ -227,12 +226,12 @@ impl ModelOptions {
     }
 
     /// Loads the model from files that are open.
-    pub fn load_plain(&self, files: &ModelFiles) -> Result<Model> {
-        Ok(Model::from_files(files, &self.load_options(None)?)?)
+    pub fn load_plain(&self, files: &Weights) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(None)?)?)
     }
 
     /// Opens the files; nothing is loaded yet.
-    pub fn files(&self) -> Result<ModelFiles> {
+    pub fn files(&self) -> Result<Weights> {
         self.source.files()
     }
 
@@ -242,13 +241,13 @@ impl ModelOptions {
     }
 
     /// The same from files that are open.
-    pub fn load_from(&self, files: &ModelFiles, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::from_files(files, &self.load_options(Some(memory))?)?)
+    pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(Some(memory))?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer, from files that are open.
-    pub fn decoder_from(&self, files: &ModelFiles) -> Result<Decoder> {
-        Ok(files.decoder(&self.load_options(None)?)?)
+    pub fn decoder_from(&self, files: &Weights) -> Result<Decoder> {
+        Ok(Decoder::load(files, &self.load_options(None)?)?)
     }
 }
 

@@ -10,8 +10,8 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use phase_moe::decoder::model::ModelFiles;
 use phase_moe::error::Error;
+use phase_moe::weights::Weights;
 use tempfile::{Builder, NamedTempFile};
 
 use crate::options::UserMistake;
@@ -131,16 +131,16 @@ impl Inputs {
     }
 
     /// The same and all files of a model.
-    pub fn model(mut self, files: &ModelFiles) -> Self {
-        for (name, _) in files.checkpoint.sources() {
+    pub fn model(mut self, files: &Weights) -> Self {
+        for (name, _) in files.checkpoint().sources() {
             let path = Path::new(name);
             self = self.with(|| format!("the model's {name}"), path);
             // The name may not be all of a path that is no UTF-8.
-            if let (Some(directory), Some(file)) = (&files.directory, path.file_name()) {
+            if let (Some(directory), Some(file)) = (files.directory(), path.file_name()) {
                 self = self.with(|| format!("the model's {name}"), &directory.join(file));
             }
         }
-        if let Some(directory) = &files.directory {
+        if let Some(directory) = files.directory() {
             self = BESIDE
                 .iter()
                 .fold(self, |inputs, name| inputs.with(|| format!("the model's {name}"), &directory.join(name)));

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use crate::report::replay::ReplayReport;
 use anyhow::Result;
 use clap::Args;
+use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::weights::expert_sizes;
+use phase_moe::decoder::model::Model;
 use phase_moe::error::Error;
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay as Replayer;
@@ -167,7 +167,7 @@ impl Replay {
             return Ok(Source { trace, name: path.display().to_string(), bytes_per_expert: None });
         }
         let files = self.model.files()?;
-        let model = Model::from_files(&files, &LoadOptions::default())?;
+        let model = Model::new(&files, &LoadOptions::default())?;
         let moe = &model.decoder().spec().moe;
         self.check(moe.experts, moe.top_k, rule)?;
         let text = TextOptions {
@@ -181,7 +181,7 @@ impl Replay {
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
         let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
-        let experts = expert_sizes(&files.checkpoint, model.decoder().spec())?;
+        let experts = files.expert_sizes()?;
         Ok(Source { trace, name: model.name().to_owned(), bytes_per_expert: Some(experts.first) })
     }
 }

@@ -6,8 +6,8 @@ use crate::report::tune::TuneReport;
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::weights::expert_sizes;
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::model::Model;
 use phase_moe::eval::tune::{FastMemory, Sweep, plain_perplexity, recommended};
 use phase_moe::offload::cache;
 use phase_moe::routing::registry::RouterKind;
@@ -83,9 +83,9 @@ impl Tune {
         let files = self.model.files()?;
         // The smallest, so that one that no expert fits is found at once.
         let expert_cache = budgets.iter().copied().min_by_key(|options| options.budget_bytes);
-        let model = Model::from_files(&files, &LoadOptions { expert_cache, ..LoadOptions::default() })?;
+        let model = Model::new(&files, &LoadOptions::default().with_expert_cache(expert_cache))?;
         let (name, decoder) = (model.name(), model.decoder());
-        let (moe, bytes) = (&decoder.spec().moe, expert_sizes(&files.checkpoint, decoder.spec())?.first);
+        let (moe, bytes) = (&decoder.spec().moe, files.expert_sizes()?.first);
         let counted = |experts| FastMemory::Counted { experts, policy, admission };
         let sweep = Sweep {
             top_k: if self.top_k.is_empty() { vec![moe.top_k] } else { self.top_k },

@@ -4,8 +4,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::generate::{Options, generate};
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use serde_json::{Value, json};
 

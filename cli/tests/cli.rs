@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::model::Model;
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::routing::registry::RouterKind;
 use serde_json::Value;

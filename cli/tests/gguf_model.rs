@@ -8,13 +8,22 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::gguf::names::{TensorNames, TensorSource, single, stack};
+use phase_moe::weights::{TensorSource, Weights};
 use serde_json::json;
 
 const IDS: [u32; 9] = [0, 60, 5, 17, 5, 5, 42, 31, 3];
+
+fn stack(block: usize, part: &str) -> String {
+    format!("blk.{block}.ffn_{part}_exps.weight")
+}
+
+/// In files from before experts were stacked.
+fn single(block: usize, part: &str, expert: usize) -> String {
+    format!("blk.{block}.ffn_{part}.{expert}.weight")
+}
 
 /// Numbers that are the same in every run.
 fn drawn(seed: usize, shape: &[usize]) -> Tensor {
@@ -214,30 +223,33 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
         let experts = [dtype(0, "up"), dtype(0, "down"), dtype(1, "down")];
         let directory = tempfile::tempdir().unwrap();
         two_forms(directory.path(), dtype, others, form);
-        let files = ModelFiles::open(directory.path()).unwrap();
-        let plain = ModelFiles::open(&directory.path().join("plain")).unwrap();
+        let files = Weights::open(directory.path()).unwrap();
+        let plain = Weights::open(&directory.path().join("plain")).unwrap();
         assert_eq!(files.spec().unwrap(), plain.spec().unwrap());
-        let expected = logits(&plain.decoder(&LoadOptions::default()).unwrap(), &IDS);
-        let ours = logits(&files.decoder(&LoadOptions::default()).unwrap(), &IDS);
+        let expected = logits(&Decoder::load(&plain, &LoadOptions::default()).unwrap(), &IDS);
+        let ours = logits(&Decoder::load(&files, &LoadOptions::default()).unwrap(), &IDS);
         let error = off(&ours, &expected);
         assert!(error <= tolerance, "{experts:?}: off by {error}");
 
-        let store = weights::expert_store(&files.checkpoint, &files.spec().unwrap()).unwrap();
+        let store = files.expert_store().unwrap();
         let slab = store.slab_bytes(0).max(store.slab_bytes(1));
         for room in [1, 2, 2 * EXPERTS] {
             let cache = CacheOptions::new(room * slab).sparing(&store);
-            let options = LoadOptions { expert_cache: Some(cache), ..LoadOptions::default() };
-            assert!(logits(&files.decoder(&options).unwrap(), &IDS) == ours, "{experts:?}: room for {room}");
+            let options = LoadOptions::default().with_expert_cache(cache);
+            assert!(logits(&Decoder::load(&files, &options).unwrap(), &IDS) == ours, "{experts:?}: room for {room}");
         }
 
         // All but the experts in bf16.
-        let narrow = LoadOptions { dtype: DType::BF16, ..LoadOptions::default() };
-        let ours = logits(&files.decoder(&narrow).unwrap(), &IDS);
+        let narrow = LoadOptions::default().with_dtype(DType::BF16);
+        let ours = logits(&Decoder::load(&files, &narrow).unwrap(), &IDS);
         let error = off(&ours, &expected);
         assert!(error <= 5e-2, "{experts:?} beside bf16: off by {error}");
         let cache = CacheOptions::new(2 * slab).sparing(&store);
-        let options = LoadOptions { expert_cache: Some(cache), ..narrow };
-        assert!(logits(&files.decoder(&options).unwrap(), &IDS) == ours, "{experts:?} beside bf16, from a cache");
+        let options = narrow.with_expert_cache(cache);
+        assert!(
+            logits(&Decoder::load(&files, &options).unwrap(), &IDS) == ours,
+            "{experts:?} beside bf16, from a cache"
+        );
     }
 }
 
@@ -245,16 +257,16 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
 fn experts_that_only_candle_reads_run_on_its_operations_and_not_from_a_cache() {
     let directory = tempfile::tempdir().unwrap();
     two_forms(directory.path(), |_, _| GgmlDType::Q5K, GgmlDType::Q3K, Form::Stacked);
-    let files = ModelFiles::open(directory.path()).unwrap();
-    let plain = ModelFiles::open(&directory.path().join("plain")).unwrap();
-    let expected = logits(&plain.decoder(&LoadOptions::default()).unwrap(), &IDS);
-    let error = off(&logits(&files.decoder(&LoadOptions::default()).unwrap(), &IDS), &expected);
+    let files = Weights::open(directory.path()).unwrap();
+    let plain = Weights::open(&directory.path().join("plain")).unwrap();
+    let expected = logits(&Decoder::load(&plain, &LoadOptions::default()).unwrap(), &IDS);
+    let error = off(&logits(&Decoder::load(&files, &LoadOptions::default()).unwrap(), &IDS), &expected);
     assert!(error <= 1e-4, "off by {error}");
-    let sizes = weights::expert_sizes(&files.checkpoint, &files.spec().unwrap()).unwrap();
+    let sizes = files.expert_sizes().unwrap();
     let expert = 3 * (HIDDEN * WIDTH / 256 * 176) as u64;
     assert_eq!((sizes.first, sizes.all, sizes.dtypes), (expert, 2 * EXPERTS as u64 * expert, vec!["q5_K".to_owned()]));
-    let options = LoadOptions { expert_cache: Some(CacheOptions::new(1 << 30)), ..LoadOptions::default() };
-    let error = files.decoder(&options).err().unwrap().to_string();
+    let options = LoadOptions::default().with_expert_cache(CacheOptions::new(1 << 30));
+    let error = Decoder::load(&files, &options).err().unwrap().to_string();
     assert!(
         error.ends_with("tensor `blk.0.ffn_gate_exps.weight`: expected dtype q8_0, q4_K, q6_K or mxfp4, got q5_K"),
         "{error}"
@@ -269,11 +281,11 @@ fn bundled(path: &Path) {
 /// The same with more metadata.
 fn bundled_with(path: &Path, more: &[(&str, Value)]) {
     let directory = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("models/tiny-moe");
-    let files = ModelFiles::open(&directory).unwrap();
+    let files = Weights::open(&directory).unwrap();
     let spec = files.spec().unwrap();
-    let config: serde_json::Value = serde_json::from_str(&files.config).unwrap();
+    let config: serde_json::Value = serde_json::from_str(files.config()).unwrap();
     let number = |key: &str| Value::U32(config[key].as_u64().unwrap() as u32);
-    let tokenizer: serde_json::Value = serde_json::from_slice(files.tokenizer.as_ref().unwrap()).unwrap();
+    let tokenizer: serde_json::Value = serde_json::from_str(&files.beside("tokenizer.json").unwrap().unwrap()).unwrap();
     let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
     let by_id: BTreeMap<u64, &String> = vocab.iter().map(|(token, id)| (id.as_u64().unwrap(), token)).collect();
     let texts = |texts: Vec<String>| Value::Array(texts.into_iter().map(Value::String).collect());
@@ -305,17 +317,18 @@ fn bundled_with(path: &Path, more: &[(&str, Value)]) {
     ];
     metadata.extend_from_slice(more);
     let read = |name: &str| {
-        let entry = files.checkpoint.entry(name).unwrap();
-        Tensor::from_raw_buffer(&files.checkpoint.read(name).unwrap(), DType::BF16, &entry.shape, &Device::Cpu).unwrap()
+        let entry = files.checkpoint().entry(name).unwrap();
+        Tensor::from_raw_buffer(&files.checkpoint().read(name).unwrap(), DType::BF16, &entry.shape, &Device::Cpu)
+            .unwrap()
     };
     let keep = |tensor: &Tensor| QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::BF16).unwrap();
     let mut tensors = Vec::new();
     // The names of a file of this architecture, which needs no metadata but that.
     let probe = tempfile::NamedTempFile::new().unwrap();
     write(probe.path(), &metadata[..1], &[]);
-    let names = TensorNames::new(Checkpoint::open_gguf(probe.path()).unwrap().gguf().unwrap()).unwrap();
-    for name in files.checkpoint.tensors().keys().filter(|name| !name.contains(".experts.")) {
-        let Some(TensorSource::Same(stored)) = names.source(name) else { panic!("{name}") };
+    let names = Weights::from_parts("probe", "", Checkpoint::open_gguf(probe.path()).unwrap());
+    for name in files.checkpoint().tensors().keys().filter(|name| !name.contains(".experts.")) {
+        let Ok(TensorSource::Same(stored)) = names.source(name) else { panic!("{name}") };
         tensors.push((stored, keep(&read(name))));
     }
     for block in 0..spec.layers {
@@ -334,7 +347,7 @@ fn the_bundled_model_is_the_same_bits_and_the_same_tokens_from_a_gguf_file() {
     let path = directory.path().join("tiny-moe.gguf");
     bundled(&path);
     let plain_directory = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("models/tiny-moe");
-    let options = LoadOptions { dtype: DType::BF16, ..LoadOptions::default() };
+    let options = LoadOptions::default().with_dtype(DType::BF16);
     let [plain, ours] = [plain_directory.as_path(), &path].map(|path| Model::load(path, &options).unwrap());
     assert_eq!((plain.name(), plain.decoder().spec()), (ours.name(), ours.decoder().spec()));
     for text in ["scripture.txt", "code.txt", "reference.txt"] {

@@ -6,9 +6,7 @@ mod shape;
 
 use std::process::Command;
 
-use phase_moe::decoder::model::ModelFiles;
-use phase_moe::decoder::weights::{check_experts, expert_pieces};
-use phase_moe::zoo;
+use phase_moe::weights::Weights;
 use serde_json::Value;
 use shape::Shape;
 
@@ -40,12 +38,11 @@ fn a_checkpoint_of_60_gb_is_inspected_by_its_headers() {
         .sum();
 
     let before = bytes_read();
-    let model = ModelFiles::open(directory.path()).unwrap();
-    let spec = zoo::parse_config(&model.config, "config.json").unwrap();
-    check_experts(&model.checkpoint, &spec).unwrap();
-    let pieces = expert_pieces(&model.checkpoint, &spec).unwrap();
+    let model = Weights::open(directory.path()).unwrap();
+    let (spec, store) = (model.spec().unwrap(), model.expert_store().unwrap());
+    let pieces = model.experts(47, 127).unwrap();
     let read = bytes_read() - before;
-    assert_eq!((pieces.len(), pieces[0].len(), pieces[0][0].len()), (48, 128, 3));
+    assert_eq!((store.layers(), spec.moe.experts, pieces.len()), (48, 128, 3));
     // The headers, the index, the configuration, and what else the process reads of itself.
     assert!(read <= headers + lengths(false) + 100_000, "{read} bytes read, headers have {headers}");
     assert!(headers + lengths(false) < 6_000_000);

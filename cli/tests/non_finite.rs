@@ -1,15 +1,14 @@
 //! No NaN and no infinity leaves a model as a figure: every weight of every fixture is made one in turn.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use candle_core::DType;
 use half::bf16;
 use phase_moe::checkpoint::{ByteSource, Checkpoint, ElementType};
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::{Error, Result};
 use phase_moe::offload::cache::CacheOptions;
+use phase_moe::weights::Weights;
 use safetensors::Dtype;
 
 const IDS: [u32; 7] = [3, 14, 15, 9, 26, 5, 35];
@@ -56,8 +55,8 @@ impl Fixture {
 
     /// The model's logits.
     fn logits(&self, options: &LoadOptions) -> Result<Vec<f32>> {
-        let files = ModelFiles { checkpoint: Arc::new(self.checkpoint()), ..ModelFiles::open(&self.path).unwrap() };
-        let decoder = files.decoder(options)?;
+        let files = Weights::from_parts("m", Weights::open(&self.path).unwrap().config(), self.checkpoint());
+        let decoder = Decoder::load(&files, options)?;
         let logits = decoder.forward(&Batch::new(&[&IDS])?, &mut decoder.batch_state())?;
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
@@ -111,8 +110,8 @@ fn fixtures() -> Vec<Fixture> {
 #[test]
 fn a_weight_that_is_no_number_is_named_or_meets_no_token() {
     let plain = LoadOptions::default();
-    let of = |dtype: DType| LoadOptions { dtype, ..LoadOptions::default() };
-    let cached = |dtype: DType| LoadOptions { expert_cache: Some(CacheOptions::new(1 << 22)), ..of(dtype) };
+    let of = |dtype: DType| LoadOptions::default().with_dtype(dtype);
+    let cached = |dtype: DType| of(dtype).with_expert_cache(CacheOptions::new(1 << 22));
     let all = [of(DType::F32), of(DType::BF16), of(DType::F16), cached(DType::F32), cached(DType::BF16)];
     let (mut named, mut untouched) = (0, 0);
     for mut fixture in fixtures() {
@@ -156,7 +155,7 @@ fn a_weight_that_is_no_number_is_named_or_meets_no_token() {
 fn what_overflows_in_f16_is_named() {
     let mut fixture = Fixture::of(goldens("zoo/mixtral"));
     let checkpoint = fixture.checkpoint();
-    let half = LoadOptions { dtype: DType::F16, ..LoadOptions::default() };
+    let half = LoadOptions::default().with_dtype(DType::F16);
     assert!(fixture.logits(&half).is_ok());
     let name = "model.layers.1.self_attn.o_proj.weight";
     let at = checkpoint.entry(name).unwrap().offset() as usize;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::model::Model;
 use phase_moe::weights::gguf::tokenizer::tokenizer_json;
 use tokenizers::Tokenizer;
 

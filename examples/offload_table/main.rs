@@ -28,8 +28,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use mapped::Mapped;
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::Error;
 use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::text::{Batching, EvalText};
@@ -52,6 +52,7 @@ use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::topk::TopK;
 use phase_moe::spec::ModelSpec;
+use phase_moe::weights::Weights;
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -116,7 +117,7 @@ struct Table {
 /// A model and what its MoE layers saw in one forward pass.
 struct Subject {
     which: Which,
-    checkpoint: Arc<Checkpoint>,
+    files: Weights,
     spec: ModelSpec,
     /// Of every layer, `[tokens, experts]` and `[tokens, hidden]`.
     logits: Vec<Vec<f32>>,
@@ -135,11 +136,11 @@ impl Subject {
             Which::Tiny => bundled(),
             Which::Olmoe => model::write(&options.directory)?,
         };
-        let files = ModelFiles::open(&directory)?;
-        let spec = phase_moe::zoo::parse_config(&files.config, "config.json")?;
+        let files = Weights::open(&directory)?;
+        let spec = files.spec()?.clone();
         let (decoder, ids, text) = match which {
             Which::Tiny => {
-                let model = Model::from_files(&files, &LoadOptions::default())?;
+                let model = Model::new(&files, &LoadOptions::default())?;
                 let mut texts = Vec::new();
                 for name in ["scripture", "code", "reference"] {
                     let text = std::fs::read_to_string(directory.join("eval").join(name).with_extension("txt"))?;
@@ -153,11 +154,11 @@ impl Subject {
                 (decoder.clone(), ids, Some((decoder, batches, plain)))
             }
             Which::Olmoe => {
-                let store = weights::expert_store(&files.checkpoint, &spec)?;
+                let store = files.expert_store()?;
                 let all: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
-                let options = LoadOptions { expert_cache: Some(CacheOptions::new(all)), ..LoadOptions::default() };
+                let options = LoadOptions::default().with_expert_cache(CacheOptions::new(all));
                 let ids = (0..4096u32).map(|at| at.wrapping_mul(2_654_435_761) >> 22).collect();
-                (files.decoder(&options)?, ids, None)
+                (Decoder::load(&files, &options)?, ids, None)
             }
         };
         let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 1024 } else { 96 });
@@ -169,30 +170,24 @@ impl Subject {
             logits.push(routed.logits.flatten_all()?.to_vec1()?);
             inputs.push(routed.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
         }
-        Ok(Self { which, checkpoint: files.checkpoint, spec, logits, inputs, tokens, text })
+        Ok(Self { which, files, spec, logits, inputs, tokens, text })
     }
 
     fn pieces(&self) -> Result<Vec<Vec<Vec<Piece>>>> {
-        let parts = [(Part::Gate, "gate_proj"), (Part::Up, "up_proj"), (Part::Down, "down_proj")];
-        let piece = |layer: usize, expert: usize, (part, name): (Part, &str)| {
-            let name = format!("model.layers.{layer}.mlp.experts.{expert}.{name}.weight");
-            Ok(Piece::tensor(&self.checkpoint, part, &name)?)
-        };
-        let expert = |layer, expert| parts.into_iter().map(|part| piece(layer, expert, part)).collect();
-        let layer = |layer| (0..self.spec.moe.experts).map(|id| expert(layer, id)).collect();
+        let layer = |layer| (0..self.spec.moe.experts).map(|id| Ok(self.files.experts(layer, id)?)).collect();
         (0..self.spec.layers).map(layer).collect()
     }
 
     fn run(&self, mode: Mode, share: f64) -> Result<Row> {
         let (moe, layers) = (&self.spec.moe, self.spec.layers);
-        let store = weights::expert_store(&self.checkpoint, &self.spec)?;
+        let store = self.files.expert_store()?;
         let budget =
             (share * (0..layers).map(|layer| moe.experts * store.slab_bytes(layer)).sum::<usize>() as f64) as usize;
         let budget = budget.max(store.slab_bytes(0));
         let cached = budget / layers / store.slab_bytes(0);
         let cache = CacheOptions::new(budget);
         let mut experts = match mode {
-            Mode::Mapped => Source::Mapped(Mapped::new(&self.checkpoint, self.pieces()?, cached)?),
+            Mode::Mapped => Source::Mapped(Mapped::new(self.files.checkpoint(), self.pieces()?, cached)?),
             Mode::Lru => Source::Cached(ExpertCache::new(Arc::new(store), cache)?),
             Mode::Cache => {
                 let cache = CacheOptions { admission: Admission::default(), ..cache }.sparing(&store);
@@ -351,7 +346,7 @@ fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertW
 /// Touches as much memory as all experts take and gives it back: on a virtual machine memory that nobody has touched comes
 /// slowly from the host, and the first mode to want it would pay for all.
 fn touch(subject: &Subject) -> Result<()> {
-    let store = weights::expert_store(&subject.checkpoint, &subject.spec)?;
+    let store = subject.files.expert_store()?;
     let bytes: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
     let mut slab = Slab::new(bytes);
     slab.bytes_mut().iter_mut().step_by(4096).for_each(|byte| *byte = 1);
@@ -408,7 +403,7 @@ fn main() -> Result<()> {
     let mut table = Table { disk_gb_per_second: 0.0, rows: Vec::new() };
     for &which in &options.models {
         let subject = Subject::new(which, &options)?;
-        table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(&subject.checkpoint)?);
+        table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(subject.files.checkpoint())?);
         for &share in &options.shares {
             for mode in [Mode::Mapped, Mode::Lru, Mode::Cache] {
                 touch(&subject)?;

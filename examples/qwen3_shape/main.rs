@@ -20,12 +20,10 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use candle_core::DType;
 use clap::Parser;
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::weights::expert_pieces;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::offload::cache::CacheOptions;
-use phase_moe::zoo;
+use phase_moe::weights::Weights;
 use shape::Shape;
 
 #[derive(Parser)]
@@ -67,16 +65,12 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let before = peak_bytes()?;
-    let files = ModelFiles::open(&options.directory)?;
-    let spec = zoo::parse_config(&files.config, "config.json")?;
-    let pieces = expert_pieces(&files.checkpoint, &spec)?;
-    let bytes = |columns: usize, rows: usize| 2 * (columns * rows) as u64;
-    let experts: u64 = pieces.iter().flatten().flatten().map(|piece| bytes(piece.columns, piece.rows)).sum();
-    let others = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
+    let files = Weights::open(&options.directory)?;
+    let (spec, experts) = (files.spec()?, files.expert_sizes()?.all);
+    let others = files.checkpoint().tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
     let budget = options.expert_cache.as_u64();
     let cache = CacheOptions::new(usize::try_from(budget)?);
-    let decoder =
-        files.decoder(&LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() })?;
+    let decoder = Decoder::load(&files, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache))?;
     let loaded = peak_bytes()?;
 
     let prompt: Vec<u32> =

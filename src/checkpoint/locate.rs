@@ -7,9 +7,10 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::ByteSource;
 use super::file::not_a_file;
 use super::gguf::{MAGIC, is_first_part};
-use super::{ByteSource, SAFETENSORS};
+use super::safetensors::SAFETENSORS;
 use crate::error::{Error, Result};
 
 /// Where a model is.

@@ -6,11 +6,12 @@
 mod attention;
 mod batch;
 mod block;
+mod builder;
 mod finite;
 pub mod generate;
-mod gguf;
 mod latent;
 mod linear;
+mod load;
 mod lookahead;
 pub mod memory;
 pub mod model;
@@ -21,19 +22,20 @@ mod seen;
 mod state;
 pub mod tokenizer;
 pub mod unstacked;
-pub mod weights;
 
 pub use self::batch::Batch;
+pub use self::builder::var_builder;
+pub use self::load::LoadOptions;
 pub use self::state::{DecoderState, Slots};
 
 use std::sync::Arc;
 
 use candle_core::{Module, Tensor};
+use candle_nn::Embedding;
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Embedding, Init, VarBuilder};
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::block::{Block, Ffn, Mixer};
+use crate::decoder::block::{Block, Ffn};
 use crate::decoder::finite::Place;
 use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
@@ -43,9 +45,7 @@ use crate::decoder::rotary::Rotary;
 use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
-use crate::experts::engine::Engine;
 use crate::layer::cached::CachedExperts;
-use crate::layer::expert::Expert;
 use crate::layer::{Buffers, MoeLayer};
 use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
@@ -67,90 +67,6 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Loads the tensors of `spec` in Hugging Face names (`model.embed_tokens`, `model.layers.N`, `lm_head`, …).
-    ///
-    /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes ([`Error::Checkpoint`] from [`weights::var_builder`]),
-    /// [`Error::Parameter`] for sizes that contradict.
-    pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))
-    }
-
-    /// The same but for the experts, which are those of a GGUF file, as they are stored there; `vb` is that of
-    /// [`weights::var_builder`].
-    ///
-    /// # Errors
-    /// As [`Decoder::load`], and [`Error::Checkpoint`] for experts of another shape or of a type that Candle does not read.
-    pub fn load_gguf(spec: &ModelSpec, vb: VarBuilder<'_>, checkpoint: &Checkpoint) -> Result<Self> {
-        let blocks: Vec<usize> = spec.moe_blocks().collect();
-        Self::build(spec, vb, |layer, vb| {
-            let experts = gguf::experts(checkpoint, &spec.moe, blocks[layer], vb.device())?;
-            MoeLayer::load_with(&spec.moe, vb, experts)
-        })
-    }
-
-    /// The same but for the experts, which come from a cache (see [`weights::expert_store`]).
-    ///
-    /// # Errors
-    /// As [`Decoder::load`] and [`MoeLayer::new`].
-    pub fn load_cached(spec: &ModelSpec, vb: VarBuilder<'_>, cache: Arc<ExpertCache>) -> Result<Self> {
-        Self::build(spec, vb, |layer, vb| MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer)))
-    }
-
-    fn build(
-        spec: &ModelSpec,
-        vb: VarBuilder<'_>,
-        moe: impl Fn(usize, VarBuilder<'_>) -> Result<MoeLayer>,
-    ) -> Result<Self> {
-        spec.check()?;
-        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
-        let table = |vb: VarBuilder<'_>, stdev| {
-            vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
-        };
-        let embeddings = table(model.pp("embed_tokens"), 0.02)?;
-        let output = match spec.tied_embeddings {
-            true => embeddings.clone(),
-            false => table(vb.pp("lm_head"), 0.02)?,
-        };
-        let output_bias = match spec.output_bias {
-            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
-            false => None,
-        };
-        // One layer runs at a time: all work in the same memory.
-        let engine = Arc::new(Engine::default());
-        let mut moe_layers = 0;
-        let blocks = (0..spec.layers).map(|block| {
-            let vb = model.pp("layers").pp(block);
-            Ok(Block {
-                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
-                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
-                windowed: spec.window.blocks.binary_search(&block).is_ok(),
-                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
-                ffn: match spec.dense.blocks.binary_search(&block) {
-                    Ok(_) => Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?)),
-                    Err(_) => {
-                        let layer = moe_layers;
-                        moe_layers += 1;
-                        Ffn::Moe(Box::new(moe(layer, vb.pp(&spec.ffn))?.with_index(layer).with_engine(engine.clone())))
-                    }
-                },
-            })
-        });
-        Ok(Self {
-            spec: spec.clone(),
-            embedding: Embedding::new(embeddings, hidden),
-            blocks: blocks.collect::<Result<_>>()?,
-            norm: Norm::load(spec, model.pp("norm"))?,
-            output: Linear::new(output, output_bias, engine),
-            checkpoint: None,
-        })
-    }
-
-    /// Says where the weights came from: an error about a value that is no number then names the tensor that is to blame.
-    pub fn with_checkpoint(self, checkpoint: Arc<Checkpoint>) -> Self {
-        Self { checkpoint: Some(checkpoint), ..self }
-    }
-
     /// Sizes and family.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec

@@ -18,7 +18,10 @@ use tokenizers::{Encoding, Token, Tokenizer};
 
 use crate::checkpoint::{json, without_mark};
 use crate::error::{Error, Result};
+use crate::weights::Weights;
+use crate::weights::gguf::tokenizer::{said_around, tokenizer_json};
 
+const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 
 /// What a decoder writes for bytes that are no letter, or not yet.
@@ -33,6 +36,28 @@ pub(super) struct TextTokenizer {
 }
 
 impl TextTokenizer {
+    /// That of a model, and what it puts around a text as the model's files say.
+    pub(super) fn of(weights: &Weights) -> Result<Self> {
+        let gguf = weights.checkpoint().gguf();
+        let Some(json) = weights.beside(FILE)? else {
+            let reason = || std::io::Error::new(std::io::ErrorKind::NotFound, "expected beside config.json, got none");
+            let metadata = gguf.ok_or_else(|| Error::io(FILE, reason()))?;
+            return Self::read(tokenizer_json(metadata)?.as_bytes(), metadata.file());
+        };
+        let file = weights.directory().map_or(FILE.into(), |directory| directory.join(FILE).display().to_string());
+        let tokenizer = Self::read(json.as_bytes(), &file)?;
+        Ok(match gguf {
+            Some(metadata) => match said_around(metadata)? {
+                Some((before, after)) => tokenizer.around(before, after),
+                None => tokenizer,
+            },
+            None => match weights.beside(CONFIG)? {
+                Some(config) => tokenizer.configured(&config)?,
+                None => tokenizer,
+            },
+        })
+    }
+
     /// From a `tokenizer.json`; `file` is what an error calls it.
     pub(super) fn read(bytes: &[u8], file: &str) -> Result<Self> {
         let named = |reason: String| Error::Tokenizer(format!("{file}: {reason}"));
@@ -86,19 +111,19 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, true).map_err(wrong)
     }
 
-    fn piece(&self, id: u32) -> Piece {
-        let Some(token) = self.tokenizer.id_to_token(id) else { return Piece::Skipped };
+    fn kind(&self, id: u32) -> TokenKind {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return TokenKind::Skipped };
         if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
-            return Piece::Skipped;
+            return TokenKind::Skipped;
         }
         let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-        if digits.is_some_and(|digits| digits.len() == 2) { Piece::Byte } else { Piece::Text }
+        if digits.is_some_and(|digits| digits.len() == 2) { TokenKind::Byte } else { TokenKind::Text }
     }
 }
 
 /// What a token is to a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Piece {
+enum TokenKind {
     Text,
     /// One byte: several in a row are text together, or none of them is.
     Byte,
@@ -138,10 +163,10 @@ impl Continuation {
     /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
-        match self.tokenizer.piece(id) {
-            Piece::Text => self.bytes = false,
-            Piece::Byte => self.bytes = true,
-            Piece::Skipped => {}
+        match self.tokenizer.kind(id) {
+            TokenKind::Text => self.bytes = false,
+            TokenKind::Byte => self.bytes = true,
+            TokenKind::Skipped => {}
         }
         if self.bytes {
             return Ok(String::new());
@@ -181,7 +206,7 @@ impl Continuation {
     fn let_go(&mut self) -> Result<()> {
         let start = self.ids.len().saturating_sub(Self::SHORT);
         let kept = &self.ids[start..];
-        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.piece(id) != Piece::Text) {
+        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.kind(id) != TokenKind::Text) {
             return Ok(());
         }
         let text = self.tokenizer.decode(kept)?;

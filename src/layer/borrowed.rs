@@ -3,7 +3,6 @@
 //! Knows nothing of experts, nor of gradients: a product comes here only where nothing has to be differentiated.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef, Tensor};
@@ -17,7 +16,7 @@ use crate::experts::matrix::{Dtype, Matrix};
 /// A matrix of Candle's, held while its memory is read.
 pub(super) enum Borrowed<'a> {
     Dense(StorageRef<'a>, &'a Layout),
-    Quantized { dtype: Dtype, columns: usize, rows: Range<usize>, bytes: Cow<'a, [u8]> },
+    Quantized { dtype: Dtype, shape: [usize; 2], bytes: Cow<'a, [u8]> },
     Packed(&'a Packed),
 }
 
@@ -32,10 +31,9 @@ impl<'a> Borrowed<'a> {
     pub(super) fn weight(weight: &'a Weight) -> Result<Self> {
         match weight {
             Weight::Dense(tensor) => Self::tensor(tensor),
-            Weight::Quantized { tensor, rows } => {
+            Weight::Quantized(tensor) => {
                 let dtype = dtype(tensor.dtype()).ok_or_else(|| refused(format!("{:?}", tensor.dtype())))?;
-                let columns = tensor.shape().dims().last().copied().unwrap_or(0);
-                Ok(Self::Quantized { dtype, columns, rows: rows.clone(), bytes: tensor.data()? })
+                Ok(Self::Quantized { dtype, shape: tensor.shape().dims2()?.into(), bytes: tensor.data()? })
             }
             Weight::Packed(packed) => Ok(Self::Packed(packed)),
         }
@@ -56,11 +54,7 @@ impl<'a> Borrowed<'a> {
                     _ => Err(refused("another dtype or device")),
                 }
             }
-            Self::Quantized { dtype, columns, rows, bytes } => {
-                let row_bytes = dtype.row_bytes(*columns).filter(|&bytes| bytes > 0);
-                let all = row_bytes.map_or(0, |row| bytes.len() / row);
-                Matrix::new(*dtype, all, *columns, bytes)?.rows(rows.clone())
-            }
+            Self::Quantized { dtype, shape: [rows, columns], bytes } => Matrix::new(*dtype, *rows, *columns, bytes),
             Self::Packed(packed) => packed.matrix(),
         }
     }
@@ -93,7 +87,7 @@ pub(crate) fn fits(tensor: &Tensor) -> bool {
 pub(super) fn projection_fits(projection: &Projection) -> bool {
     let weight = match projection.weight() {
         Weight::Dense(tensor) => fits(tensor),
-        Weight::Quantized { tensor, .. } => tensor.device().is_cpu() && dtype(tensor.dtype()).is_some(),
+        Weight::Quantized(tensor) => tensor.device().is_cpu() && dtype(tensor.dtype()).is_some(),
         Weight::Packed(_) => true,
     };
     weight && projection.bias().is_none_or(|bias| !bias.track_op())

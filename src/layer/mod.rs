@@ -42,13 +42,13 @@ mod check;
 pub mod expert;
 mod experts;
 pub mod gate;
+pub(crate) mod load;
 pub mod loss;
 pub mod packed;
 pub mod projection;
 mod route;
 mod routed;
 pub mod shared;
-mod stacked;
 mod state;
 pub mod worth;
 
@@ -134,7 +134,7 @@ impl MoeLayer {
     /// What the builder reports for missing tensors and wrong shapes; as [`MoeSpec::stack_order`] for stacked experts.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
-        let experts = stacked::load_experts(spec, &vb)?;
+        let experts = load::from_builder(spec, &vb)?;
         Self::load_with(spec, vb, experts)
     }
 
@@ -146,9 +146,7 @@ impl MoeLayer {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
         let experts = match experts.into() {
-            Experts::Cached(experts) if spec.expert_bias => {
-                experts.with_biases(stacked::load_biases(spec, &vb)?).into()
-            }
+            Experts::Cached(experts) if spec.expert_bias => experts.with_biases(load::cached_biases(spec, &vb)?).into(),
             experts => experts,
         };
         Self::new(spec.clone(), gate, experts, Shared::load(spec, vb)?)

@@ -29,7 +29,7 @@ impl Shared {
     /// What the builder reports for missing tensors and wrong shapes.
     pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
         let Some(shared) = spec.shared else { return Ok(None) };
-        let expert = Expert::load_shaped(ExpertShape::shared(spec, shared), vb.pp(&spec.names.shared))?;
+        let expert = Expert::load_dense(spec, shared.width, vb.pp(&spec.names.shared))?;
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let gate = || vb.pp(&spec.names.shared_gate).get_with_hints((1, spec.hidden), "weight", init);
         Ok(Some(Self { expert, gate: shared.gated.then(gate).transpose()? }))

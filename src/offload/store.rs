@@ -1,7 +1,7 @@
 //! Experts in their files: where each one's projections lie, how they are read into a [`Slab`], and what they must be.
 //!
-//! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes: a tensor of a safetensors or
-//! GGUF file, or some rows of a stacked one. Every piece is read with the whole pages around it, so that a file that can be read past
+//! An expert is a list of [`Piece`]s, each a matrix `[rows, columns]` that lies in one run of bytes of a file;
+//! [`Weights::expert_store`](crate::weights::Weights::expert_store) has those of a model. Every piece is read with the whole pages around it, so that a file that can be read past
 //! the page cache needs no copy; a piece then begins anywhere in its first page, which the engine does not mind. A small expert takes
 //! one slab, and pieces that share pages are read at once; of a large one every piece has its own, so that several readers can work on
 //! it. All experts of the same shapes take slabs of the same sizes. A piece of another [`Layout`] than row by row is read through a buffer of at most
@@ -10,24 +10,18 @@
 //! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
 //! ```
-//! # let directory = tempfile::tempdir().unwrap();
-//! # let path = directory.path().join("model.safetensors");
-//! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::offload::store::{ExpertStore, Part, Piece};
+//! use std::sync::Arc;
+//! use phase_moe::experts::matrix::Dtype;
+//! use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
 //!
-//! // Two experts of width 1 on a hidden width of 2; the up projections are stacked.
-//! let tensors = [
-//!     NamedTensor::f32("up", [2, 1, 2], &[1.0, 2.0, 3.0, 4.0]),
-//!     NamedTensor::f32("0.down", [2, 1], &[5.0, 6.0]),
-//!     NamedTensor::f32("1.down", [2, 1], &[7.0, 8.0]),
-//! ];
-//! write_tensors(&path, &tensors, None)?;
-//! let file = Checkpoint::open_files(&[&path])?;
-//! let expert = |id: usize| -> phase_moe::error::Result<Vec<Piece>> {
-//!     let up = Piece::tensor(&file, Part::Up, "up")?.of_rows(id..id + 1)?;
-//!     Ok(vec![up, Piece::tensor(&file, Part::Down, &format!("{id}.down"))?])
+//! // Two experts of width 1 on a hidden width of 2: both up projections, then both down projections.
+//! static FILE: [f32; 8] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+//! let file: &'static [u8] = bytemuck::cast_slice(&FILE);
+//! let piece = |part: Part, offset: u64, [rows, columns]: [usize; 2]| {
+//!     Piece { part, source: 0, offset, dtype: Dtype::F32, rows, columns, layout: Layout::Rows }
 //! };
-//! let store = ExpertStore::new(file.sources().to_vec(), vec![vec![expert(0)?, expert(1)?]])?;
+//! let expert = |id: u64| vec![piece(Part::Up, 8 * id, [1, 2]), piece(Part::Down, 16 + 8 * id, [2, 1])];
+//! let store = ExpertStore::new(vec![("memory".into(), Arc::new(file))], vec![vec![expert(0), expert(1)]])?;
 //!
 //! let mut slabs = store.slabs(0, 1)?;
 //! let loaded = store.load(0, 1, &mut slabs)?;
@@ -42,12 +36,11 @@ use std::hash::Hasher;
 use std::ops::Range;
 use std::sync::Arc;
 
-use safetensors::Dtype as StoredDtype;
 use twox_hash::XxHash3_64;
 
 use self::place::{Filling, Stored, place};
 pub use self::scatter::Layout;
-use crate::checkpoint::{BlockType, Checkpoint, ElementType, NamedSource};
+use crate::checkpoint::NamedSource;
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
 use crate::experts::matrix::{Dtype, Matrix};
@@ -93,99 +86,6 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// A tensor of a checkpoint: the last dimension are its columns, all before it are rows.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] when there is no such tensor, or when it is no matrix of a [`Dtype`].
-    pub fn tensor(checkpoint: &Checkpoint, part: Part, name: &str) -> Result<Self> {
-        let entry = checkpoint.entry(name)?;
-        let wrong = |expected: &str, got: String| Error::Checkpoint {
-            file: checkpoint.file_of(entry).into(),
-            detail: format!("tensor `{name}`: expected {expected}, got {got}"),
-        };
-        let dtype = match entry.dtype {
-            ElementType::Plain(StoredDtype::F32) => Dtype::F32,
-            ElementType::Plain(StoredDtype::F16) => Dtype::F16,
-            ElementType::Plain(StoredDtype::BF16) => Dtype::Bf16,
-            ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
-            ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
-            ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
-            ElementType::Blocks(BlockType { name: "mxfp4", .. }) => Dtype::Mxfp4,
-            ElementType::Plain(other) => return Err(wrong("dtype F32, BF16 or F16", format!("{other:?}"))),
-            ElementType::Blocks(other) => return Err(wrong("dtype q8_0, q4_K, q6_K or mxfp4", other.name.into())),
-        };
-        let [rows @ .., columns] = entry.shape.as_slice() else {
-            return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
-        };
-        if rows.is_empty() {
-            return Err(wrong("a matrix or a stack of them", format!("shape {:?}", entry.shape)));
-        }
-        let (source, offset) = (entry.source(), entry.offset());
-        let (rows, columns) = (rows.iter().product(), *columns);
-        Ok(Self { part, source, offset, dtype, rows, columns, layout: Layout::Rows })
-    }
-
-    /// Expert `expert` of a stack `[experts, rows, columns]` in MXFP4 as Hugging Face writes it: bytes `{name}_blocks` `[experts, rows,
-    /// columns / 32, 16]` and `{name}_scales` `[experts, rows, columns / 32]`.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] for a tensor that is not there, of another shape or not of bytes, [`Error::ExpertOutOfRange`].
-    pub fn mxfp4(checkpoint: &Checkpoint, part: Part, name: &str, shape: [usize; 3], expert: usize) -> Result<Self> {
-        let [experts, rows, columns] = shape;
-        if expert >= experts {
-            let id = i64::try_from(expert).unwrap_or(i64::MAX);
-            return Err(Error::ExpertOutOfRange { operand: name.into(), id, expected: format!("one of {experts}") });
-        }
-        let find = |suffix: &str, shape: &[usize]| {
-            let name = format!("{name}_{suffix}");
-            let entry = checkpoint.entry(&name)?;
-            if entry.dtype != ElementType::Plain(StoredDtype::U8) || entry.shape != shape {
-                let (got, file) = (format!("{:?} {:?}", entry.dtype, entry.shape), checkpoint.file_of(entry).into());
-                let detail = format!("tensor `{name}`: expected U8 {shape:?}, got {got}");
-                return Err(Error::Checkpoint { file, detail });
-            }
-            let bytes = entry.bytes / experts;
-            Ok((entry.source(), entry.offset() + (expert * bytes) as u64))
-        };
-        let blocks = columns / mxfp4::WEIGHTS;
-        let (source, offset) = find("blocks", &[experts, rows, blocks, mxfp4::BLOCK_BYTES])?;
-        let (scales_source, scales) = find("scales", &[experts, rows, blocks])?;
-        let layout = Layout::Apart { source: scales_source, scales };
-        Ok(Self { part, source, offset, dtype: Dtype::Mxfp4, rows, columns, layout })
-    }
-
-    /// The same bytes as the matrix whose columns they hold one after the other.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for weights that share blocks.
-    pub fn transposed(self) -> Result<Self> {
-        if self.dtype.is_quantized() || self.layout != Layout::Rows {
-            return Err(Error::shape("piece of columns", "floats row by row", self.dtype));
-        }
-        Ok(Self { rows: self.columns, columns: self.rows, layout: Layout::Columns, ..self })
-    }
-
-    /// Some of the rows: an expert of a stack.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for rows that are not there, or that are no whole number of blocks.
-    pub fn of_rows(mut self, rows: Range<usize>) -> Result<Self> {
-        let row_bytes = self.row_bytes()?;
-        if self.layout != Layout::Rows {
-            return Err(Error::shape(
-                "piece to take rows of",
-                "one that lies row by row",
-                format!("{:?}", self.layout),
-            ));
-        }
-        if rows.start > rows.end || rows.end > self.rows {
-            return Err(Error::shape("rows of a piece", format!("within 0..{}", self.rows), format!("{rows:?}")));
-        }
-        self.offset = self.offset.saturating_add((rows.start as u64).saturating_mul(row_bytes as u64));
-        self.rows = rows.len();
-        Ok(self)
-    }
-
     fn row_bytes(&self) -> Result<usize> {
         self.dtype.row_bytes(self.columns).ok_or_else(|| {
             let expected = format!("a multiple of {} columns for {}", self.dtype.block(), self.dtype);

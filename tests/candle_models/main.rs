@@ -15,8 +15,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{deepseek2, mixtral, qwen2_moe, qwen3_moe};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::weights::Weights;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -119,8 +119,8 @@ fn written(config: &Value, tensors: &[NamedTensor]) -> TempDir {
 }
 
 fn ours(directory: &Path, dtype: DType) -> Decoder {
-    let files = ModelFiles::open(directory).unwrap();
-    files.decoder(&LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+    let files = Weights::open(directory).unwrap();
+    Decoder::load(&files, &LoadOptions::default().with_dtype(dtype)).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {

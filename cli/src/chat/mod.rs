@@ -21,7 +21,7 @@ use jiff::Zoned;
 use minijinja::value::Value;
 use minijinja::{Error, context};
 use phase_moe::checkpoint::Metadata;
-use phase_moe::decoder::model::ModelFiles;
+use phase_moe::weights::Weights;
 use serde_json::Value as Json;
 
 use crate::options::UserMistake;
@@ -46,7 +46,7 @@ pub struct Chat {
 
 impl Chat {
     /// The template beside a model's other files.
-    pub fn of(files: &ModelFiles) -> Result<Self> {
+    pub fn of(files: &Weights) -> Result<Self> {
         let mistake = |message: String| -> anyhow::Error { UserMistake(message).into() };
         let json = |file: &str| -> Result<Json> {
             let Some(text) = files.beside(file)? else { return Ok(Json::Null) };
@@ -66,13 +66,13 @@ impl Chat {
                 let message = || mistake(format!("{CONFIG}: `chat_template`: expected one named `default`, got none"));
                 (default.ok_or_else(message)?.to_owned(), CONFIG.to_owned())
             }
-            (None, Json::Null) => match files.checkpoint.gguf() {
+            (None, Json::Null) => match files.checkpoint().gguf() {
                 Some(gguf) if gguf.text(TEMPLATE_KEY)?.is_some() => {
                     (gguf.text(TEMPLATE_KEY)?.unwrap_or_default().to_owned(), gguf.file().to_owned())
                 }
                 gguf => {
                     let key = gguf.map_or(String::new(), |_| format!(", or `{TEMPLATE_KEY}` in the file"));
-                    let places = format!("{TEMPLATE} or {CONFIG} of {}{key}", files.name);
+                    let places = format!("{TEMPLATE} or {CONFIG} of {}{key}", files.name());
                     return Err(mistake(format!("--chat: expected a chat template in {places}, got none")));
                 }
             },
@@ -87,7 +87,7 @@ impl Chat {
                 tokens.insert(name.clone(), text);
             }
         }
-        if let Some(gguf) = files.checkpoint.gguf() {
+        if let Some(gguf) = files.checkpoint().gguf() {
             for (name, token) in special_tokens(gguf)? {
                 tokens.entry(name).or_insert(token);
             }

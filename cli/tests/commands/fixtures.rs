@@ -1,8 +1,8 @@
 //! The models of `tests/goldens` and the bundled one, each in a directory of its own with a tokenizer and texts.
 
+use phase_moe::weights::Weights;
 use std::path::{Path, PathBuf};
 
-use phase_moe::decoder::model::ModelFiles;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -114,8 +114,8 @@ impl Ready {
 }
 
 fn vocabulary(model: &Path) -> Option<usize> {
-    let files = ModelFiles::open(model).ok()?;
-    let config: Value = serde_json::from_str(&files.config).unwrap();
+    let files = Weights::open(model).ok()?;
+    let config: Value = serde_json::from_str(files.config()).unwrap();
     config["vocab_size"].as_u64().map(|size| size as usize)
 }
 

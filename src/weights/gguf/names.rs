@@ -1,31 +1,13 @@
-//! Names of tensors: those that a decoder asks for, as transformers has them, and those in a GGUF file, with what was done to them.
+//! Names of tensors: those that a decoder asks for, as transformers has them, and those in a GGUF file, with what was done to them;
+//! and where the experts of a block are in one.
 
 use super::architecture;
-use crate::checkpoint::Metadata;
+use crate::checkpoint::{Checkpoint, Metadata};
 use crate::error::Result;
-
-/// Where the numbers of a tensor are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TensorSource {
-    /// In this one, as they are.
-    Same(String),
-    /// In this one, rows of a head's two halves in turns, so that neighbours are rotated against each other.
-    InTurns {
-        /// Its name.
-        name: String,
-        /// How many heads there are.
-        heads: usize,
-    },
-    /// In one, or split into keys `[heads, rank, width]` and values `[heads, width, rank]`.
-    KeysAndValues {
-        /// Both in one, as transformers has them.
-        joined: String,
-        /// Keys, their last two dimensions swapped.
-        keys: String,
-        /// Values.
-        values: String,
-    },
-}
+use crate::offload::store::Part;
+use crate::spec::{ModelSpec, MoeSpec};
+use crate::weights::TensorSource;
+use crate::weights::experts::{Order, Slice, Tensors};
 
 /// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
 const BLOCK: [(&str, &str); 24] = [
@@ -64,7 +46,7 @@ const MODEL: [(&str, &str); 3] = [
 
 /// The names of one file.
 #[derive(Clone, Debug)]
-pub struct TensorNames {
+pub(crate) struct TensorNames {
     /// Query and key heads, where their rows are in turns.
     in_turns: Option<[usize; 2]>,
     /// The norm before an FFN.
@@ -76,7 +58,7 @@ impl TensorNames {
     ///
     /// # Errors
     /// As [`config`](super::config).
-    pub fn new(metadata: &Metadata) -> Result<Self> {
+    pub(crate) fn new(metadata: &Metadata) -> Result<Self> {
         let architecture = architecture(metadata)?;
         let in_turns = match architecture {
             "llama" | "granitemoe" => {
@@ -90,7 +72,7 @@ impl TensorNames {
     }
 
     /// Where the tensor is that transformers calls `name`; `None` for one that no file has.
-    pub fn source(&self, name: &str) -> Option<TensorSource> {
+    pub(crate) fn source(&self, name: &str) -> Option<TensorSource> {
         if let Some((_, stored)) = MODEL.iter().find(|(known, _)| *known == name) {
             return Some(TensorSource::Same((*stored).into()));
         }
@@ -117,14 +99,47 @@ impl TensorNames {
     }
 }
 
-/// A part of all experts of a block, each one's rows after the other's.
-pub fn stack(block: usize, part: &str) -> String {
-    format!("blk.{block}.ffn_{part}_exps.weight")
+/// The slices of expert `id` of a block: each of a tensor of its own, as files from before experts were stacked have them, or some rows of
+/// one that holds all experts' gate, up or down projections, or gate and up projections joined.
+pub(in crate::weights) fn slices(moe: &MoeSpec, block: usize, id: usize, tensors: &impl Tensors) -> Vec<Slice> {
+    let (experts, width, hidden) = (moe.experts, moe.expert_width, moe.hidden);
+    let joined = format!("blk.{block}.ffn_gate_up_exps.weight");
+    let parts = [
+        (Part::Gate, "gate", [width, hidden]),
+        (Part::Up, "up", [width, hidden]),
+        (Part::Down, "down", [hidden, width]),
+    ];
+    let slice = |(part, name, [rows, columns]): (Part, &str, [usize; 2])| {
+        let single = format!("blk.{block}.ffn_{name}.{id}.weight");
+        let (tensor, shape, first) = if part != Part::Down && tensors.has(&joined) {
+            let half = usize::from(part == Part::Up);
+            (joined.clone(), vec![experts, 2 * rows, columns], (2 * id + half) * rows)
+        } else if tensors.has(&single) {
+            (single, vec![rows, columns], 0)
+        } else {
+            (format!("blk.{block}.ffn_{name}_exps.weight"), vec![experts, rows, columns], id * rows)
+        };
+        Slice { part, tensor, shape, rows: first..first + rows, order: Order::Rows }
+    };
+    parts.into_iter().filter(|(part, ..)| moe.activation.gated || *part != Part::Gate).map(slice).collect()
 }
 
-/// A part of one expert, in files from before experts were stacked.
-pub fn single(block: usize, part: &str, expert: usize) -> String {
-    format!("blk.{block}.ffn_{part}.{expert}.weight")
+/// Checks that the file has no experts beyond those of `spec`.
+pub(in crate::weights) fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    for (name, entry) in checkpoint.tensors() {
+        let Some((block, rest)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { continue };
+        let (Ok(block), true) = (block.parse::<usize>(), rest.starts_with("ffn_gate_inp.")) else { continue };
+        let wrong = |expected: String| {
+            checkpoint.wrong(entry, name, format!("expected {expected} as the metadata say, got one"))
+        };
+        if block >= spec.layers.saturating_add(spec.extra_blocks) {
+            return Err(wrong(format!("no block after {}", spec.layers - 1)));
+        }
+        if spec.dense.blocks.binary_search(&block).is_ok() {
+            return Err(wrong(format!("no experts in block {block}")));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,160 +1,20 @@
-//! Checkpoints: which tensor lies where, read with positioned reads through one seam, [`ByteSource`].
-//!
-//! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
-//! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only; a tensor's bytes are read when asked for. Nothing is mapped: a file that
-//! shrinks while open gives an error, not a signal. Headers are checked whole before anything in them is trusted.
-//! Files are read through [`DirectFile`]; a FIFO or a device is no file ([`open_file`]). [`tensor_bytes`] and [`write_tensors`] are the
-//! other direction: [`NamedTensor`]s to one safetensors file.
-//!
-//! Knows nothing of tensor frameworks or models.
+//! Safetensors files: a directory with one or with an index of shards; headers read and checked whole.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Debug;
-use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 
-use safetensors::tensor::{Metadata as SafetensorsHeader, TensorInfo, TensorView};
-use safetensors::{Dtype, SafeTensorError};
+use safetensors::tensor::{Metadata as SafetensorsHeader, TensorInfo};
 
-pub use self::direct::{DirectFile, PAGE_BYTES};
-pub use self::element::{BlockType, ElementType};
-pub use self::file::{open_file, read_file, read_text, text, without_mark};
-pub use self::locate::{Located, locate, name_of};
-pub use self::metadata::{Metadata, Value};
+use super::{ByteSource, Checkpoint, DirectFile, MAX_HEADER_BYTES, NamedSource, TensorEntry, json, read_text};
 use crate::error::{Error, Result};
 
-mod direct;
-mod element;
-mod file;
-mod gguf;
-pub mod json;
-mod locate;
-mod metadata;
-
-/// Bytes that can be read at a position: a file, or memory.
-pub trait ByteSource: Send + Sync + Debug {
-    /// Number of bytes there are.
-    ///
-    /// # Errors
-    /// When the system cannot tell.
-    fn len(&self) -> std::io::Result<u64>;
-
-    /// True when there are none.
-    ///
-    /// # Errors
-    /// When the system cannot tell.
-    fn is_empty(&self) -> std::io::Result<bool> {
-        Ok(self.len()? == 0)
-    }
-
-    /// Fills `buffer` with the bytes from `offset`.
-    ///
-    /// # Errors
-    /// [`std::io::ErrorKind::UnexpectedEof`] when there are fewer, or what the system reports.
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()>;
-}
-
-impl ByteSource for File {
-    fn len(&self) -> std::io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-
-    #[cfg(unix)]
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
-    }
-
-    #[cfg(windows)]
-    fn read_exact_at(&self, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-        while !buffer.is_empty() {
-            match std::os::windows::fs::FileExt::seek_read(self, buffer, offset)? {
-                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                read => {
-                    buffer = &mut buffer[read..];
-                    offset += read as u64;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Where there are no files, as in a browser.
-    #[cfg(not(any(unix, windows)))]
-    fn read_exact_at(&self, _: &mut [u8], _: u64) -> std::io::Result<()> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-}
-
-impl ByteSource for &'static [u8] {
-    fn len(&self) -> std::io::Result<u64> {
-        Ok((**self).len() as u64)
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.get(start..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-}
-
-/// One tensor of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorEntry {
-    /// Element type as stored.
-    pub dtype: ElementType,
-    /// Shape as stored.
-    pub shape: Vec<usize>,
-    /// Length in bytes.
-    pub bytes: usize,
-    file: usize,
-    offset: u64,
-}
-
-impl TensorEntry {
-    /// Which of [`Checkpoint::sources`] its bytes are in.
-    pub fn source(&self) -> usize {
-        self.file
-    }
-
-    /// Where in that source they begin.
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-}
-
-/// A named [`ByteSource`] that can be read by several.
-pub type NamedSource = (String, Arc<dyn ByteSource>);
-
-/// The tensors of a model and where their bytes are.
-#[derive(Debug)]
-pub struct Checkpoint {
-    files: Vec<NamedSource>,
-    tensors: BTreeMap<String, TensorEntry>,
-    metadata: BTreeMap<String, String>,
-    gguf: Option<Metadata>,
-}
-
 /// What a directory of safetensors files holds: the only one, or the index of shards.
-const SAFETENSORS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
-
-/// A header longer than this is an attack, not a model (safetensors' own limit).
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(super) const SAFETENSORS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `path`, or the one GGUF file that is
-    /// there where neither is; or the GGUF file that `path` is.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when a file is missing or unreadable, [`Error::Checkpoint`] when it is not what it says: naming the file,
-    /// the tensor, what was expected and what came.
-    pub fn open(path: &Path) -> Result<Self> {
-        let directory = match locate(path)? {
-            Located::Gguf(file) => return Self::open_gguf(&file),
-            Located::Directory(directory) => directory,
-        };
+    /// Opens what a directory holds, whichever of the two it is.
+    pub(super) fn open_directory(directory: &Path) -> Result<Self> {
         let [single, index] = SAFETENSORS.map(|name| directory.join(name));
         if single.exists() || !index.exists() {
             return Self::open_files(&[single]);
@@ -239,131 +99,6 @@ impl Checkpoint {
         }
         Ok(Self { files, tensors, metadata, gguf: None })
     }
-
-    /// All tensors by name.
-    pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
-        &self.tensors
-    }
-
-    /// The files, or what stands for them.
-    pub fn sources(&self) -> &[NamedSource] {
-        &self.files
-    }
-
-    /// The metadata of a GGUF file; `None` where the tensors are in safetensors files.
-    pub fn gguf(&self) -> Option<&Metadata> {
-        self.gguf.as_ref()
-    }
-
-    /// Free-form metadata of safetensors files.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
-    }
-
-    /// The entry of a tensor.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] when there is none.
-    pub fn entry(&self, tensor: &str) -> Result<&TensorEntry> {
-        self.tensors.get(tensor).ok_or_else(|| Error::Checkpoint {
-            file: match self.files.as_slice() {
-                [] => "no file".into(),
-                [(only, _)] => only.clone(),
-                [(first, _), others @ ..] => format!("{first} and {} more", others.len()),
-            },
-            detail: format!("tensor `{tensor}`: expected in the checkpoint, got none"),
-        })
-    }
-
-    /// The file a tensor is in.
-    pub fn file_of(&self, entry: &TensorEntry) -> &str {
-        &self.files[entry.file].0
-    }
-
-    /// Reads the bytes of a tensor.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] when there is no such tensor or the read fails or comes back short.
-    pub fn read(&self, tensor: &str) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.entry(tensor)?.bytes];
-        self.read_into(tensor, &mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Reads the bytes of a tensor into memory that is there.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`]; [`Error::Shape`] for memory of another length.
-    pub fn read_into(&self, tensor: &str, bytes: &mut [u8]) -> Result<()> {
-        let entry = self.entry(tensor)?;
-        if bytes.len() != entry.bytes {
-            return Err(Error::shape(format!("memory for tensor `{tensor}`"), entry.bytes, bytes.len()));
-        }
-        let (file, source) = &self.files[entry.file];
-        source.read_exact_at(bytes, entry.offset).map_err(|error| Error::Checkpoint {
-            file: file.clone(),
-            detail: format!("tensor `{tensor}`: expected {} bytes at {}, got {error}", entry.bytes, entry.offset),
-        })
-    }
-}
-
-/// A tensor to be written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedTensor {
-    /// Its name in the file.
-    pub name: String,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Shape, row-major.
-    pub shape: Vec<usize>,
-    /// Little-endian elements.
-    pub bytes: Vec<u8>,
-}
-
-impl NamedTensor {
-    /// From `f32` values.
-    pub fn f32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[f32]) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), dtype: Dtype::F32, shape: shape.into(), bytes }
-    }
-
-    /// From `i32` values.
-    pub fn i32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[i32]) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), dtype: Dtype::I32, shape: shape.into(), bytes }
-    }
-
-    /// From `u32` values.
-    pub fn u32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[u32]) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), dtype: Dtype::U32, shape: shape.into(), bytes }
-    }
-}
-
-/// The bytes of a safetensors file of tensors and free-form metadata.
-///
-/// # Errors
-/// [`Error::Checkpoint`] for a tensor whose bytes do not fill its shape.
-pub fn tensor_bytes(tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<Vec<u8>> {
-    let wrong = |name: &str, error: SafeTensorError| Error::Checkpoint {
-        file: "tensors to be written".into(),
-        detail: format!("tensor `{name}`: {error}"),
-    };
-    let mut views = Vec::with_capacity(tensors.len());
-    for NamedTensor { name, dtype, shape, bytes } in tensors {
-        let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|error| wrong(name, error))?;
-        views.push((name.as_str(), view));
-    }
-    safetensors::serialize(views, metadata).map_err(|error| wrong("*", error))
-}
-
-/// Writes tensors and free-form metadata to a safetensors file, over whatever `path` is.
-///
-/// # Errors
-/// [`Error::Io`] when the file cannot be written, which may then be there in part; as [`tensor_bytes`].
-pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<()> {
-    // Not `serialize_to_file`, which renames a temporary file of mode 0600 over whatever `path` is, `/dev/null` included.
-    std::fs::write(path, tensor_bytes(tensors, metadata)?).map_err(|reason| Error::io(path, reason))
 }
 
 /// The files at `paths`, to be read by position.
@@ -441,7 +176,10 @@ fn end_of_tensors<'a>(tensors: impl Iterator<Item = (String, &'a TensorInfo)>) -
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+    use crate::checkpoint::{NamedTensor, write_tensors};
 
     fn file(header: &str, data: usize) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
