@@ -123,7 +123,7 @@ impl Compare {
             return Ok(rules);
         }
         let rounding = self.capacity.rule(1.0)?.rounding;
-        let per_device = CapacityRule { rounding, ..CapacityRule::per_device(1.0, DEFAULT_DEVICES) };
+        let per_device = CapacityRule::per_device(1.0, DEFAULT_DEVICES).with_rounding(rounding);
         Ok(std::iter::once(per_device).chain(rules).collect())
     }
 

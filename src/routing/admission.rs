@@ -8,9 +8,9 @@
 use std::cell::OnceCell;
 use std::cmp::Ordering;
 
-use crate::routing::assignment::EMPTY;
 use crate::routing::mass::Mass;
 use crate::routing::router::RouteRequest;
+use crate::routing::slots::EMPTY;
 
 /// One slot and the expert it asks for.
 #[derive(Clone, Copy, Debug, PartialEq)]

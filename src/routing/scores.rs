@@ -21,9 +21,9 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::routing::assignment::check_top_k;
 use crate::routing::logits::Logits;
 use crate::routing::select::{Hint, Selector};
+use crate::routing::slots::check_top_k;
 use crate::simd::score::{any_masked, sigmoid, softmax};
 use crate::simd::{Isa, Kernel, Lanes};
 

@@ -9,9 +9,10 @@
 use std::cmp::Ordering;
 
 use super::swap::{Terms, before, is_in, set_bit};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::RouteRequest;
 use crate::routing::scores::Scores;
+use crate::routing::slots::EMPTY;
 
 /// How often the list is gone through, at most: each time only for what room was freed.
 const PASSES: usize = 4;
@@ -184,7 +185,7 @@ impl<'a> Limited<'a> {
                 }
             }
         }
-        let mut swapped = Assignment::from_selection(scores, top_k, chosen, Some(&self.kept));
+        let mut swapped = Assignment::from_chosen(scores, top_k, chosen, Some(&self.kept));
         if let Some(bound) = self.bound {
             swapped.set_gate_mass_bound(bound);
         }

@@ -5,7 +5,7 @@
 //!
 //! Knows nothing of other tokens, limits or prices.
 
-use crate::routing::assignment::EMPTY;
+use crate::routing::slots::EMPTY;
 
 /// Scores compared side by side.
 const LANES: usize = 16;
@@ -46,6 +46,12 @@ pub(super) struct Swaps {
 }
 
 impl Swaps {
+    /// Makes room for tokens of `top_k` slots, so that no later one allocates.
+    pub(super) fn reserve(&mut self, top_k: usize) {
+        self.misses.reserve(top_k);
+        self.stand_ins.reserve(top_k);
+    }
+
     /// Swaps misses of `chosen` (best first, [`EMPTY`] at the end) for experts in `near`; true when some were.
     pub(super) fn swap_misses(
         &mut self,

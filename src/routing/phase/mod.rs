@@ -59,8 +59,9 @@ use self::problem::{Problem, UNIT};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::routing::assignment::{Assignment, EMPTY, weigh};
+use crate::routing::assignment::{Assignment, weigh};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::simd::select::{Best, NUMBERS, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
