@@ -12,7 +12,7 @@ use phase_moe::decoder::generate::{Options, generate, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::offload::admission::Admission;
 use phase_moe::offload::cache::{CacheOptions, Prefetch};
 use phase_moe::offload::residency::Policy;

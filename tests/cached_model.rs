@@ -280,11 +280,12 @@ fn mistakes_are_named() {
     let needs = "expected one on the CPU without gradients, as experts in a cache need";
     let variable = Gate::new(Var::from_tensor(&tensor(1, 6, 16)).unwrap().as_tensor().clone());
     assert_eq!(message(plain(), variable, cached(6, 2), None), format!("gate and shared expert: {needs}, got others"));
-    let layer = MoeLayer::new(plain(), gate(), cached(6, 2), None).unwrap();
+    let experts = cached(6, 2);
+    let layer = MoeLayer::new(plain(), gate(), experts.clone(), None).unwrap();
     let variable = Var::from_tensor(&tensor(60, 2, 16)).unwrap();
     let error = layer.route(variable.as_tensor(), &mut LayerState::default()).unwrap_err();
     assert_eq!(error.to_string(), format!("hidden state: {needs}, got another"));
-    assert!(layer.cached().unwrap().cache().statistics().requests == 0, "nothing was asked for");
+    assert!(experts.cache().statistics().requests == 0, "nothing was asked for");
 
     let model = load(directory(), Some(CacheOptions::new(4 << 20)));
     let memory = ExpertMemory::new(4, 32, 8, Policy::Lru, Admission::All).unwrap();
