@@ -20,7 +20,6 @@ use crate::checkpoint::json;
 use crate::error::{Error, Result};
 use crate::weights::Weights;
 
-const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 
 /// What a decoder writes for bytes that are no letter, or not yet.
@@ -37,17 +36,13 @@ pub(super) struct TextTokenizer {
 impl TextTokenizer {
     /// That of a model, and what it puts around a text as the model's files say.
     pub(super) fn of(weights: &Weights) -> Result<Self> {
-        let (gguf, beside) = (weights.checkpoint().gguf(), weights.beside(FILE)?);
-        let file = match (gguf, weights.directory()) {
-            (Some(metadata), _) if beside.is_none() => metadata.file().to_owned(),
-            (_, Some(directory)) => directory.join(FILE).display().to_string(),
-            (_, None) => FILE.into(),
-        };
-        let json = beside.map_or_else(|| weights.tokenizer_json(), Ok)?;
+        let (json, file) = weights.tokenizer()?;
         let tokenizer = Self::read(&json, &file)?;
-        if gguf.is_some() {
-            let said = weights.said_around()?;
-            return Ok(said.into_iter().fold(tokenizer, |tokenizer, (before, after)| tokenizer.around(before, after)));
+        if let Some((before, after)) = weights.said_around()? {
+            return Ok(tokenizer.around(before, after));
+        }
+        if weights.checkpoint().gguf().is_some() {
+            return Ok(tokenizer);
         }
         match weights.beside(CONFIG)? {
             Some(config) => tokenizer.configured(&config),

@@ -23,7 +23,8 @@ use std::sync::{Arc, OnceLock};
 
 use self::experts::Slice;
 use self::gguf::names::TensorNames;
-use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, read_text, text};
+pub use self::gguf::names::TensorSource;
+use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, text};
 use crate::error::{Error, Result};
 use crate::offload::store::{ExpertStore, Piece};
 use crate::spec::ModelSpec;
@@ -39,29 +40,6 @@ pub struct Weights {
     /// What stands for files where there is no directory.
     embedded: Vec<(String, Vec<u8>)>,
     spec: OnceLock<ModelSpec>,
-}
-
-/// Where the numbers of a tensor are, under the name that it has in its file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TensorSource {
-    /// In this one, as they are.
-    Same(String),
-    /// In this one, rows of a head's two halves in turns, so that neighbours are rotated against each other.
-    InTurns {
-        /// Its name.
-        name: String,
-        /// How many heads there are.
-        heads: usize,
-    },
-    /// In one, or split into keys `[heads, rank, width]` and values `[heads, width, rank]`.
-    KeysAndValues {
-        /// Both in one, as transformers has them.
-        joined: String,
-        /// Keys, their last two dimensions swapped.
-        keys: String,
-        /// Values.
-        values: String,
-    },
 }
 
 /// What the experts of a model take, as they are stored.
@@ -155,12 +133,23 @@ impl Weights {
     /// # Errors
     /// [`Error::Io`] for an unreadable file, or one that is no UTF-8 text.
     pub fn beside(&self, file: &str) -> Result<Option<String>> {
+        let Some(bytes) = self.bytes_beside(file)? else { return Ok(None) };
+        text(bytes).map(Some).map_err(|error| Error::io(self.path(file), error))
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.directory.as_ref().map_or(file.into(), |directory| directory.join(file))
+    }
+
+    fn bytes_beside(&self, file: &str) -> Result<Option<Vec<u8>>> {
         if let Some((_, bytes)) = self.embedded.iter().find(|(name, _)| name == file) {
-            return text(bytes.clone()).map(Some).map_err(|error| Error::io(file, error));
+            return Ok(Some(bytes.clone()));
         }
-        let Some(directory) = &self.directory else { return Ok(None) };
-        match read_text(&directory.join(file)) {
-            Ok(text) => Ok(Some(text)),
+        if self.directory.is_none() {
+            return Ok(None);
+        }
+        match read_file(&self.path(file)) {
+            Ok(bytes) => Ok(Some(bytes)),
             Err(Error::Io { reason, .. }) if reason.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -169,12 +158,21 @@ impl Weights {
     /// The text of `tokenizer.json`, or of what stands for it in a GGUF file without one beside it.
     ///
     /// # Errors
-    /// As [`Weights::beside`]; [`Error::Io`] for none, and [`Error::Tokenizer`] for a tokenizer of a GGUF file that is not known.
+    /// [`Error::Io`] for none or an unreadable one, [`Error::Tokenizer`] for one that is no text or, in a GGUF file, not known.
     pub fn tokenizer_json(&self) -> Result<String> {
+        Ok(self.tokenizer()?.0)
+    }
+
+    /// The same, and the file that it is in.
+    pub(crate) fn tokenizer(&self) -> Result<(String, String)> {
         const FILE: &str = "tokenizer.json";
-        match (self.beside(FILE)?, self.checkpoint.gguf()) {
-            (Some(json), _) => Ok(json),
-            (None, Some(metadata)) => gguf::tokenizer::tokenizer_json(metadata),
+        match (self.bytes_beside(FILE)?, self.checkpoint.gguf()) {
+            (Some(bytes), _) => {
+                let file = self.path(FILE).display().to_string();
+                let json = text(bytes).map_err(|error| Error::Tokenizer(format!("{file}: {error}")))?;
+                Ok((json, file))
+            }
+            (None, Some(metadata)) => Ok((gguf::tokenizer::tokenizer_json(metadata)?, metadata.file().to_owned())),
             (None, None) => {
                 Err(Error::io(FILE, std::io::Error::new(ErrorKind::NotFound, "expected beside config.json, got none")))
             }

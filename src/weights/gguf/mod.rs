@@ -40,7 +40,7 @@ const COUNTS: [(&str, &str); 6] = [
 const SIGMOID: usize = 2;
 
 /// A GGUF file's metadata, read as one architecture's.
-struct Source<'a> {
+struct Architecture<'a> {
     checkpoint: &'a Checkpoint,
     metadata: &'a Metadata,
     architecture: &'a str,
@@ -56,7 +56,7 @@ pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
         return Err(Error::Checkpoint { file: "checkpoint".into(), detail: "expected a GGUF file, got none".into() });
     };
     let architecture = architecture(metadata)?;
-    let source = Source { checkpoint, metadata, architecture };
+    let source = Architecture { checkpoint, metadata, architecture };
     let mut config = source.common()?;
     let experts = source.experts()?;
     let (key, norm) = ("norm_topk_prob", source.flag("expert_weights_norm")?);
@@ -148,7 +148,7 @@ pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
     Ok(got)
 }
 
-impl Source<'_> {
+impl Architecture<'_> {
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
     }
