@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder, VarMap, linear_no_bias, ops::softmax_last_dim};
-use phase_moe::layer::MoeLayer;
+use phase_moe::layer::{LayerState, MoeLayer};
 use phase_moe::routing::{capacity::CapacityRule, registry::RouterKind};
 use phase_moe::spec::MoeSpec;
 
@@ -67,8 +67,9 @@ fn main() -> Result<()> {
     println!("largest change after  {:.1e}", (&before - &after)?.abs()?.max_all()?.to_scalar::<f32>()?);
 
     for name in ["top-k-arrival", "phase"] {
-        moe.set_router(Arc::from(name.parse::<RouterKind>()?.build(0)), Some(CapacityRule::per_device(1.0, 4)));
-        let (_, assignment) = moe.forward_routed(&hidden)?;
+        moe.set_router(Arc::from(name.parse::<RouterKind>()?.build(0)));
+        moe.set_capacity(Some(CapacityRule::per_device(1.0, 4)));
+        let assignment = moe.route(&hidden, &mut LayerState::default())?.1.assignment;
         let devices: Vec<u32> = assignment.load().chunks(EXPERTS / 4).map(|experts| experts.iter().sum()).collect();
         let change = (&before - block(&attention, &moe, &hidden)?)?.sqr()?.mean_all()?.sqrt()?.to_scalar::<f32>()?;
         println!(

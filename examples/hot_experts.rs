@@ -4,17 +4,21 @@
 //! ```text
 //! cargo run --release --example hot_experts
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::generate::generate_in;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
 use phase_moe::expert::ExpertId;
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 
 /// Experts of a layer in fast memory.
@@ -24,14 +28,15 @@ fn main() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
     let mut model = Model::load(&directory, &LoadOptions::default())?;
     let experts = model.decoder().spec().moe.experts;
-    model.decoder_mut().set_router(Arc::new(CacheRouter::default()), None);
+    model.decoder_mut().set_router(Arc::new(CacheRouter::default()));
 
     let memory = model.decoder().expert_memory(CACHED, Policy::Lru, Admission::default())?;
     let mut state = model.decoder().generation_state().with_memory(memory);
     let prompt = model.encode("And it came to pass in those days, that ")?;
     let mut sampler = Sampler::new(0.7, 0.9, 1)?;
-    let generation = generate_in(&model, &prompt, 200, &mut state, &mut sampler, |_| ())?;
-    println!("{} tokens written", generation.ids.len());
+    let go_on = |_| ControlFlow::Continue(());
+    let generation = generate(&model, &prompt, Options::new(200), &mut state, &mut sampler, go_on)?;
+    println!("{} tokens written", generation.texts[0].len());
 
     let Some(memory) = state.memory() else { return Ok(()) };
     println!("{} of {} requests were in memory", memory.hits(), memory.requests());

@@ -9,6 +9,8 @@
 //! Beside it the published memory-aware router: a fixed bonus on the raw logits of resident experts, whatever their scale, in
 //! front of an LRU memory. A seed other than 0 shuffles the sequences of each text, so that others come before. A difference is
 //! taken sequence by sequence, averaged over the seeds; its standard error is that of a mean over the sequences.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,14 +18,14 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Parser;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::perplexity::Perplexity;
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::expert::ExpertId;
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};

@@ -14,6 +14,8 @@
 //!
 //! A seed other than 0 shuffles the sequences of each text, so that others meet in a batch. A difference is taken sequence by
 //! sequence, averaged over the seeds; its standard error is that of a mean over the sequences.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,8 +23,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::perplexity::Perplexity;
 use phase_moe::eval::text::{Batching, EvalText, Mixing, SEQUENCE_TOKENS};
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
@@ -182,14 +184,14 @@ type Nats = HashMap<Vec<u32>, Vec<f64>>;
 
 /// Adds the nats of every sequence of `batches`; returns the mean share of gate mass kept.
 fn measure(decoder: &Decoder, batches: &[Batch], nats: &mut Nats) -> Result<f64> {
-    let mut state = decoder.batch_state();
+    let mut state = decoder.batch_state().keeping_routed();
     let (mut kept, mut count) = (0.0, 0.0);
     for batch in batches {
-        let logits = decoder.forward(batch, &mut state, |layer, routing| {
-            kept += routing.metrics(batch.context(layer))?.gate_mass_share();
+        let logits = decoder.forward(batch, &mut state)?;
+        for routed in state.routed() {
+            kept += routed.metrics()?.gate_mass_share();
             count += 1.0;
-            Ok(())
-        })?;
+        }
         for (row, ids) in batch.ids().chunks_exact(batch.positions()).enumerate() {
             let first = row * batch.positions();
             let live = (0..ids.len()).filter(|at| batch.padding().is_none_or(|padding| !padding[first + at])).count();
@@ -224,9 +226,11 @@ fn probes(decoder: &Decoder, batches: &[Batch]) -> Result<Vec<Arc<OutputNorms>>>
     let mut fits: Vec<_> = decoder.moe_layers().map(|_| ProbeFit::new(moe.hidden, moe.experts)).collect();
     let layers: Vec<_> = decoder.moe_layers().collect();
     for batch in batches {
-        decoder.forward(batch, &mut decoder.batch_state(), |layer, routing| {
-            fits[layer].add(&routing.input, layers[layer].experts())
-        })?;
+        let mut state = decoder.batch_state().keeping_routed();
+        decoder.forward(batch, &mut state)?;
+        for ((fit, layer), routed) in fits.iter_mut().zip(&layers).zip(state.routed()) {
+            fit.add(&routed.input, layer.experts())?;
+        }
     }
     Ok(fits.into_iter().map(|fit| Arc::new(OutputNorms::Probe(fit.probe()))).collect())
 }
@@ -282,7 +286,8 @@ fn main() -> Result<()> {
         println!("{:>16}  perplexity over dropless   gate mass   over {}, %", "router", options.router[0]);
         let mut reference: Option<Nats> = None;
         for (name, (router, norms)) in options.router.iter().zip(&routers) {
-            decoder.set_router(router.clone(), Some(rule.clone()));
+            decoder.set_router(router.clone());
+            decoder.set_capacity(Some(rule.clone()));
             for (layer, moe) in decoder.moe_layers_mut().enumerate() {
                 moe.set_output_norms(norms.get(layer).cloned());
             }

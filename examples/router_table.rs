@@ -15,6 +15,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::offload::requests::Requests;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
@@ -22,7 +23,6 @@ use phase_moe::routing::logits::Logits;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::plan::DispatchPlan;
 use phase_moe::routing::quota::PhaseQuota;
-use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use phase_moe::routing::scores::{Scores, Scoring};
 use phase_moe::routing::topk::TopK;

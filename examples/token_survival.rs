@@ -1,15 +1,18 @@
-//! Token survival in real forward passes: where in the model do slots get lost, and who loses them?
+//! Token survival in real forward passes: where in the model do slots get lost, and whose are they?
 //!
 //! ```text
 //! cargo run --release --example token_survival
 //! ```
 //!
 //! One batch of each kind of text runs through every layer with room for exactly as many slots as there are, per expert.
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::model::Model;
 use phase_moe::error::{Error, Result};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::routing::capacity::CapacityRule;
@@ -28,17 +31,18 @@ fn main() -> Result<()> {
 
     for name in ["top-k-arrival", "top-k-score", "phase"] {
         let router = Arc::from(name.parse::<RouterKind>()?.build(1));
-        model.decoder_mut().set_router(router, Some(CapacityRule::per_expert(1.0)));
+        model.decoder_mut().set_router(router);
+        model.decoder_mut().set_capacity(Some(CapacityRule::per_expert(1.0)));
         println!("\n{name}, per expert, capacity factor 1.0");
         println!(
             "{:>12}{:>7}{:>10}{:>11}{:>10}  survival by quarter of the batch",
             "text", "layer", "survival", "gate mass", "no expert"
         );
-        let mut state = model.decoder().batch_state();
+        let mut state = model.decoder().batch_state().keeping_routed();
         for (text, batch) in texts.iter().zip(&batches) {
-            model.decoder().forward(batch, &mut state, |layer, routing| {
-                let metrics = routing.metrics(batch.context(layer))?;
-                let assignment = &routing.assignment;
+            model.decoder().forward(batch, &mut state)?;
+            for (layer, routed) in state.routed().iter().enumerate() {
+                let (metrics, assignment) = (routed.metrics()?, &routed.assignment);
                 let quarter = assignment.tokens().div_ceil(4);
                 let survival = |first: usize| {
                     let tokens = first..(first + quarter).min(assignment.tokens());
@@ -54,8 +58,7 @@ fn main() -> Result<()> {
                     metrics.tokens_without_expert,
                     quarters.join(" ")
                 );
-                Ok(())
-            })?;
+            }
         }
     }
     Ok(())

@@ -3,12 +3,16 @@
 //! ```text
 //! cargo run --release --example toy_inference
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::generate::generate;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
 use phase_moe::routing::capacity::CapacityRule;
@@ -21,7 +25,8 @@ fn main() -> Result<()> {
 
     // While a prompt is read, four devices share the experts and each takes exactly a quarter of the slots.
     // Decoding one text is below any sensible capacity: there the router leaves the gate's choice alone.
-    model.decoder_mut().set_router(Arc::new(PhaseRouter::default()), Some(CapacityRule::per_device(1.0, 4)));
+    model.decoder_mut().set_router(Arc::new(PhaseRouter::default()));
+    model.decoder_mut().set_capacity(Some(CapacityRule::per_device(1.0, 4)));
 
     let prompts = [
         "And the LORD spake unto Moses, saying, ",
@@ -30,15 +35,20 @@ fn main() -> Result<()> {
     ];
     for prompt in prompts {
         let ids = model.encode_sequence(prompt)?;
-        let mut sampler = Sampler::new(0.6, 0.9, 1)?;
-        let generation = generate(&model, &ids, 60, &mut sampler, |_| ())?;
-        println!("\n{prompt}|{}", model.decode_after(&ids, &generation.ids)?);
-        println!(
-            "  ({} tokens read, {} written, {:.0} % of slots kept)",
-            generation.prompt_tokens,
-            generation.ids.len(),
-            100.0 * generation.survival()
-        );
+        let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.6, 0.9, 1)?);
+        let mut continuation = model.continuation(&ids)?;
+        print!("\n{prompt}|");
+        let done =
+            generate(&model, &ids, Options::new(60), &mut state, &mut sampler, |id| match continuation.push(id) {
+                Ok(text) => {
+                    print!("{text}");
+                    ControlFlow::Continue(())
+                }
+                Err(_) => ControlFlow::Break(()),
+            })?;
+        println!("{}", continuation.finish()?);
+        let (read, written, survival) = (ids.len(), done.texts[0].len(), done.slots.survival());
+        println!("  ({read} tokens read, {written} written, {:.0} % of slots kept)", 100.0 * survival);
     }
     Ok(())
 }

@@ -10,6 +10,8 @@
 //!
 //! Each step cuts its batch into fixed shards that run forward and backward on threads of their own; gradients are summed in
 //! shard order, so the result does not depend on the number of threads.
+//!
+//! `--smoke` reads `models/tiny-moe/eval`, which a checkout of the repository has and the published package has not.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -127,7 +129,7 @@ fn main() -> Result<()> {
     let spec = zoo::parse_config(&config.to_string(), "config.json")?;
     println!("{} parameters, {} active", spec.parameters(), spec.active_parameters());
     let vars = VarMap::new();
-    let decoder = Decoder::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    let decoder = Decoder::new(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
     let vars = sorted(&vars);
     initialise(&vars, &spec, options.seed)?;
     train_model(&options, &decoder, &vars, &train, &valid)?;
@@ -341,12 +343,10 @@ fn shard_gradients(
         .collect();
     let inputs: Vec<&[u32]> = cuts.iter().map(|cut| &cut[..POSITIONS]).collect();
     let targets: Vec<u32> = cuts.iter().flat_map(|cut| &cut[1..]).copied().collect();
-    let (mut balance, mut z) = (Vec::new(), Vec::new());
-    let logits = decoder.forward(&Batch::new(&inputs)?, &mut decoder.batch_state(), |_, routing| {
-        balance.push(load_balancing_loss(&routing, decoder.spec().moe.scoring)?);
-        z.push(router_z_loss(&routing)?);
-        Ok(())
-    })?;
+    let mut state = decoder.batch_state().keeping_routed();
+    let logits = decoder.forward(&Batch::new(&inputs)?, &mut state)?;
+    let balance = state.routed().iter().map(load_balancing_loss).collect::<phase_moe::error::Result<Vec<_>>>()?;
+    let z = state.routed().iter().map(router_z_loss).collect::<phase_moe::error::Result<Vec<_>>>()?;
     let count = targets.len();
     let loss = cross_entropy(&logits.reshape((count, ()))?, &Tensor::from_vec(targets, count, logits.device())?)?;
     let (balance, z) = (Tensor::stack(&balance, 0)?.mean_all()?, Tensor::stack(&z, 0)?.mean_all()?);
@@ -359,7 +359,7 @@ fn validate(decoder: &Decoder, text: &EvalText) -> Result<f64> {
     let mut perplexity = Perplexity::default();
     let batching = Batching { tokens: Some(16_384), batch_tokens: 2048, ..Batching::default() };
     for batch in batching.batches(std::slice::from_ref(text))? {
-        let logits = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        let logits = decoder.forward(&batch, &mut decoder.batch_state())?;
         perplexity.add(&logits, &batch)?;
     }
     Ok(perplexity.value()?)

@@ -112,6 +112,12 @@ pub enum Error {
     /// A router answered with an assignment that is none to its request.
     #[error(transparent)]
     Answer(AnswerFault),
+    /// A layer has a limit and a router that keeps within none.
+    #[error("capacity: expected a router that keeps within it, got {router}")]
+    CapacityIgnored {
+        /// Name of the router.
+        router: &'static str,
+    },
     /// A file could not be read or written.
     #[error("{path}: {reason}")]
     Io {
@@ -124,7 +130,7 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     /// Candle refused a tensor operation.
-    #[cfg(feature = "candle")]
+    #[cfg(feature = "layer")]
     #[error(transparent)]
     Candle(candle_core::Error),
 }
@@ -320,7 +326,7 @@ impl Error {
     /// True when the input is at fault and not the machine: what a command line answers with exit code 2.
     pub fn is_user_error(&self) -> bool {
         match self {
-            #[cfg(feature = "candle")]
+            #[cfg(feature = "layer")]
             Self::Candle(_) => false,
             Self::Expert(_) | Self::Answer(_) | Self::NonFinite { .. } => false,
             Self::Io { reason, .. } => matches!(
@@ -338,7 +344,7 @@ impl Error {
 
 /// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends). Converting
 /// back gives the same error again.
-#[cfg(feature = "candle")]
+#[cfg(feature = "layer")]
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
@@ -350,7 +356,7 @@ impl From<Error> for candle_core::Error {
 }
 
 /// Takes an error of this crate that went through Candle out again; anything else is [`Error::Candle`].
-#[cfg(feature = "candle")]
+#[cfg(feature = "layer")]
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         match error {
@@ -360,7 +366,7 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-#[cfg(all(test, feature = "candle"))]
+#[cfg(all(test, feature = "layer"))]
 mod tests {
     use super::*;
 

@@ -8,13 +8,15 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use phase_moe::expert::{ExpertId, ExpertSet};
+#[cfg(feature = "layer")]
+use phase_moe::layer::{LayerState, MoeLayer, gate::Gate};
+use phase_moe::offload::requests::Requests;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::check::check;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use phase_moe::routing::scores::{Scores, Scoring};
 use phase_moe::routing::topk::TopK;
@@ -162,6 +164,46 @@ fn the_stages_allocate_nothing_the_second_time() {
             for (at, logits) in inputs.iter().enumerate() {
                 let count = allocations(|| step(inputs.len() + at, logits));
                 assert_eq!(count, 0, "{} {tokens} {experts} {top_k} {at}", router.name());
+            }
+        }
+    }
+}
+
+/// The routing of a layer in decode: one token at a time, without limits.
+#[cfg(feature = "layer")]
+#[test]
+fn a_layer_in_decode_routes_without_allocating() {
+    use candle_core::{DType, Device, Tensor};
+    use phase_moe::layer::expert::Expert;
+    use phase_moe::spec::MoeSpec;
+    use std::sync::Arc;
+
+    let zeros = |rows: usize, columns: usize| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
+    let routers: [Arc<dyn Router>; 3] = [
+        Arc::new(TopK::default()),
+        Arc::new(CacheRouter::default()),
+        Arc::new(CacheRouter::default().with_target_hit_rate(0.9).unwrap()),
+    ];
+    for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8)] {
+        for scoring in [Scoring::softmax(), Scoring::softmax().normalized(true), Scoring::sigmoid()] {
+            let spec = MoeSpec { scoring, ..MoeSpec::new(4, experts, top_k, 4).unwrap() };
+            let held = vec![Expert::new(zeros(4, 4), zeros(4, 4), zeros(4, 4)); experts];
+            let layer = MoeLayer::new(spec, Gate::new(zeros(experts, 4)), held, None).unwrap();
+            for router in &routers {
+                let layer = layer.clone().with_router(router.clone());
+                let (resident, mut state) = (every_other(experts), LayerState::default());
+                let mut step = |at: usize, logits: &[f32]| {
+                    let context =
+                        RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
+                    layer.assign(logits, context, &mut state).unwrap();
+                };
+                let tokens = batches(1, experts);
+                // Warm: the short way, and with a mask or a tie the long one.
+                (0..).zip(&tokens).for_each(|(at, logits)| step(at, logits));
+                for (at, logits) in (tokens.len()..).zip(&tokens) {
+                    let count = allocations(|| step(at, logits));
+                    assert_eq!(count, 0, "{experts} {top_k} {} {at}", router.name());
+                }
             }
         }
     }

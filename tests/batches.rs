@@ -1,26 +1,27 @@
 //! Several sequences in a batch and prompts in chunks: the logits, the routing and the text are those of each sequence alone and of
 //! the prompt at once, and padding costs nobody anything.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Tensor};
 use phase_moe::decoder::generate::{Options, generate, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::cache::{CacheOptions, Prefetch};
-use phase_moe::experts::residency::Policy;
-use phase_moe::layer::Routing;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::cache::{CacheOptions, Prefetch};
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::drop::DropRule;
 use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::router::Router;
 use phase_moe::routing::topk::TopK;
+use phase_moe::weights::Weights;
 
 /// A fixture of every kind of attention and of positions.
 const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
@@ -34,8 +35,8 @@ static MODEL: LazyLock<Model> =
 
 fn decoders() -> Vec<(&'static str, Decoder)> {
     let fixture = |family: &'static str| {
-        let files = ModelFiles::open(&root("tests/goldens/zoo").join(family)).unwrap();
-        (family, files.decoder(&LoadOptions::default()).unwrap())
+        let files = Weights::open(&root("tests/goldens/zoo").join(family)).unwrap();
+        (family, Decoder::load(&files, &LoadOptions::default()).unwrap())
     };
     let mut all: Vec<_> = FAMILIES.into_iter().map(fixture).collect();
     all.push(("tiny-moe", MODEL.decoder().clone()));
@@ -45,10 +46,6 @@ fn decoders() -> Vec<(&'static str, Decoder)> {
 /// Ids that repeat in no short period.
 fn ids(decoder: &Decoder, seed: usize, count: usize) -> Vec<u32> {
     (0..count).map(|at| ((seed * 7919 + at * at * 31 + at * 7) % decoder.spec().vocab) as u32).collect()
-}
-
-fn nothing(_: usize, _: Routing) -> phase_moe::error::Result<()> {
-    Ok(())
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -67,22 +64,17 @@ fn a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once() {
         let prompt = ids(&decoder, 3, 23);
         let batch = Batch::new(&[&prompt]).unwrap();
         let mut state = decoder.generation_state();
-        let at_once = values(&decoder.forward_last(&batch, &mut state, nothing).unwrap());
+        let at_once = values(&decoder.forward_last(&batch, &mut state).unwrap());
         let next = Batch::new(&[&[5]]).unwrap();
-        let after = values(&decoder.forward_last(&next, &mut state, nothing).unwrap());
+        let after = values(&decoder.forward_last(&next, &mut state).unwrap());
         for chunk in [1, 2, 7, 22, 23, 512] {
-            let mut state = decoder.generation_state();
-            let mut layers = 0;
-            let observe = |_, _| {
-                layers += 1;
-                Ok(())
-            };
-            let logits = decoder.prefill(&batch, chunk, &mut state, observe).unwrap();
+            let mut state = decoder.generation_state().keeping_routed();
+            let logits = decoder.prefill(&batch, chunk, &mut state).unwrap();
             assert_eq!(logits.dims(), [1, decoder.spec().vocab]);
             assert_close(&format!("{family} in chunks of {chunk}"), &values(&logits), &at_once);
-            assert_eq!(layers, decoder.spec().moe_layers() * 23usize.div_ceil(chunk));
+            assert_eq!(state.routed().len(), decoder.spec().moe_layers() * 23usize.div_ceil(chunk));
             assert_eq!((state.position(), state.steps()), (23, 23u64.div_ceil(chunk as u64)));
-            let logits = decoder.forward_last(&next, &mut state, nothing).unwrap();
+            let logits = decoder.forward_last(&next, &mut state).unwrap();
             assert_close(&format!("{family} after chunks of {chunk}"), &values(&logits), &after);
         }
     }
@@ -99,27 +91,21 @@ fn a_chunk_is_a_forward_pass_to_routers_and_memory() {
         (Arc::new(TopK { drop: Some(DropRule::Score) }), Some(CapacityRule::per_device(1.0, 4))),
     ];
     for (router, rule) in routers {
-        decoder.set_router(router, rule.clone());
+        decoder.set_router(router);
+        decoder.set_capacity(rule.clone());
         let memory = ExpertMemory::new(4, 32, 12, Policy::Lru, Admission::default()).unwrap();
         let [mut ours, mut theirs] =
-            [memory.clone(), memory].map(|memory| decoder.generation_state().with_memory(memory));
-        let (mut capacities, mut expected) = (Vec::new(), Vec::new());
-        let logits = decoder
-            .prefill(&Batch::new(&[&prompt]).unwrap(), 128, &mut ours, |_, routing| {
-                capacities.push(routing.capacity);
-                Ok(())
-            })
-            .unwrap();
-        let mut last = None;
+            [memory.clone(), memory].map(|memory| decoder.generation_state().with_memory(memory).keeping_routed());
+        let logits = decoder.prefill(&Batch::new(&[&prompt]).unwrap(), 128, &mut ours).unwrap();
+        let capacities: Vec<_> = ours.routed().iter().map(|routed| routed.capacity.clone()).collect();
+        let (mut last, mut expected) = (None, Vec::new());
         for part in prompt.chunks(128) {
-            let seen = |_, routing: Routing| {
-                let tokens = part.len();
-                let capacity = rule.as_ref().map(|rule| rule.capacity(tokens, 32, 4).unwrap());
-                assert!(capacity.is_none_or(|capacity| capacity == routing.capacity), "of {tokens} tokens");
-                expected.push(routing.capacity);
-                Ok(())
-            };
-            last = Some(decoder.forward_last(&Batch::new(&[part]).unwrap(), &mut theirs, seen).unwrap());
+            last = Some(decoder.forward_last(&Batch::new(&[part]).unwrap(), &mut theirs).unwrap());
+            for routed in theirs.routed() {
+                let capacity = rule.as_ref().map(|rule| rule.capacity(part.len(), 32, 4).unwrap());
+                assert!(capacity.is_none_or(|capacity| capacity == routed.capacity), "of {} tokens", part.len());
+                expected.push(routed.capacity.clone());
+            }
         }
         assert_eq!(values(&logits), values(&last.unwrap()));
         assert_eq!((ours.routes(), ours.steps(), capacities), (theirs.routes(), theirs.steps(), expected));
@@ -138,14 +124,13 @@ fn each_sequence_of_a_batch_is_as_it_is_alone() {
         let alone: Vec<Vec<Vec<f32>>> = texts
             .iter()
             .map(|text| {
-                let logits =
-                    decoder.forward(&Batch::new(&[text]).unwrap(), &mut decoder.batch_state(), nothing).unwrap();
+                let logits = decoder.forward(&Batch::new(&[text]).unwrap(), &mut decoder.batch_state()).unwrap();
                 logits.squeeze(0).unwrap().to_vec2().unwrap()
             })
             .collect();
         let parts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
         let batch = Batch::new(&parts).unwrap();
-        let logits = decoder.forward(&batch, &mut decoder.batch_state(), nothing).unwrap();
+        let logits = decoder.forward(&batch, &mut decoder.batch_state()).unwrap();
         for (row, alone) in alone.iter().enumerate() {
             let ours: Vec<Vec<f32>> = logits.get(row).unwrap().to_vec2().unwrap();
             for (position, expected) in alone.iter().enumerate() {
@@ -156,7 +141,7 @@ fn each_sequence_of_a_batch_is_as_it_is_alone() {
         for (chunk, first) in [(512, [9, 2, 1, 6]), (7, [3, 5, 1, 10]), (4, [12, 1, 1, 1])] {
             let mut state = decoder.generation_state();
             let prompts: Vec<&[u32]> = texts.iter().zip(first).map(|(text, first)| &text[..first]).collect();
-            let logits = decoder.prefill(&Batch::new(&prompts).unwrap(), chunk, &mut state, nothing).unwrap();
+            let logits = decoder.prefill(&Batch::new(&prompts).unwrap(), chunk, &mut state).unwrap();
             let check = |logits: &Tensor, row: usize, position: usize| {
                 let what = format!("{family}, sequence {row} at {position} after {first:?}");
                 assert_close(&what, &values(&logits.get(row).unwrap()), &alone[row][position]);
@@ -166,7 +151,7 @@ fn each_sequence_of_a_batch_is_as_it_is_alone() {
                 let tokens: Vec<Option<u32>> =
                     texts.iter().zip(first).map(|(text, first)| text.get(first + step).copied()).collect();
                 let Ok(batch) = Batch::step(&tokens) else { break };
-                let logits = decoder.forward_last(&batch, &mut state, nothing).unwrap();
+                let logits = decoder.forward_last(&batch, &mut state).unwrap();
                 (0..4).filter(|&row| tokens[row].is_some()).for_each(|row| check(&logits, row, first[row] + step));
             }
             assert_eq!(state.lengths(), [17, 5, 1, 11]);
@@ -179,29 +164,31 @@ fn padding_takes_no_room_counts_nowhere_and_has_no_expert_read() {
     let mut decoder = MODEL.decoder().clone();
     let (long, short) = (ids(&decoder, 1, 200), ids(&decoder, 2, 9));
     let rule = CapacityRule::per_expert(1.0);
-    decoder.set_router(Arc::new(TopK { drop: Some(DropRule::Score) }), Some(rule.clone()));
-    let observe = |_, routing: Routing| {
-        let padding = routing.padding.clone().unwrap();
+    decoder.set_router(Arc::new(TopK { drop: Some(DropRule::Score) }));
+    decoder.set_capacity(Some(rule.clone()));
+    let mut state = decoder.batch_state().keeping_routed();
+    decoder.forward(&Batch::new(&[&long, &short]).unwrap(), &mut state).unwrap();
+    assert_eq!(state.routed().len(), 4);
+    for routed in state.routed() {
+        let padding = routed.padding.as_ref().unwrap();
         assert_eq!(padding.iter().filter(|&&pad| !pad).count(), 209);
-        assert_eq!(routing.capacity, rule.capacity(209, 32, 4).unwrap());
-        let assignment = &routing.assignment;
-        let pads = (0..400).filter(|&token| padding[token]);
-        assert!(pads.into_iter().all(|token| assignment.slots(token).next().is_none()));
+        assert_eq!(routed.capacity, rule.capacity(209, 32, 4).unwrap());
+        let assignment = &routed.assignment;
+        let mut pads = (0..400).filter(|&token| padding[token]);
+        assert!(pads.all(|token| assignment.slots(token).next().is_none()));
         assert!(assignment.kept() > 0 && assignment.kept() < 209 * 4);
-        Ok(())
-    };
-    decoder.forward(&Batch::new(&[&long, &short]).unwrap(), &mut decoder.batch_state(), observe).unwrap();
+    }
 
     // With the long one at its end, steps ask for the short one's experts alone.
     let directory = root("models/tiny-moe");
     let cache = CacheOptions { prefetch: Prefetch::Off, ..CacheOptions::new(64 << 20) };
-    let options = LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache);
     let requests = |prompts: &[&[u32]], step: &[Option<u32>]| {
         let model = Model::load(&directory, &options).unwrap();
         let (decoder, mut state) = (model.decoder(), model.decoder().generation_state());
-        decoder.prefill(&Batch::new(prompts).unwrap(), 512, &mut state, nothing).unwrap();
+        decoder.prefill(&Batch::new(prompts).unwrap(), 512, &mut state).unwrap();
         let before = decoder.expert_cache().unwrap().statistics().requests;
-        decoder.forward_last(&Batch::step(step).unwrap(), &mut state, nothing).unwrap();
+        decoder.forward_last(&Batch::step(step).unwrap(), &mut state).unwrap();
         decoder.expert_cache().unwrap().statistics().requests - before
     };
     assert_eq!(requests(&[&short], &[Some(7)]), 16);
@@ -217,8 +204,12 @@ fn texts_generated_side_by_side_are_those_generated_alone() {
     let prompts = prompts.map(|prompt| MODEL.encode(prompt).unwrap());
     let parts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     for sampler in [greedy(), drawn()] {
-        let alone: Vec<_> =
-            parts.iter().map(|prompt| generate(&MODEL, prompt, 24, &mut sampler.clone(), |_| ()).unwrap()).collect();
+        let alone = |prompt: &&[u32]| {
+            let (mut state, mut sampler) = (MODEL.decoder().generation_state(), sampler.clone());
+            let go_on = |_| ControlFlow::Continue(());
+            generate(&MODEL, prompt, Options::new(24), &mut state, &mut sampler, go_on).unwrap()
+        };
+        let alone: Vec<_> = parts.iter().map(alone).collect();
         for chunk_tokens in [512, 16] {
             let mut seen = vec![Vec::new(); 4];
             let mut state = MODEL.decoder().generation_state();
@@ -226,14 +217,15 @@ fn texts_generated_side_by_side_are_those_generated_alone() {
             let options = Options { chunk_tokens, ..Options::new(24) };
             let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id| {
                 seen[text].push(id);
+                ControlFlow::Continue(())
             })
             .unwrap();
             assert_eq!(seen, done.texts);
             for (ours, alone) in done.texts.iter().zip(&alone) {
-                assert_eq!(*ours, alone.ids);
+                assert_eq!(*ours, alone.texts[0]);
             }
-            assert_eq!(done.slots, alone.iter().map(|alone| alone.slots).sum::<u64>(), "padding has no slots");
-            assert_eq!(done.survival(), 1.0);
+            let slots = alone.iter().map(|alone| alone.slots.asked).sum::<u64>();
+            assert_eq!((done.slots.asked, done.slots.survival()), (slots, 1.0), "padding has no slots");
             assert_eq!(done.decode_tokens, alone.iter().map(|alone| alone.decode_steps).sum::<usize>());
         }
     }
@@ -245,7 +237,8 @@ fn texts_end_each_at_its_own_place() {
     let (long, short) = (ids(MODEL.decoder(), 1, positions - 3), ids(MODEL.decoder(), 2, 4));
     let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
     let mut state = MODEL.decoder().generation_state();
-    let done = generate_batch(&MODEL, &[&long, &short], Options::new(9), &mut state, &mut samplers, |_, _| ()).unwrap();
+    let go_on = |_, _| ControlFlow::Continue(());
+    let done = generate_batch(&MODEL, &[&long, &short], Options::new(9), &mut state, &mut samplers, go_on).unwrap();
     assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
     assert_eq!(state.lengths(), [positions, 12]);
 
@@ -255,9 +248,23 @@ fn texts_end_each_at_its_own_place() {
         Options::new(0),
         &mut MODEL.decoder().generation_state(),
         &mut samplers[..1],
-        |_, _| (),
+        go_on,
     );
     assert_eq!((none.as_ref().unwrap().texts[0].len(), none.unwrap().decode_steps), (0, 0));
+}
+
+#[test]
+fn a_generation_stops_when_it_is_told_to() {
+    let (mut state, mut sampler) = (MODEL.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
+    let mut seen = Vec::new();
+    let on_token = |id| {
+        seen.push(id);
+        if seen.len() < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let prompt = MODEL.encode("And it came to pass").unwrap();
+    let done = generate(&MODEL, &prompt, Options::new(24), &mut state, &mut sampler, on_token).unwrap();
+    assert_eq!((seen.len(), &done.texts[0], done.decode_steps), (3, &seen, 2));
+    assert_eq!(state.position(), prompt.len() + 2);
 }
 
 #[test]
@@ -266,34 +273,40 @@ fn mistakes_are_named() {
     let error = |result: phase_moe::error::Result<Tensor>| result.unwrap_err().to_string();
     let prompts = Batch::new(&[&[1, 2, 3], &[4]]).unwrap();
     let mut state = decoder.generation_state();
-    decoder.prefill(&prompts, 512, &mut state, nothing).unwrap();
+    decoder.prefill(&prompts, 512, &mut state).unwrap();
     assert_eq!(
-        error(decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing)),
+        error(decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state)),
         "batch: expected the 2 sequences whose keys and values are kept, got 1"
     );
     state.begin_text();
-    decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing).unwrap();
-    let failed = |_: usize, _: Routing| Err(phase_moe::error::Error::TopKZero);
-    error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state, failed));
-    let torn = error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state, nothing));
+    decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
+    let mut limited = decoder.clone();
+    limited.set_capacity(Some(CapacityRule::per_expert(1.0)));
+    assert_eq!(
+        error(limited.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state)),
+        "capacity: expected a router that keeps within it, got top-k"
+    );
+    let torn = error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state));
     assert!(torn.ends_with("(`begin_text` begins another), got one whose last forward pass failed"), "{torn}");
     state.begin_text();
-    let again = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state, nothing).unwrap();
-    let fresh = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut decoder.generation_state(), nothing).unwrap();
+    let again = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
+    let fresh = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut decoder.generation_state()).unwrap();
     assert!(values(&again) == values(&fresh), "other bits");
     let long = vec![1; decoder.spec().max_positions + 1];
     let mut state = decoder.generation_state();
     let batch = Batch::new(&[&long, &[1]]).unwrap();
     assert_eq!(
-        error(decoder.prefill(&batch, 512, &mut state, nothing)),
+        error(decoder.prefill(&batch, 512, &mut state)),
         "text length is 1025: expected at most the model's 1024"
     );
     assert_eq!((state.position(), state.steps()), (0, 0), "nothing went through");
     assert_eq!(
-        error(decoder.prefill(&prompts, 2, &mut decoder.batch_state(), nothing)),
+        error(decoder.prefill(&prompts, 2, &mut decoder.batch_state())),
         "decoder state: expected one that keeps keys and values, got one that keeps none"
     );
     let mut sampler = [Sampler::new(0.0, 1.0, 1).unwrap()];
-    let wrong = generate_batch(&MODEL, &[&[1], &[2]], Options::new(3), &mut state, &mut sampler, |_, _| ());
+    let wrong = generate_batch(&MODEL, &[&[1], &[2]], Options::new(3), &mut state, &mut sampler, |_, _| {
+        ControlFlow::Continue(())
+    });
     assert_eq!(wrong.unwrap_err().to_string(), "samplers: expected one for each of 2 prompts, got 1");
 }

@@ -1,24 +1,24 @@
 //! What the bundled model must show: survival, perplexity and certificates in real forward passes.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::generate;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
+use phase_moe::decoder::{Batch, LoadOptions};
 use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::eval::trace::GateTrace;
-use phase_moe::layer::Routing;
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::metrics::RouteMetrics;
 use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
 
 const KINDS: [&str; 3] = ["scripture", "code", "reference"];
@@ -115,18 +115,15 @@ fn a_forward_pass_is_the_same_on_any_number_of_threads() {
     let batches = Batching { tokens: Some(1024), ..Batching::default() }.batches(&texts(&model)).unwrap();
     for kind in RouterKind::ALL {
         let mut decoder = model.decoder().clone();
-        decoder.set_router(Arc::from(kind.build(7)), Some(CapacityRule::per_expert(1.0)));
+        decoder.set_router(Arc::from(kind.build(7)));
+        let limited = kind.understands(Knowledge::Limits);
+        decoder.set_capacity(limited.then(|| CapacityRule::per_expert(1.0)));
         let outcome = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let mut assignments = Vec::new();
-                decoder
-                    .forward(&batches[0], &mut decoder.batch_state(), |_, routing| {
-                        assignments.push(routing.assignment);
-                        Ok(())
-                    })
-                    .unwrap();
-                assignments
+                let mut state = decoder.batch_state().keeping_routed();
+                decoder.forward(&batches[0], &mut state).unwrap();
+                state.routed().iter().map(|routed| routed.assignment.clone()).collect::<Vec<_>>()
             })
         };
         assert_eq!(outcome(1), outcome(3), "{}", kind.name());
@@ -138,8 +135,10 @@ fn a_prompt_is_continued_in_its_own_kind_of_text() {
     let model = model();
     let continued = |prompt: &str| {
         let mut sampler = Sampler::new(0.0, 1.0, 0).unwrap();
-        let ids = generate(&model, &model.encode(prompt).unwrap(), 40, &mut sampler, |_| ()).unwrap().ids;
-        model.decode(&ids).unwrap()
+        let (prompt, mut state) = (model.encode(prompt).unwrap(), model.decoder().generation_state());
+        let go_on = |_| ControlFlow::Continue(());
+        let done = generate(&model, &prompt, Options::new(40), &mut state, &mut sampler, go_on).unwrap();
+        model.decode(&done.texts[0]).unwrap()
     };
     let scripture = continued("And the LORD spake unto Moses, saying, ");
     let code = continued("impl<T> Iterator for Range<T> {\n    type Item = T;\n\n    fn next(");
@@ -166,9 +165,11 @@ fn under_limits_the_size_of_outputs_tells_who_may_move() {
     let layers: Vec<_> = model.decoder().moe_layers().collect();
     let mut fits: Vec<_> = layers.iter().map(|_| ProbeFit::new(128, 32)).collect();
     for batch in &fitted_on {
-        let mut state = model.decoder().batch_state();
-        let add = |layer: usize, routing: Routing| fits[layer].add(&routing.input, layers[layer].experts());
-        model.decoder().forward(batch, &mut state, add).unwrap();
+        let mut state = model.decoder().batch_state().keeping_routed();
+        model.decoder().forward(batch, &mut state).unwrap();
+        for ((fit, layer), routed) in fits.iter_mut().zip(&layers).zip(state.routed()) {
+            fit.add(&routed.input, layer.experts()).unwrap();
+        }
     }
     let probes: Vec<_> = fits.into_iter().map(|fit| Arc::new(OutputNorms::Probe(fit.probe()))).collect();
     let exact: Vec<_> = layers.iter().map(|_| Arc::new(OutputNorms::Exact)).collect();
@@ -184,16 +185,18 @@ fn under_limits_the_size_of_outputs_tells_who_may_move() {
         // Without a limit nothing is touched; under one the weights are still the gate's.
         assert_eq!(dropless(model.decoder(), &measured, |_| ()).unwrap().perplexity, base.perplexity);
         let mut limited = model.decoder().clone();
-        limited.set_router(Arc::from(RouterKind::Phase.build(0)), Some(rule.clone()));
-        let check = |_: usize, routing: Routing| {
-            for token in 0..routing.assignment.tokens() {
-                for (expert, weight) in routing.assignment.slots(token) {
-                    assert_eq!(weight, routing.scores.gate(token)[expert.index()]);
+        limited.set_router(Arc::from(RouterKind::Phase.build(0)));
+        limited.set_capacity(Some(rule.clone()));
+        let mut state = limited.batch_state().keeping_routed();
+        limited.forward(&measured[0], &mut state).unwrap();
+        for routed in state.routed() {
+            let scores = routed.scores().unwrap();
+            for token in 0..scores.tokens() {
+                for (expert, weight) in routed.assignment.slots(token) {
+                    assert_eq!(weight, scores.gate(token)[expert.index()]);
                 }
             }
-            Ok(())
-        };
-        limited.forward(&measured[0], &mut limited.batch_state(), check).unwrap();
+        }
     }
 }
 

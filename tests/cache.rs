@@ -4,14 +4,14 @@
 use std::collections::HashSet;
 
 use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::experts::residency::{Policy, Residency};
+use phase_moe::offload::requests::Requests;
+use phase_moe::offload::residency::{Policy, Residency};
 use phase_moe::routing::affinity::Decay;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::{Capacity, Placement};
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::scores::{GroupLimit, GroupScore, Scores, Scoring};
 use phase_moe::routing::topk::TopK;

@@ -1,27 +1,28 @@
 //! A model whose experts are in an expert cache against the same model held in memory: the same bits, whatever the budget and whatever
 //! is read ahead; what is wrong is named, and a broken file ends nothing but the pass that needs it.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
-use phase_moe::decoder::generate::generate;
+use phase_moe::decoder::generate::{Options, generate};
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::{Error, Fault};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::residency::Policy;
-use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
-use phase_moe::layer::MoeLayer;
 use phase_moe::layer::cached::{CachedExperts, ExpertBiases};
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::shared::Shared;
+use phase_moe::layer::{LayerState, MoeLayer};
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
+use phase_moe::offload::residency::Policy;
+use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::{RouteContext, RouteState};
 use phase_moe::spec::{MoeSpec, SharedExperts};
@@ -32,7 +33,7 @@ fn directory() -> &'static Path {
 
 /// bf16, as the experts are stored.
 fn load(directory: &Path, expert_cache: Option<CacheOptions>) -> Model {
-    Model::load(directory, &LoadOptions { dtype: DType::BF16, expert_cache, ..LoadOptions::default() }).unwrap()
+    Model::load(directory, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(expert_cache)).unwrap()
 }
 
 static HELD: LazyLock<Model> = LazyLock::new(|| load(directory(), None));
@@ -66,8 +67,7 @@ fn in_batches(decoder: &Decoder) -> Vec<Vec<u32>> {
     let batches =
         [vec![&scripture[..]], vec![&code, &scripture, &code[..1]], vec![&code[..1]], vec![&scripture, &scripture]];
     let mut state = decoder.batch_state();
-    let logits =
-        |batch: Vec<&[u32]>| bits(&decoder.forward(&Batch::new(&batch).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+    let logits = |batch: Vec<&[u32]>| bits(&decoder.forward(&Batch::new(&batch).unwrap(), &mut state).unwrap());
     batches.into_iter().map(logits).collect()
 }
 
@@ -75,8 +75,7 @@ fn in_batches(decoder: &Decoder) -> Vec<Vec<u32>> {
 fn in_decode(decoder: &Decoder, tokens: usize) -> Vec<Vec<u32>> {
     let (ids, mut state) = (text("reference.txt", tokens), decoder.generation_state());
     let steps = std::iter::once(&ids[..9]).chain(ids[9..].chunks(1));
-    let logits =
-        |ids: &[u32]| bits(&decoder.forward_last(&Batch::new(&[ids]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+    let logits = |ids: &[u32]| bits(&decoder.forward_last(&Batch::new(&[ids]).unwrap(), &mut state).unwrap());
     steps.map(logits).collect()
 }
 
@@ -101,7 +100,7 @@ fn where_all_experts_fit_the_memory_aware_router_changes_nothing() {
     for scope in [Scope::PerLayer, Scope::Global] {
         let options = CacheOptions { scope, ..CacheOptions::new(layers.len() * 32 * *SLAB) };
         let mut model = load(directory(), Some(options));
-        model.decoder_mut().set_router(router(), None);
+        model.decoder_mut().set_router(router());
         assert_eq!(in_decode(model.decoder(), 120), in_decode(HELD.decoder(), 120), "{scope:?}");
         assert_eq!(in_batches(model.decoder()), in_batches(HELD.decoder()), "{scope:?}");
         let statistics = cache(model.decoder()).statistics();
@@ -118,7 +117,7 @@ fn reading_ahead_changes_neither_results_nor_decisions() {
             for prefetch in [Prefetch::Off, Prefetch::Always, Prefetch::Auto] {
                 let mut model = load(directory(), Some(CacheOptions { prefetch, ..CacheOptions::new(budget) }));
                 if let Some(router) = &router {
-                    model.decoder_mut().set_router(Arc::new(router.clone()), None);
+                    model.decoder_mut().set_router(Arc::new(router.clone()));
                 }
                 let logits = in_decode(model.decoder(), 150);
                 assert!(router.is_some() || logits == plain, "{prefetch:?}, budget {budget}");
@@ -144,7 +143,9 @@ fn two_threads_generate_on_one_cache() {
     let model = load(directory(), Some(options));
     let prompts = [text("code.txt", 12), text("scripture.txt", 20)];
     let ids = |model: &Model, prompt: &[u32]| {
-        generate(model, prompt, 80, &mut Sampler::new(0.0, 1.0, 1).unwrap(), |_| ()).unwrap().ids
+        let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
+        let go_on = |_| ControlFlow::Continue(());
+        generate(model, prompt, Options::new(80), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
     };
     std::thread::scope(|scope| {
         for prompt in prompts.iter().cycle().take(4) {
@@ -164,7 +165,7 @@ fn a_file_that_shrinks_ends_one_pass_and_not_the_process() {
     let weights = copy.path().join("model.safetensors");
     let model = load(copy.path(), Some(CacheOptions { prefetch: Prefetch::Always, ..CacheOptions::new(13 * *SLAB) }));
     let (ids, decoder) = (text("code.txt", 60), model.decoder());
-    let pass = |ids: &[u32], state: &mut _| decoder.forward_last(&Batch::new(&[ids]).unwrap(), state, |_, _| Ok(()));
+    let pass = |ids: &[u32], state: &mut _| decoder.forward_last(&Batch::new(&[ids]).unwrap(), state);
     let mut state = decoder.generation_state();
     pass(&ids[..10], &mut state).unwrap();
 
@@ -180,7 +181,7 @@ fn a_file_that_shrinks_ends_one_pass_and_not_the_process() {
     let mut state = decoder.generation_state();
     let logits = pass(&ids, &mut state).unwrap();
     let mut state = HELD.decoder().generation_state();
-    let held = HELD.decoder().forward_last(&Batch::new(&[&ids]).unwrap(), &mut state, |_, _| Ok(())).unwrap();
+    let held = HELD.decoder().forward_last(&Batch::new(&[&ids]).unwrap(), &mut state).unwrap();
     assert_eq!(bits(&logits), bits(&held));
 }
 
@@ -236,14 +237,17 @@ fn a_shared_expert_stays_beside_cached_ones() {
         let [gate, up, down] = matrices(id).map(|(_, seed, [rows, columns])| tensor(seed, rows, columns));
         Expert::new(gate, up, down)
     };
-    let held = MoeLayer::with_shared(spec(), gate(), (0..6).map(expert).collect(), shared()).unwrap();
+    let held = MoeLayer::new(spec(), gate(), (0..6).map(expert).collect::<Vec<_>>(), Some(shared())).unwrap();
     for room in [1, 2, 6] {
-        let layer = MoeLayer::with_cached(spec(), gate(), cached(6, room), Some(shared())).unwrap();
+        let layer = MoeLayer::new(spec(), gate(), cached(6, room), Some(shared())).unwrap();
         for (seed, tokens) in [(50, 1), (51, 1), (52, 33), (53, 1)] {
             let hidden = tensor(seed, tokens, 16);
-            let ((output, who), (expected, expected_who)) =
-                (layer.forward_routed(&hidden).unwrap(), held.forward_routed(&hidden).unwrap());
-            assert_eq!((bits(&output), who), (bits(&expected), expected_who), "room for {room}");
+            let ((output, routed), (expected, held_routed)) = (
+                layer.route(&hidden, &mut LayerState::default()).unwrap(),
+                held.route(&hidden, &mut LayerState::default()).unwrap(),
+            );
+            assert_eq!(bits(&output), bits(&expected), "room for {room}");
+            assert_eq!(routed.assignment, held_routed.assignment, "room for {room}");
             let guess = layer.guess(&hidden, RouteContext::default(), &RouteState::default()).unwrap();
             assert_eq!(guess, held.guess(&hidden, RouteContext::default(), &RouteState::default()).unwrap());
         }
@@ -253,7 +257,7 @@ fn a_shared_expert_stays_beside_cached_ones() {
 #[test]
 fn mistakes_are_named() {
     let message = |spec: MoeSpec, gate: Gate, experts: CachedExperts, shared: Option<Shared>| {
-        MoeLayer::with_cached(spec, gate, experts, shared).err().unwrap().to_string()
+        MoeLayer::new(spec, gate, experts, shared).err().unwrap().to_string()
     };
     let plain = || MoeSpec { shared: None, ..spec() };
     assert_eq!(message(plain(), gate(), cached(5, 2), None), "stored experts of layer 0: expected 6, got 5");
@@ -276,19 +280,20 @@ fn mistakes_are_named() {
     let needs = "expected one on the CPU without gradients, as experts in a cache need";
     let variable = Gate::new(Var::from_tensor(&tensor(1, 6, 16)).unwrap().as_tensor().clone());
     assert_eq!(message(plain(), variable, cached(6, 2), None), format!("gate and shared expert: {needs}, got others"));
-    let layer = MoeLayer::with_cached(plain(), gate(), cached(6, 2), None).unwrap();
+    let experts = cached(6, 2);
+    let layer = MoeLayer::new(plain(), gate(), experts.clone(), None).unwrap();
     let variable = Var::from_tensor(&tensor(60, 2, 16)).unwrap();
-    let error = layer.forward_routed(variable.as_tensor()).unwrap_err();
+    let error = layer.route(variable.as_tensor(), &mut LayerState::default()).unwrap_err();
     assert_eq!(error.to_string(), format!("hidden state: {needs}, got another"));
-    assert!(layer.cached().unwrap().cache().statistics().requests == 0, "nothing was asked for");
+    assert!(experts.cache().statistics().requests == 0, "nothing was asked for");
 
     let model = load(directory(), Some(CacheOptions::new(4 << 20)));
     let memory = ExpertMemory::new(4, 32, 8, Policy::Lru, Admission::All).unwrap();
     let mut state = model.decoder().batch_state().with_memory(memory);
-    let error = model.decoder().forward(&Batch::new(&[&[1]]).unwrap(), &mut state, |_, _| Ok(())).unwrap_err();
+    let error = model.decoder().forward(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap_err();
     let expected = "expert memory: expected none beside an expert cache, which keeps its own, got one";
     assert_eq!(error.to_string(), expected);
-    let small = LoadOptions { expert_cache: Some(CacheOptions::new(*SLAB - 1)), ..LoadOptions::default() };
+    let small = LoadOptions::default().with_expert_cache(CacheOptions::new(*SLAB - 1));
     let error = Model::load(directory(), &small).err().unwrap().to_string();
     assert!(error.starts_with("expert cache budget is ") && error.contains("the largest expert"), "{error}");
 }

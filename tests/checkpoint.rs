@@ -1,16 +1,15 @@
 //! Loading a model from a directory whose files are wrong: each fault is an error that names the file and the operand.
 //! The sound model is the random OLMoE of the goldens; every test spoils a copy of it in a directory of its own.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
 use phase_moe::error::{Error, Result};
+use phase_moe::weights::Weights;
 use phase_moe::zoo;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -133,7 +132,7 @@ impl Copy {
 
 fn logits(model: &Model) -> Vec<f32> {
     let (decoder, batch) = (model.decoder(), Batch::new(&[&[5, 17, 96, 3, 0, 44]]).unwrap());
-    let logits = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+    let logits = decoder.forward(&batch, &mut decoder.batch_state()).unwrap();
     logits.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -372,8 +371,8 @@ fn shards_that_do_not_match_their_index_are_named() {
 fn the_decoder_alone_names_file_and_tensor_as_well() {
     let copy = Copy::with_tensors(|tensors| drop(tensors.remove(UP_PROJ)));
     let spec = zoo::parse_config(&std::fs::read_to_string(copy.path("config.json")).unwrap(), "config.json").unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(copy.0.path()).unwrap());
-    let error = Decoder::load(&spec, weights::var_builder(checkpoint, DType::F32, &Device::Cpu)).err().unwrap();
+    let weights = Weights::open(copy.0.path()).unwrap();
+    let error = Decoder::new(&spec, var_builder(&weights, DType::F32, &Device::Cpu)).err().unwrap();
     let expected = format!("model.safetensors: tensor `{UP_PROJ}`: expected in the checkpoint, got none");
     assert!(matches!(error, Error::Checkpoint { .. }) && copy.shown(&error) == expected, "{error}");
 }
@@ -386,7 +385,7 @@ fn weights_that_are_no_numbers_load_and_fail_at_the_gate() {
     });
     let model = copy.load().unwrap();
     let (decoder, batch) = (model.decoder(), Batch::new(&[&[1, 2]]).unwrap());
-    let error = decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap_err();
+    let error = decoder.forward(&batch, &mut decoder.batch_state()).unwrap_err();
     let expected = "layer 1 of the model, feed-forward, gate logit of token 0, expert 0: expected finite numbers, got NaN; \
                     tensor `model.layers.1.mlp.gate.weight` of model.safetensors has NaN at [0, 0]";
     assert!(matches!(error, Error::NonFinite { .. }) && copy.shown(&error) == expected, "{error}");

@@ -1,17 +1,17 @@
 //! Decode with a logical memory of experts on the bundled model: what routers see, what it costs, and that both ways to decode a
 //! known text are the same.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::{LoadOptions, Model};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::eval::decode::{DecodeFigures, Decoding};
 use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::router::Router;
 use phase_moe::routing::topk::TopK;
@@ -63,7 +63,7 @@ fn a_memory_nobody_reads_changes_nothing() {
             Some(memory) => state.with_memory(memory),
             None => state,
         };
-        let logits = decoder().forward(&batches[0], &mut state, |_, _| Ok(())).unwrap();
+        let logits = decoder().forward(&batches[0], &mut state).unwrap();
         assert!(state.memory().is_none_or(|memory| memory.requests() > 0 && memory.hits() == 0));
         logits.flatten_all().unwrap().to_vec1().unwrap()
     };
@@ -91,7 +91,7 @@ fn swaps_save_misses_within_the_bound_and_none_are_made_without_one() {
 fn mistakes_are_named() {
     let error = |memory: ExpertMemory| {
         let mut state = decoder().batch_state().with_memory(memory);
-        decoder().forward(&Batch::new(&[&[1, 2]]).unwrap(), &mut state, |_, _| Ok(())).unwrap_err().to_string()
+        decoder().forward(&Batch::new(&[&[1, 2]]).unwrap(), &mut state).unwrap_err().to_string()
     };
     let memory = |layers, experts| ExpertMemory::new(layers, experts, 2, Policy::Lru, Admission::All).unwrap();
     let expected = "expert memory: expected 4 layers of 32 experts, got";

@@ -1,6 +1,6 @@
 //! Every kind of expert against a naive loop in double precision: activations, biases, shared experts, stacked and quantised
 //! weights, loading, training, and weights that do not fit.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,15 +10,15 @@ use candle_core::{CpuStorage, DType, Device, Module, Storage, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use phase_moe::error::{Error, Result};
 use phase_moe::experts::activation::{Activation, Function};
-use phase_moe::layer::MoeLayer;
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::projection::{Projection, Weight};
 use phase_moe::layer::shared::Shared;
 use phase_moe::layer::worth::OutputNorms;
+use phase_moe::layer::{LayerState, MoeLayer};
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::router::{RouteContext, RouteState};
+use phase_moe::routing::router::RouteContext;
 use phase_moe::spec::{MoeSpec, SharedExperts};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -141,13 +141,13 @@ fn layer(seed: u64, spec: &MoeSpec) -> (MoeLayer, Tensor) {
         true => Gate::new(weight.clone()).with_bias((random(rng, &[spec.experts]) * 3.0).unwrap()),
         false => Gate::new(weight.clone()),
     };
-    let experts = (0..spec.experts).map(|_| expert(rng, spec, spec.expert_width, spec.expert_bias)).collect();
+    let experts = (0..spec.experts).map(|_| expert(rng, spec, spec.expert_width, spec.expert_bias)).collect::<Vec<_>>();
     let layer = match spec.shared {
-        None => MoeLayer::new(spec.clone(), gate, experts),
+        None => MoeLayer::new(spec.clone(), gate, experts, None),
         Some(shared) => {
             let weight = shared.gated.then(|| random(rng, &[1, spec.hidden]));
             let shared = Shared::new(expert(rng, spec, shared.width, false), weight);
-            MoeLayer::with_shared(spec.clone(), gate, experts, shared)
+            MoeLayer::new(spec.clone(), gate, experts, Some(shared))
         }
     };
     (layer.unwrap(), weight)
@@ -202,14 +202,15 @@ fn one_expert_is_its_ffn_whatever_its_kind() {
 fn a_shared_expert_is_added_to_dropped_and_padded_tokens_too() {
     let shared = Some(SharedExperts { width: 7, gated: true });
     let (layer, gate) = layer(33, &MoeSpec { shared, ..spec(Activation::swiglu(), false) });
-    let bare = MoeLayer::new(spec(Activation::swiglu(), false), Gate::new(gate), layer.experts().to_vec()).unwrap();
+    let bare =
+        MoeLayer::new(spec(Activation::swiglu(), false), Gate::new(gate), layer.experts().to_vec(), None).unwrap();
     let rule = CapacityRule::per_expert(0.4).with_minimum_mean(0.0);
     let tokens = tokens(34, 20, 12);
     let padding: Vec<bool> = (0..20).map(|token| token % 6 == 0).collect();
     let routed = |layer: &MoeLayer| {
-        let layer = layer.clone().with_router(Arc::new(PhaseRouter::default()), Some(rule.clone()));
+        let layer = layer.clone().with_router(Arc::new(PhaseRouter::default())).with_capacity(rule.clone());
         let context = RouteContext { padding: Some(&padding), ..RouteContext::default() };
-        let (output, routing) = layer.forward_in(&tokens, context, &mut RouteState::default()).unwrap();
+        let (output, routing) = layer.route_with(&tokens, context, &mut LayerState::default()).unwrap();
         (output, routing.assignment)
     };
     let ((with, assignment), (without, _)) = (routed(&layer), routed(&bare));
@@ -239,6 +240,11 @@ fn stored(projection: &Projection) -> usize {
     }
 }
 
+fn builder(tensors: &[(&str, &Tensor)], dtype: DType) -> VarBuilder<'static> {
+    let tensors = tensors.iter().map(|(name, tensor)| (name.to_string(), (*tensor).clone()));
+    VarBuilder::from_tensors(tensors.collect(), dtype, &CPU)
+}
+
 #[test]
 fn stacked_experts_are_views_and_equal_the_single_ones_bit_for_bit() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -247,30 +253,30 @@ fn stacked_experts_are_views_and_equal_the_single_ones_bit_for_bit() {
             let inner = if kind.gated { 20 } else { 10 };
             let mut cast = |shape: &[usize]| random(rng, shape).to_dtype(dtype).unwrap();
             let (gate_up, down) = (cast(&[4, inner, 12]), cast(&[4, 12, 10]));
-            let biases = [cast(&[10]), cast(&[10]), cast(&[12])];
-            let with_biases = |expert: Expert| {
-                let [gate, up, down] = biases.clone();
-                expert.with_biases(kind.gated.then_some(gate), up, down).unwrap()
-            };
-            let stacked = Expert::stacked(&spec, &gate_up, &down).unwrap();
-            assert!(stacked.iter().all(|expert| stored(expert.up_proj()) == 4 * inner * 12));
-            assert!(stacked.iter().all(|expert| stored(expert.down_proj()) == 4 * 12 * 10));
-            let stacked: Vec<Expert> = stacked.into_iter().map(with_biases).collect();
+            let (inner_bias, down_bias, gate) = (cast(&[4, inner]), cast(&[4, 12]), cast(&[4, 12]));
+            let tensors = [
+                ("gate.weight", &gate),
+                ("experts.gate_up_proj", &gate_up),
+                ("experts.gate_up_proj_bias", &inner_bias),
+                ("experts.down_proj", &down),
+                ("experts.down_proj_bias", &down_bias),
+            ];
+            let stacked = MoeLayer::load(&spec, builder(&tensors, dtype)).unwrap();
+            assert!(stacked.experts().iter().all(|expert| stored(expert.up_proj()) == 4 * inner * 12));
+            assert!(stacked.experts().iter().all(|expert| stored(expert.down_proj()) == 4 * 12 * 10));
             let single = (0..4).map(|at| {
-                let own = |stack: &Tensor, from: usize, rows: usize| {
-                    let rows = stack.get(at).unwrap().narrow(0, from, rows).unwrap();
-                    Projection::new(rows.force_contiguous().unwrap(), None)
+                let own = |(stack, bias): (&Tensor, &Tensor), from: usize, rows: usize| {
+                    let own = |stack: &Tensor| stack.get(at).unwrap().narrow(0, from, rows).unwrap();
+                    Projection::new(own(stack).force_contiguous().unwrap(), Some(own(bias)))
                 };
-                let gate = kind.gated.then(|| own(&gate_up, 0, 10));
-                let up = own(&gate_up, inner - 10, 10);
-                with_biases(Expert::from_projections(kind, gate, up, own(&down, 0, 12)).unwrap())
+                let gate = kind.gated.then(|| own((&gate_up, &inner_bias), 0, 10));
+                let up = own((&gate_up, &inner_bias), inner - 10, 10);
+                Expert::from_projections(kind, gate, up, own((&down, &down_bias), 0, 12)).unwrap()
             });
-            let (single, gate) = (single.collect::<Vec<_>>(), cast(&[4, 12]));
+            let single =
+                MoeLayer::new(spec.clone(), Gate::new(gate.clone()), single.collect::<Vec<_>>(), None).unwrap();
             let hidden = tokens(42, 15, 12).to_dtype(dtype).unwrap();
-            let [ours, theirs] = [stacked, single].map(|experts| {
-                let layer = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), experts).unwrap();
-                values(&layer.forward(&hidden).unwrap())
-            });
+            let [ours, theirs] = [stacked, single].map(|layer| values(&layer.forward(&hidden).unwrap()));
             assert_eq!(ours, theirs, "{dtype:?} {kind:?}");
             assert!(ours.iter().any(|value| value.abs() > 0.1));
         }
@@ -295,56 +301,52 @@ fn quantised_experts_equal_the_layer_of_their_dequantised_weights() {
     let gate = Var::from_tensor(&random(&mut ChaCha8Rng::seed_from_u64(51), &[3, 256])).unwrap().into_inner();
     let hidden = tokens(52, 7, 256);
     let forward = |spec: &MoeSpec, experts: Vec<Expert>| {
-        let layer = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), experts).unwrap();
+        let layer = MoeLayer::new(spec.clone(), Gate::new(gate.clone()), experts, None).unwrap();
         values(&layer.forward(&hidden).unwrap())
     };
     for dtype in QUANTS {
         for kind in [Activation::swiglu(), Activation::relu_squared()] {
             spec.activation = kind;
             let rng = &mut ChaCha8Rng::seed_from_u64(53);
-            let mut stack = || Arc::new(QTensor::quantize(&random(rng, &[3, 256, 256]), dtype).unwrap());
-            let (gates, ups, downs) = (kind.gated.then(&mut stack), stack(), stack());
+            let mut matrix = || Arc::new(QTensor::quantize(&random(rng, &[256, 256]), dtype).unwrap());
+            let experts = [0; 3].map(|_| (kind.gated.then(&mut matrix), matrix(), matrix()));
             let dense = |at: usize| {
-                let own =
-                    |stack: &Arc<QTensor>| Projection::new(stack.dequantize(&CPU).unwrap().get(at).unwrap(), None);
-                Expert::from_projections(kind, gates.as_ref().map(own), own(&ups), own(&downs)).unwrap()
+                let own = |matrix: &Arc<QTensor>| Projection::new(matrix.dequantize(&CPU).unwrap(), None);
+                let (gate, up, down) = &experts[at];
+                Expert::from_projections(kind, gate.as_ref().map(own), own(up), own(down)).unwrap()
             };
-            let stacked = Expert::stacked_quantized(&spec, gates.clone(), ups.clone(), downs.clone()).unwrap();
-            let shares = |projection: &Projection| match projection.weight() {
-                Weight::Quantized { tensor, .. } => Arc::ptr_eq(tensor, &ups),
-                Weight::Dense(_) | Weight::Packed(_) => false,
-            };
-            assert!(stacked.iter().all(|expert| shares(expert.up_proj())));
-            let (ours, theirs) = (forward(&spec, stacked.clone()), forward(&spec, (0..3).map(dense).collect()));
+            let quantized = experts.iter().map(|(gate, up, down)| {
+                let own = |matrix: &Arc<QTensor>| Projection::new(matrix.clone(), None);
+                Expert::from_projections(kind, gate.as_ref().map(own), own(up), own(down)).unwrap()
+            });
+            let quantized: Vec<Expert> = quantized.collect();
+            let (ours, theirs) = (forward(&spec, quantized.clone()), forward(&spec, (0..3).map(dense).collect()));
             assert!(worst(&ours, &theirs) < 1e-5, "{dtype:?} {kind:?}: off by {}", worst(&ours, &theirs));
             assert!(ours.iter().any(|value| value.abs() > 0.1));
 
             // In half precision the expert still computes in f32.
             let half = hidden.to_dtype(DType::BF16).unwrap();
             let reference = dense(1).forward(&half.to_dtype(DType::F32).unwrap()).unwrap().to_dtype(DType::BF16);
-            let output = stacked[1].forward(&half).unwrap();
+            let output = quantized[1].forward(&half).unwrap();
             assert_eq!((output.dtype(), values(&output)), (DType::BF16, values(&reference.unwrap())), "{dtype:?}");
         }
     }
 }
 
 #[test]
-fn a_quantised_expert_of_its_own_tensors_equals_the_one_in_a_stack() {
+fn a_quantised_expert_has_biases_in_f32() {
     let (spec, rng) = (MoeSpec::new(64, 2, 1, 32).unwrap(), &mut ChaCha8Rng::seed_from_u64(54));
-    let [gate, up, down] = [[2, 32, 64], [2, 32, 64], [2, 64, 32]].map(|shape| random(rng, &shape));
-    let quantize = |tensor: &Tensor| Arc::new(QTensor::quantize(tensor, GgmlDType::Q8_0).unwrap());
-    let stacked = Expert::stacked_quantized(&spec, Some(quantize(&gate)), quantize(&up), quantize(&down)).unwrap();
-    let own = |stack: &Tensor| quantize(&stack.get(1).unwrap().force_contiguous().unwrap());
-    let (single, hidden) = (Expert::quantized(own(&gate), own(&up), own(&down)), tokens(55, 6, 64));
-    assert_eq!(values(&single.forward(&hidden).unwrap()), values(&stacked[1].forward(&hidden).unwrap()));
-    // With f32 biases beside the quantised weights; what takes the sizes of outputs sees the same expert.
+    let [gate, up, down] = [[32, 64], [32, 64], [64, 32]]
+        .map(|shape| Arc::new(QTensor::quantize(&random(rng, &shape), GgmlDType::Q8_0).unwrap()));
+    let (single, hidden) = (Expert::quantized(gate, up, down), tokens(55, 6, 64));
+    // What takes the sizes of outputs sees the same expert.
     let biased = single.with_biases(Some(random(rng, &[32])), random(rng, &[32]), random(rng, &[64])).unwrap();
     let norms = OutputNorms::Exact.norms(&hidden, std::slice::from_ref(&biased)).unwrap();
     let first = biased.forward(&hidden.narrow(0, 0, 1).unwrap()).unwrap();
     let norm = values(&first).iter().map(|value| value * value).sum::<f64>().sqrt();
     assert!((f64::from(norms[0]) - norm).abs() < 1e-4);
     let spec = MoeSpec { experts: 1, top_k: 1, expert_bias: true, ..spec };
-    MoeLayer::new(spec, Gate::new(random(rng, &[1, 64])), vec![biased]).unwrap();
+    MoeLayer::new(spec, Gate::new(random(rng, &[1, 64])), vec![biased], None).unwrap();
 }
 
 #[test]
@@ -472,11 +474,16 @@ fn gradients_pass_through_stacked_and_quantised_experts() {
     let down = random(rng, &[2, 32, 32]);
     let gate = Var::from_tensor(&random(rng, &[2, 32])).unwrap();
     let hidden = Var::from_tensor(&tokens(75, 5, 32)).unwrap();
+    let backward = |layer: MoeLayer| loss(&layer.forward(&hidden).unwrap()).backward().unwrap();
     let forward = |experts: Vec<Expert>| {
-        let layer = MoeLayer::new(spec.clone(), Gate::new(gate.as_tensor().clone()), experts).unwrap();
-        loss(&layer.forward(&hidden).unwrap()).backward().unwrap()
+        backward(MoeLayer::new(spec.clone(), Gate::new(gate.as_tensor().clone()), experts, None).unwrap())
     };
-    let gradients = forward(Expert::stacked(&spec, &gate_up, &down).unwrap());
+    let tensors = [
+        ("gate.weight", gate.as_tensor()),
+        ("experts.gate_up_proj", gate_up.as_tensor()),
+        ("experts.down_proj", &down),
+    ];
+    let gradients = backward(MoeLayer::load(&spec, builder(&tensors, DType::F32)).unwrap());
     let expert = |at: usize| {
         let rows = |from: usize| gate_up.as_detached_tensor().get(at).unwrap().narrow(0, from, 32).unwrap();
         Var::from_tensor(&rows(0)).and_then(|gate| Ok((gate, Var::from_tensor(&rows(32))?))).unwrap()
@@ -490,9 +497,13 @@ fn gradients_pass_through_stacked_and_quantised_experts() {
     let own = parts.iter().flat_map(|(gate, up)| [gate, up]).flat_map(|part| values(reference.get(part).unwrap()));
     assert_eq!(values(gradients.get(&gate_up).unwrap()), own.collect::<Vec<_>>());
 
-    let quantize = |tensor: &Tensor| Arc::new(QTensor::quantize(tensor, GgmlDType::F32).unwrap());
-    let part = |from: usize| quantize(&gate_up.as_detached_tensor().narrow(1, from, 32).unwrap());
-    let quantized = forward(Expert::stacked_quantized(&spec, Some(part(0)), part(32), quantize(&down)).unwrap());
+    // Candle quantises what is behind a view, not the view.
+    let quantize =
+        |tensor: &Tensor| Arc::new(QTensor::quantize(&tensor.force_contiguous().unwrap(), GgmlDType::F32).unwrap());
+    let part =
+        |at: usize, from: usize| quantize(&gate_up.as_detached_tensor().get(at).unwrap().narrow(0, from, 32).unwrap());
+    let own = |at: usize| Expert::quantized(part(at, 0), part(at, 32), quantize(&down.get(at).unwrap()));
+    let quantized = forward(vec![own(0), own(1)]);
     for variable in [&gate, &hidden] {
         let off = worst(&values(quantized.get(variable).unwrap()), &values(reference.get(variable).unwrap()));
         assert!(off < 1e-5, "off by {off}");
@@ -518,7 +529,7 @@ fn experts_that_do_not_fit_are_named() {
     let error = |expert: Expert| {
         let mut experts = fits.experts().to_vec();
         experts[2] = expert;
-        message(MoeLayer::new(spec.clone(), Gate::new(zeros(&[4, 12])), experts))
+        message(MoeLayer::new(spec.clone(), Gate::new(zeros(&[4, 12])), experts, None))
     };
     let bare = Expert::new(zeros(&[10, 12]), zeros(&[10, 12]), zeros(&[12, 10]));
     let biased = |gate: &Tensor, up: &[usize], down: &[usize]| {
@@ -539,7 +550,7 @@ fn experts_that_do_not_fit_are_named() {
     );
     let unbiased = MoeSpec { expert_bias: false, ..spec.clone() };
     let experts = fits.experts().to_vec();
-    let error = message(MoeLayer::new(unbiased.clone(), Gate::new(zeros(&[4, 12])), experts));
+    let error = message(MoeLayer::new(unbiased.clone(), Gate::new(zeros(&[4, 12])), experts, None));
     assert_eq!(error, "expert 0 gate_proj bias: expected none, got [10]");
 
     let one = || Projection::new(zeros(&[10, 12]), None);
@@ -569,10 +580,7 @@ fn gates_and_shared_experts_that_do_not_fit_are_named() {
     let gate = || Gate::new(weight.clone()).with_bias(zeros(&[4]));
     let ffn = |width: usize| Expert::new(zeros(&[width, 12]), zeros(&[width, 12]), zeros(&[12, width]));
     let error = |spec: &MoeSpec, gate: Gate, shared: Option<Shared>| {
-        message(match shared {
-            Some(shared) => MoeLayer::with_shared(spec.clone(), gate, experts(), shared),
-            None => MoeLayer::new(spec.clone(), gate, experts()),
-        })
+        message(MoeLayer::new(spec.clone(), gate, experts(), shared))
     };
     let fits = || Some(Shared::new(ffn(7), Some(zeros(&[1, 12]))));
     assert_eq!(error(&with, Gate::new(weight.clone()), fits()), "gate bias: expected [4], got none");
@@ -597,22 +605,17 @@ fn gates_and_shared_experts_that_do_not_fit_are_named() {
 fn stacks_and_quantised_tensors_that_do_not_fit_are_named() {
     let spec = MoeSpec::new(64, 2, 1, 32).unwrap();
     let quantized = |shape: &[usize]| Arc::new(QTensor::quantize(&zeros(shape), GgmlDType::Q8_0).unwrap());
-    assert_eq!(
-        message(Expert::stacked(&spec, &zeros(&[2, 32, 64]), &zeros(&[2, 64, 32]))),
-        "stacked gate_up_proj: expected [2, 64, 64], got [2, 32, 64]"
-    );
-    assert_eq!(
-        message(Expert::stacked(&spec, &zeros(&[2, 64, 64]), &zeros(&[64, 32]))),
-        "stacked down_proj: expected [2, 64, 32], got [64, 32]"
-    );
-    let stack = |gate: Option<&[usize]>, up: &[usize], down: &[usize]| {
-        message(Expert::stacked_quantized(&spec, gate.map(quantized), quantized(up), quantized(down)))
+    let stacked = |gate_up: &[usize], down: &[usize]| {
+        let tensors = [
+            ("gate.weight", &zeros(&[2, 64])),
+            ("experts.gate_up_proj", &zeros(gate_up)),
+            ("experts.down_proj", &zeros(down)),
+        ];
+        message(MoeLayer::load(&spec, builder(&tensors, DType::F32)))
     };
-    let (wide, narrow) = ([2, 32, 64], [2, 64, 32]);
-    assert_eq!(stack(None, &wide, &narrow), "stacked gate_proj: expected one, as the activation is gated, got none");
-    assert_eq!(stack(Some(&[64, 64]), &wide, &narrow), "stacked gate_proj: expected [2, 32, 64], got [64, 64]");
-    assert_eq!(stack(Some(&wide), &narrow, &narrow), "stacked up_proj: expected [2, 32, 64], got [2, 64, 32]");
-    assert_eq!(stack(Some(&wide), &wide, &wide), "stacked down_proj: expected [2, 64, 32], got [2, 32, 64]");
+    let expected = "stacked experts: expected [2, 64, 64] and [2, 64, 32], or [2, 64, 64] and [2, 32, 64], got ";
+    assert_eq!(stacked(&[2, 32, 64], &[2, 64, 32]), format!("{expected}[2, 32, 64] and [2, 64, 32]"));
+    assert_eq!(stacked(&[2, 64, 64], &[64, 32]), format!("{expected}[2, 64, 64] and [64, 32]"));
 
     let one = MoeSpec { experts: 1, expert_bias: true, ..spec };
     let new = |weight: Weight, bias: DType| {
@@ -620,25 +623,18 @@ fn stacks_and_quantised_tensors_that_do_not_fit_are_named() {
         let projection = |shape: &[usize]| Projection::new(quantized(shape), Some(bias(shape[0])));
         let (gate, up) = (Projection::new(weight, Some(bias(32))), projection(&[32, 64]));
         let expert = Expert::from_projections(Activation::swiglu(), Some(gate), up, projection(&[64, 32])).unwrap();
-        MoeLayer::new(one.clone(), Gate::new(zeros(&[1, 64])), vec![expert])
+        MoeLayer::new(one.clone(), Gate::new(zeros(&[1, 64])), vec![expert], None)
     };
-    let rows = |rows| Weight::Quantized { tensor: quantized(&wide), rows };
-    assert!(new(rows(32..64), DType::F32).is_ok());
+    let fits = || Weight::from(quantized(&[32, 64]));
+    assert!(new(fits(), DType::F32).is_ok());
     let error = |weight: Weight| message(new(weight, DType::F32));
-    assert_eq!(error(rows(32..63)), "expert 0 gate_proj: expected [32, 64], got [31, 64]");
-    assert_eq!(error(rows(48..80)), "expert 0 gate_proj: expected rows of the 64 there are, got rows 48..80");
     assert_eq!(error(quantized(&[64, 32]).into()), "expert 0 gate_proj: expected [32, 64], got [64, 32]");
+    assert_eq!(error(quantized(&[1, 32, 64]).into()), "expert 0 gate_proj: expected [32, 64], got [1, 32, 64]");
     let short = QStorage::from_data(vec![0; 34].into(), &CPU, GgmlDType::Q8_0).unwrap();
     let short = Arc::new(QTensor::new(short, (32, 64)).unwrap());
     assert_eq!(error(short.into()), "expert 0 gate_proj: expected 2176 bytes for [32, 64] in Q8_0, got 34 bytes");
     assert_eq!(
-        message(new(rows(0..32), DType::F16)),
+        message(new(fits(), DType::F16)),
         "expert 0 gate_proj bias: expected F32 beside a quantised weight, got F16"
     );
-    // An expert that no layer has checked errs too, instead of reading past the end.
-    let past = || Projection::new(Weight::Quantized { tensor: quantized(&wide), rows: 48..80 }, None);
-    let down = Projection::new(quantized(&[64, 32]), None);
-    let expert = Expert::from_projections(Activation::swiglu(), Some(past()), past(), down).unwrap();
-    let error = Error::from(expert.forward(&zeros(&[1, 64])).unwrap_err()).to_string();
-    assert_eq!(error, "quantised rows: expected rows within the 4352 bytes there are, got 48..80");
 }

@@ -1,14 +1,14 @@
 //! GGUF files against Hugging Face transformers, goldens by `tests/goldens/make_gguf_goldens.py`; with experts in an expert cache and
 //! without the same bits.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::weights::Weights;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
@@ -26,8 +26,8 @@ const FILES: [(&str, &str); 8] = [
     ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
 ];
 
-fn open(name: &str) -> ModelFiles {
-    ModelFiles::open(&fixture(&format!("gguf/{name}.gguf"))).unwrap()
+fn open(name: &str) -> Weights {
+    Weights::open(&fixture(&format!("gguf/{name}.gguf"))).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -46,29 +46,27 @@ fn prompts(goldens: &str) -> [(Vec<u32>, Vec<f32>); 2] {
 
 /// Logits of a text at once, and of one token after another.
 fn logits(decoder: &Decoder, ids: &[u32]) -> [Vec<f32>; 2] {
-    let forward = |ids: &[u32], state: &mut _| {
-        values(&decoder.forward(&Batch::new(&[ids]).unwrap(), state, |_, _| Ok(())).unwrap())
-    };
+    let forward = |ids: &[u32], state: &mut _| values(&decoder.forward(&Batch::new(&[ids]).unwrap(), state).unwrap());
     let mut state = decoder.generation_state();
     let steps = ids.iter().flat_map(|&id| forward(&[id], &mut state)).collect();
     [forward(ids, &mut decoder.batch_state()), steps]
 }
 
-fn cached(files: &ModelFiles, experts: usize) -> Decoder {
-    let store = weights::expert_store(&files.checkpoint, &files.spec().unwrap()).unwrap();
+fn cached(files: &Weights, experts: usize) -> Decoder {
+    let store = files.expert_store().unwrap();
     let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap();
     let options = CacheOptions::new(experts * largest).sparing(&store);
-    files.decoder(&LoadOptions { expert_cache: Some(options), ..LoadOptions::default() }).unwrap()
+    Decoder::load(files, &LoadOptions::default().with_expert_cache(options)).unwrap()
 }
 
 #[test]
 fn every_architecture_equals_transformers_with_its_experts_in_memory_or_in_the_file() {
     for (name, goldens) in FILES {
         let files = open(name);
-        let decoder = files.decoder(&LoadOptions::default()).unwrap();
+        let decoder = Decoder::load(&files, &LoadOptions::default()).unwrap();
         let caches = [cached(&files, 1), cached(&files, 3)];
         assert!(caches.iter().all(|decoder| decoder.expert_cache().is_some()));
-        let stored: usize = files.checkpoint.tensors().values().map(|entry| entry.bytes / 4).sum();
+        let stored: usize = files.checkpoint().tensors().values().map(|entry| entry.bytes / 4).sum();
         assert_eq!(decoder.spec().parameters(), stored, "{name}: parameters");
         for (prompt, (ids, golden)) in prompts(goldens).into_iter().enumerate() {
             let ours = logits(&decoder, &ids);
@@ -87,7 +85,7 @@ fn every_architecture_equals_transformers_with_its_experts_in_memory_or_in_the_f
 #[test]
 fn experts_in_mxfp4_are_the_numbers_they_stand_for() {
     let files = open("mxfp4");
-    let decoder = files.decoder(&LoadOptions::default()).unwrap();
+    let decoder = Decoder::load(&files, &LoadOptions::default()).unwrap();
     let caches = [cached(&files, 1), cached(&files, 3)];
     for (prompt, (ids, golden)) in prompts("gguf/mxfp4.goldens.safetensors").into_iter().enumerate() {
         let ours = logits(&decoder, &ids);

@@ -1,11 +1,13 @@
 //! GGUF files that are wrong: each fault is an error that names the file and the operand. The sound file is that of the goldens.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
 use phase_moe::checkpoint::{Checkpoint, Value};
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Decoder, LoadOptions};
 use phase_moe::error::{Error, Result};
+use phase_moe::weights::Weights;
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> PathBuf {
@@ -179,7 +181,7 @@ proptest! {
             bytes[at] = value;
         }
         if let Ok(checkpoint) = open(bytes) {
-            let _ = phase_moe::zoo::gguf::config(&checkpoint).and_then(|config| phase_moe::zoo::parse_config(&config, "m.gguf"));
+            let _ = Weights::from_gguf("m", checkpoint).and_then(|weights| weights.spec().map(|_| ()));
         }
     }
 }
@@ -189,9 +191,9 @@ fn load(name: &str, change: impl Fn(Vec<u8>) -> Vec<u8>) -> Result<()> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("m.gguf");
     std::fs::write(&path, change(std::fs::read(fixture(name)).unwrap())).unwrap();
-    let files = ModelFiles::open(&path)?;
-    let held = files.decoder(&LoadOptions::default()).map(|_| ());
-    let pieces = phase_moe::decoder::weights::expert_pieces(&files.checkpoint, &files.spec()?).map(|_| ());
+    let files = Weights::open(&path)?;
+    let held = Decoder::load(&files, &LoadOptions::default()).map(|_| ());
+    let pieces = files.expert_store().map(|_| ());
     held.and(pieces)
 }
 
@@ -358,13 +360,13 @@ fn a_directory_holds_one_file_and_one_file_may_have_parts() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     std::fs::write(path("one.gguf"), sound()).unwrap();
-    let files = ModelFiles::open(directory.path()).unwrap();
+    let files = Weights::open(directory.path()).unwrap();
     assert_eq!(files.spec().unwrap().family, "olmoe");
-    assert_eq!(ModelFiles::open(&path("one.gguf")).unwrap().name, "one");
+    assert_eq!(Weights::open(&path("one.gguf")).unwrap().name(), "one");
     std::fs::write(path("two.gguf"), sound()).unwrap();
-    let error = ModelFiles::open(directory.path()).unwrap_err().to_string();
+    let error = Weights::open(directory.path()).unwrap_err().to_string();
     assert!(error.contains("expected one GGUF file, got ") && error.ends_with("two.gguf"), "{error}");
-    assert!(ModelFiles::open(&path("none.gguf")).is_err_and(|error| matches!(error, Error::Io { .. })));
+    assert!(Weights::open(&path("none.gguf")).is_err_and(|error| matches!(error, Error::Io { .. })));
 
     // A part says which one it is.
     let parts = tempfile::tempdir().unwrap();
@@ -390,9 +392,9 @@ fn a_directory_holds_one_file_and_one_file_may_have_parts() {
 
 #[test]
 fn a_file_without_a_tokenizer_runs_on_ids_alone() {
-    let files = ModelFiles::open(&fixture("olmoe.gguf")).unwrap();
-    assert!(files.decoder(&LoadOptions::default()).is_ok());
-    let error = Model::from_files(&files, &LoadOptions::default()).err().unwrap();
+    let files = Weights::open(&fixture("olmoe.gguf")).unwrap();
+    assert!(Decoder::load(&files, &LoadOptions::default()).is_ok());
+    let error = Model::new(&files, &LoadOptions::default()).err().unwrap();
     assert!(matches!(error, Error::Tokenizer(_)), "{error}");
     let expected =
         "olmoe.gguf: key `tokenizer.ggml.tokens`: expected tokens, got none: put the model's tokenizer.json beside it";

@@ -1,16 +1,16 @@
 //! Experts of a GGUF file in MXFP4 against transformers with the numbers of their blocks, golden by
 //! `tests/goldens/make_mxfp4_golden.py`; from the file through an expert cache the same bits.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
 use candle_core::{Module, Tensor, Var};
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::store::Part;
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::offload::store::Part;
+use phase_moe::weights::Weights;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_mxfp4").join(name)
@@ -33,9 +33,9 @@ fn off(ours: &[f32], golden: &[f32]) -> f32 {
 
 #[test]
 fn blocks_are_the_numbers_they_stand_for() {
-    let files = ModelFiles::open(&fixture("olmoe.gguf")).unwrap();
+    let files = Weights::open(&fixture("olmoe.gguf")).unwrap();
     let goldens = Checkpoint::open_files(&[fixture("goldens.safetensors")]).unwrap();
-    let decoder = files.decoder(&LoadOptions::default()).unwrap();
+    let decoder = Decoder::load(&files, &LoadOptions::default()).unwrap();
     let block = words(&goldens, "block.layer", u32::from_le_bytes)[0] as usize;
     let (layer, golden) =
         (decoder.moe_layers().nth(block).unwrap(), words(&goldens, "block.output", f32::from_le_bytes));
@@ -48,14 +48,14 @@ fn blocks_are_the_numbers_they_stand_for() {
     let worst = off(&values(&layer.forward(tracked.as_tensor()).unwrap()), &golden);
     assert!(worst <= 1e-5, "in floats off by {worst}");
 
-    let store = weights::expert_store(&files.checkpoint, decoder.spec()).unwrap();
+    let store = files.expert_store().unwrap();
     assert_eq!(store.piece(1, 2, Part::Down), Some((Dtype::Mxfp4, [32, 64])));
     let cache = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
-    let cached = files.decoder(&LoadOptions { expert_cache: Some(cache), ..LoadOptions::default() }).unwrap();
+    let cached = Decoder::load(&files, &LoadOptions::default().with_expert_cache(cache)).unwrap();
     let ids = words(&goldens, "prompt.1.ids", u32::from_le_bytes);
     let logits = |decoder: &Decoder| {
         let batch = Batch::new(&[&ids]).unwrap();
-        values(&decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap())
+        values(&decoder.forward(&batch, &mut decoder.batch_state()).unwrap())
     };
     assert!(logits(&cached) == logits(&decoder), "other bits from a cache");
 }

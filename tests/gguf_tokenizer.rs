@@ -1,13 +1,13 @@
 //! Tokenizers of GGUF files: SentencePiece's against the sentencepiece package (`tests/goldens/make_gguf_goldens.py`), what is not known
 //! here refused. Byte pairs are in `gguf_model.rs`, with the bundled model.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::error::{Error, Result};
-use phase_moe::zoo::gguf_tokenizer::tokenizer_json;
+use phase_moe::weights::Weights;
 use tokenizers::Tokenizer;
 
 fn fixture(name: &str) -> PathBuf {
@@ -15,7 +15,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn json(path: &Path) -> Result<String> {
-    tokenizer_json(Checkpoint::open_gguf(path)?.gguf().unwrap())
+    Weights::from_parts("m", "", Checkpoint::open_gguf(path)?).tokenizer_json()
 }
 
 #[test]

@@ -1,13 +1,12 @@
 //! Parity with Hugging Face transformers: the decoder against goldens made by `tests/goldens/make_goldens.py`.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, weights};
-use phase_moe::zoo;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::weights::Weights;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -31,36 +30,33 @@ fn assert_close(stage: &str, ours: &[f32], golden: &[f32]) {
 }
 
 fn compare(model: &Path, goldens: &Path) {
-    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    let spec = zoo::parse_config(&config, "config.json").unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(model).unwrap());
-    let decoder = Decoder::load(&spec, weights::var_builder(checkpoint, DType::F32, &Device::Cpu)).unwrap();
+    let decoder = Decoder::load(&Weights::open(model).unwrap(), &LoadOptions::default()).unwrap();
     let goldens = Checkpoint::open_files(&[goldens]).unwrap();
     let ids: Vec<u32> = golden_ids(&goldens, "ids").into_iter().map(|id| id as u32).collect();
 
-    let check = |layer: usize, routing: phase_moe::layer::Routing| {
-        let logits = routing.logits.flatten_all()?.to_vec1::<f32>()?;
+    let batch = Batch::new(&[&ids]).unwrap();
+    let mut state = decoder.batch_state().keeping_routed();
+    let logits = decoder.forward(&batch, &mut state).unwrap();
+    assert_eq!(state.routed().len(), decoder.spec().moe_layers());
+    for (layer, routed) in state.routed().iter().enumerate() {
+        let router_logits = routed.logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_close(
             &format!("layer {layer} router logits"),
-            &logits,
+            &router_logits,
             &golden(&goldens, &format!("layer.{layer}.router_logits")),
         );
-        let experts: Vec<i32> = routing.assignment.ids().collect();
+        let experts: Vec<i32> = routed.assignment.ids().collect();
         assert_eq!(experts, golden_ids(&goldens, &format!("layer.{layer}.top_k")), "layer {layer} experts");
         let weights = golden(&goldens, &format!("layer.{layer}.top_k_weights"));
-        assert_close(&format!("layer {layer} combine weights"), routing.assignment.weights(), &weights);
-        Ok(())
-    };
-    let batch = Batch::new(&[&ids]).unwrap();
-    let logits = decoder.forward(&batch, &mut decoder.batch_state(), check).unwrap();
+        assert_close(&format!("layer {layer} combine weights"), routed.assignment.weights(), &weights);
+    }
     let positions: Vec<u32> = golden_ids(&goldens, "logit_positions").into_iter().map(|at| at as u32).collect();
     let kept = logits.squeeze(0).unwrap().index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 0).unwrap();
     assert_close("logits", &kept.flatten_all().unwrap().to_vec1::<f32>().unwrap(), &golden(&goldens, "logits"));
 
     // One token at a time, with kept keys and values, must come to the same.
     let mut state = decoder.generation_state();
-    let steps =
-        ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+    let steps = ids.iter().map(|id| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state).unwrap());
     let stepped = Tensor::cat(&steps.collect::<Vec<_>>(), 1).unwrap();
     let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_close("logits step by step", &values(&stepped), &values(&logits));

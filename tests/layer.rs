@@ -1,6 +1,6 @@
 //! The MoE layer through its public face: gradients, equalities with simpler layers, shapes and dtypes, padding, training
 //! helpers, and input that is wrong.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use phase_moe::error::{Error, Result};
 use phase_moe::layer::expert::Expert;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
-use phase_moe::layer::{MoeLayer, Routing};
+use phase_moe::layer::{LayerState, MoeLayer, Routed};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::{Capacity, CapacityRule};
 use phase_moe::routing::drop::DropRule;
@@ -80,17 +80,19 @@ impl Parts {
 
     fn layer(&self) -> MoeLayer {
         let experts = self.experts.iter().map(|[gate, up, down]| Expert::new(gate.clone(), up.clone(), down.clone()));
-        let mut layer = MoeLayer::new(self.spec.clone(), Gate::new(self.gate.clone()), experts.collect())
-            .unwrap()
-            .with_router(self.router.clone(), self.capacity.clone());
+        let mut layer =
+            MoeLayer::new(self.spec.clone(), Gate::new(self.gate.clone()), experts.collect::<Vec<_>>(), None)
+                .unwrap()
+                .with_router(self.router.clone());
+        layer.set_capacity(self.capacity.clone());
         if let Some(bias) = &self.bias {
             layer.set_selection_bias(bias).unwrap();
         }
         layer
     }
 
-    fn forward(&self) -> (Tensor, Routing) {
-        self.layer().forward_in(&self.hidden, RouteContext::default(), &mut RouteState::default()).unwrap()
+    fn forward(&self) -> (Tensor, Routed) {
+        self.layer().route(&self.hidden, &mut LayerState::default()).unwrap()
     }
 
     /// The tensors that gradients are checked for: input, gate, and the projections of `expert`.
@@ -113,10 +115,10 @@ impl Parts {
 }
 
 /// A scalar of what a forward pass gives; in `f64` where it is measured, so that only the layer rounds.
-type Loss = fn(&Parts, &Tensor, &Routing) -> Tensor;
+type Loss = fn(&Parts, &Tensor, &Routed) -> Tensor;
 
 /// The output against fixed weights: every element counts differently.
-fn probe(_: &Parts, output: &Tensor, _: &Routing) -> Tensor {
+fn probe(_: &Parts, output: &Tensor, _: &Routed) -> Tensor {
     let weights: Vec<f32> = (0..output.elem_count()).map(|at| (at as f32 * 0.7).sin()).collect();
     let weights = Tensor::from_vec(weights, output.shape(), &CPU).unwrap().to_dtype(DType::F64).unwrap();
     (output.to_dtype(DType::F64).unwrap() * weights).unwrap().sum_all().unwrap()
@@ -202,12 +204,7 @@ fn gradients_of_the_output_match_finite_differences() {
 #[test]
 fn gradients_of_the_balancing_losses_match_finite_differences() {
     for (name, parts) in gradient_cases() {
-        check_gradients(
-            name,
-            &parts,
-            |parts, _, routing| load_balancing_loss(routing, parts.spec.scoring).unwrap(),
-            false,
-        );
+        check_gradients(name, &parts, |_, _, routing| load_balancing_loss(routing).unwrap(), false);
         check_gradients(name, &parts, |_, _, routing| router_z_loss(routing).unwrap(), false);
     }
 }
@@ -277,7 +274,7 @@ fn an_expert_takes_any_rank() {
 fn dropless_equals_a_capacity_that_never_binds_bit_for_bit() {
     let dropless = Parts::new(8, 64, MoeSpec::new(16, 8, 2, 12).unwrap());
     for rule in [CapacityRule::per_expert(1e3), CapacityRule::per_device(1e3, 4)] {
-        for name in ["top-k", "top-k-arrival", "top-k-score"] {
+        for name in ["top-k-arrival", "top-k-score"] {
             let router: Arc<dyn Router> = Arc::from(name.parse::<RouterKind>().unwrap().build(1));
             let limited = Parts { router, capacity: Some(rule.clone()), ..dropless.clone() };
             let ((ours, routing), (theirs, reference)) = (limited.forward(), dropless.forward());
@@ -348,7 +345,7 @@ fn zero_tokens_give_zero_tokens() {
             let empty = Parts { hidden: empty, ..parts.clone() };
             let (output, routing) = empty.forward();
             assert_eq!((output.dims(), output.dtype(), routing.assignment.kept()), (shape, DType::F32, 0), "{name}");
-            for loss in [load_balancing_loss(&routing, empty.spec.scoring), router_z_loss(&routing)] {
+            for loss in [load_balancing_loss(&routing), router_z_loss(&routing)] {
                 assert_eq!(loss.unwrap().to_scalar::<f32>().unwrap(), 0.0, "{name}");
             }
         }
@@ -365,7 +362,7 @@ fn padding_takes_no_room_and_gets_nothing() {
     let sources: Vec<u32> = padding.iter().map(|&pad| if pad { 0 } else { next.next().unwrap() }).collect();
     let hidden = live.hidden.index_select(&Tensor::new(sources, &CPU).unwrap(), 0).unwrap();
     let context = RouteContext { padding: Some(&padding), ..RouteContext::default() };
-    let (output, routing) = live.layer().forward_in(&hidden, context, &mut RouteState::default()).unwrap();
+    let (output, routing) = live.layer().route_with(&hidden, context, &mut LayerState::default()).unwrap();
 
     let (expected, reference) = live.forward();
     assert_eq!(routing.capacity, reference.capacity);
@@ -376,14 +373,13 @@ fn padding_takes_no_room_and_gets_nothing() {
     let kept: Vec<f32> = kept.into_iter().flat_map(|(row, _)| row).collect();
     assert!(kept.iter().zip(values(&expected)).all(|(a, b)| (a - b).abs() < 1e-6));
 
-    let losses = |routing: &Routing| {
-        [load_balancing_loss(routing, live.spec.scoring), router_z_loss(routing)]
-            .map(|loss| loss.unwrap().to_scalar::<f32>().unwrap())
+    let losses = |routing: &Routed| {
+        [load_balancing_loss(routing), router_z_loss(routing)].map(|loss| loss.unwrap().to_scalar::<f32>().unwrap())
     };
     for (ours, theirs) in losses(&routing).into_iter().zip(losses(&reference)) {
         assert!((ours - theirs).abs() < 1e-5, "loss {ours} with padding, {theirs} without");
     }
-    let metrics = routing.metrics(context).unwrap();
+    let metrics = routing.metrics().unwrap();
     assert_eq!((metrics.demand, metrics.kept), (24, reference.assignment.kept() as u64));
 }
 
@@ -398,7 +394,7 @@ fn the_balancing_loss_is_one_when_balanced_and_sees_past_a_full_expert() {
             ..Parts::new(13, 1, MoeSpec::new(4, 4, 1, 3).unwrap())
         };
         let parts = if dropping { self::dropping(parts) } else { parts };
-        load_balancing_loss(&parts.forward().1, parts.spec.scoring).unwrap().to_scalar::<f32>().unwrap()
+        load_balancing_loss(&parts.forward().1).unwrap().to_scalar::<f32>().unwrap()
     };
     assert!((loss(&[0, 1, 2, 3], false) - 1.0).abs() < 1e-5);
     assert!((loss(&[2, 2, 2, 2], false) - 4.0).abs() < 1e-5);
@@ -456,10 +452,9 @@ fn a_few_steps_of_gradient_descent_learn() {
     assert_eq!(variables.all_vars().len(), 1 + 3 * 4);
 
     let step = || {
-        let (output, routing) =
-            layer.forward_in(&parts.hidden, RouteContext::default(), &mut RouteState::default()).unwrap();
+        let (output, routing) = layer.route(&parts.hidden, &mut LayerState::default()).unwrap();
         let error = (output - &target).unwrap().sqr().unwrap().mean_all().unwrap();
-        let balance = load_balancing_loss(&routing, parts.spec.scoring).unwrap();
+        let balance = load_balancing_loss(&routing).unwrap();
         let loss = (&error + (balance * 0.01).unwrap()).unwrap();
         let gradients = loss.backward().unwrap();
         for variable in variables.all_vars() {
@@ -485,7 +480,9 @@ fn message<T>(result: Result<T>) -> String {
 #[test]
 fn a_hidden_state_that_does_not_fit_is_named() {
     let layer = Parts::new(17, 3, MoeSpec::new(8, 4, 2, 6).unwrap()).layer();
-    let error = |shape: &[usize], dtype| message(layer.forward_routed(&Tensor::zeros(shape, dtype, &CPU).unwrap()));
+    let error = |shape: &[usize], dtype| {
+        message(layer.route(&Tensor::zeros(shape, dtype, &CPU).unwrap(), &mut LayerState::default()))
+    };
     assert_eq!(error(&[3, 9], DType::F32), "hidden state: expected [.., 8], got [3, 9]");
     assert_eq!(error(&[8, 3], DType::F32), "hidden state: expected [.., 8], got [8, 3]");
     assert_eq!(error(&[3, 0], DType::F32), "hidden state: expected [.., 8], got [3, 0]");
@@ -503,7 +500,7 @@ fn a_hidden_state_that_does_not_fit_is_named() {
 #[test]
 fn a_context_of_another_batch_is_named() {
     let parts = Parts::new(18, 3, MoeSpec::new(8, 4, 2, 6).unwrap());
-    let error = |context| message(parts.layer().forward_in(&parts.hidden, context, &mut RouteState::default()));
+    let error = |context| message(parts.layer().route_with(&parts.hidden, context, &mut LayerState::default()));
     let padding = RouteContext { padding: Some(&[false; 5]), ..RouteContext::default() };
     assert_eq!(error(padding), "padding: expected 3 tokens, got 5 values");
     let ids = RouteContext { token_ids: Some(&[1; 2]), ..RouteContext::default() };
@@ -517,7 +514,7 @@ fn weights_that_do_not_fit_are_named() {
         let mut parts = parts.clone();
         change(&mut parts);
         let experts = parts.experts.iter().map(|[gate, up, down]| Expert::new(gate.clone(), up.clone(), down.clone()));
-        message(MoeLayer::new(parts.spec.clone(), Gate::new(parts.gate.clone()), experts.collect()))
+        message(MoeLayer::new(parts.spec.clone(), Gate::new(parts.gate.clone()), experts.collect::<Vec<_>>(), None))
     };
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &CPU).unwrap();
     assert_eq!(error(&|p| p.gate = zeros(&[5, 8], DType::F32)), "gate weight: expected [4, 8], got [5, 8]");
@@ -564,20 +561,29 @@ fn weights_or_tokens_that_are_no_numbers_are_found_at_the_gate() {
     let policy = "expected a finite number or -inf (masked)";
     let gate = Parts { gate: spoil(&parts.gate, 2 * 8, f32::NAN), ..parts.clone() };
     assert_eq!(
-        message(gate.layer().forward_routed(&parts.hidden)),
+        message(gate.layer().route(&parts.hidden, &mut LayerState::default())),
         format!("logit of token 0, expert 2 is NaN: {policy}")
     );
-    let error = message(parts.layer().forward_routed(&spoil(&parts.hidden, 8, f32::NAN)));
+    let error = message(parts.layer().route(&spoil(&parts.hidden, 8, f32::NAN), &mut LayerState::default()));
     assert_eq!(error, format!("logit of token 1, expert 0 is NaN: {policy}"));
     // An infinite activation gives +inf to one expert and -inf to another; the first is an error, wherever it is.
-    let error = parts.layer().forward_routed(&spoil(&parts.hidden, 16, f32::INFINITY)).unwrap_err();
+    let error = parts.layer().route(&spoil(&parts.hidden, 16, f32::INFINITY), &mut LayerState::default()).unwrap_err();
     assert!(matches!(error, Error::NonFiniteLogit { token: 2, .. }), "{error}");
 }
 
 #[test]
 fn a_capacity_that_cannot_be_is_named() {
-    let parts = Parts::new(21, 64, MoeSpec::new(8, 4, 2, 6).unwrap());
-    let error = |rule| message(Parts { capacity: Some(rule), ..parts.clone() }.layer().forward_routed(&parts.hidden));
+    let blind = Parts::new(21, 64, MoeSpec::new(8, 4, 2, 6).unwrap());
+    let limited = Parts { capacity: Some(CapacityRule::per_expert(1.0)), ..blind.clone() };
+    let error = limited.layer().route(&blind.hidden, &mut LayerState::default()).unwrap_err();
+    assert!(matches!(error, Error::CapacityIgnored { router: "top-k" }));
+    assert_eq!(error.to_string(), "capacity: expected a router that keeps within it, got top-k");
+    let parts = Parts { router: Arc::new(TopK { drop: Some(DropRule::Score) }), ..blind };
+    let error = |rule| {
+        message(
+            Parts { capacity: Some(rule), ..parts.clone() }.layer().route(&parts.hidden, &mut LayerState::default()),
+        )
+    };
     for factor in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
         let expected = format!("capacity factor is {factor}: expected a positive finite number");
         assert_eq!(error(CapacityRule::per_expert(factor)), expected);

@@ -1,13 +1,13 @@
 //! The bundled weights in f32 against llama.cpp, goldens by `tests/goldens/make_llama_cpp_goldens.py`.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 
 use half::bf16;
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::weights::Weights;
 use safetensors::SafeTensors;
 
 /// How far a logit may be from llama.cpp's: what summing in another order makes of f32.
@@ -48,11 +48,11 @@ fn bundled_weights_give_the_logits_and_the_perplexity_of_llama_cpp() {
 
     let directory = tempfile::tempdir().unwrap();
     widen(directory.path());
-    let files = ModelFiles::open(directory.path()).unwrap();
-    let cached = LoadOptions { expert_cache: Some(CacheOptions::new(4 << 20)), ..LoadOptions::default() };
+    let files = Weights::open(directory.path()).unwrap();
+    let cached = LoadOptions::default().with_expert_cache(CacheOptions::new(4 << 20));
     for options in [LoadOptions::default(), cached] {
-        let decoder = files.decoder(&options).unwrap();
-        let logits = decoder.forward(&Batch::new(&[&ids]).unwrap(), &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+        let decoder = Decoder::load(&files, &options).unwrap();
+        let logits = decoder.forward(&Batch::new(&[&ids]).unwrap(), &mut decoder.batch_state()).unwrap();
         let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
         let rows: Vec<&[f32]> = logits.chunks(vocabulary).collect();
         assert_eq!(rows.len(), ids.len());

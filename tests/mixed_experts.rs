@@ -1,16 +1,16 @@
 //! Experts whose projections are of several dtypes: what runs from memory runs from an expert cache, to the same bits.
 //!
-//! Values against transformers: `tests/situations/formats.json`. K-quants: `tests/gguf_model.rs`.
-#![cfg(feature = "candle")]
+//! Values against transformers: `cli/tests/situations/formats.json`. K-quants: `cli/tests/gguf_model.rs`.
+#![cfg(feature = "model")]
 
 use std::path::Path;
 
 use candle_core::DType;
 use half::{bf16, f16};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::experts::cache::CacheOptions;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::weights::Weights;
 use safetensors::Dtype;
 
 /// Which dtype a tensor gets, by its layer, its expert and `gate`, `up` or `down`.
@@ -56,14 +56,14 @@ fn logits(decoder: &Decoder) -> Vec<f32> {
     let ids: Vec<u32> = (0..40).map(|at| (at * 7 + 3) % 60).collect();
     for ids in [&ids[..1], &ids[..5], &ids] {
         let batch = Batch::new(&[ids]).unwrap();
-        let logits = decoder.forward(&batch, &mut state, |_, _| Ok(())).unwrap();
+        let logits = decoder.forward(&batch, &mut state).unwrap();
         all.extend(logits.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }
     all
 }
 
 fn options(budget: Option<usize>) -> LoadOptions {
-    LoadOptions { expert_cache: budget.map(CacheOptions::new), ..LoadOptions::default() }
+    LoadOptions::default().with_expert_cache(budget.map(CacheOptions::new))
 }
 
 #[test]
@@ -93,11 +93,11 @@ fn floats_of_several_dtypes_in_an_expert_give_the_same_bits_from_a_cache() {
         for (name, mix) in mixes {
             let directory = tempfile::tempdir().unwrap();
             write(family, mix, directory.path());
-            let files = ModelFiles::open(directory.path()).unwrap();
-            let held = logits(&files.decoder(&options(None)).unwrap());
+            let files = Weights::open(directory.path()).unwrap();
+            let held = logits(&Decoder::load(&files, &options(None)).unwrap());
             assert!(held.iter().all(|value| value.is_finite()));
             for budget in [64 << 10, 96 << 10, 8 << 20] {
-                let cached = logits(&files.decoder(&options(Some(budget))).unwrap());
+                let cached = logits(&Decoder::load(&files, &options(Some(budget))).unwrap());
                 assert!(cached == held, "{family}, {name}: a cache of {budget} bytes");
             }
         }
@@ -124,9 +124,9 @@ fn what_a_cache_does_not_take_is_named_by_file_and_tensor() {
         })
         .collect();
     write_tensors(&path, &tensors, None).unwrap();
-    let files = ModelFiles::open(directory.path()).unwrap();
+    let files = Weights::open(directory.path()).unwrap();
     for budget in [None, Some(64 << 10)] {
-        let error = files.decoder(&options(budget)).err().unwrap().to_string();
+        let error = Decoder::load(&files, &options(budget)).err().unwrap().to_string();
         let expected = format!("{}: tensor `{wide}`: expected dtype F32, BF16 or F16, got ", path.display());
         assert!(error.starts_with(&expected), "{error}");
     }

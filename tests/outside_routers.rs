@@ -1,22 +1,22 @@
 //! Routers that are not of this crate, whose answers are wrong in every way there is: each user of a router says so, with the
 //! router's name, before anything is made of the answer.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, Model};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, LoadOptions};
 use phase_moe::error::{AnswerFault, Breach, Error, Result};
 use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::offline::Room;
 use phase_moe::eval::replay::Replay;
 use phase_moe::eval::trace::{GateTrace, LayerTrace};
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::residency::Policy;
-use phase_moe::layer::MoeLayer;
+use phase_moe::layer::{LayerState, MoeLayer};
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::residency::Policy;
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
@@ -148,17 +148,20 @@ fn layers_refuse_wrong_answers() {
             let user = format!("layer, variables {variables}, normalised {normalize}, {tokens} tokens");
             let hidden = hidden(tokens);
             all_are_refused(&user, |router| {
-                layer.clone().with_router(Arc::new(router), None).forward_routed(&hidden).map(|_| ())
+                layer.clone().with_router(Arc::new(router)).route(&hidden, &mut LayerState::default()).map(|_| ())
             });
             all_are_refused(&format!("guess of a {user}"), |router| {
-                let layer = layer.clone().with_router(Arc::new(router), None);
+                let layer = layer.clone().with_router(Arc::new(router));
                 layer.guess(&hidden, RouteContext::default(), &RouteState::default()).map(|_| ())
             });
         }
-        let plain = layer.forward_routed(&hidden(5)).unwrap();
-        let right = layer.with_router(Arc::new(Outside(Spoilt::Nothing)), None).forward_routed(&hidden(5)).unwrap();
+        let plain = layer.route(&hidden(5), &mut LayerState::default()).unwrap();
+        let right = layer
+            .with_router(Arc::new(Outside(Spoilt::Nothing)))
+            .route(&hidden(5), &mut LayerState::default())
+            .unwrap();
         let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!((values(&right.0), right.1), (values(&plain.0), plain.1));
+        assert_eq!((values(&right.0), right.1.assignment), (values(&plain.0), plain.1.assignment));
     }
 }
 
@@ -167,8 +170,8 @@ fn limits_that_a_router_says_it_respects_are_held() {
     // Every token is the same one, so that two experts are wanted by all.
     let hidden = Tensor::ones((64, 16), DType::F32, &Device::Cpu).unwrap();
     for (rule, pool) in [(CapacityRule::per_expert(1.0), "expert"), (CapacityRule::per_device(1.0, 4), "device")] {
-        let layer = layer(false, true).with_router(Arc::new(Outside(Spoilt::NoLimit)), Some(rule));
-        let error = layer.forward_routed(&hidden).unwrap_err();
+        let layer = layer(false, true).with_router(Arc::new(Outside(Spoilt::NoLimit))).with_capacity(rule);
+        let error = layer.route(&hidden, &mut LayerState::default()).unwrap_err();
         let Error::Answer(AnswerFault { breach: Breach::OverLimit { pool: named, limit, got, .. }, .. }) = error else {
             panic!("{error}")
         };
@@ -182,8 +185,8 @@ fn padding_gets_no_expert() {
     let (hidden, padding) = (hidden(3), [false, false, true]);
     let context = RouteContext { padding: Some(&padding), ..RouteContext::default() };
     let routed = |spoilt| {
-        let layer = layer(false, false).with_router(Arc::new(Outside(spoilt)), None);
-        layer.forward_in(&hidden, context, &mut RouteState::default()).map(|_| ())
+        let layer = layer(false, false).with_router(Arc::new(Outside(spoilt)));
+        layer.route_with(&hidden, context, &mut LayerState::default()).map(|_| ())
     };
     routed(Spoilt::Nothing).unwrap();
     assert_eq!(
@@ -201,8 +204,8 @@ fn models_and_measurements_refuse_wrong_answers() {
     let batches = [Batch::new(&[&[1, 2, 3, 4][..], &[5, 6]]).unwrap()];
     all_are_refused("decoder", |router| {
         let mut decoder = MODEL.decoder().clone();
-        decoder.set_router(Arc::new(router), None);
-        decoder.forward(&batches[0], &mut decoder.batch_state(), |_, _| Ok(())).map(|_| ())
+        decoder.set_router(Arc::new(router));
+        decoder.forward(&batches[0], &mut decoder.batch_state()).map(|_| ())
     });
     let decoding = |router| Decoding {
         router: Arc::new(router),

@@ -1,7 +1,7 @@
 //! Memory of a long prompt in chunks: beside weights, keys and values it does not grow with the square of the prompt.
 //!
 //! Counted by an allocator of this test, on all threads; one test alone, so that no other one's memory counts.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -57,13 +57,13 @@ const CONFIG: &str = r#"{
 #[test]
 fn a_long_prompt_in_chunks_takes_no_square_of_its_length() {
     let spec = zoo::parse_config(CONFIG, "config.json").unwrap();
-    let decoder = Decoder::load(&spec, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
+    let decoder = Decoder::new(&spec, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
     let most = |tokens: usize, chunk: usize| {
         let ids: Vec<u32> = (0..tokens as u32).map(|at| at % 16).collect();
         let (batch, mut state) = (Batch::new(&[&ids]).unwrap(), decoder.generation_state());
         let before = NOW.load(Relaxed);
         MOST.store(before, Relaxed);
-        decoder.prefill(&batch, chunk, &mut state, |_, _| Ok(())).unwrap();
+        decoder.prefill(&batch, chunk, &mut state).unwrap();
         assert_eq!(state.position(), tokens);
         MOST.load(Relaxed) - before
     };

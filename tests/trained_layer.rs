@@ -1,6 +1,6 @@
 //! A layer that was trained, saved and loaded is the same layer: every parameter there is, of every family, by the loop that
 //! `layer::loss` documents.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,10 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::experts::activation::Activation;
-use phase_moe::layer::MoeLayer;
 use phase_moe::layer::gate::Gate;
 use phase_moe::layer::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
-use phase_moe::routing::router::{RouteContext, RouteState};
+use phase_moe::layer::{LayerState, MoeLayer};
 use phase_moe::routing::scores::Scoring;
 use phase_moe::spec::{MoeSpec, SharedExperts};
 use phase_moe::zoo;
@@ -56,9 +55,9 @@ fn train(layer: &mut MoeLayer, vars: &VarMap, spec: &MoeSpec) {
     let input = input(spec.hidden);
     // An odd number: steps of a bias cannot all cancel.
     for _ in 0..5 {
-        let (output, routing) = layer.forward_in(&input, RouteContext::default(), &mut RouteState::default()).unwrap();
+        let (output, routing) = layer.route(&input, &mut LayerState::default()).unwrap();
         let loss = (output - &input).unwrap().sqr().unwrap().mean_all().unwrap();
-        let balance = (load_balancing_loss(&routing, spec.scoring).unwrap() * 0.01).unwrap();
+        let balance = (load_balancing_loss(&routing).unwrap() * 0.01).unwrap();
         let z = (router_z_loss(&routing).unwrap() * 0.001).unwrap();
         optimiser.backward_step(&((loss + balance).unwrap() + z).unwrap()).unwrap();
         if spec.selection_bias {
@@ -118,23 +117,25 @@ fn round_trip(about: &str, spec: &MoeSpec) {
     vars.save(file.path()).unwrap();
 
     let input = input(spec.hidden);
-    let (trained, routed) = layer.forward_routed(&input).unwrap();
+    let (trained, routed) = layer.route(&input, &mut LayerState::default()).unwrap();
     // Into variables again: the same operations, so the same bits.
     let mut again = VarMap::new();
     let reloaded = load(spec, &again);
     again.load(file.path()).unwrap();
     assert_eq!(parameters(&again), after, "{about}");
-    let (output, assignment) = reloaded.forward_routed(&input).unwrap();
-    assert_eq!(assignment, routed, "{about}");
+    let (output, again) = reloaded.route(&input, &mut LayerState::default()).unwrap();
+    assert_eq!(again.assignment, routed.assignment, "{about}");
     assert_eq!(values(&output), values(&trained), "{about}");
     // Into plain tensors, which run on the engine: the file against the trained layer's own.
     let own = vars.data().lock().unwrap().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
-    let engine = |vb: VarBuilder<'_>| MoeLayer::load(spec, vb.pp("mlp")).unwrap().forward_routed(&input).unwrap();
+    let engine = |vb: VarBuilder<'_>| {
+        MoeLayer::load(spec, vb.pp("mlp")).unwrap().route(&input, &mut LayerState::default()).unwrap()
+    };
     let bytes = std::fs::read(file.path()).unwrap();
-    let (output, assignment) = engine(VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap());
+    let (output, by_engine) = engine(VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap());
     let (wanted, _) = engine(VarBuilder::from_tensors(own, DType::F32, &CPU));
     assert_eq!(values(&output), values(&wanted), "{about}");
-    assert!(assignment.ids().eq(routed.ids()), "{about}");
+    assert!(by_engine.assignment.ids().eq(routed.assignment.ids()), "{about}");
     for (got, wanted) in values(&output).iter().zip(values(&trained)) {
         assert!((got - wanted).abs() < 1e-4 * (1.0 + wanted.abs()), "{about}: {got}, not {wanted}");
     }
@@ -174,7 +175,10 @@ fn all_families_save_under_the_names_they_are_read_by() {
         let spec = zoo::parse_moe_config(&std::fs::read_to_string(path).unwrap(), "config.json").unwrap();
         if family == "phimoe" {
             // Its gradient is an estimate of its own: such a layer does not train here.
-            let error = load(&spec, &VarMap::new()).forward_routed(&input(spec.hidden)).unwrap_err().to_string();
+            let error = load(&spec, &VarMap::new())
+                .route(&input(spec.hidden), &mut LayerState::default())
+                .unwrap_err()
+                .to_string();
             assert!(error.starts_with("score function under `Var`s"), "{error}");
             continue;
         }
@@ -199,8 +203,8 @@ fn whoever_sets_the_bias_all_see_it() {
     let other = Tensor::new(&[9f32, 8.0, 0.0, 0.0, 0.0, 0.0], &CPU).unwrap();
     vars.data().lock().unwrap()[name].set(&other).unwrap();
     for layer in [&layer, &clone] {
-        let (_, assignment) = layer.forward_routed(&input(spec.hidden)).unwrap();
-        assert!(assignment.ids().all(|id| id < 2), "the variable is not what selects");
+        let (_, routed) = layer.route(&input(spec.hidden), &mut LayerState::default()).unwrap();
+        assert!(routed.assignment.ids().all(|id| id < 2), "the variable is not what selects");
     }
     // Without gradients, in tensors of its own, the same holds among clones.
     let tensors =
@@ -224,8 +228,7 @@ fn a_bias_that_would_not_be_saved_is_refused() {
     );
     // A gate made by hand keeps to the variable it is given.
     let bias = candle_core::Var::zeros(6, DType::F32, &CPU).unwrap();
-    let gate = Gate::new(layer.gate().logits(&Tensor::zeros((6, 16), DType::F32, &CPU).unwrap()).unwrap().detach());
-    let gate = gate.with_selection_bias(&bias).unwrap();
+    let gate = Gate::new(Tensor::zeros((6, 16), DType::F32, &CPU).unwrap()).with_selection_bias(&bias).unwrap();
     bias.set(&Tensor::ones(6, DType::F32, &CPU).unwrap()).unwrap();
     assert_eq!(gate.selection_bias().unwrap(), Some(vec![1.0; 6]));
 }
@@ -235,21 +238,20 @@ fn a_model_saves_the_biases_of_all_its_layers() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/zoo/deepseek_v3/config.json");
     let spec = zoo::parse_config(&std::fs::read_to_string(path).unwrap(), "config.json").unwrap();
     let (vars, file) = (VarMap::new(), tempfile::NamedTempFile::new().unwrap());
-    let mut decoder = Decoder::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &CPU)).unwrap();
+    let mut decoder = Decoder::new(&spec, VarBuilder::from_varmap(&vars, DType::F32, &CPU)).unwrap();
     for (at, layer) in decoder.moe_layers_mut().enumerate() {
         let bias: Vec<f32> = (0..spec.moe.experts).map(|expert| ((expert * 7 + at) % 5) as f32 * 0.3).collect();
         layer.set_selection_bias(&bias).unwrap();
     }
     vars.save(file.path()).unwrap();
     let batch = Batch::new(&[&[1, 2, 3, 4, 5][..]]).unwrap();
-    let logits =
-        |decoder: &Decoder| values(&decoder.forward(&batch, &mut decoder.batch_state(), |_, _| Ok(())).unwrap());
+    let logits = |decoder: &Decoder| values(&decoder.forward(&batch, &mut decoder.batch_state()).unwrap());
     let mut again = VarMap::new();
-    let reloaded = Decoder::load(&spec, VarBuilder::from_varmap(&again, DType::F32, &CPU)).unwrap();
+    let reloaded = Decoder::new(&spec, VarBuilder::from_varmap(&again, DType::F32, &CPU)).unwrap();
     again.load(file.path()).unwrap();
     assert_eq!(logits(&reloaded), logits(&decoder));
     let bytes = std::fs::read(file.path()).unwrap();
-    let plain = Decoder::load(&spec, VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap()).unwrap();
+    let plain = Decoder::new(&spec, VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap()).unwrap();
     for (got, wanted) in plain.moe_layers().zip(decoder.moe_layers()) {
         assert_eq!(got.gate().selection_bias().unwrap(), wanted.gate().selection_bias().unwrap());
         assert!(wanted.gate().selection_bias().unwrap().unwrap().iter().any(|bias| *bias > 0.0));

@@ -60,7 +60,7 @@ impl Block {
         let seeds = (0..experts as u64).map(|expert| seed << 32 | (expert + 1) << 8);
         let (ours, theirs): (Vec<_>, Vec<_>) =
             seeds.map(|seed| weights.expert(seed)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let layer = MoeLayer::new(MoeSpec::new(hidden, experts, top_k, width)?, Gate::new(gate.clone()), ours)?;
+        let layer = MoeLayer::new(MoeSpec::new(hidden, experts, top_k, width)?, Gate::new(gate.clone()), ours, None)?;
         Ok(Self { shape, format, seed, gate, experts: theirs, layer })
     }
 

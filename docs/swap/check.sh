@@ -21,7 +21,7 @@ edition = "2021"
 candle = { package = "candle-core", version = "0.11.1" }
 candle-nn = "0.11.1"
 candle-transformers = "0.11.1"
-phase-moe = { path = "$PWD", default-features = false, features = ["candle"] }
+phase-moe = { path = "$PWD", default-features = false, features = ["layer"] }
 rayon = "1"
 serde = { version = "1", features = ["derive"] }
 serde_json = "1"

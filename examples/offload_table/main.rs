@@ -13,6 +13,9 @@
 //! cargo run --release --example offload_table                     # the bundled model, then one of OLMoE's shape (writes 3.2 GB)
 //! cargo run --release --example offload_table -- --models tiny --shares 0.25,0.5 --json
 //! ```
+//!
+//! Reads `models/tiny-moe`, which a checkout of the repository has and the published package has not.
+//! Linux only: mapped pages are asked for and dropped by its calls, and `/proc` says what was read.
 
 mod mapped;
 mod model;
@@ -25,30 +28,31 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use mapped::Mapped;
 use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder, weights};
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::error::Error;
 use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::expert::ExpertSet;
 use phase_moe::experts::activation::Activation;
-use phase_moe::experts::admission::Admission;
-use phase_moe::experts::belady::RequestLog;
-use phase_moe::experts::cache::{CacheOptions, ExpertCache};
-use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
 use phase_moe::experts::matrix::Matrix;
-use phase_moe::experts::residency::Policy;
-use phase_moe::experts::slab::Slab;
-use phase_moe::experts::store::{LoadedExpert, Part, Piece};
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::belady::RequestLog;
+use phase_moe::offload::cache::{CacheOptions, ExpertCache};
+use phase_moe::offload::requests::Requests;
+use phase_moe::offload::residency::Policy;
+use phase_moe::offload::slab::Slab;
+use phase_moe::offload::store::{LoadedExpert, Part, Piece};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::Capacity;
 use phase_moe::routing::logits::Logits;
 use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::requests::Requests;
 use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::topk::TopK;
 use phase_moe::spec::ModelSpec;
+use phase_moe::weights::Weights;
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -113,7 +117,7 @@ struct Table {
 /// A model and what its MoE layers saw in one forward pass.
 struct Subject {
     which: Which,
-    checkpoint: Arc<Checkpoint>,
+    files: Weights,
     spec: ModelSpec,
     /// Of every layer, `[tokens, experts]` and `[tokens, hidden]`.
     logits: Vec<Vec<f32>>,
@@ -132,11 +136,11 @@ impl Subject {
             Which::Tiny => bundled(),
             Which::Olmoe => model::write(&options.directory)?,
         };
-        let files = ModelFiles::open(&directory)?;
-        let spec = phase_moe::zoo::parse_config(&files.config, "config.json")?;
+        let files = Weights::open(&directory)?;
+        let spec = files.spec()?.clone();
         let (decoder, ids, text) = match which {
             Which::Tiny => {
-                let model = Model::from_files(&files, &LoadOptions::default())?;
+                let model = Model::new(&files, &LoadOptions::default())?;
                 let mut texts = Vec::new();
                 for name in ["scripture", "code", "reference"] {
                     let text = std::fs::read_to_string(directory.join("eval").join(name).with_extension("txt"))?;
@@ -150,45 +154,40 @@ impl Subject {
                 (decoder.clone(), ids, Some((decoder, batches, plain)))
             }
             Which::Olmoe => {
-                let store = weights::expert_store(&files.checkpoint, &spec)?;
-                let all: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
-                let options = LoadOptions { expert_cache: Some(CacheOptions::new(all)), ..LoadOptions::default() };
+                let store = files.expert_store()?;
+                let all: usize = (0..store.layers()).map(|layer| spec.moe.experts * store.slab_bytes(layer)).sum();
+                let options = LoadOptions::default().with_expert_cache(CacheOptions::new(all));
                 let ids = (0..4096u32).map(|at| at.wrapping_mul(2_654_435_761) >> 22).collect();
-                (files.decoder(&options)?, ids, None)
+                (Decoder::load(&files, &options)?, ids, None)
             }
         };
         let tokens = options.tokens.unwrap_or(if which == Which::Tiny { 1024 } else { 96 });
         let ids = ids.get(..tokens).context("as many tokens of text")?;
         let (mut logits, mut inputs) = (Vec::new(), Vec::new());
-        decoder.forward(&Batch::new(&[ids])?, &mut decoder.batch_state(), |_, routing| {
-            logits.push(routing.logits.flatten_all()?.to_vec1()?);
-            inputs.push(routing.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
-            Ok(())
-        })?;
-        Ok(Self { which, checkpoint: files.checkpoint, spec, logits, inputs, tokens, text })
+        let mut state = decoder.batch_state().keeping_routed();
+        decoder.forward(&Batch::new(&[ids])?, &mut state)?;
+        for routed in state.routed() {
+            logits.push(routed.logits.flatten_all()?.to_vec1()?);
+            inputs.push(routed.input.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?);
+        }
+        Ok(Self { which, files, spec, logits, inputs, tokens, text })
     }
 
     fn pieces(&self) -> Result<Vec<Vec<Vec<Piece>>>> {
-        let parts = [(Part::Gate, "gate_proj"), (Part::Up, "up_proj"), (Part::Down, "down_proj")];
-        let piece = |layer: usize, expert: usize, (part, name): (Part, &str)| {
-            let name = format!("model.layers.{layer}.mlp.experts.{expert}.{name}.weight");
-            Ok(Piece::tensor(&self.checkpoint, part, &name)?)
-        };
-        let expert = |layer, expert| parts.into_iter().map(|part| piece(layer, expert, part)).collect();
-        let layer = |layer| (0..self.spec.moe.experts).map(|id| expert(layer, id)).collect();
+        let layer = |layer| (0..self.spec.moe.experts).map(|id| Ok(self.files.experts(layer, id)?)).collect();
         (0..self.spec.layers).map(layer).collect()
     }
 
     fn run(&self, mode: Mode, share: f64) -> Result<Row> {
         let (moe, layers) = (&self.spec.moe, self.spec.layers);
-        let store = weights::expert_store(&self.checkpoint, &self.spec)?;
+        let store = self.files.expert_store()?;
         let budget =
             (share * (0..layers).map(|layer| moe.experts * store.slab_bytes(layer)).sum::<usize>() as f64) as usize;
         let budget = budget.max(store.slab_bytes(0));
         let cached = budget / layers / store.slab_bytes(0);
         let cache = CacheOptions::new(budget);
         let mut experts = match mode {
-            Mode::Mapped => Source::Mapped(Mapped::new(&self.checkpoint, self.pieces()?, cached)?),
+            Mode::Mapped => Source::Mapped(Mapped::new(self.files.checkpoint(), self.pieces()?, cached)?),
             Mode::Lru => Source::Cached(ExpertCache::new(Arc::new(store), cache)?),
             Mode::Cache => {
                 let cache = CacheOptions { admission: Admission::default(), ..cache }.sparing(&store);
@@ -339,7 +338,7 @@ impl Source {
 fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertWeights<'a>> {
     let part = |part: Part| {
         let matrix = expert.matrix(part).ok_or_else(|| Error::shape("expert", format!("{part:?}"), "none"));
-        matrix.map(Projection::from)
+        matrix.map(ProjectionWeights::from)
     };
     ExpertWeights::new(Activation::swiglu(), Some(part(Part::Gate)?), part(Part::Up)?, part(Part::Down)?)
 }
@@ -347,8 +346,8 @@ fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertW
 /// Touches as much memory as all experts take and gives it back: on a virtual machine memory that nobody has touched comes
 /// slowly from the host, and the first mode to want it would pay for all.
 fn touch(subject: &Subject) -> Result<()> {
-    let store = weights::expert_store(&subject.checkpoint, &subject.spec)?;
-    let bytes: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+    let store = subject.files.expert_store()?;
+    let bytes: usize = (0..store.layers()).map(|layer| subject.spec.moe.experts * store.slab_bytes(layer)).sum();
     let mut slab = Slab::new(bytes);
     slab.bytes_mut().iter_mut().step_by(4096).for_each(|byte| *byte = 1);
     std::hint::black_box(&slab);
@@ -404,7 +403,7 @@ fn main() -> Result<()> {
     let mut table = Table { disk_gb_per_second: 0.0, rows: Vec::new() };
     for &which in &options.models {
         let subject = Subject::new(which, &options)?;
-        table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(&subject.checkpoint)?);
+        table.disk_gb_per_second = table.disk_gb_per_second.max(disk_rate(subject.files.checkpoint())?);
         for &share in &options.shares {
             for mode in [Mode::Mapped, Mode::Lru, Mode::Cache] {
                 touch(&subject)?;

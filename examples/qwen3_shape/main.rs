@@ -8,6 +8,8 @@
 //! cargo run --release --example qwen3_shape                          # two layers, 256 MiB of experts
 //! cargo run --release --example qwen3_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
 //! ```
+//!
+//! Linux only: `/proc` says what is resident.
 
 mod shape;
 
@@ -18,12 +20,10 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use candle_core::DType;
 use clap::Parser;
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
 use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::weights::expert_pieces;
-use phase_moe::experts::cache::CacheOptions;
-use phase_moe::zoo;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::offload::cache::CacheOptions;
+use phase_moe::weights::Weights;
 use shape::Shape;
 
 #[derive(Parser)]
@@ -65,28 +65,24 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let before = peak_bytes()?;
-    let files = ModelFiles::open(&options.directory)?;
-    let spec = zoo::parse_config(&files.config, "config.json")?;
-    let pieces = expert_pieces(&files.checkpoint, &spec)?;
-    let bytes = |columns: usize, rows: usize| 2 * (columns * rows) as u64;
-    let experts: u64 = pieces.iter().flatten().flatten().map(|piece| bytes(piece.columns, piece.rows)).sum();
-    let others = files.checkpoint.tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
+    let files = Weights::open(&options.directory)?;
+    let (spec, experts) = (files.spec()?, files.expert_sizes()?.all);
+    let others = files.checkpoint().tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
     let budget = options.expert_cache.as_u64();
     let cache = CacheOptions::new(usize::try_from(budget)?);
-    let decoder =
-        files.decoder(&LoadOptions { dtype: DType::BF16, expert_cache: Some(cache), ..LoadOptions::default() })?;
+    let decoder = Decoder::load(&files, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache))?;
     let loaded = peak_bytes()?;
 
     let prompt: Vec<u32> =
         (0..options.prompt as u64).map(|at| (at * at * 7919 % options.vocab as u64) as u32).collect();
     let (mut state, mut sampler) = (decoder.generation_state(), Sampler::new(0.0, 1.0, 0)?);
     let started = Instant::now();
-    let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state, |_, _| Ok(()))?;
+    let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state)?;
     let prefill = started.elapsed();
     let (after_prompt, started) = (peak_bytes()?, Instant::now());
     for _ in 0..options.new_tokens {
         let next = sampler.next(&logits.squeeze(0)?)?;
-        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state, |_, _| Ok(()))?;
+        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state)?;
     }
     let decode = started.elapsed();
     let statistics = decoder.expert_cache().context("an expert cache")?.statistics();

@@ -113,9 +113,9 @@ impl Batch {
         self.positions
     }
 
-    /// What routers may know of this batch in layer `layer`.
-    pub fn context(&self, layer: usize) -> RouteContext<'_> {
-        RouteContext { layer, token_ids: Some(&self.ids), padding: self.padding(), ..RouteContext::default() }
+    /// What routers may know of this batch.
+    pub(crate) fn context(&self) -> RouteContext<'_> {
+        RouteContext { token_ids: Some(&self.ids), padding: self.padding(), ..RouteContext::default() }
     }
 }
 

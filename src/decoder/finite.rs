@@ -6,11 +6,11 @@
 //!
 //! Knows nothing of what a block computes.
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::{Decoder, gguf};
+use super::{Decoder, builder};
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
 use crate::layer::MoeLayer;
@@ -249,12 +249,10 @@ fn each_value(
         ElementType::Blocks(blocks) => blocks.bytes,
     };
     let chunk = CHUNK_BYTES / unit * unit;
-    let (_, source) = &checkpoint.sources()[entry.source()];
     let mut at = 0;
     for start in (0..entry.bytes).step_by(chunk) {
         let mut bytes = vec![0; chunk.min(entry.bytes - start)];
-        let read = source.read_exact_at(&mut bytes, entry.offset() + start as u64);
-        read.map_err(|error| Error::io(checkpoint.file_of(entry), error))?;
+        checkpoint.read_part(entry, name, start, &mut bytes)?;
         for value in values(entry.dtype, name, bytes)? {
             if !each(at, value) {
                 return Ok(());
@@ -282,7 +280,12 @@ fn values(dtype: ElementType, name: &str, bytes: Vec<u8>) -> Result<Vec<f64>> {
             let scale = |block: &[u8]| block.first().map_or(0.0, |&byte| power_of_two(byte));
             bytes.chunks(blocks.bytes).flat_map(|block| std::iter::repeat_n(scale(block), blocks.numbers)).collect()
         }
-        ElementType::Blocks(_) => gguf::floats(dtype, bytes)?.into_iter().map(f64::from).collect(),
+        ElementType::Blocks(blocks) => {
+            let numbers = bytes.len() / blocks.bytes * blocks.numbers;
+            let tensor = builder::quantized(dtype, bytes, &[numbers], &Device::Cpu)?;
+            let floats = tensor.map(|tensor| tensor.dequantize(&Device::Cpu)?.to_vec1::<f32>()).transpose()?;
+            floats.unwrap_or_default().into_iter().map(f64::from).collect()
+        }
     })
 }
 

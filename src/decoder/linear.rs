@@ -12,7 +12,7 @@ use candle_nn::{Init, VarBuilder};
 
 use crate::error::Result;
 use crate::experts::engine::Engine;
-use crate::layer;
+use crate::layer::borrowed;
 
 /// Clones share weights.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ impl Linear {
     /// With `weight` `[rows, columns]` and `bias` `[rows]`, on an engine that other layers use too.
     pub(super) fn new(weight: Tensor, bias: Option<Tensor>, engine: Arc<Engine>) -> Self {
         let free = bias.as_ref().is_none_or(|bias| !bias.track_op());
-        let by_engine = free && weight.dtype() == DType::BF16 && layer::engine_reads(&weight);
+        let by_engine = free && weight.dtype() == DType::BF16 && borrowed::fits(&weight);
         Self { inner: candle_nn::Linear::new(weight, bias), engine, by_engine }
     }
 
@@ -55,7 +55,7 @@ impl Module for Linear {
         if !fits {
             return self.inner.forward(input);
         }
-        let product = layer::product(&self.engine, input, self.inner.weight())?;
+        let product = borrowed::product(&self.engine, input, self.inner.weight())?;
         match self.inner.bias() {
             Some(bias) => product.broadcast_add(bias),
             None => Ok(product),

@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::experts::cache::Prefetch;
+use crate::offload::cache::Prefetch;
 
 /// Passes of a trial with reads ahead, and as many without.
 const TRIED: usize = 32;

@@ -6,11 +6,12 @@
 mod attention;
 mod batch;
 mod block;
+mod builder;
 mod finite;
 pub mod generate;
-mod gguf;
 mod latent;
 mod linear;
+mod load;
 mod lookahead;
 pub mod memory;
 pub mod model;
@@ -21,19 +22,20 @@ mod seen;
 mod state;
 pub mod tokenizer;
 pub mod unstacked;
-pub mod weights;
 
 pub use self::batch::Batch;
-pub use self::state::DecoderState;
+pub use self::builder::var_builder;
+pub use self::load::LoadOptions;
+pub use self::state::{DecoderState, Slots};
 
 use std::sync::Arc;
 
 use candle_core::{Module, Tensor};
+use candle_nn::Embedding;
 use candle_nn::kv_cache::KvCache;
-use candle_nn::{Embedding, Init, VarBuilder};
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::block::{Block, Ffn, Mixer};
+use crate::decoder::block::{Block, Ffn};
 use crate::decoder::finite::Place;
 use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
@@ -43,13 +45,11 @@ use crate::decoder::rotary::Rotary;
 use crate::decoder::seen::Seen;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
-use crate::experts::admission::Admission;
-use crate::experts::cache::{ExpertCache, Prefetch};
-use crate::experts::engine::Engine;
-use crate::experts::residency::Policy;
 use crate::layer::cached::CachedExperts;
-use crate::layer::expert::Expert;
-use crate::layer::{MoeLayer, Routing};
+use crate::layer::{Buffers, MoeLayer};
+use crate::offload::admission::Admission;
+use crate::offload::cache::{ExpertCache, Prefetch};
+use crate::offload::residency::Policy;
 use crate::routing::capacity::CapacityRule;
 use crate::routing::router::{RouteContext, RouteState, Router};
 use crate::spec::{ModelSpec, Multipliers};
@@ -67,92 +67,6 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Loads the tensors of `spec` in Hugging Face names (`model.embed_tokens`, `model.layers.N`, `lm_head`, …).
-    ///
-    /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes ([`Error::Checkpoint`] from [`weights::var_builder`]),
-    /// [`Error::Parameter`] for sizes that contradict.
-    pub fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))
-    }
-
-    /// The same but for the experts, which are those of a GGUF file, as they are stored there; `vb` is that of
-    /// [`weights::var_builder`].
-    ///
-    /// # Errors
-    /// As [`Decoder::load`], and [`Error::Checkpoint`] for experts of another shape or of a type that Candle does not read.
-    pub fn load_gguf(spec: &ModelSpec, vb: VarBuilder<'_>, checkpoint: &Checkpoint) -> Result<Self> {
-        let blocks: Vec<usize> = spec.moe_blocks().collect();
-        Self::build(spec, vb, |layer, vb| {
-            let experts = gguf::experts(checkpoint, &spec.moe, blocks[layer], vb.device())?;
-            MoeLayer::load_with(&spec.moe, vb, experts)
-        })
-    }
-
-    /// The same but for the experts, which come from a cache (see [`weights::expert_store`]).
-    ///
-    /// # Errors
-    /// As [`Decoder::load`] and [`MoeLayer::with_cached`].
-    pub fn load_cached(spec: &ModelSpec, vb: VarBuilder<'_>, cache: Arc<ExpertCache>) -> Result<Self> {
-        Self::build(spec, vb, |layer, vb| {
-            MoeLayer::load_cached(&spec.moe, vb, CachedExperts::new(cache.clone(), layer))
-        })
-    }
-
-    fn build(
-        spec: &ModelSpec,
-        vb: VarBuilder<'_>,
-        moe: impl Fn(usize, VarBuilder<'_>) -> Result<MoeLayer>,
-    ) -> Result<Self> {
-        spec.check()?;
-        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
-        let table = |vb: VarBuilder<'_>, stdev| {
-            vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
-        };
-        let embeddings = table(model.pp("embed_tokens"), 0.02)?;
-        let output = match spec.tied_embeddings {
-            true => embeddings.clone(),
-            false => table(vb.pp("lm_head"), 0.02)?,
-        };
-        let output_bias = match spec.output_bias {
-            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
-            false => None,
-        };
-        // One layer runs at a time: all work in the same memory.
-        let engine = Arc::new(Engine::default());
-        let mut moe_layers = 0;
-        let blocks = (0..spec.layers).map(|block| {
-            let vb = model.pp("layers").pp(block);
-            Ok(Block {
-                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
-                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
-                windowed: spec.window.blocks.binary_search(&block).is_ok(),
-                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
-                ffn: match spec.dense.blocks.binary_search(&block) {
-                    Ok(_) => Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn))?)),
-                    Err(_) => {
-                        let layer = moe_layers;
-                        moe_layers += 1;
-                        Ffn::Moe(Box::new(moe(layer, vb.pp(&spec.ffn))?.with_index(layer).with_engine(engine.clone())))
-                    }
-                },
-            })
-        });
-        Ok(Self {
-            spec: spec.clone(),
-            embedding: Embedding::new(embeddings, hidden),
-            blocks: blocks.collect::<Result<_>>()?,
-            norm: Norm::load(spec, model.pp("norm"))?,
-            output: Linear::new(output, output_bias, engine),
-            checkpoint: None,
-        })
-    }
-
-    /// Says where the weights came from: an error about a value that is no number then names the tensor that is to blame.
-    pub fn with_checkpoint(self, checkpoint: Arc<Checkpoint>) -> Self {
-        Self { checkpoint: Some(checkpoint), ..self }
-    }
-
     /// Sizes and family.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -166,7 +80,7 @@ impl Decoder {
     /// Has the experts of all layers come from another cache; clones of the decoder keep theirs.
     ///
     /// # Errors
-    /// As [`MoeLayer::with_cached`].
+    /// As [`MoeLayer::new`].
     pub fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
         let layers = self.moe_layers_mut().enumerate();
         layers.into_iter().try_for_each(|(at, layer)| layer.set_cached(CachedExperts::new(cache.clone(), at)))
@@ -182,11 +96,15 @@ impl Decoder {
         self.blocks.iter_mut().filter_map(Block::moe_mut)
     }
 
-    /// Sets router and capacity rule of every layer.
-    pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
-        for layer in self.moe_layers_mut() {
-            layer.set_router(router.clone(), capacity.clone());
-        }
+    /// Sets the router of every layer.
+    pub fn set_router(&mut self, router: Arc<dyn Router>) {
+        self.moe_layers_mut().for_each(|layer| layer.set_router(router.clone()));
+    }
+
+    /// Sets the rule that limits the router in every layer; `None` for no limit. A router that keeps within none gives an error when
+    /// the model runs.
+    pub fn set_capacity(&mut self, rule: Option<CapacityRule>) {
+        self.moe_layers_mut().for_each(|layer| layer.set_capacity(rule.clone()));
     }
 
     /// Sets how many experts a token gets in every layer.
@@ -226,25 +144,24 @@ impl Decoder {
             resident: ExpertSet::default(),
             lookahead: Lookahead::new(prefetch),
             step: 0,
+            buffers: Buffers::default(),
+            slots: Slots::default(),
+            routed: None,
         }
     }
 
-    /// Logits `[sequences, positions, vocab]` of `batch`. `observe` is called once per MoE layer, first layer first, with
-    /// what its router saw and did. All logits are finite. A forward pass that failed on its way leaves keys and values of some blocks alone: the state
-    /// then refuses to go on until [`DecoderState::begin_text`].
+    /// Logits `[sequences, positions, vocab]` of `batch`, all finite. A forward pass that failed on its way leaves keys and values of some
+    /// blocks alone: the state then refuses to go on until [`DecoderState::begin_text`]. What the routers saw and did is there afterwards
+    /// where the state [keeps it](DecoderState::keeping_routed).
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token id outside the vocabulary or a text longer than the model's positions,
     /// [`Error::Shape`] for other sequences than those whose keys and values are kept or for the state of a decoder with other layers,
     /// [`Error::NonFinite`] where weights or an overflow give what is no number, naming the block and, where it is known, the tensor;
-    /// whatever a layer or `observe` reports.
-    pub fn forward(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
-        self.logits(&self.hidden_states(batch, state, observe)?)
+    /// whatever a layer reports.
+    pub fn forward(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+        state.begin_pass();
+        self.logits(&self.hidden_states(batch, state)?)
     }
 
     /// Logits `[sequences, vocab]` of each sequence's last token in `batch` alone: what generation needs. Those of a sequence without a
@@ -252,13 +169,9 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::forward`].
-    pub fn forward_last(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
-        let hidden = self.hidden_states(batch, state, observe)?;
+    pub fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+        state.begin_pass();
+        let hidden = self.hidden_states(batch, state)?;
         let all = 0..batch.sequences();
         self.logits(&last_states(&hidden, batch, all.map(|row| (row, batch.lengths()[row].max(1))))?)
     }
@@ -267,29 +180,24 @@ impl Decoder {
     /// position), so that memory beside weights, keys and values does not grow with their square.
     ///
     /// Without a limit logits are those of [`Decoder::forward_last`]. A chunk is a batch: capacities are of its tokens, and it is a
-    /// step of a memory of experts; `observe` is called for each.
+    /// step of a memory of experts.
     ///
     /// # Errors
     /// As [`Decoder::forward`]; [`Error::Shape`] for a state that keeps no keys and values, where there are several chunks.
-    pub fn prefill(
-        &self,
-        batch: &Batch,
-        chunk_tokens: usize,
-        state: &mut DecoderState,
-        mut observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
+    pub fn prefill(&self, batch: &Batch, chunk_tokens: usize, state: &mut DecoderState) -> Result<Tensor> {
         let positions = batch.chunk_positions(chunk_tokens);
         if batch.positions() <= positions {
-            return self.forward_last(batch, state, observe);
+            return self.forward_last(batch, state);
         }
         if !state.keeps_text() {
             return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
         }
         // Before the first chunk changes anything.
         state.seen.starts(batch, self.spec.max_positions)?;
+        state.begin_pass();
         let mut last = vec![None; batch.sequences()];
         for (chunk, start) in batch.chunks(chunk_tokens).zip((0..).step_by(positions)) {
-            let hidden = self.hidden_states(&chunk, state, &mut observe)?;
+            let hidden = self.hidden_states(&chunk, state)?;
             let ends = start + 1..=start + chunk.positions();
             let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
             for row in (0..batch.sequences()).filter(ended) {
@@ -308,12 +216,7 @@ impl Decoder {
     }
 
     /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
-    fn hidden_states(
-        &self,
-        batch: &Batch,
-        state: &mut DecoderState,
-        mut observe: impl FnMut(usize, Routing) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn hidden_states(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
@@ -378,22 +281,25 @@ impl Decoder {
             let resident = match (&state.memory, moe.cached()) {
                 (Some(memory), _) => memory.counted(layer),
                 (None, Some(experts)) => {
-                    experts.cache().counted_into(experts.layer(), &mut state.resident)?;
+                    experts.counted_into(&mut state.resident)?;
                     Some(&state.resident)
                 }
                 (None, None) => None,
             };
-            let context = RouteContext { step: state.step, resident, ..batch.context(layer) };
-            let done = moe.forward_in(&normed, context, &mut state.routes[layer]);
-            let (output, routing) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
-            self.check_gate(index, moe, &routing.logits, normed.dtype())?;
+            let context = RouteContext { step: state.step, resident, ..batch.context() };
+            let done = moe.pass(&normed, context, &mut state.routes[layer], &mut state.buffers);
+            let (output, routed) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
+            self.check_gate(index, moe, &routed.logits, normed.dtype())?;
             if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
                 experts.cache().cancel_prefetch(experts.layer());
             }
             if let Some(memory) = &mut state.memory {
-                memory.advance(layer, &routing.assignment)?;
+                memory.advance(layer, state.buffers.assignment())?;
             }
-            observe(layer, routing)?;
+            state.slots.count(state.buffers.assignment(), batch.live_tokens());
+            if let Some(all) = &mut state.routed {
+                all.push(routed.routed(state.buffers.assignment(), batch.padding()));
+            }
             hidden = (hidden + scaled(output, residual)?)?;
             self.check_finite(Place::Ffn(index), &hidden)?;
         }
@@ -422,7 +328,7 @@ impl Decoder {
                 return Ok(0);
             }
             cache.counted_into(at, &mut resident)?;
-            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context(layer) };
+            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
             let normed = block.ffn_norm.forward(hidden)?;
             cache.prefetch(at, &moe.guess(&normed, context, &state.routes[layer])?)
         };

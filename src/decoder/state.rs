@@ -6,6 +6,8 @@ use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
 use super::seen::Seen;
 use crate::expert::ExpertSet;
+use crate::layer::{Buffers, Routed};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::RouteState;
 
 /// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.
@@ -18,13 +20,44 @@ pub struct DecoderState {
     /// A forward pass began to add to them and did not end.
     pub(super) torn: bool,
     pub(super) routes: Vec<RouteState>,
-    /// `None` where nobody asks: then it costs nothing.
+    /// `None` costs nothing.
     pub(super) memory: Option<ExpertMemory>,
     /// What is in an expert cache, as a layer's router sees it.
     pub(super) resident: ExpertSet,
     pub(super) lookahead: Lookahead,
     /// Forward passes so far.
     pub(super) step: u64,
+    /// Of all layers, one after the other.
+    pub(super) buffers: Buffers,
+    pub(super) slots: Slots,
+    /// What routers saw and did; `None` keeps none.
+    pub(super) routed: Option<Vec<Routed>>,
+}
+
+/// Slots of all layers and forward passes, padding not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slots {
+    /// Slots asked for.
+    pub asked: u64,
+    /// Slots that got an expert.
+    pub kept: u64,
+}
+
+impl Slots {
+    pub(super) fn count(&mut self, assignment: &Assignment, live_tokens: u64) {
+        self.asked += live_tokens * assignment.top_k() as u64;
+        self.kept += assignment.kept() as u64;
+    }
+
+    /// Those that came after `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self { asked: self.asked - before.asked, kept: self.kept - before.kept }
+    }
+
+    /// Kept slots / slots; 1 without any.
+    pub fn survival(self) -> f64 {
+        if self.asked == 0 { 1.0 } else { self.kept as f64 / self.asked as f64 }
+    }
 }
 
 impl DecoderState {
@@ -39,7 +72,7 @@ impl DecoderState {
     }
 
     /// True where keys and values are kept: each forward pass goes on with its sequences' texts.
-    pub fn keeps_text(&self) -> bool {
+    pub(crate) fn keeps_text(&self) -> bool {
         self.kv.is_some()
     }
 
@@ -49,7 +82,23 @@ impl DecoderState {
         Self { memory: Some(memory), ..self }
     }
 
-    /// The experts in fast memory, where somebody keeps account of them.
+    /// The same, which from now on keeps what the routers of each forward pass saw and did, for [`DecoderState::routed`].
+    pub fn keeping_routed(self) -> Self {
+        Self { routed: Some(Vec::new()), ..self }
+    }
+
+    /// What the router of each MoE layer saw and did in the last forward pass, first layer first; of a prompt in chunks, chunk after
+    /// chunk. Empty unless the state [keeps it](DecoderState::keeping_routed).
+    pub fn routed(&self) -> &[Routed] {
+        self.routed.as_deref().unwrap_or_default()
+    }
+
+    /// Another forward pass begins.
+    pub(super) fn begin_pass(&mut self) {
+        self.routed.iter_mut().for_each(Vec::clear);
+    }
+
+    /// The experts in fast memory, where account is kept of them.
     pub fn memory(&self) -> Option<&ExpertMemory> {
         self.memory.as_ref()
     }

@@ -16,9 +16,11 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{Encoding, Token, Tokenizer};
 
-use crate::checkpoint::{json, without_mark};
+use crate::checkpoint::json;
 use crate::error::{Error, Result};
+use crate::weights::Weights;
 
+const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 
 /// What a decoder writes for bytes that are no letter, or not yet.
@@ -33,10 +35,30 @@ pub(super) struct TextTokenizer {
 }
 
 impl TextTokenizer {
+    /// That of a model, and what it puts around a text as the model's files say.
+    pub(super) fn of(weights: &Weights) -> Result<Self> {
+        let (gguf, beside) = (weights.checkpoint().gguf(), weights.beside(FILE)?);
+        let file = match (gguf, weights.directory()) {
+            (Some(metadata), _) if beside.is_none() => metadata.file().to_owned(),
+            (_, Some(directory)) => directory.join(FILE).display().to_string(),
+            (_, None) => FILE.into(),
+        };
+        let json = beside.map_or_else(|| weights.tokenizer_json(), Ok)?;
+        let tokenizer = Self::read(&json, &file)?;
+        if gguf.is_some() {
+            let said = weights.said_around()?;
+            return Ok(said.into_iter().fold(tokenizer, |tokenizer, (before, after)| tokenizer.around(before, after)));
+        }
+        match weights.beside(CONFIG)? {
+            Some(config) => tokenizer.configured(&config),
+            None => Ok(tokenizer),
+        }
+    }
+
     /// From a `tokenizer.json`; `file` is what an error calls it.
-    pub(super) fn read(bytes: &[u8], file: &str) -> Result<Self> {
+    pub(super) fn read(json: &str, file: &str) -> Result<Self> {
         let named = |reason: String| Error::Tokenizer(format!("{file}: {reason}"));
-        let mut tokenizer = parse(without_mark(bytes)).map_err(named)?;
+        let mut tokenizer = parse(json).map_err(named)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(wrong)?;
         let (before, after) = around(&tokenizer)?;
@@ -86,19 +108,19 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, true).map_err(wrong)
     }
 
-    fn piece(&self, id: u32) -> Piece {
-        let Some(token) = self.tokenizer.id_to_token(id) else { return Piece::Skipped };
+    fn kind(&self, id: u32) -> TokenKind {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return TokenKind::Skipped };
         if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
-            return Piece::Skipped;
+            return TokenKind::Skipped;
         }
         let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-        if digits.is_some_and(|digits| digits.len() == 2) { Piece::Byte } else { Piece::Text }
+        if digits.is_some_and(|digits| digits.len() == 2) { TokenKind::Byte } else { TokenKind::Text }
     }
 }
 
 /// What a token is to a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Piece {
+enum TokenKind {
     Text,
     /// One byte: several in a row are text together, or none of them is.
     Byte,
@@ -138,10 +160,10 @@ impl Continuation {
     /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
-        match self.tokenizer.piece(id) {
-            Piece::Text => self.bytes = false,
-            Piece::Byte => self.bytes = true,
-            Piece::Skipped => {}
+        match self.tokenizer.kind(id) {
+            TokenKind::Text => self.bytes = false,
+            TokenKind::Byte => self.bytes = true,
+            TokenKind::Skipped => {}
         }
         if self.bytes {
             return Ok(String::new());
@@ -181,7 +203,7 @@ impl Continuation {
     fn let_go(&mut self) -> Result<()> {
         let start = self.ids.len().saturating_sub(Self::SHORT);
         let kept = &self.ids[start..];
-        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.piece(id) != Piece::Text) {
+        if start == 0 || kept.first().is_none_or(|&id| self.tokenizer.kind(id) != TokenKind::Text) {
             return Ok(());
         }
         let text = self.tokenizer.decode(kept)?;
@@ -197,15 +219,15 @@ fn wrong(error: tokenizers::Error) -> Error {
 }
 
 /// A `tokenizer.json` that can be used.
-fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
+fn parse(json: &str) -> Result<Tokenizer, String> {
     #[derive(Deserialize)]
     struct PostProcessor {
         #[serde(default)]
         post_processor: Value,
     }
-    let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
+    let tokenizer = Tokenizer::from_bytes(json).map_err(|error| error.to_string())?;
     // A template that names a token which it does not have would end the process where it is applied.
-    let parsed: PostProcessor = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    let parsed: PostProcessor = serde_json::from_str(json).map_err(|error| error.to_string())?;
     match unknown_token(&parsed.post_processor) {
         Some(token) => Err(format!("`post_processor`: expected `{token}` in `special_tokens`, got none")),
         None => Ok(tokenizer),

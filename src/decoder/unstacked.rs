@@ -41,12 +41,15 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use safetensors::Dtype;
 
-use super::weights;
-use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
+use super::builder::{self, FileRows};
+use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{Error, Result};
-use crate::spec::{ExpertNames, StackOrder};
+use crate::layer::load::projections;
+use crate::layer::projection::Weight;
+use crate::offload::store::Part;
+use crate::spec::{ExpertNames, MoeSpec};
+use crate::weights::experts::slices;
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`; experts that are stacked there under the names that
 /// `names` has for stacks can be asked for one by one under those it has for single experts.
@@ -56,7 +59,7 @@ pub fn var_builder(
     dtype: DType,
     device: &Device,
 ) -> VarBuilder<'static> {
-    let stored = weights::var_builder(checkpoint.clone(), dtype, device);
+    let stored = builder::over(checkpoint.clone(), dtype, device);
     VarBuilder::from_backend(Box::new(Unstacked { checkpoint, names, stored }), dtype, device.clone())
 }
 
@@ -67,29 +70,14 @@ struct Unstacked {
     stored: VarBuilder<'static>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Part {
-    Gate,
-    Up,
-    Down,
-}
-
 /// One projection of an expert that is stacked.
 struct Request<'a> {
     /// What the model asked for.
     name: &'a str,
     part: Part,
     expert: usize,
-    gate_up: String,
-    down: String,
-}
-
-/// A tensor of all experts' matrices.
-struct Stack<'a> {
-    entry: &'a TensorEntry,
-    order: StackOrder,
-    width: usize,
-    hidden: usize,
+    /// What stands before the names of its layer.
+    prefix: &'a str,
 }
 
 impl Unstacked {
@@ -104,91 +92,55 @@ impl Unstacked {
         let (part, expert) =
             projections.into_iter().find_map(|(part, of)| Some((part, weight.strip_suffix(of)?.strip_suffix('.')?)))?;
         let (parent, id) = expert.rsplit_once('.')?;
-        let parent = parent.strip_suffix(experts.as_str())?;
-        if !(parent.is_empty() || parent.ends_with('.')) {
+        let prefix = parent.strip_suffix(experts.as_str())?;
+        if !(prefix.is_empty() || prefix.ends_with('.')) {
             return None;
         }
-        let [gate_up, down] = [stacked_gate_up, stacked_down].map(|stack| format!("{parent}{stack}"));
-        let there = [&gate_up, &down].iter().any(|stack| self.checkpoint.tensors().contains_key(*stack));
-        there.then_some(Request { name, part, expert: id.parse().ok()?, gate_up, down })
+        let is_there = |stack: &String| self.checkpoint.tensors().contains_key(&format!("{prefix}{stack}"));
+        let there = is_there(stacked_gate_up) || is_there(stacked_down);
+        there.then_some(Request { name, part, expert: id.parse().ok()?, prefix })
     }
 
-    /// The stack that holds the projection.
-    fn stack(&self, request: &Request<'_>) -> Result<Stack<'_>> {
-        let [gate_up, down] = [&request.gate_up, &request.down].map(|name| self.checkpoint.entry(name));
-        let (gate_up, down) = (gate_up?, down?);
-        let (order, width, hidden) = order(&gate_up.shape, &down.shape).ok_or_else(|| {
-            let expected = "[experts, 2·width, hidden] and [experts, hidden, width], or both transposed";
-            let shapes = format!("{:?} and {:?} of `{}`", gate_up.shape, down.shape, request.down);
-            self.wrong(gate_up, &request.gate_up, expected, &shapes)
+    /// The experts of its layer, by the shapes of both stacks, and the tensor that holds the projection.
+    fn layer(&self, request: &Request<'_>) -> Result<(MoeSpec, &TensorEntry)> {
+        let [gate_up, down] =
+            [&self.names.stacked_gate_up, &self.names.stacked_down].map(|stack| format!("{}{stack}", request.prefix));
+        let [of_gate_up, of_down] = [self.checkpoint.entry(&gate_up), self.checkpoint.entry(&down)];
+        let (of_gate_up, of_down) = (of_gate_up?, of_down?);
+        let spec = stacked(&self.names, &of_gate_up.shape, &of_down.shape).ok_or_else(|| {
+            let expected = "expected [experts, 2·width, hidden] and [experts, hidden, width], or both transposed";
+            let detail = format!("{expected}, got {:?} and {:?} of `{down}`", of_gate_up.shape, of_down.shape);
+            self.checkpoint.wrong(of_gate_up, &gate_up, detail)
         })?;
-        let entry = if request.part == Part::Down { down } else { gate_up };
-        if request.expert >= entry.shape[0] {
-            let stack = if request.part == Part::Down { &request.down } else { &request.gate_up };
-            let expected = format!("one of the {} experts of `{stack}`", entry.shape[0]);
-            return Err(self.wrong(entry, request.name, &expected, &request.expert.to_string()));
+        let (entry, stack) = if request.part == Part::Down { (of_down, down) } else { (of_gate_up, gate_up) };
+        if request.expert >= spec.experts {
+            let detail = format!("expected one of the {} experts of `{stack}`, got {}", spec.experts, request.expert);
+            return Err(self.checkpoint.wrong(entry, request.name, detail));
         }
-        Ok(Stack { entry, order, width, hidden })
+        Ok((spec, entry))
     }
 
     /// The projection, `[out, in]`, contiguous.
-    fn projection(&self, request: &Request<'_>, stack: &Stack<'_>, dtype: DType, device: &Device) -> Result<Tensor> {
-        let &Stack { entry, order, width, .. } = stack;
-        let [rows, columns] = [entry.shape[1], entry.shape[2]];
-        let up = usize::from(request.part == Part::Up);
-        let (down, turns) = (request.part == Part::Down, self.names.stacked_in_turns);
-        // Rows that lie one after the other are all that is read of a matrix.
-        let apart = order == StackOrder::RowsFirst && !down && !turns;
-        let read = if apart { up * width..(up + 1) * width } else { 0..rows };
-        let first = request.expert * rows + read.start;
-        let matrix = self.rows(request.name, entry, first, (read.len(), columns), device)?;
-        let matrix = if order == StackOrder::ColumnsFirst { matrix.t()? } else { matrix };
-        let matrix = match (down || apart, turns) {
-            (true, _) => matrix,
-            (false, true) => matrix.reshape((width, 2, ()))?.narrow(1, up, 1)?.squeeze(1)?,
-            (false, false) => matrix.narrow(0, up * width, width)?,
-        };
-        Ok(matrix.contiguous()?.to_dtype(dtype)?)
-    }
-
-    /// `shape.0` rows of `shape.1` numbers, from row `first` of all there are in `entry` on.
-    fn rows(
-        &self,
-        name: &str,
-        entry: &TensorEntry,
-        first: usize,
-        shape: (usize, usize),
-        device: &Device,
-    ) -> Result<Tensor> {
-        let (dtype, size) = match entry.dtype {
-            ElementType::Plain(Dtype::F32) => (DType::F32, 4),
-            ElementType::Plain(Dtype::BF16) => (DType::BF16, 2),
-            ElementType::Plain(Dtype::F16) => (DType::F16, 2),
-            other => return Err(self.wrong(entry, name, "dtype F32, BF16 or F16", &format!("{other:?}"))),
-        };
-        let (mut bytes, offset) = (vec![0; shape.0 * shape.1 * size], entry.offset() + (first * shape.1 * size) as u64);
-        let (_, source) = &self.checkpoint.sources()[entry.source()];
-        source.read_exact_at(&mut bytes, offset).map_err(|error| {
-            self.wrong(entry, name, &format!("{} bytes at {offset}", bytes.len()), &error.to_string())
-        })?;
-        Ok(Tensor::from_raw_buffer(&bytes, dtype, &[shape.0, shape.1], device)?)
-    }
-
-    fn wrong(&self, entry: &TensorEntry, name: &str, expected: &str, got: &str) -> Error {
-        let detail = format!("tensor `{name}`: expected {expected}, got {got}");
-        Error::Checkpoint { file: self.checkpoint.file_of(entry).into(), detail }
+    fn projection(&self, request: &Request<'_>, layer: &MoeSpec, dtype: DType, device: &Device) -> Result<Tensor> {
+        let slices = slices(layer, request.prefix, request.expert, self.checkpoint.as_ref())?;
+        let rows = FileRows { checkpoint: &self.checkpoint, dtype, device, name: Some(request.name) };
+        let holds = |part: Part| part == request.part || (part == Part::GateUp && request.part != Part::Down);
+        let slice = slices.iter().find(|slice| holds(slice.part));
+        let held = slice.map(|slice| projections(slice, self.names.stacked_in_turns, &rows)).transpose()?;
+        match held.into_iter().flatten().find(|(part, _)| *part == request.part) {
+            Some((_, Weight::Dense(weight))) => Ok(weight.contiguous()?),
+            _ => Err(Error::shape(request.name, "floats", "others")),
+        }
     }
 }
 
-/// How gated experts lie whose stacks have these shapes, their width and the hidden state's. Both shapes together always tell.
-fn order(gate_up: &[usize], down: &[usize]) -> Option<(StackOrder, usize, usize)> {
-    let (&[experts, a, b], &[same, c, d]) = (gate_up, down) else { return None };
-    let order = |inner, hidden, width: usize, to| inner == width.saturating_mul(2) && hidden == to && experts == same;
-    match (order(a, b, d, c), order(b, a, c, d)) {
-        (true, _) => Some((StackOrder::RowsFirst, d, c)),
-        (_, true) => Some((StackOrder::ColumnsFirst, c, d)),
-        _ => None,
-    }
+/// Gated experts whose stacks have these shapes. Both shapes together always tell how they lie.
+fn stacked(names: &ExpertNames, gate_up: &[usize], down: &[usize]) -> Option<MoeSpec> {
+    let (&[experts, ..], &[_, rows, columns]) = (gate_up, down) else { return None };
+    [(rows, columns), (columns, rows)].into_iter().find_map(|(hidden, width)| {
+        let spec = MoeSpec { names: names.clone(), ..MoeSpec::new(hidden, experts, 1, width).ok()? };
+        spec.stack_order(gate_up, down).is_ok().then_some(spec)
+    })
 }
 
 impl SimpleBackend for Unstacked {
@@ -196,28 +148,27 @@ impl SimpleBackend for Unstacked {
         let Some(request) = self.request(name) else {
             return self.stored.clone().set_device(device.clone()).get_with_hints_dtype(shape, name, init, dtype);
         };
-        let stack = self.stack(&request)?;
+        let (layer, entry) = self.layer(&request)?;
         let there = match request.part {
-            Part::Gate | Part::Up => [stack.width, stack.hidden],
-            Part::Down => [stack.hidden, stack.width],
+            Part::Down => [layer.hidden, layer.expert_width],
+            _ => [layer.expert_width, layer.hidden],
         };
         if shape.dims() != there {
-            let (expected, got) =
-                (format!("shape {:?}", shape.dims()), format!("{there:?} in a stack of {:?}", stack.entry.shape));
-            return Err(self.wrong(stack.entry, name, &expected, &got).into());
+            let got = format!("got {there:?} in a stack of {:?}", entry.shape);
+            return Err(self.checkpoint.wrong(entry, name, format!("expected shape {:?}, {got}", shape.dims())).into());
         }
-        Ok(self.projection(&request, &stack, dtype, device)?)
+        Ok(self.projection(&request, &layer, dtype, device)?)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         match self.request(name) {
-            Some(request) => Ok(self.projection(&request, &self.stack(&request)?, dtype, device)?),
+            Some(request) => Ok(self.projection(&request, &self.layer(&request)?.0, dtype, device)?),
             None => self.stored.clone().set_device(device.clone()).get_unchecked_dtype(name, dtype),
         }
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.request(name).map_or_else(|| self.stored.contains_tensor(name), |request| self.stack(&request).is_ok())
+        self.request(name).map_or_else(|| self.stored.contains_tensor(name), |request| self.layer(&request).is_ok())
     }
 }
 
@@ -225,6 +176,7 @@ impl SimpleBackend for Unstacked {
 mod tests {
     use super::*;
     use crate::checkpoint::{NamedTensor, write_tensors};
+    use crate::spec::StackOrder;
 
     const EXPERTS: usize = 3;
     const WIDTH: usize = 2;
@@ -311,6 +263,10 @@ mod tests {
 
     #[test]
     fn both_shapes_tell_how_a_stack_lies_where_one_does_not() {
+        let order = |gate_up: &[usize], down: &[usize]| {
+            let spec = stacked(&ExpertNames::default(), gate_up, down)?;
+            Some((spec.stack_order(gate_up, down).unwrap(), spec.expert_width, spec.hidden))
+        };
         let rows = |width, hidden| (StackOrder::RowsFirst, width, hidden);
         let columns = |width, hidden| (StackOrder::ColumnsFirst, width, hidden);
         assert_eq!(order(&[3, 8, 8], &[3, 8, 4]), Some(rows(4, 8)));
@@ -318,7 +274,7 @@ mod tests {
         assert_eq!(order(&[3, 16, 8], &[3, 8, 8]), Some(rows(8, 8)));
         assert_eq!(order(&[3, 8, 16], &[3, 8, 8]), Some(columns(8, 8)));
         assert_eq!(order(&[3, 8, 8], &[3, 8, 8]), None);
-        assert_eq!(order(&[3, 0, 0], &[3, 0, 0]), Some(rows(0, 0)));
+        assert_eq!(order(&[3, 0, 0], &[3, 0, 0]), None);
     }
 
     #[test]

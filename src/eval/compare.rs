@@ -13,7 +13,7 @@ use super::perplexity::Perplexity;
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::Result;
-use crate::layer::Routing;
+use crate::layer::Routed;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{CapacityRule, Rounding, Shares};
 use crate::routing::metrics::RouteMetrics;
@@ -99,15 +99,16 @@ pub struct Dropless {
 /// Whatever the forward pass reports.
 pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u64)) -> Result<Dropless> {
     let mut decoder = decoder.clone();
-    decoder.set_router(Arc::from(RouterKind::TopK.build(0)), None);
+    decoder.set_router(Arc::from(RouterKind::TopK.build(0)));
+    decoder.set_capacity(None);
     let (mut perplexity, mut time, mut tokens) = (Perplexity::default(), Duration::ZERO, 0);
     // Once untimed: the first pass pays for memory and threads.
     if let Some(first) = batches.first() {
-        decoder.forward(first, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        decoder.forward(first, &mut decoder.batch_state())?;
     }
     for batch in batches {
         let started = Instant::now();
-        let logits = decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
+        let logits = decoder.forward(batch, &mut decoder.batch_state())?;
         time += started.elapsed();
         perplexity.add(&logits, batch)?;
         tokens += batch.live_tokens();
@@ -129,12 +130,13 @@ pub fn run(
 ) -> Result<RouterFigures> {
     let mut decoder = decoder.clone();
     let router: Arc<dyn Router> = Arc::from(setting.router.build_with(setting.seed, &setting.cache));
-    decoder.set_router(router.clone(), setting.capacity.clone());
+    decoder.set_router(router.clone());
+    decoder.set_capacity(setting.capacity.clone());
     if let Some(cache) = decoder.expert_cache() {
         // A row must not depend on the rows before it.
         cache.forget()?;
     }
-    let mut state = decoder.batch_state();
+    let mut state = decoder.batch_state().keeping_routed();
     if let Some(memory) = &setting.memory {
         state = state.with_memory(memory.clone());
     }
@@ -142,17 +144,12 @@ pub fn run(
     let mut bounds = BoundTracker::new(router.as_ref(), layers);
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     for batch in batches {
-        let mut routings = Vec::with_capacity(layers);
         let started = Instant::now();
-        let logits = decoder.forward(batch, &mut state, |_, routing| {
-            routings.push(routing);
-            Ok(())
-        })?;
+        let logits = decoder.forward(batch, &mut state)?;
         time += started.elapsed();
-        for (layer, routing) in routings.iter().enumerate() {
-            let context = batch.context(layer);
-            let bound = bounds.bound(routing, context)?;
-            sums.add(routing, context, bound)?;
+        for (layer, routed) in state.routed().iter().enumerate() {
+            let bound = bounds.bound(routed, RouteContext { layer, ..batch.context() })?;
+            sums.add(routed, bound)?;
         }
         perplexity.add(&logits, batch)?;
         tokens += batch.live_tokens();
@@ -174,12 +171,13 @@ impl BoundTracker {
         Self { states: bounded.then(|| vec![RouteState::default(); layers]) }
     }
 
-    fn bound(&mut self, routing: &Routing, context: RouteContext<'_>) -> Result<Option<f64>> {
+    fn bound(&mut self, routed: &Routed, context: RouteContext<'_>) -> Result<Option<f64>> {
         let Some(states) = &mut self.states else { return Ok(None) };
-        if let Some(bound) = routing.assignment.gate_mass_bound() {
+        if let Some(bound) = routed.assignment.gate_mass_bound() {
             return Ok(Some(bound));
         }
-        let request = RouteRequest::new(&routing.scores, routing.assignment.top_k(), &routing.capacity, context)?;
+        let scores = routed.scores()?;
+        let request = RouteRequest::new(&scores, routed.assignment.top_k(), &routed.capacity, context)?;
         let certified = PhaseRouter::default().route(&request, &mut states[context.layer])?;
         Ok(certified.gate_mass_bound())
     }
@@ -207,8 +205,8 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, routing: &Routing, context: RouteContext<'_>, bound: Option<f64>) -> Result<()> {
-        let metrics = routing.metrics(context)?;
+    fn add(&mut self, routed: &Routed, bound: Option<f64>) -> Result<()> {
+        let metrics = routed.metrics()?;
         self.count += 1.0;
         self.demand += metrics.demand;
         self.kept += metrics.kept;
@@ -218,9 +216,9 @@ impl Sums {
             let share = if bound > 0.0 { metrics.gate_mass / bound } else { 1.0 };
             *self.gate_mass_vs_bound.get_or_insert(0.0) += share;
         }
-        let live = metrics.demand as f64 / routing.assignment.top_k() as f64;
-        self.nanos_per_token.push(routing.route_time.as_nanos() as f64 / live.max(1.0));
-        self.add_balance(&metrics, routing.capacity.limits().is_some());
+        let live = metrics.demand as f64 / routed.assignment.top_k() as f64;
+        self.nanos_per_token.push(routed.route_time.as_nanos() as f64 / live.max(1.0));
+        self.add_balance(&metrics, routed.capacity.limits().is_some());
         Ok(())
     }
 

@@ -19,13 +19,13 @@ use super::perplexity::Perplexity;
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
-use crate::experts::admission::Admission;
-use crate::experts::belady::RequestLog;
-use crate::experts::residency::Policy;
+use crate::offload::admission::Admission;
+use crate::offload::belady::RequestLog;
+use crate::offload::requests::Requests;
+use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
 use crate::routing::check::check;
-use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use crate::routing::scores::Scores;
 use crate::routing::topk::TopK;
@@ -102,11 +102,12 @@ impl Decoding {
         let mut decoder = decoder.clone();
         let books = decoder.moe_layers().map(|moe| Ok(Mutex::new(Books::new(self, moe.spec().experts)?)));
         let rows = Arc::new(RowByRow { router: self.router.clone(), layers: books.collect::<Result<_>>()? });
-        decoder.set_router(rows.clone(), None);
+        decoder.set_router(rows.clone());
+        decoder.set_capacity(None);
         let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());
         for batch in batches {
             let started = Instant::now();
-            let logits = decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?;
+            let logits = decoder.forward(batch, &mut decoder.batch_state())?;
             figures.time += started.elapsed();
             figures.tokens += batch.live_tokens();
             perplexity.add(&logits, batch)?;
@@ -140,7 +141,8 @@ impl Decoding {
         mut progress: impl FnMut(u64),
     ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
-        decoder.set_router(self.router.clone(), None);
+        decoder.set_router(self.router.clone());
+        decoder.set_capacity(None);
         let before = decoder.expert_cache().map(|cache| cache.statistics());
         let mut state = decoder.generation_state();
         if before.is_none() {
@@ -154,7 +156,7 @@ impl Decoding {
             let live = (0..ids.len()).take_while(|&at| !padded(at)).count();
             state.begin_text();
             let started = Instant::now();
-            let step = |id: &u32| decoder.forward(&Batch::new(&[&[*id]])?, &mut state, |_, _| Ok(()));
+            let step = |id: &u32| decoder.forward(&Batch::new(&[&[*id]])?, &mut state);
             let logits: Vec<Tensor> = ids[..live].iter().map(step).collect::<Result<_>>()?;
             figures.time += started.elapsed();
             figures.tokens += live as u64;

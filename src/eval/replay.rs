@@ -12,13 +12,13 @@ use super::offline::Room;
 use super::trace::{GateTrace, LayerTrace};
 use crate::decoder::memory::ExpertMemory;
 use crate::error::{Error, Result};
-use crate::experts::admission::Admission;
-use crate::experts::belady::RequestLog;
-use crate::experts::residency::Policy;
+use crate::offload::admission::Admission;
+use crate::offload::belady::RequestLog;
+use crate::offload::requests::Requests;
+use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::check::check;
 use crate::routing::logits::Logits;
-use crate::routing::requests::Requests;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use crate::routing::topk::TopK;
 

@@ -65,16 +65,16 @@ impl GateTrace {
             Ok(LayerTrace { layer, logits: Vec::new(), selection_bias: moe.gate().selection_bias()? })
         };
         let mut layers = decoder.moe_layers().enumerate().map(empty).collect::<Result<Vec<_>>>()?;
-        let (mut token_ids, mut state) = (Vec::new(), decoder.batch_state());
+        let (mut token_ids, mut state) = (Vec::new(), decoder.batch_state().keeping_routed());
         for batch in batches {
             let live = |token: &usize| !batch.padding().is_some_and(|padding| padding[*token]);
             token_ids.extend((0..batch.ids().len()).filter(live).map(|token| batch.ids()[token]));
-            decoder.forward(batch, &mut state, |layer, routing| {
-                let values = routing.logits.flatten_all()?.to_vec1::<f32>()?;
+            decoder.forward(batch, &mut state)?;
+            for (layer, routed) in layers.iter_mut().zip(state.routed()) {
+                let values = routed.logits.flatten_all()?.to_vec1::<f32>()?;
                 let rows = values.chunks_exact(moe.experts).enumerate().filter(|(token, _)| live(token));
-                layers[layer].logits.extend(rows.flat_map(|(_, row)| row));
-                Ok(())
-            })?;
+                layer.logits.extend(rows.flat_map(|(_, row)| row));
+            }
             progress(batch.live_tokens());
         }
         Ok(Self {

@@ -17,9 +17,9 @@ use super::decode::{DecodeFigures, Decoding};
 use super::perplexity::Perplexity;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
-use crate::experts::admission::Admission;
-use crate::experts::cache::{CacheOptions, ExpertCache};
-use crate::experts::residency::Policy;
+use crate::offload::admission::Admission;
+use crate::offload::cache::{CacheOptions, ExpertCache};
+use crate::offload::residency::Policy;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::topk::TopK;
 
@@ -250,10 +250,11 @@ fn row(
 /// Whatever the forward pass reports.
 pub fn plain_perplexity(decoder: &Decoder, batches: &[Batch]) -> Result<f64> {
     let mut decoder = decoder.clone();
-    decoder.set_router(Arc::new(TopK { drop: None }), None);
+    decoder.set_router(Arc::new(TopK { drop: None }));
+    decoder.set_capacity(None);
     let mut perplexity = Perplexity::default();
     for batch in batches {
-        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state(), |_, _| Ok(()))?, batch)?;
+        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state())?, batch)?;
     }
     perplexity.value()
 }

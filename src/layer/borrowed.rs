@@ -1,29 +1,22 @@
-//! Candle's tensors as the slices that the expert engine reads, and a forward pass over them: nothing is copied but biases.
+//! Candle's tensors as the matrices that the expert engine reads: nothing is copied.
 //!
-//! Knows nothing of gradients: a layer comes here only where nothing has to be differentiated.
+//! Knows nothing of experts, nor of gradients: a product comes here only where nothing has to be differentiated.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef, Tensor};
 
-use super::ROUTING_DTYPE;
-use super::cached::CachedExperts;
-use super::expert::Expert;
 use super::packed::Packed;
 use super::projection::{Projection, Weight};
-use super::shared::Shared;
 use crate::error::{Error, Result};
-use crate::experts::engine::{self, Engine, ExpertWeights, Work};
+use crate::experts::engine::Engine;
 use crate::experts::matrix::{Dtype, Matrix};
-use crate::routing::plan::DispatchPlan;
-use crate::spec::MoeSpec;
 
 /// A matrix of Candle's, held while its memory is read.
 pub(super) enum Borrowed<'a> {
     Dense(StorageRef<'a>, &'a Layout),
-    Quantized { dtype: Dtype, columns: usize, rows: Range<usize>, bytes: Cow<'a, [u8]> },
+    Quantized { dtype: Dtype, shape: [usize; 2], bytes: Cow<'a, [u8]> },
     Packed(&'a Packed),
 }
 
@@ -34,13 +27,13 @@ impl<'a> Borrowed<'a> {
         Ok(Self::Dense(storage, layout))
     }
 
-    fn weight(weight: &'a Weight) -> Result<Self> {
+    /// A matrix of either kind.
+    pub(super) fn weight(weight: &'a Weight) -> Result<Self> {
         match weight {
             Weight::Dense(tensor) => Self::tensor(tensor),
-            Weight::Quantized { tensor, rows } => {
+            Weight::Quantized(tensor) => {
                 let dtype = dtype(tensor.dtype()).ok_or_else(|| refused(format!("{:?}", tensor.dtype())))?;
-                let columns = tensor.shape().dims().last().copied().unwrap_or(0);
-                Ok(Self::Quantized { dtype, columns, rows: rows.clone(), bytes: tensor.data()? })
+                Ok(Self::Quantized { dtype, shape: tensor.shape().dims2()?.into(), bytes: tensor.data()? })
             }
             Weight::Packed(packed) => Ok(Self::Packed(packed)),
         }
@@ -61,11 +54,7 @@ impl<'a> Borrowed<'a> {
                     _ => Err(refused("another dtype or device")),
                 }
             }
-            Self::Quantized { dtype, columns, rows, bytes } => {
-                let row_bytes = dtype.row_bytes(*columns).filter(|&bytes| bytes > 0);
-                let all = row_bytes.map_or(0, |row| bytes.len() / row);
-                Matrix::new(*dtype, all, *columns, bytes)?.rows(rows.clone())
-            }
+            Self::Quantized { dtype, shape: [rows, columns], bytes } => Matrix::new(*dtype, *rows, *columns, bytes),
             Self::Packed(packed) => packed.matrix(),
         }
     }
@@ -88,8 +77,8 @@ fn dtype(dtype: GgmlDType) -> Option<Dtype> {
     }
 }
 
-/// Whether the engine can read a tensor, and nobody wants its gradient.
-pub(super) fn fits(tensor: &Tensor) -> bool {
+/// Whether the engine can read a tensor, which needs no gradient.
+pub(crate) fn fits(tensor: &Tensor) -> bool {
     let is_float = matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16);
     is_float && tensor.is_contiguous() && tensor.device().is_cpu() && !tensor.track_op()
 }
@@ -98,111 +87,26 @@ pub(super) fn fits(tensor: &Tensor) -> bool {
 pub(super) fn projection_fits(projection: &Projection) -> bool {
     let weight = match projection.weight() {
         Weight::Dense(tensor) => fits(tensor),
-        Weight::Quantized { tensor, .. } => tensor.device().is_cpu() && dtype(tensor.dtype()).is_some(),
+        Weight::Quantized(tensor) => tensor.device().is_cpu() && dtype(tensor.dtype()).is_some(),
         Weight::Packed(_) => true,
     };
     weight && projection.bias().is_none_or(|bias| !bias.track_op())
 }
 
-/// An expert's matrices, held.
-struct BorrowedExpert<'a> {
-    expert: &'a Expert,
-    gate: Option<BorrowedProjection<'a>>,
-    up: BorrowedProjection<'a>,
-    down: BorrowedProjection<'a>,
-}
-
-struct BorrowedProjection<'a> {
-    weight: Borrowed<'a>,
-    bias: Option<Vec<f32>>,
-}
-
-impl<'a> BorrowedProjection<'a> {
-    fn new(projection: &'a Projection) -> Result<Self> {
-        let bias = projection.bias().map(|bias| bias.to_dtype(ROUTING_DTYPE)?.to_vec1()).transpose()?;
-        Ok(Self { weight: Borrowed::weight(projection.weight())?, bias })
-    }
-
-    fn view(&self) -> Result<engine::Projection<'_>> {
-        Ok(engine::Projection { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
-    }
-}
-
-impl<'a> BorrowedExpert<'a> {
-    fn new(expert: &'a Expert) -> Result<Self> {
-        Ok(Self {
-            expert,
-            gate: expert.gate_proj().map(BorrowedProjection::new).transpose()?,
-            up: BorrowedProjection::new(expert.up_proj())?,
-            down: BorrowedProjection::new(expert.down_proj())?,
-        })
-    }
-
-    fn view(&self) -> Result<ExpertWeights<'_>> {
-        let gate = self.gate.as_ref().map(BorrowedProjection::view).transpose()?;
-        ExpertWeights::new(self.expert.activation(), gate, self.up.view()?, self.down.view()?)
-    }
-}
-
-/// The experts of a layer, wherever they are.
-pub(super) enum Source<'a> {
-    Held(&'a [Expert]),
-    Cached(&'a CachedExperts, &'a MoeSpec),
-}
-
-/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
-pub(super) fn forward(
-    engine: &Engine,
-    tokens: &Tensor,
-    experts: Source<'_>,
-    shared: Option<&Shared>,
-    plan: &DispatchPlan,
-) -> Result<Tensor> {
-    let (rows, hidden) = tokens.dims2()?;
-    let tokens = tokens.contiguous()?;
-    let shared_expert = shared.map(|shared| BorrowedExpert::new(shared.expert())).transpose()?;
-    let (everyone, shares): (Vec<u32>, Vec<f32>) = match shared {
-        Some(shared) => ((0..rows as u32).collect(), shared.weights(&tokens)?),
-        None => Default::default(),
+/// `x·Wᵀ` of `input` `[.., columns]` and `weight` `[rows, columns]` by the engine, for what [`fits`] and an input of its dtype on the
+/// CPU: `[.., rows]` in that dtype.
+pub(crate) fn product(engine: &Engine, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = weight.dims2()?;
+    let Some((&last, outer)) = input.dims().split_last() else {
+        return Err(Error::shape("input of a product", format!("[.., {columns}]"), "a number"));
     };
-    let shared = shared_expert.as_ref().map(BorrowedExpert::view).transpose()?;
-    let shared = shared.map(|expert| Work { expert, tokens: &everyone, weights: &shares });
-    let borrowed = Borrowed::tensor(&tokens)?;
-    let input = borrowed.matrix()?;
-    let mut output = vec![0.0; rows * hidden];
-    match experts {
-        Source::Held(experts) => {
-            let busy: Vec<_> = plan.busy_experts().collect();
-            let held: Vec<_> =
-                busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
-            let mut work = Vec::with_capacity(held.len() + 1);
-            for (held, (_, range)) in held.iter().zip(busy) {
-                let (tokens, weights) = (&plan.tokens()[range.clone()], &plan.weights()[range]);
-                work.push(Work { expert: held.view()?, tokens, weights });
-            }
-            work.extend(shared);
-            engine.forward(input, &work, &mut output)?;
-        }
-        Source::Cached(experts, spec) => {
-            let mut busy = plan.busy_experts().peekable();
-            if busy.peek().is_none() {
-                engine.add(input, shared.as_slice(), &mut output)?;
-            }
-            experts.run(spec, plan, |group| {
-                let mut work: Vec<_> = group
-                    .iter()
-                    .zip(busy.by_ref())
-                    .map(|(&(_, expert), (_, range))| Work {
-                        expert,
-                        tokens: &plan.tokens()[range.clone()],
-                        weights: &plan.weights()[range],
-                    })
-                    .collect();
-                // After all others, as where they are held.
-                work.extend(shared.filter(|_| busy.peek().is_none()));
-                engine.add(input, &work, &mut output)
-            })?;
-        }
+    let tokens = input.contiguous()?.reshape((outer.iter().product::<usize>(), last))?;
+    let mut sums = vec![0.0; tokens.dim(0)? * rows];
+    {
+        let (weight, tokens) = (Borrowed::tensor(weight)?, Borrowed::tensor(&tokens)?);
+        engine.product(tokens.matrix()?, weight.matrix()?, &mut sums)?;
     }
-    Ok(Tensor::from_vec(output, (rows, hidden), tokens.device())?)
+    let shape: Vec<usize> = outer.iter().copied().chain([rows]).collect();
+    // A product has the dtype of its operands, as in Candle and transformers.
+    Ok(Tensor::from_vec(sums, shape, weight.device())?.to_dtype(weight.dtype())?)
 }

@@ -20,7 +20,7 @@ use candle_core::{DType, Module, Tensor};
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
 use super::borrowed;
-use super::gate::Gate;
+use super::check::LikeGate;
 use super::projection::{Projection, Weight};
 use crate::error::{Error, Result};
 use crate::experts::activation::{Activation, Function};
@@ -37,13 +37,13 @@ pub struct Expert {
 
 /// What an expert has to be.
 #[derive(Clone, Copy)]
-pub(super) struct Form<'a> {
+pub(super) struct ExpertShape<'a> {
     spec: &'a MoeSpec,
     width: usize,
     bias: bool,
 }
 
-impl<'a> Form<'a> {
+impl<'a> ExpertShape<'a> {
     pub(super) fn routed(spec: &'a MoeSpec) -> Self {
         Self { spec, width: spec.expert_width, bias: spec.expert_bias }
     }
@@ -99,93 +99,19 @@ impl Expert {
         })
     }
 
-    /// The experts of `gate_up` `[experts, 2·width, hidden]`, gate rows before up rows, and `down` `[experts, hidden, width]`;
-    /// where the activation has no gate, `gate_up` is `[experts, width, hidden]`. Nothing is copied. Meant for inference: under
-    /// a `Var` it is right, but each expert's gradient is as large as the stack.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for tensors of another shape, and as [`MoeSpec::check`].
-    pub fn stacked(spec: &MoeSpec, gate_up: &Tensor, down: &Tensor) -> Result<Vec<Self>> {
-        spec.check()?;
-        let (width, gated) = (spec.expert_width, spec.activation.gated);
-        let inner = if gated { 2 * width } else { width };
-        check_stack("stacked gate_up_proj", gate_up.dims(), [spec.experts, inner, spec.hidden])?;
-        check_stack("stacked down_proj", down.dims(), [spec.experts, spec.hidden, width])?;
-        let expert = |index: usize| {
-            let part = |stack: &Tensor, start: usize, rows: usize| -> Result<Projection> {
-                Ok(Projection::new(stack.narrow(0, index, 1)?.squeeze(0)?.narrow(0, start, rows)?, None))
-            };
-            let gate = gated.then(|| part(gate_up, 0, width)).transpose()?;
-            Self::from_projections(
-                spec.activation,
-                gate,
-                part(gate_up, inner - width, width)?,
-                part(down, 0, spec.hidden)?,
-            )
-        };
-        (0..spec.experts).map(expert).collect()
-    }
-
-    /// The experts of quantised `gate` and `up` `[experts, width, hidden]` and `down` `[experts, hidden, width]`, as GGUF files
-    /// have them; `gate` is `None` where the activation has none. On the CPU nothing is copied; elsewhere each expert's rows
-    /// become a tensor of their own, since nothing there reads a part of one.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for tensors of another shape, or a gate that does not go with the activation, and as
-    /// [`MoeSpec::check`].
-    pub fn stacked_quantized(
-        spec: &MoeSpec,
-        gate: Option<Arc<QTensor>>,
-        up: Arc<QTensor>,
-        down: Arc<QTensor>,
-    ) -> Result<Vec<Self>> {
-        spec.check()?;
-        check_gated("stacked gate_proj", spec.activation, gate.is_some())?;
-        let (wide, narrow) =
-            ([spec.experts, spec.expert_width, spec.hidden], [spec.experts, spec.hidden, spec.expert_width]);
-        let stacks =
-            [("gate_proj", gate.as_ref(), wide), ("up_proj", Some(&up), wide), ("down_proj", Some(&down), narrow)];
-        for (name, stack, shape) in stacks {
-            stack.map_or(Ok(()), |stack| check_stack(&format!("stacked {name}"), stack.shape().dims(), shape))?;
-        }
-        let expert = |index: usize| {
-            let part = |stack: &Arc<QTensor>, rows: usize| -> Result<Projection> {
-                Ok(Projection::new(Weight::rows(stack.clone(), index * rows..(index + 1) * rows)?, None))
-            };
-            let gate = gate.as_ref().map(|gate| part(gate, spec.expert_width)).transpose()?;
-            Self::from_projections(spec.activation, gate, part(&up, spec.expert_width)?, part(&down, spec.hidden)?)
-        };
-        (0..spec.experts).map(expert).collect()
-    }
-
-    /// Loads the projections that `spec.names` names under `vb`, with biases where `spec` says so.
-    ///
-    /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::load_form(Form::routed(spec), vb)
-    }
-
     /// Loads an FFN of `width` for all tokens, with the activation and the names of the experts of `spec` and without biases.
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
-        Self::load_form(Form { spec, width, bias: false }, vb)
-    }
-
-    pub(super) fn load_form(form: Form<'_>, vb: VarBuilder<'_>) -> Result<Self> {
-        let (spec, names) = (form.spec, &form.spec.names);
+    pub(crate) fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        let names = &spec.names;
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
-            let vb = vb.pp(name);
             let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
-            let weight = vb.get_with_hints((rows, columns), "weight", init)?;
-            let bias = form.bias.then(|| vb.get_with_hints(rows, "bias", Init::Const(0.0))).transpose()?;
-            Ok(Projection::new(weight, bias))
+            Ok(Projection::new(vb.pp(name).get_with_hints((rows, columns), "weight", init)?, None))
         };
-        let gate = spec.activation.gated.then(|| load(&names.gate_proj, form.width, spec.hidden)).transpose()?;
-        let up = load(&names.up_proj, form.width, spec.hidden)?;
-        Self::from_projections(spec.activation, gate, up, load(&names.down_proj, spec.hidden, form.width)?)
+        let gate = spec.activation.gated.then(|| load(&names.gate_proj, width, spec.hidden)).transpose()?;
+        let up = load(&names.up_proj, width, spec.hidden)?;
+        Self::from_projections(spec.activation, gate, up, load(&names.down_proj, spec.hidden, width)?)
     }
 
     /// The gate projection, `[width, hidden]`; `None` where the activation has none.
@@ -208,13 +134,13 @@ impl Expert {
         self.activation
     }
 
-    /// Whether the engine can read all projections, and nobody wants their gradients.
+    /// Whether the engine can read all projections, which need no gradients.
     pub(super) fn fits_engine(&self) -> bool {
         let Self { gate_proj, up_proj, down_proj, .. } = self;
         [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
     }
 
-    pub(super) fn check(&self, operand: &str, form: Form<'_>, gate: &Gate) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, form: ExpertShape<'_>, like: &LikeGate<'_>) -> Result<()> {
         let (expected, got) = (form.spec.activation, self.activation);
         if expected != got {
             return Err(Error::shape(format!("{operand} activation"), format!("{expected:?}"), format!("{got:?}")));
@@ -226,7 +152,7 @@ impl Expert {
             ("down_proj", Some(&self.down_proj), narrow),
         ];
         projections.into_iter().try_for_each(|(name, projection, shape)| match projection {
-            Some(projection) => projection.check(&format!("{operand} {name}"), shape, form.bias, gate),
+            Some(projection) => projection.check(&format!("{operand} {name}"), shape, form.bias, like),
             None => Ok(()),
         })
     }
@@ -285,11 +211,4 @@ fn check_gated(operand: &str, activation: Activation, has_gate: bool) -> Result<
         (false, true) => Err(Error::shape(operand, "none, as the activation is not gated", "one")),
         _ => Ok(()),
     }
-}
-
-fn check_stack(operand: &str, dims: &[usize], expected: [usize; 3]) -> Result<()> {
-    if dims != expected {
-        return Err(Error::shape(operand, format!("{expected:?}"), format!("{dims:?}")));
-    }
-    Ok(())
 }

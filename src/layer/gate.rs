@@ -1,9 +1,10 @@
 //! The gate: one linear layer from hidden state to logits, `x·Wᵀ + b`, `[tokens, hidden] → [tokens, experts]`, in `f32`.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
-use super::{ROUTING_DTYPE, borrowed, check_weight, product};
+use super::borrowed;
+use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::spec::MoeSpec;
@@ -14,7 +15,7 @@ use crate::spec::MoeSpec;
 pub struct Gate {
     weight: Tensor,
     bias: Option<Tensor>,
-    /// Read anew in every forward pass: an update rule, or whoever holds the variable, may have set it.
+    /// Read anew in every forward pass: an update rule, or another holder of the variable, may have set it.
     selection_bias: Option<Var>,
     /// Its tensors are those of a builder, and what is not among them is not saved with them.
     loaded: bool,
@@ -44,7 +45,7 @@ impl Gate {
     ///
     /// # Errors
     /// What the builder reports for a missing tensor or a wrong shape.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let weight = vb.get_with_hints((spec.experts, spec.hidden), "weight", init)?;
         let bias = || vb.get_with_hints(spec.experts, "bias", Init::Const(0.0));
@@ -68,9 +69,9 @@ impl Gate {
     }
 
     pub(super) fn check(&self, spec: &MoeSpec) -> Result<()> {
-        check_weight("gate weight", &self.weight, [spec.experts, spec.hidden])?;
+        check_shape("gate weight", &self.weight, [spec.experts, spec.hidden])?;
         if let Some(bias) = &self.selection_bias {
-            check_weight("selection bias", bias, [spec.experts])?;
+            check_shape("selection bias", bias, [spec.experts])?;
         }
         check_finite(&self.selection_bias()?.unwrap_or_default())?;
         match &self.bias {
@@ -78,28 +79,15 @@ impl Gate {
             None => Ok(()),
             Some(bias) if !spec.gate_bias => Err(Error::shape("gate bias", "none", format!("{:?}", bias.dims()))),
             Some(bias) => {
-                check_weight("gate bias", bias, [spec.experts])?;
-                self.check_alike("gate bias", bias)
+                check_shape("gate bias", bias, [spec.experts])?;
+                self.like().check("gate bias", bias)
             }
         }
     }
 
-    /// Checks that `tensor` has the dtype and the device of the gate's weight.
-    pub(super) fn check_alike(&self, operand: &str, tensor: &Tensor) -> Result<()> {
-        let (expected, got) = (self.weight.dtype(), tensor.dtype());
-        if expected != got {
-            return Err(Error::shape(operand, format!("{expected:?} like the gate weight"), format!("{got:?}")));
-        }
-        self.check_device(operand, tensor.device())
-    }
-
-    pub(super) fn check_device(&self, operand: &str, got: &Device) -> Result<()> {
-        let expected = self.weight.device();
-        if !expected.same_device(got) {
-            let [expected, got] = [expected, got].map(|device| format!("{:?}", device.location()));
-            return Err(Error::shape(operand, format!("device {expected} like the gate weight"), got));
-        }
-        Ok(())
+    /// What the other tensors of its layer have to be like.
+    pub(super) fn like(&self) -> LikeGate<'_> {
+        LikeGate { dtype: self.weight.dtype(), device: self.weight.device() }
     }
 
     pub(super) fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
@@ -138,13 +126,13 @@ impl Gate {
     ///
     /// # Errors
     /// [`Error::Candle`] for another width, dtype or device.
-    pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+    pub(crate) fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
         self.biased(tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?)
     }
 
     /// The same by the expert engine, for what [`Gate::fits_engine`] and a `tokens` of its dtype on the CPU.
     pub(super) fn logits_by(&self, engine: &Engine, tokens: &Tensor) -> Result<Tensor> {
-        self.biased(product(engine, tokens, &self.weight)?.to_dtype(ROUTING_DTYPE)?)
+        self.biased(borrowed::product(engine, tokens, &self.weight)?.to_dtype(ROUTING_DTYPE)?)
     }
 
     /// Whether the engine can read the weights and nothing has to be differentiated.

@@ -7,8 +7,7 @@
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
-//! use phase_moe::layer::{MoeLayer, loss::{LossFreeBias, load_balancing_loss, router_z_loss}};
-//! use phase_moe::routing::router::{RouteContext, RouteState};
+//! use phase_moe::layer::{LayerState, MoeLayer, loss::{LossFreeBias, load_balancing_loss, router_z_loss}};
 //! use phase_moe::routing::scores::Scoring;
 //! use phase_moe::spec::MoeSpec;
 //!
@@ -19,11 +18,11 @@
 //! let mut bias = LossFreeBias::new(spec.experts, 0.001)?;
 //! let input = Tensor::randn(0f32, 1.0, (64, 16), &Device::Cpu)?;
 //! for _ in 0..3 {
-//!     let (output, routing) = layer.forward_in(&input, RouteContext::default(), &mut RouteState::default())?;
+//!     let (output, routed) = layer.route(&input, &mut LayerState::default())?;
 //!     let loss = (output - &input)?.sqr()?.mean_all()?;
-//!     let balance = (load_balancing_loss(&routing, spec.scoring)? * 0.01)?;
-//!     optimiser.backward_step(&((loss + balance)? + (router_z_loss(&routing)? * 0.001)?)?)?;
-//!     bias.update(&routing.assignment.load())?;
+//!     let balance = (load_balancing_loss(&routed)? * 0.01)?;
+//!     optimiser.backward_step(&((loss + balance)? + (router_z_loss(&routed)? * 0.001)?)?)?;
+//!     bias.update(&routed.assignment.load())?;
 //!     layer.set_selection_bias(bias.values())?;
 //! }
 //! let saved = vars.data().lock().unwrap()["mlp.gate.e_score_correction_bias"].to_vec1::<f32>()?;
@@ -34,10 +33,10 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
-use super::Routing;
+use super::routed::Routed;
 use crate::error::{Error, Result};
 use crate::routing::assignment::EMPTY;
-use crate::routing::scores::{ScoreFunction, Scoring};
+use crate::routing::scores::ScoreFunction;
 
 /// Load-balancing loss of GShard and Switch (arXiv 2101.03961, eq. 4, for k slots):
 /// `experts · Σ_e (slots of e / slots) · mean score of e`; 1 when balanced. A scalar; gradients reach the gate.
@@ -46,14 +45,14 @@ use crate::routing::scores::{ScoreFunction, Scoring};
 ///
 /// # Errors
 /// [`Error::Candle`] from the tensor operations.
-pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor> {
-    let Some(logits) = live_logits(routing)? else { return zero(routing) };
-    let (experts, selection) = (routing.assignment.experts(), routing.assignment.raw_selection());
+pub fn load_balancing_loss(routed: &Routed) -> Result<Tensor> {
+    let Some(logits) = live_logits(routed)? else { return zero(routed) };
+    let (experts, selection) = (routed.assignment.experts(), routed.assignment.raw_selection());
     let mut share = vec![0f32; experts];
     selection.iter().filter(|&&expert| expert != EMPTY).for_each(|&expert| share[usize::from(expert)] += 1.0);
     let slots = share.iter().sum::<f32>().max(1.0);
     let share = (Tensor::from_vec(share, experts, logits.device())? / f64::from(slots))?;
-    let scores = match scoring.function {
+    let scores = match routed.scoring.function {
         ScoreFunction::Softmax | ScoreFunction::SparseMixer { .. } => softmax(&logits, D::Minus1)?,
         ScoreFunction::Sigmoid => {
             let scores = sigmoid(&logits)?;
@@ -68,26 +67,26 @@ pub fn load_balancing_loss(routing: &Routing, scoring: Scoring) -> Result<Tensor
 ///
 /// # Errors
 /// [`Error::Candle`] from the tensor operations.
-pub fn router_z_loss(routing: &Routing) -> Result<Tensor> {
-    let Some(logits) = live_logits(routing)? else { return zero(routing) };
+pub fn router_z_loss(routed: &Routed) -> Result<Tensor> {
+    let Some(logits) = live_logits(routed)? else { return zero(routed) };
     Ok(logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
 }
 
 /// Logits of the tokens that are not padding; `None` when there are none.
-fn live_logits(routing: &Routing) -> Result<Option<Tensor>> {
-    let rows: Vec<u32> = match &routing.padding {
+fn live_logits(routed: &Routed) -> Result<Option<Tensor>> {
+    let rows: Vec<u32> = match &routed.padding {
         Some(padding) => padding.iter().zip(0..).filter(|(pad, _)| !**pad).map(|(_, row)| row).collect(),
-        None if routing.assignment.tokens() > 0 => return Ok(Some(routing.logits.clone())),
+        None if routed.assignment.tokens() > 0 => return Ok(Some(routed.logits.clone())),
         None => Vec::new(),
     };
     if rows.is_empty() {
         return Ok(None);
     }
-    Ok(Some(routing.logits.index_select(&Tensor::new(rows, routing.logits.device())?, 0)?))
+    Ok(Some(routed.logits.index_select(&Tensor::new(rows, routed.logits.device())?, 0)?))
 }
 
-fn zero(routing: &Routing) -> Result<Tensor> {
-    Ok(Tensor::zeros((), routing.logits.dtype(), routing.logits.device())?)
+fn zero(routed: &Routed) -> Result<Tensor> {
+    Ok(Tensor::zeros((), routed.logits.dtype(), routed.logits.device())?)
 }
 
 /// Loss-free balancing (arXiv 2408.15664): a selection bias per expert that rises while the expert has less than its share

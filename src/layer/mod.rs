@@ -1,65 +1,82 @@
 //! The MoE layer for Candle: gate, router, experts, weighted sum.
 //!
-//! `y = Σ_slots weight · expert(x) + shared(x)`, the last where the layer has it, input `[.., hidden]`, output the same shape and
-//! dtype.
-//! Scores, routing and the weighted sum are in `f32` whatever the dtype of the weights; the gate's product is in theirs, as
-//! in transformers. On the CPU experts run on the [`Engine`], which reads the tensors' memory as it is. Under `Var`s, on other
-//! devices and for weights that the engine does not read, they run as Candle's operations: then the layer is differentiable,
-//! gradients reach the gate through the combine weights and the experts through the dispatch.
+//! `y = Σ_slots weight · expert(x) + shared(x)`, the last where the layer has it; `x` is `[.., hidden]`, and `y` has the same shape
+//! and dtype. A layer is a [`Module`], whose every forward pass starts cold, or keeps a [`LayerState`] from pass to pass:
 //!
 //! ```
-//! use candle_core::{Device, Module, Tensor};
+//! use std::sync::Arc;
+//!
+//! use candle_core::{DType, Device, Module, Tensor};
 //! use candle_nn::{VarBuilder, VarMap};
-//! use phase_moe::layer::MoeLayer;
+//! use phase_moe::layer::{LayerState, MoeLayer};
+//! use phase_moe::routing::{capacity::CapacityRule, phase::PhaseRouter};
 //! use phase_moe::spec::MoeSpec;
 //!
-//! let (device, vars) = (Device::Cpu, VarMap::new());
-//! let vb = VarBuilder::from_varmap(&vars, candle_core::DType::F32, &device);
-//! let layer = MoeLayer::load(&MoeSpec::new(16, 8, 2, 32)?, vb.pp("mlp"))?;
-//! let hidden = Tensor::randn(0f32, 1.0, (2, 5, 16), &device)?;
-//! assert_eq!(layer.forward(&hidden)?.dims(), [2, 5, 16]);
-//! let (_, assignment) = layer.forward_routed(&hidden)?;
-//! assert_eq!(assignment.kept(), 2 * 5 * 2);
+//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+//! let layer = MoeLayer::load(&MoeSpec::new(16, 8, 2, 32)?, vb)?;
+//! let hidden = Tensor::randn(0f32, 1.0, (2, 40, 16), &Device::Cpu)?;
+//! assert_eq!(layer.forward(&hidden)?.dims(), [2, 40, 16]);
+//!
+//! // Four devices share the experts, and each takes a quarter of the slots.
+//! let layer = layer.with_router(Arc::new(PhaseRouter::default())).with_capacity(CapacityRule::per_device(1.0, 4));
+//! let mut state = LayerState::default();
+//! for _ in 0..2 {
+//!     let (output, routed) = layer.route(&hidden, &mut state)?; // the second time prices are warm
+//!     assert_eq!((output.dims(), routed.assignment.kept()), (hidden.dims(), 2 * 40 * 2));
+//! }
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
+//! A layer runs in one of two ways. On the CPU its experts run on the [`Engine`], which reads the tensors' memory as it is. Under
+//! `Var`s, on other devices and for weights that the engine does not read, they run as Candle's operations, and the layer is
+//! differentiable: gradients reach the gate through the combine weights and the experts through the dispatch. Either way scores,
+//! routing and the weighted sum are in `f32`, and the gate's product is in the weights' dtype, as in transformers.
+//!
 //! Knows nothing of attention, checkpoints or model families.
 
-mod borrowed;
+pub(crate) mod borrowed;
+mod by_candle;
+mod by_engine;
 pub mod cached;
-mod dispatch;
+mod check;
 pub mod expert;
+mod experts;
 pub mod gate;
-mod guess;
+pub(crate) mod load;
 pub mod loss;
 pub mod packed;
 pub mod projection;
+mod route;
+mod routed;
 pub mod shared;
-mod stacked;
+mod state;
 pub mod worth;
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+pub use self::experts::Experts;
+pub use self::routed::Routed;
+pub(crate) use self::state::Buffers;
+pub use self::state::LayerState;
 
-use candle_core::{DType, Module, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
+use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
-use crate::layer::borrowed::{Borrowed, Source};
-use crate::layer::cached::{CachedExperts, ExpertBiases};
-use crate::layer::expert::{Expert, Form};
+use crate::layer::cached::CachedExperts;
+use crate::layer::expert::Expert;
 use crate::layer::gate::Gate;
+use crate::layer::route::{Gated, Routing};
+use crate::layer::routed::Pass;
 use crate::layer::shared::Shared;
 use crate::layer::worth::OutputNorms;
+use crate::offload::requests::Requests;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
-use crate::routing::check::check;
-use crate::routing::logits::Logits;
-use crate::routing::metrics::RouteMetrics;
 use crate::routing::plan::DispatchPlan;
-use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
-use crate::routing::scores::Scores;
+use crate::routing::router::{RouteContext, RouteState, Router};
 use crate::routing::topk::TopK;
 use crate::spec::MoeSpec;
 
@@ -70,136 +87,44 @@ pub struct MoeLayer {
     gate: Gate,
     experts: Experts,
     shared: Option<Shared>,
-    router: Arc<dyn Router>,
-    capacity: Option<CapacityRule>,
-    norms: Option<Arc<OutputNorms>>,
+    routing: Routing,
     index: usize,
     engine: Arc<Engine>,
     /// Nothing has to be differentiated and all weights lie in this machine's memory as the engine reads them.
     fits_engine: bool,
 }
 
-/// Where the experts are.
-#[derive(Clone)]
-enum Experts {
-    Held(Vec<Expert>),
-    Cached(CachedExperts),
-}
-
-/// What the router saw and did in one forward pass of one layer.
-#[derive(Clone, Debug)]
-pub struct Routing {
-    /// What the layer got, `[tokens, hidden]`; part of the graph under `Var`s.
-    pub input: Tensor,
-    /// Gate logits, `[tokens, experts]` f32; part of the graph under `Var`s.
-    pub logits: Tensor,
-    /// Gate scores made of them.
-    pub scores: Scores,
-    /// Room there was in this batch.
-    pub capacity: Capacity,
-    /// Who went where.
-    pub assignment: Assignment,
-    /// True for padding tokens, which count in no loss; `None` when there are none.
-    pub padding: Option<Vec<bool>>,
-    /// Time in the router alone: from scores to assignment.
-    pub route_time: Duration,
-}
-
-impl Routing {
-    /// The figures of this routing; `context` is what the forward pass was given.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `context` is of another batch.
-    pub fn metrics(&self, context: RouteContext<'_>) -> Result<RouteMetrics> {
-        let request = RouteRequest::new(&self.scores, self.assignment.top_k(), &self.capacity, context)?;
-        Ok(RouteMetrics::new(&request, &self.assignment))
-    }
-}
-
+/// What it is made of and set to.
 impl MoeLayer {
-    /// From a gate and experts, where `spec` has no shared expert; routes by dropless top-k until told otherwise.
+    /// From a gate, experts (a `Vec` of them, or those of a cache) and, where `spec` has one, the expert that all tokens share.
+    /// Routes by dropless top-k until told otherwise.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the gate or an expert does not have the sizes, biases or activation of `spec`, a dense weight not
-    /// the gate's dtype, or any weight not its device, when experts are too few or too many, or `spec` has a shared expert.
-    pub fn new(spec: MoeSpec, gate: Gate, experts: Vec<Expert>) -> Result<Self> {
-        Self::build(spec, gate, Experts::Held(experts), None)
-    }
-
-    /// From a gate, experts and the expert that all tokens share.
-    ///
-    /// # Errors
-    /// As [`MoeLayer::new`], for the shared expert too, or when `spec` has none.
-    pub fn with_shared(spec: MoeSpec, gate: Gate, experts: Vec<Expert>, shared: Shared) -> Result<Self> {
-        Self::build(spec, gate, Experts::Held(experts), Some(shared))
-    }
-
-    /// From a gate, experts that an expert cache brings into memory, and where `spec` has it the expert that all tokens share.
-    /// Such a layer runs on the CPU without gradients; routers see what is in the cache.
-    ///
-    /// # Errors
-    /// As [`MoeLayer::new`] and [`MoeLayer::with_shared`]; [`Error::Shape`] for biases that are missing or too many, and for a gate or a
-    /// shared expert on another device or under `Var`s.
-    pub fn with_cached(spec: MoeSpec, gate: Gate, experts: CachedExperts, shared: Option<Shared>) -> Result<Self> {
-        let layer = Self::build(spec, gate, Experts::Cached(experts), shared)?;
-        if !layer.fits_engine {
-            return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
-        }
-        Ok(layer)
-    }
-
-    /// Has its experts come from a cache from now on; whatever held them before goes, but for their biases where the new ones have none.
-    ///
-    /// # Errors
-    /// As [`MoeLayer::with_cached`]; nothing has changed then.
-    pub fn set_cached(&mut self, experts: CachedExperts) -> Result<()> {
-        let experts = match (self.spec.expert_bias, &self.experts) {
-            (false, _) => experts,
-            (true, Experts::Cached(before)) => experts.or_biases(before),
-            (true, Experts::Held(held)) if !experts.has_biases() => {
-                experts.with_biases(held.iter().map(ExpertBiases::of).collect::<Result<_>>()?)
-            }
-            (true, Experts::Held(_)) => experts,
-        };
-        experts.check(&self.spec)?;
-        if !self.fits_engine {
-            return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
-        }
-        self.experts = Experts::Cached(experts);
-        Ok(())
-    }
-
-    fn build(spec: MoeSpec, gate: Gate, experts: Experts, shared: Option<Shared>) -> Result<Self> {
+    /// [`Error::Shape`] when gate, experts or shared expert do not have the sizes, biases or activation of `spec`, a dense weight not
+    /// the gate's dtype, or any weight not its device, when experts are too few or too many, or a shared expert is there and not in
+    /// `spec` or the other way round. Beside experts in a cache also for a gate or a shared expert on another device or under `Var`s.
+    pub fn new(spec: MoeSpec, gate: Gate, experts: impl Into<Experts>, shared: Option<Shared>) -> Result<Self> {
+        let experts = experts.into();
         spec.check()?;
         gate.check(&spec)?;
-        let held: &[Expert] = match &experts {
-            Experts::Held(held) if held.len() != spec.experts => {
-                return Err(Error::shape("experts", spec.experts, held.len()));
-            }
-            Experts::Held(held) => held,
-            Experts::Cached(cached) => {
-                cached.check(&spec)?;
-                &[]
-            }
-        };
-        for (index, expert) in held.iter().enumerate() {
-            expert.check(&format!("expert {index}"), Form::routed(&spec), &gate)?;
-        }
+        experts.check(&spec, &gate.like())?;
         match (spec.shared, &shared) {
-            (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate)?,
+            (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate.like())?,
             (Some(expected), None) => {
                 return Err(Error::shape("shared expert", format!("one of width {}", expected.width), "none"));
             }
             (None, Some(_)) => return Err(Error::shape("shared expert", "none", "one")),
             (None, None) => {}
         }
-        let router = Arc::new(TopK::default());
         // Neither trackedness nor place of a tensor ever changes.
         let fits_engine = gate.fits_engine()
-            && held.iter().chain(shared.as_ref().map(Shared::expert)).all(Expert::fits_engine)
+            && experts.held().iter().chain(shared.as_ref().map(Shared::expert)).all(Expert::fits_engine)
             && shared.as_ref().and_then(Shared::gate).is_none_or(|gate| !gate.track_op());
-        let engine = Arc::default();
-        Ok(Self { spec, gate, experts, shared, router, capacity: None, norms: None, index: 0, engine, fits_engine })
+        if experts.cached().is_some() && !fits_engine {
+            return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
+        }
+        let routing = Routing { router: Arc::new(TopK::default()), capacity: None, norms: None };
+        Ok(Self { spec, gate, experts, shared, routing, index: 0, engine: Arc::default(), fits_engine })
     }
 
     /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`; experts one by
@@ -209,60 +134,60 @@ impl MoeLayer {
     /// What the builder reports for missing tensors and wrong shapes; as [`MoeSpec::stack_order`] for stacked experts.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
-        let experts = stacked::load_experts(spec, &vb)?;
+        let experts = load::from_builder(spec, &vb)?;
         Self::load_with(spec, vb, experts)
     }
 
-    /// Loads the same but for the experts, which are these.
+    /// Loads the same but for the experts, which are these; the biases of those in a cache are loaded.
     ///
     /// # Errors
     /// As [`MoeLayer::load`] and [`MoeLayer::new`].
-    pub fn load_with(spec: &MoeSpec, vb: VarBuilder<'_>, experts: Vec<Expert>) -> Result<Self> {
+    pub(crate) fn load_with(spec: &MoeSpec, vb: VarBuilder<'_>, experts: impl Into<Experts>) -> Result<Self> {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
-        Self::build(spec.clone(), gate, Experts::Held(experts), Shared::load(spec, vb)?)
-    }
-
-    /// Loads the same but for the experts, which come from a cache; their biases are loaded.
-    ///
-    /// # Errors
-    /// As [`MoeLayer::load`] and [`MoeLayer::with_cached`].
-    pub fn load_cached(spec: &MoeSpec, vb: VarBuilder<'_>, experts: CachedExperts) -> Result<Self> {
-        spec.check()?;
-        let gate = Gate::load_in(spec, &vb)?;
-        let experts = match spec.expert_bias {
-            true => experts.with_biases(stacked::load_biases(spec, &vb)?),
-            false => experts,
+        let experts = match experts.into() {
+            Experts::Cached(experts) if spec.expert_bias => experts.with_biases(load::cached_biases(spec, &vb)?).into(),
+            experts => experts,
         };
-        Self::with_cached(spec.clone(), gate, experts, Shared::load(spec, vb)?)
+        Self::new(spec.clone(), gate, experts, Shared::load(spec, vb)?)
     }
 
-    /// Sets the router and the rule that limits its room; without a rule nothing is limited.
-    pub fn set_router(&mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) {
-        (self.router, self.capacity) = (router, capacity);
-    }
-
-    /// Makes routers move slots by `gate score · size of the expert's output` where a limit applies; `None` for the gate score
-    /// alone. Where nobody has to move the gate's choice stands. Combine weights, figures of gate mass and its bound stay what they are.
-    pub fn set_output_norms(&mut self, norms: Option<Arc<OutputNorms>>) {
-        self.norms = norms;
-    }
-
-    /// The same as [`MoeLayer::set_router`], for building.
-    pub fn with_router(mut self, router: Arc<dyn Router>, capacity: Option<CapacityRule>) -> Self {
-        self.set_router(router, capacity);
+    /// The same layer with this router.
+    pub fn with_router(mut self, router: Arc<dyn Router>) -> Self {
+        self.set_router(router);
         self
     }
 
-    /// Says which layer of its model this is: routers that draw do so differently in each. A forward pass without a context
-    /// of its own uses it.
+    /// The same layer within these limits. A router that keeps within none gives an error when the layer runs.
+    pub fn with_capacity(mut self, rule: CapacityRule) -> Self {
+        self.set_capacity(Some(rule));
+        self
+    }
+
+    /// Says which layer of its model this is: routers that draw do so differently in each. Experts in a cache say it themselves.
     pub fn with_index(self, index: usize) -> Self {
         Self { index, ..self }
     }
 
     /// Runs experts on an engine that other layers use too: what it worked in is kept for the next forward pass.
-    pub fn with_engine(self, engine: Arc<Engine>) -> Self {
+    pub(crate) fn with_engine(self, engine: Arc<Engine>) -> Self {
         Self { engine, ..self }
+    }
+
+    /// Sets the router.
+    pub fn set_router(&mut self, router: Arc<dyn Router>) {
+        self.routing.router = router;
+    }
+
+    /// Sets the rule that limits the router, see [`MoeLayer::with_capacity`]; `None` for no limit.
+    pub fn set_capacity(&mut self, rule: Option<CapacityRule>) {
+        self.routing.capacity = rule;
+    }
+
+    /// Makes routers move slots by `gate score · size of the expert's output` where a limit applies; `None` for the gate score
+    /// alone. Where no slot has to move the gate's choice stands. Combine weights, figures of gate mass and its bound stay what they are.
+    pub fn set_output_norms(&mut self, norms: Option<Arc<OutputNorms>>) {
+        self.routing.norms = norms;
     }
 
     /// Sets how many experts a token gets.
@@ -276,9 +201,9 @@ impl MoeLayer {
         Ok(())
     }
 
-    /// Sets the selection bias of the gate, `[experts]`, which moves who is chosen and not the combine weights. A layer loaded with one has
-    /// it in a variable, as its other parameters: that is what a `VarMap` saves, and clones share it. A layer that has none gets one of
-    /// its own.
+    /// Sets the selection bias of the gate, `[experts]`, which moves which experts are chosen and not the combine weights. A layer loaded
+    /// with one has it in a variable, as its other parameters: that is what a `VarMap` saves, and clones share it. A layer that has none
+    /// gets one of its own.
     ///
     /// # Errors
     /// [`Error::Shape`] for another length, and for a layer loaded from variables whose spec has no such bias: it would not be
@@ -286,6 +211,21 @@ impl MoeLayer {
     /// [`Error::Parameter`] for values that are not finite.
     pub fn set_selection_bias(&mut self, bias: &[f32]) -> Result<()> {
         self.gate.set_selection_bias(bias)
+    }
+
+    /// Has its experts come from a cache from now on; whatever held them before goes, but for their biases where the new ones have none.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::new`]; nothing has changed then.
+    pub(crate) fn set_cached(&mut self, experts: CachedExperts) -> Result<()> {
+        let experts = self.experts.replaced(experts, &self.spec)?;
+        *self = Self {
+            routing: self.routing.clone(),
+            index: self.index,
+            engine: self.engine.clone(),
+            ..Self::new(self.spec.clone(), self.gate.clone(), experts, self.shared.clone())?
+        };
+        Ok(())
     }
 
     /// Sizes, scoring and names.
@@ -298,189 +238,189 @@ impl MoeLayer {
         &self.gate
     }
 
-    /// The experts, by id; none where they are in a cache.
+    /// The experts in memory, by id; none where they are in a cache.
     pub fn experts(&self) -> &[Expert] {
-        match &self.experts {
-            Experts::Held(experts) => experts,
-            Experts::Cached(_) => &[],
-        }
+        self.experts.held()
     }
 
     /// The layer of an expert cache that its experts are in, if they are.
-    pub fn cached(&self) -> Option<&CachedExperts> {
-        match &self.experts {
-            Experts::Held(_) => None,
-            Experts::Cached(experts) => Some(experts),
-        }
+    pub(crate) fn cached(&self) -> Option<&CachedExperts> {
+        self.experts.cached()
     }
 
     /// The expert that all tokens share, if there is one.
     pub fn shared(&self) -> Option<&Shared> {
         self.shared.as_ref()
     }
+}
 
-    /// The layer's output and who went where, from a cold start.
+/// How it runs.
+impl MoeLayer {
+    /// The layer's output for `hidden` (`[.., hidden]`, tokens in row-major order), and what the router did with what it learnt before.
     ///
     /// # Errors
-    /// As [`MoeLayer::forward_in`].
-    pub fn forward_routed(&self, hidden: &Tensor) -> Result<(Tensor, Assignment)> {
-        let context = RouteContext { layer: self.index, ..RouteContext::default() };
-        let (output, routing) = self.forward_in(hidden, context, &mut RouteState::default())?;
-        Ok((output, routing.assignment))
+    /// As [`MoeLayer::route_with`].
+    pub fn route(&self, hidden: &Tensor, state: &mut LayerState) -> Result<(Tensor, Routed)> {
+        self.route_with(hidden, RouteContext { step: state.step, ..RouteContext::default() }, state)
     }
 
-    /// The layer's output for `hidden` (`[.., hidden]`, tokens in row-major order) and what the router did, with what the
-    /// caller knows of the batch and the layer's state.
+    /// The same with what else is known of the batch: padding, token ids, resident experts, the number of the step. The layer's index
+    /// is the layer's own; where its experts are in a cache, that one says which are resident unless the context does.
     ///
     /// # Errors
     /// [`Error::Shape`] for a hidden state of the wrong rank, width, dtype or device or a context of another batch,
-    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::Answer`] when the router's answer is none to its
-    /// request, [`Error::Candle`] when Candle refuses an operation.
-    pub fn forward_in(
+    /// [`Error::NonFiniteLogit`] when the gate gives NaN or +∞, [`Error::CapacityIgnored`] for limits and a router that keeps within
+    /// none, [`Error::Answer`] when the router's answer is none to its request, [`Error::Candle`] when Candle refuses an operation.
+    pub fn route_with(
+        &self,
+        hidden: &Tensor,
+        context: RouteContext<'_>,
+        state: &mut LayerState,
+    ) -> Result<(Tensor, Routed)> {
+        let (output, pass) = self.pass(hidden, context, &mut state.router, &mut state.buffers)?;
+        state.step = context.step.saturating_add(1);
+        Ok((output, pass.routed(&state.buffers.assignment, context.padding)))
+    }
+
+    /// Routes logits (`[tokens, experts]`, row-major) as the layer would if they were its gate's; no expert runs. A token alone without
+    /// limits or a selection bias is routed without any allocation once the state is warm, as in decode.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::route_with`]; [`Error::Shape`] for logits of other experts, and under limits for a layer that has
+    /// [output norms](MoeLayer::set_output_norms): those need the hidden state.
+    pub fn assign<'s>(
+        &self,
+        logits: &[f32],
+        context: RouteContext<'_>,
+        state: &'s mut LayerState,
+    ) -> Result<&'s Assignment> {
+        let bias = self.gate.selection_bias()?;
+        let gated = Gated::new(&self.spec, logits, bias.as_deref())?;
+        let capacity = self.routing.capacity(&gated, context.padding)?;
+        self.decide(&gated, None, &capacity, context, &mut state.router, &mut state.buffers)?;
+        state.step = context.step.saturating_add(1);
+        Ok(&state.buffers.assignment)
+    }
+
+    /// The experts that the layer would use for `hidden`, without a limit; nothing runs and `state` stays what it is. Expert caches read
+    /// them before the layer comes to them.
+    ///
+    /// # Errors
+    /// As [`MoeLayer::route_with`].
+    pub fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
+        let values = self.logits(&self.tokens(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
+        let bias = self.gate.selection_bias()?;
+        let gated = Gated::new(&self.spec, &values, bias.as_deref())?;
+        let (capacity, mut buffers) = (Capacity::unlimited(self.spec.experts)?, Buffers::default());
+        self.decide(&gated, None, &capacity, context, &mut state.clone(), &mut buffers)?;
+        Ok(Requests::new(&buffers.assignment, None)?.wanted().clone())
+    }
+
+    /// One forward pass: the output, and what was seen on the way; the assignment is in `buffers`.
+    pub(crate) fn pass(
         &self,
         hidden: &Tensor,
         context: RouteContext<'_>,
         state: &mut RouteState,
-    ) -> Result<(Tensor, Routing)> {
-        let tokens = self.tokens(hidden)?;
-        let rows = tokens.dim(0)?;
-        let by_engine = self.by_engine(&tokens);
+        buffers: &mut Buffers,
+    ) -> Result<(Tensor, Pass)> {
+        let input = self.tokens(hidden)?;
+        let by_engine = self.by_engine(&input);
         if !by_engine && self.cached().is_some() {
             return Err(Error::shape("hidden state", CACHED_NEEDS, "another"));
         }
-        let logits = self.logits_of(&tokens)?;
-        let values = logits.flatten_all()?.to_vec1::<f32>()?;
-        let logit_rows = Logits::new(&values, rows, self.spec.experts)?;
-        let scores = self.spec.scoring.scores(&logit_rows, self.gate.selection_bias()?.as_deref())?;
-        let pads = context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
-        let capacity = match &self.capacity {
-            Some(rule) => rule.capacity(rows.saturating_sub(pads), self.spec.experts, self.spec.top_k)?,
-            None => Capacity::unlimited(self.spec.experts)?,
-        };
-        let weighed = match &self.norms {
-            Some(norms) if capacity.limits().is_some() => {
-                let mut weighed = scores.clone();
-                weighed.weigh_selection(&norms.norms(&tokens, self.experts())?, self.spec.top_k)?;
-                Some(weighed)
-            }
-            _ => None,
-        };
-        let in_cache = match (&self.experts, context.resident) {
-            (Experts::Cached(cached), None) => Some(cached.counted()?),
-            _ => None,
-        };
-        let context = RouteContext { resident: context.resident.or(in_cache.as_ref()), ..context };
-        let request = RouteRequest::new(weighed.as_ref().unwrap_or(&scores), self.spec.top_k, &capacity, context)?;
-        let started = Instant::now();
-        let assignment = self.router.route(&request, state)?;
-        let route_time = started.elapsed();
-        check(self.router.as_ref(), &request, &assignment)?;
+        let logits = self.logits(&input)?;
+        let (values, selection_bias) = (logits.flatten_all()?.to_vec1::<f32>()?, self.gate.selection_bias()?);
+        let gated = Gated::new(&self.spec, &values, selection_bias.as_deref())?;
+        let capacity = self.routing.capacity(&gated, context.padding)?;
+        let route_time = self.decide(&gated, Some(&input), &capacity, context, state, buffers)?;
 
-        let plan = DispatchPlan::new(&assignment);
+        let (assignment, scoring) = (&buffers.assignment, self.spec.scoring);
+        let (shared, plan) = (self.shared.as_ref(), DispatchPlan::new(assignment));
         let output = match by_engine {
-            true => {
-                let experts = match &self.experts {
-                    Experts::Held(experts) => Source::Held(experts),
-                    Experts::Cached(experts) => Source::Cached(experts, &self.spec),
-                };
-                borrowed::forward(&self.engine, &tokens, experts, self.shared.as_ref(), &plan)?
+            true => by_engine::forward(&self.engine, &input, &self.experts, &self.spec, shared, &plan)?,
+            false => {
+                let weights = by_candle::slot_weights(&logits, assignment, &plan, scoring)?;
+                by_candle::forward(&input, self.experts(), shared, &plan, &weights)?
             }
-            false => self.composed(&tokens, &logits, &assignment, &plan)?,
         };
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
-        let padding = context.padding.map(<[bool]>::to_vec);
-        Ok((output, Routing { input: tokens, logits, scores, capacity, assignment, padding, route_time }))
+        Ok((output, Pass { input, logits, capacity, route_time, scoring, selection_bias }))
     }
-}
 
-impl MoeLayer {
+    /// Routes into `buffers`; `tokens` are needed where output norms count. Returns the time in the router.
+    fn decide(
+        &self,
+        gated: &Gated<'_>,
+        tokens: Option<&Tensor>,
+        capacity: &Capacity,
+        context: RouteContext<'_>,
+        state: &mut RouteState,
+        buffers: &mut Buffers,
+    ) -> Result<std::time::Duration> {
+        let norms = |norms: &OutputNorms| match tokens {
+            Some(tokens) => norms.norms(tokens, self.experts()),
+            None => Err(Error::shape("hidden state", "one, as output norms need", "none")),
+        };
+        // Lent to the router beside the buffers that it is one of.
+        let mut counted = std::mem::take(&mut buffers.resident);
+        let resident = match (context.resident, self.cached()) {
+            (Some(resident), _) => Some(resident),
+            (None, Some(cached)) => {
+                cached.counted_into(&mut counted)?;
+                Some(&counted)
+            }
+            (None, None) => None,
+        };
+        let context = RouteContext { layer: self.index(), resident, ..context };
+        let time = self.routing.route(gated, capacity, context, state, buffers, norms);
+        buffers.resident = counted;
+        time
+    }
+
+    fn index(&self) -> usize {
+        self.cached().map_or(self.index, CachedExperts::layer)
+    }
+
     /// A hidden state of this layer's width, dtype and device as `[tokens, hidden]`.
     fn tokens(&self, hidden: &Tensor) -> Result<Tensor> {
         let width = self.spec.hidden;
         if hidden.dims().last() != Some(&width) {
             return Err(Error::shape("hidden state", format!("[.., {width}]"), format!("{:?}", hidden.dims())));
         }
-        self.gate.check_alike("hidden state", hidden)?;
+        self.gate.like().check("hidden state", hidden)?;
         Ok(hidden.reshape((hidden.elem_count() / width, width))?)
     }
 
-    fn by_engine(&self, tokens: &Tensor) -> bool {
-        self.fits_engine && !tokens.track_op() && tokens.device().is_cpu()
-    }
-
-    fn logits_of(&self, tokens: &Tensor) -> Result<Tensor> {
+    fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
         match self.by_engine(tokens) {
             true => self.gate.logits_by(&self.engine, tokens),
             false => self.gate.logits(tokens),
         }
     }
 
-    /// The output of experts and shared expert by operations of Candle, each of which has a backward pass, `[tokens, hidden]` in
-    /// `f32`.
-    fn composed(
-        &self,
-        tokens: &Tensor,
-        logits: &Tensor,
-        assignment: &Assignment,
-        plan: &DispatchPlan,
-    ) -> Result<Tensor> {
-        let weights = dispatch::slot_weights(logits, assignment, plan, self.spec.scoring)?;
-        let output = dispatch::forward(tokens, self.experts(), plan, &weights)?;
-        match &self.shared {
-            Some(shared) => Ok((output + shared.forward(tokens)?)?),
-            None => Ok(output),
-        }
+    fn by_engine(&self, tokens: &Tensor) -> bool {
+        self.fits_engine && !tokens.track_op() && tokens.device().is_cpu()
     }
 }
 
+/// A cold start: the router has learnt nothing. [`MoeLayer::route`] keeps what it learns.
 impl Module for MoeLayer {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        Ok(self.forward_routed(hidden)?.0)
+        let (output, _) =
+            self.pass(hidden, RouteContext::default(), &mut RouteState::default(), &mut Buffers::default())?;
+        Ok(output)
     }
 }
 
-/// What it is and who routes, without its weights: models of Candle derive this.
+/// What it is and which router it has, without its weights: models of Candle derive this.
 impl std::fmt::Debug for MoeLayer {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut layer = formatter.debug_struct("MoeLayer");
-        layer.field("index", &self.index).field("spec", &self.spec);
-        layer.field("router", &self.router.name()).field("capacity", &self.capacity).finish_non_exhaustive()
+        layer.field("index", &self.index()).field("spec", &self.spec).field("router", &self.routing.router.name());
+        layer.field("capacity", &self.routing.capacity).finish_non_exhaustive()
     }
-}
-
-/// Whether the engine can read a weight, and nobody wants its gradient.
-pub(crate) fn engine_reads(weight: &Tensor) -> bool {
-    borrowed::fits(weight)
-}
-
-/// `x·Wᵀ` of `input` `[.., columns]` and `weight` `[rows, columns]` by the engine, for what [`engine_reads`] and an input of its dtype on the
-/// CPU: `[.., rows]` in that dtype.
-pub(crate) fn product(engine: &Engine, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (rows, columns) = weight.dims2()?;
-    let Some((&last, outer)) = input.dims().split_last() else {
-        return Err(Error::shape("input of a product", format!("[.., {columns}]"), "a number"));
-    };
-    let tokens = input.contiguous()?.reshape((outer.iter().product::<usize>(), last))?;
-    let mut sums = vec![0.0; tokens.dim(0)? * rows];
-    {
-        let (weight, tokens) = (Borrowed::tensor(weight)?, Borrowed::tensor(&tokens)?);
-        engine.product(tokens.matrix()?, weight.matrix()?, &mut sums)?;
-    }
-    let shape: Vec<usize> = outer.iter().copied().chain([rows]).collect();
-    // A product has the dtype of its operands, as in Candle and transformers.
-    Ok(Tensor::from_vec(sums, shape, weight.device())?.to_dtype(weight.dtype())?)
-}
-
-/// Checks the shape of a weight.
-fn check_weight<const RANK: usize>(operand: &str, weight: &Tensor, expected: [usize; RANK]) -> Result<()> {
-    if weight.dims() != expected {
-        return Err(Error::shape(operand, format!("{expected:?}"), format!("{:?}", weight.dims())));
-    }
-    Ok(())
 }
 
 /// What a layer needs whose experts are in a cache.
 const CACHED_NEEDS: &str = "one on the CPU without gradients, as experts in a cache need";
-
-/// The dtype of scores, combine weights and the sum over slots.
-const ROUTING_DTYPE: DType = DType::F32;

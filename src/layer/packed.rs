@@ -1,27 +1,22 @@
-//! Stored weights in memory of their own, in any [`Dtype`]: those of an expert, or of many whose rows they share.
+//! Stored weights in memory of their own, in any [`Dtype`]: those of one projection.
 //!
 //! For dtypes that Candle does not have; the engine reads them as they are, and Candle's operations get the `f32` numbers that they
 //! stand for. Knows nothing of files.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::experts::matrix::{Dtype, Matrix};
 
-/// A matrix `[rows, columns]`, a view of bytes that clones and parts of it share.
+/// A matrix `[rows, columns]`, bytes that clones share.
 #[derive(Clone)]
 pub struct Packed {
     dtype: Dtype,
-    /// Of the whole.
-    all_rows: usize,
+    rows: usize,
     columns: usize,
     bytes: Arc<Vec<u8>>,
-    rows: Range<usize>,
-    /// Every second of them, from this one on.
-    turn: Option<usize>,
 }
 
 impl Packed {
@@ -31,58 +26,47 @@ impl Packed {
     /// As [`Matrix::new`].
     pub fn new(dtype: Dtype, rows: usize, columns: usize, bytes: Vec<u8>) -> Result<Self> {
         Matrix::new(dtype, rows, columns, &bytes)?;
-        Ok(Self { dtype, all_rows: rows, columns, bytes: Arc::new(bytes), rows: 0..rows, turn: None })
+        Ok(Self { dtype, rows, columns, bytes: Arc::new(bytes) })
     }
 
-    /// Some of the rows, of the whole.
-    ///
-    /// # Errors
-    /// As [`Matrix::rows`].
-    pub fn of_rows(&self, rows: Range<usize>) -> Result<Self> {
-        let part = Self { rows, turn: None, ..self.clone() };
-        part.matrix()?;
-        Ok(part)
-    }
-
-    /// Every second row, from row `first` (0 or 1) on.
-    ///
-    /// # Errors
-    /// As [`Matrix::interleaved`].
-    pub fn interleaved(&self, first: usize) -> Result<Self> {
-        let part = Self { turn: Some(first), ..self.clone() };
-        part.matrix()?;
-        Ok(part)
-    }
-
-    /// Type of the weights.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    /// The first and the second half of the rows or, where they take turns, every second row from the first and from the second on.
+    pub(super) fn halves(&self, in_turns: bool) -> Result<[Self; 2]> {
+        let (rows, columns) = (self.rows / 2, self.columns);
+        if !self.rows.is_multiple_of(2) {
+            return Err(Error::shape("two matrices in one", "an even number of rows", self.rows));
+        }
+        let row = self.bytes.len() / self.rows.max(1);
+        let half = |half: usize| {
+            let bytes = match in_turns {
+                true => self.bytes.chunks_exact(row.max(1)).skip(half).step_by(2).flatten().copied().collect(),
+                false => self.bytes[half * rows * row..(half + 1) * rows * row].to_vec(),
+            };
+            Self::new(self.dtype, rows, columns, bytes)
+        };
+        Ok([half(0)?, half(1)?])
     }
 
     /// Rows and columns.
-    pub fn shape(&self) -> [usize; 2] {
-        [if self.turn.is_some() { self.rows.len() / 2 } else { self.rows.len() }, self.columns]
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
     }
 
     /// The matrix as the engine takes it.
     ///
     /// # Errors
-    /// None, of what [`Packed::new`] and its parts have checked.
-    pub fn matrix(&self) -> Result<Matrix<'_>> {
-        let rows = Matrix::new(self.dtype, self.all_rows, self.columns, &self.bytes)?.rows(self.rows.clone())?;
-        self.turn.map_or(Ok(rows), |first| rows.interleaved(first))
+    /// None, of what [`Packed::new`] has checked.
+    pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
+        Matrix::new(self.dtype, self.rows, self.columns, &self.bytes)
     }
 
     /// The numbers, in `f32` on `device`.
     pub(super) fn dequantize(&self, device: &Device) -> candle_core::Result<Tensor> {
-        let (matrix, [rows, columns]) = (self.matrix()?, self.shape());
-        Tensor::from_vec(matrix.to_f32(), (rows, columns), device)
+        Tensor::from_vec(self.matrix()?.to_f32(), (self.rows, self.columns), device)
     }
 }
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [rows, columns] = self.shape();
-        write!(f, "Packed([{rows}, {columns}] {})", self.dtype)
+        write!(f, "Packed([{}, {}] {})", self.rows, self.columns, self.dtype)
     }
 }

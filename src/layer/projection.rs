@@ -3,16 +3,13 @@
 //! A quantised weight counts as the `f32` numbers that it stands for, and products with it are in `f32`: slow, and the oracle
 //! for kernels that multiply its blocks as they are. Knows nothing of activations.
 
-use std::borrow::Cow;
-use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::quantized::{QStorage, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
-use super::gate::Gate;
+use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use super::packed::Packed;
-use super::{ROUTING_DTYPE, check_weight};
 use crate::error::{Error, Result};
 
 /// Numbers of a projection; clones share them.
@@ -20,13 +17,8 @@ use crate::error::{Error, Result};
 pub enum Weight {
     /// A matrix `[out, in]`, which may be a view of a larger tensor.
     Dense(Tensor),
-    /// Rows of a quantised tensor `[.., in]`, all of its dimensions but the last taken as one.
-    Quantized {
-        /// The tensor, which may hold the rows of many experts.
-        tensor: Arc<QTensor>,
-        /// The rows that are this weight's.
-        rows: Range<usize>,
-    },
+    /// A quantised matrix `[out, in]`.
+    Quantized(Arc<QTensor>),
     /// Bytes of a dtype that Candle does not have.
     Packed(Packed),
 }
@@ -44,23 +36,8 @@ impl From<Tensor> for Weight {
 }
 
 impl From<Arc<QTensor>> for Weight {
-    /// All rows of `tensor`.
     fn from(tensor: Arc<QTensor>) -> Self {
-        let rows = 0..matrix(&tensor)[0];
-        Self::Quantized { tensor, rows }
-    }
-}
-
-impl Weight {
-    /// Some rows of `tensor`: on the CPU a view of them, elsewhere a tensor of their own, since nothing there reads a part of one.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for rows that are not there.
-    pub fn rows(tensor: Arc<QTensor>, rows: Range<usize>) -> Result<Self> {
-        match tensor.device().is_cpu() {
-            true => Ok(Self::Quantized { tensor, rows }),
-            false => Ok(Self::from(Arc::new(own_blocks(&tensor, &rows)?))),
-        }
+        Self::Quantized(tensor)
     }
 }
 
@@ -92,7 +69,7 @@ impl Projection {
     }
 
     pub(super) fn is_quantized(&self) -> bool {
-        matches!(self.weight, Weight::Quantized { .. } | Weight::Packed(_))
+        matches!(self.weight, Weight::Quantized(_) | Weight::Packed(_))
     }
 
     /// The projection of `rows` `[rows, in]`, which are of the weight's dtype, or all in `f32` where `in_f32` says so.
@@ -100,7 +77,7 @@ impl Projection {
         let cast = |tensor: &Tensor| if in_f32 { tensor.to_dtype(DType::F32) } else { Ok(tensor.clone()) };
         let weight = match &self.weight {
             Weight::Dense(weight) => cast(&own_rows(weight)?)?,
-            Weight::Quantized { tensor, rows } => dequantize(tensor, rows)?,
+            Weight::Quantized(tensor) => tensor.dequantize(&tensor.device())?,
             Weight::Packed(packed) => packed.dequantize(rows.device())?,
         };
         let product = rows.matmul(&weight.t()?)?;
@@ -112,15 +89,15 @@ impl Projection {
 
     /// Checks shapes `[out, in]` and `[out]`, dtypes and devices. A bias has the dtype of a dense weight; beside a quantised
     /// one, which has none that adds up, it is in `f32`.
-    pub(super) fn check(&self, operand: &str, shape: [usize; 2], has_bias: bool, gate: &Gate) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, shape: [usize; 2], has_bias: bool, like: &LikeGate<'_>) -> Result<()> {
         match &self.weight {
             Weight::Dense(weight) => {
-                check_weight(operand, weight, shape)?;
-                gate.check_alike(operand, weight)?;
+                check_shape(operand, weight, shape)?;
+                like.check(operand, weight)?;
             }
-            Weight::Quantized { tensor, rows } => {
-                check_rows(operand, tensor, rows, shape)?;
-                gate.check_device(operand, &tensor.device())?;
+            Weight::Quantized(tensor) => {
+                check_quantized(operand, tensor, shape)?;
+                like.check_device(operand, &tensor.device())?;
             }
             Weight::Packed(packed) if packed.shape() != shape => {
                 return Err(Error::shape(operand, format!("{shape:?}"), format!("{:?}", packed.shape())));
@@ -133,64 +110,29 @@ impl Projection {
             None => Ok(()),
             Some(bias) if !has_bias => Err(Error::shape(operand, "none", format!("{:?}", bias.dims()))),
             Some(bias) => {
-                check_weight(&operand, bias, [shape[0]])?;
+                check_shape(&operand, bias, [shape[0]])?;
                 match self.is_quantized() {
-                    false => gate.check_alike(&operand, bias),
+                    false => like.check(&operand, bias),
                     true if bias.dtype() != ROUTING_DTYPE => {
                         Err(Error::shape(operand, "F32 beside a quantised weight", format!("{:?}", bias.dtype())))
                     }
-                    true => gate.check_device(&operand, bias.device()),
+                    true => like.check_device(&operand, bias.device()),
                 }
             }
         }
     }
 }
 
-/// Rows and columns of a quantised tensor.
-fn matrix(tensor: &QTensor) -> [usize; 2] {
-    let columns = tensor.shape().dims().last().copied().unwrap_or(0);
-    [tensor.shape().elem_count() / columns.max(1), columns]
-}
-
-/// Bytes of a row of `columns` values. Candle makes no tensor whose rows are not whole blocks.
-fn row_bytes(tensor: &QTensor, columns: usize) -> usize {
-    columns / tensor.dtype().block_size() * tensor.dtype().type_size()
-}
-
-/// `rows` as a tensor of their own.
-fn own_blocks(tensor: &QTensor, rows: &Range<usize>) -> Result<QTensor> {
-    let columns = matrix(tensor)[1];
-    let row = row_bytes(tensor, columns);
-    let data = tensor.data()?;
-    let bytes = data.get(rows.start * row..rows.end * row).ok_or_else(|| {
-        Error::shape("quantised rows", format!("rows within the {} bytes there are", data.len()), format!("{rows:?}"))
-    })?;
-    let storage = QStorage::from_data(Cow::Borrowed(bytes), &tensor.device(), tensor.dtype())?;
-    Ok(QTensor::new(storage, (rows.len(), columns))?)
-}
-
-/// `rows` in `f32`, no others touched.
-fn dequantize(tensor: &QTensor, rows: &Range<usize>) -> candle_core::Result<Tensor> {
-    let [all, columns] = matrix(tensor);
-    match *rows == (0..all) {
-        true => tensor.dequantize(&tensor.device())?.reshape((all, columns)),
-        false => own_blocks(tensor, rows)?.dequantize(&tensor.device()),
-    }
-}
-
-fn check_rows(operand: &str, tensor: &QTensor, rows: &Range<usize>, [out, inputs]: [usize; 2]) -> Result<()> {
-    let [all, columns] = matrix(tensor);
-    if rows.len() != out || columns != inputs {
-        let got = format!("[{}, {columns}]", rows.len());
-        return Err(Error::shape(operand, format!("[{out}, {inputs}]"), got));
-    }
-    if rows.end > all {
-        return Err(Error::shape(operand, format!("rows of the {all} there are"), format!("rows {rows:?}")));
+fn check_quantized(operand: &str, tensor: &QTensor, shape: [usize; 2]) -> Result<()> {
+    let (dims, dtype) = (tensor.shape().dims(), tensor.dtype());
+    if dims != shape {
+        return Err(Error::shape(operand, format!("{shape:?}"), format!("{dims:?}")));
     }
     // Candle takes any storage for any shape, and reads past its end when it converts.
-    let (expected, got) = (all * row_bytes(tensor, columns), tensor.storage_size_in_bytes());
+    let expected = shape[0] * shape[1] / dtype.block_size() * dtype.type_size();
+    let got = tensor.storage_size_in_bytes();
     if tensor.device().is_cpu() && expected != got {
-        let expected = format!("{expected} bytes for {:?} in {:?}", tensor.shape().dims(), tensor.dtype());
+        let expected = format!("{expected} bytes for {dims:?} in {dtype:?}");
         return Err(Error::shape(operand, expected, format!("{got} bytes")));
     }
     Ok(())

@@ -5,9 +5,8 @@
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
-use super::expert::{Expert, Form};
-use super::gate::Gate;
-use super::{ROUTING_DTYPE, check_weight};
+use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
+use super::expert::{Expert, ExpertShape};
 use crate::error::{Error, Result};
 use crate::spec::{MoeSpec, SharedExperts};
 
@@ -28,9 +27,9 @@ impl Shared {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
         let Some(shared) = spec.shared else { return Ok(None) };
-        let expert = Expert::load_form(Form::shared(spec, shared), vb.pp(&spec.names.shared))?;
+        let expert = Expert::load_dense(spec, shared.width, vb.pp(&spec.names.shared))?;
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let gate = || vb.pp(&spec.names.shared_gate).get_with_hints((1, spec.hidden), "weight", init);
         Ok(Some(Self { expert, gate: shared.gated.then(gate).transpose()? }))
@@ -46,16 +45,16 @@ impl Shared {
         self.gate.as_ref()
     }
 
-    pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, gate: &Gate) -> Result<()> {
-        self.expert.check("shared expert", Form::shared(spec, shared), gate)?;
+    pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, like: &LikeGate<'_>) -> Result<()> {
+        self.expert.check("shared expert", ExpertShape::shared(spec, shared), like)?;
         let operand = "shared expert gate";
         match &self.gate {
             None if shared.gated => Err(Error::shape(operand, format!("[1, {}]", spec.hidden), "none")),
             None => Ok(()),
             Some(weight) if !shared.gated => Err(Error::shape(operand, "none", format!("{:?}", weight.dims()))),
             Some(weight) => {
-                check_weight(operand, weight, [1, spec.hidden])?;
-                gate.check_alike(operand, weight)
+                check_shape(operand, weight, [1, spec.hidden])?;
+                like.check(operand, weight)
             }
         }
     }

@@ -45,6 +45,14 @@ impl Assignment {
         made
     }
 
+    /// Makes it one of no tokens, as the default is; the memory stays.
+    pub(crate) fn clear(&mut self) {
+        (self.tokens, self.experts, self.top_k, self.width) = (0, 0, 0, 0);
+        (self.selection, self.gate_mass_bound) = (None, None);
+        self.chosen.clear();
+        self.weights.clear();
+    }
+
     /// Makes it one for `scores` with nothing dropped, and lends its ids and weights (`[tokens, top_k]`, whatever they held
     /// before) to be written.
     pub(crate) fn refill(&mut self, scores: &Scores, top_k: usize) -> (&mut [u16], &mut [f32]) {

@@ -34,7 +34,7 @@
 use crate::error::{AnswerFault, Breach, Error, Result};
 use crate::routing::assignment::Assignment;
 use crate::routing::metrics::gate_mass;
-use crate::routing::router::{RouteRequest, Router};
+use crate::routing::router::{RouteRequest, Router, TokenRequest};
 use crate::routing::scores::Scores;
 use crate::routing::slots::EMPTY;
 
@@ -58,17 +58,48 @@ pub fn check(router: &dyn Router, request: &RouteRequest<'_>, assignment: &Assig
     found.map_err(|breach| Error::Answer(AnswerFault { router: router.name(), breach }))
 }
 
+/// The same of an answer of [`Router::route_token`], but for what only gate scores tell: that weights are in proportion to them.
+/// Allocates nothing.
+pub(crate) fn check_token(router: &dyn Router, request: &TokenRequest<'_>, assignment: &Assignment) -> Result<()> {
+    let found = || {
+        let (logits, most) = (request.logits(), request.top_k());
+        check_sizes([1, logits.len(), most], assignment)?;
+        let (chosen, weights) = (assignment.raw(), assignment.weights());
+        for (slot, (&id, &weight)) in chosen.iter().zip(weights).enumerate() {
+            let expert = (id != EMPTY).then_some(usize::from(id));
+            if !weight.is_finite() || (expert.is_none() && weight != 0.0) {
+                let expected = expert.is_none().then_some(0.0);
+                return Err(Breach::Weight { token: 0, expert, expected, got: weight.into() });
+            }
+            let Some(expert) = expert else { continue };
+            match logits.get(expert) {
+                None => return Err(Breach::OutOfRange { token: 0, expert, experts: logits.len() }),
+                Some(&logit) if logit == f32::NEG_INFINITY => return Err(Breach::Masked { token: 0, expert }),
+                _ if chosen[..slot].contains(&id) => return Err(Breach::Twice { token: 0, expert }),
+                _ => {}
+            }
+        }
+        match chosen.iter().filter(|id| **id != EMPTY).count() {
+            got if got > most => Err(Breach::TooMany { token: 0, most, got }),
+            _ => Ok(()),
+        }
+    };
+    found().map_err(|breach| Error::Answer(AnswerFault { router: router.name(), breach }))
+}
+
+/// Checks tokens, experts and slots per token.
+fn check_sizes(expected: [usize; 3], assignment: &Assignment) -> Result<(), Breach> {
+    let got = [assignment.tokens(), assignment.experts(), assignment.top_k()];
+    let sizes = ["tokens", "experts", "top_k"].into_iter().zip(expected).zip(got);
+    match sizes.into_iter().find(|((_, expected), got)| expected != got) {
+        Some(((operand, expected), got)) => Err(Breach::Size { operand, expected, got }),
+        None => Ok(()),
+    }
+}
+
 fn check_table(router: &dyn Router, request: &RouteRequest<'_>, assignment: &Assignment) -> Result<(), Breach> {
     let scores = request.scores();
-    for (operand, expected, got) in [
-        ("tokens", scores.tokens(), assignment.tokens()),
-        ("experts", scores.experts(), assignment.experts()),
-        ("top_k", request.top_k(), assignment.top_k()),
-    ] {
-        if expected != got {
-            return Err(Breach::Size { operand, expected, got });
-        }
-    }
+    check_sizes([scores.tokens(), scores.experts(), request.top_k()], assignment)?;
     let most = if router.keeps_top_k() { request.top_k() } else { scores.experts() };
     // A batch without tokens has no width that would mean anything.
     let width = assignment.width().max(1);

@@ -22,7 +22,6 @@ pub mod plan;
 pub mod quota;
 pub mod registry;
 pub(crate) mod request;
-pub mod requests;
 pub mod router;
 pub mod scores;
 pub(crate) mod select;

@@ -1,7 +1,8 @@
 //! What DeepSeek-V2 and its successors share: groups of experts, shared experts without a gate, latent attention.
 
 use super::config::Config;
-use super::rope::{self, Rotated};
+use super::defaults::{self, Rotated};
+use super::rope;
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::{GroupLimit, GroupScore};
@@ -71,7 +72,7 @@ pub(super) fn model_spec(
 ) -> Result<ModelSpec> {
     config.expect_false("attention_bias")?;
     let rotated = Rotated::Key("qk_rope_head_dim");
-    let defaults = transformer::Defaults { rotated, ..transformer::Defaults::new(1e-6, 10_000.0, max_positions) };
+    let defaults = defaults::Defaults { rotated, ..defaults::Defaults::new(1e-6, 10_000.0, max_positions) };
     let mut spec = transformer::model_spec(config, family, moe, defaults)?;
     if let RopeScaling::Yarn(yarn) = &mut spec.rope_scaling {
         let weight = rope::mscale_all_dim(config)?;

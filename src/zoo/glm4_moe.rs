@@ -2,8 +2,9 @@
 //! each head's queries and keys, half of a head rotated.
 
 use super::config::Config;
-use super::rope::Rotated;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::defaults::Rotated;
+use super::transformer;
 use super::{deepseek, deepseek_v3};
 use crate::error::Result;
 use crate::spec::{AttentionBias, ModelSpec, MoeSpec, QkNorm};

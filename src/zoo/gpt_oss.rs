@@ -3,8 +3,9 @@
 //! sliding window in every other block.
 
 use super::config::Config;
+use super::defaults::Defaults;
 use super::rope;
-use super::transformer::{self, Defaults};
+use super::transformer;
 use crate::error::Result;
 use crate::experts::activation::Activation;
 use crate::routing::scores::Scoring;

@@ -2,7 +2,8 @@
 //! names of their own; constants on embeddings, residuals, attention and logits.
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, Multipliers};

@@ -2,7 +2,8 @@
 //! projections `w1` (gate), `w3` (up) and `w2` (down).
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec};

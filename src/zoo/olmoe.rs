@@ -1,7 +1,8 @@
 //! OLMoE (`model_type: olmoe`, arXiv 2409.02060): softmax, top-k, weights as they are; RMS norm on queries and keys.
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, QkNorm};

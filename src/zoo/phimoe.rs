@@ -3,8 +3,9 @@
 //! stretched by factors of their own (`longrope`); this runs it within those of its first training.
 
 use super::config::Config;
+use super::defaults::Defaults;
 use super::mixtral;
-use super::transformer::{self, Defaults};
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, Norm};

@@ -2,7 +2,8 @@
 //! weighed by a sigmoid; biases on queries, keys and values; some blocks may be dense.
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{AttentionBias, ModelSpec, MoeSpec, SharedExperts};

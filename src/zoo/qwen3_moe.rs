@@ -2,7 +2,8 @@
 //! RMS norm on each head's queries and keys; some blocks may be dense.
 
 use super::config::Config;
-use super::transformer::{self, Defaults};
+use super::defaults::Defaults;
+use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, QkNorm};

@@ -10,20 +10,9 @@
 use serde_json::Value;
 
 use super::config::Config;
-use super::transformer::Defaults;
+use super::defaults::{Defaults, Rotated};
 use crate::error::Result;
 use crate::spec::{EachRate, Llama3, RopeScaling, Yarn};
-
-/// How much of a head a family rotates.
-#[derive(Clone, Copy)]
-pub(super) enum Rotated {
-    /// All of it.
-    Whole,
-    /// The share that `partial_rotary_factor` says, or this one.
-    Share(f64),
-    /// What latent attention says, under a key of its own.
-    Key(&'static str),
-}
 
 /// What a family rotates by.
 pub(super) struct Positions {
@@ -310,6 +299,6 @@ impl Said<'_> {
 }
 
 /// How much sharper attention has to be at `factor` times the positions (arXiv 2309.00071, section 3.4).
-pub(super) fn yarn_scale(factor: f64, weight: f64) -> f64 {
+pub(crate) fn yarn_scale(factor: f64, weight: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
 }

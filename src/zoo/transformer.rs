@@ -3,34 +3,14 @@
 use std::collections::BTreeSet;
 
 use super::config::Config;
+use super::defaults::Defaults;
 use super::known;
-use super::rope::{self, Rotated};
+use super::rope;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, RopeScaling, SlidingWindow};
+use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow};
 
 /// More blocks than any model has: a longer one is no model, and nothing counts its blocks.
 const MOST_BLOCKS: usize = 1 << 16;
-
-/// What a family means where its configuration is silent, and how it rotates.
-pub(super) struct Defaults {
-    pub(super) norm_eps: f64,
-    pub(super) rope_theta: f64,
-    pub(super) max_positions: usize,
-    /// How much of a head is rotated.
-    pub(super) rotated: Rotated,
-    /// Positions where nothing is said of them.
-    pub(super) scaling: RopeScaling,
-    /// Where it stretches positions, which is by LongRoPE alone, what cosines and sines are multiplied by is said.
-    pub(super) magnitudes: bool,
-}
-
-impl Defaults {
-    /// Those of a family that rotates whole heads.
-    pub(super) fn new(norm_eps: f64, rope_theta: f64, max_positions: usize) -> Self {
-        let (rotated, scaling) = (Rotated::Whole, RopeScaling::None);
-        Self { norm_eps, rope_theta, max_positions, rotated, scaling, magnitudes: false }
-    }
-}
 
 /// The transformer around `moe`, without biases, norms of queries and keys or dense blocks.
 pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, defaults: Defaults) -> Result<ModelSpec> {

@@ -3,7 +3,7 @@
 //! equals Hugging Face transformers (`faults`).
 //!
 //! Weights are those of the families' goldens (`tests/goldens/zoo`), where need be cut to what both can read.
-#![cfg(feature = "candle")]
+#![cfg(feature = "model")]
 
 mod faults;
 mod logits;
@@ -15,8 +15,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{deepseek2, mixtral, qwen2_moe, qwen3_moe};
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::{LoadOptions, ModelFiles};
-use phase_moe::decoder::{Batch, Decoder};
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::weights::Weights;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -119,8 +119,8 @@ fn written(config: &Value, tensors: &[NamedTensor]) -> TempDir {
 }
 
 fn ours(directory: &Path, dtype: DType) -> Decoder {
-    let files = ModelFiles::open(directory).unwrap();
-    files.decoder(&LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+    let files = Weights::open(directory).unwrap();
+    Decoder::load(&files, &LoadOptions::default().with_dtype(dtype)).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -143,7 +143,7 @@ fn golden(family: &str, prompt: usize) -> (Vec<u32>, Vec<f32>) {
 
 /// Our logits of `ids` at once, a row for each.
 fn all_logits(decoder: &Decoder, ids: &[u32]) -> Vec<Vec<f32>> {
-    let logits = decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state(), |_, _| Ok(())).unwrap();
+    let logits = decoder.forward(&Batch::new(&[ids]).unwrap(), &mut decoder.batch_state()).unwrap();
     values(&logits).chunks(decoder.spec().vocab).map(<[f32]>::to_vec).collect()
 }
 
@@ -175,7 +175,7 @@ fn assert_same(decoder: &Decoder, family: &str, build: impl Fn() -> Theirs) {
         for step in [1, 2, 5] {
             let (mut theirs, mut state, mut position) = (build(), decoder.generation_state(), 0);
             for piece in ids.chunks(step) {
-                let ours = values(&decoder.forward(&Batch::new(&[piece]).unwrap(), &mut state, |_, _| Ok(())).unwrap());
+                let ours = values(&decoder.forward(&Batch::new(&[piece]).unwrap(), &mut state).unwrap());
                 let theirs = values(&theirs(&input(piece), position).unwrap());
                 position += piece.len();
                 let last = &ours[ours.len() - theirs.len()..];

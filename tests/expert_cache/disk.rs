@@ -6,10 +6,10 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use phase_moe::checkpoint::ByteSource;
 use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::experts::cache::{CacheOptions, ExpertCache};
 use phase_moe::experts::matrix::Dtype;
-use phase_moe::experts::residency::Step;
-use phase_moe::experts::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};
+use phase_moe::offload::cache::{CacheOptions, ExpertCache};
+use phase_moe::offload::residency::Step;
+use phase_moe::offload::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};
 
 /// What a read does beside reading.
 pub type Fault = Box<dyn Fn(u64) -> Result<()> + Send + Sync>;

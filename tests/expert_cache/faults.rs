@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
 use phase_moe::error::{Error, ExpertFault, Fault};
-use phase_moe::experts::cache::{CacheOptions, ExpertCache};
-use phase_moe::experts::store::{ExpertStore, Part, Piece};
+use phase_moe::experts::matrix::Dtype;
+use phase_moe::offload::cache::{CacheOptions, ExpertCache};
+use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
 
 use crate::disk::{bed, bed_of, broken, set, wait_until};
 
@@ -131,7 +132,12 @@ fn write(path: &Path, first: f32) {
 
 fn cache(path: &Path) -> ExpertCache {
     let file = Checkpoint::open_files(&[path]).unwrap();
-    let expert = |id: usize| vec![Piece::tensor(&file, Part::Up, &format!("{id}")).unwrap()];
+    let expert = |id: usize| {
+        let entry = file.entry(&format!("{id}")).unwrap();
+        let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
+        let (source, offset) = (entry.source(), entry.offset());
+        vec![Piece { part, source, offset, dtype, rows: 10, columns: 300, layout }]
+    };
     let store = ExpertStore::new(file.sources().to_vec(), vec![(0..8).map(expert).collect()]).unwrap();
     let budget = 2 * store.slab_bytes(0);
     ExpertCache::new(Arc::new(store), CacheOptions::new(budget)).unwrap()

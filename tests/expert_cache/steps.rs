@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use phase_moe::error::Error;
-use phase_moe::experts::cache::{CacheOptions, ExpertCache, Scope};
-use phase_moe::experts::residency::{Policy, Residency, Step};
+use phase_moe::offload::cache::{CacheOptions, ExpertCache, Scope};
+use phase_moe::offload::residency::{Policy, Residency, Step};
 use proptest::prelude::*;
 
 use crate::disk::{bed, set, store, wait_until};
@@ -138,7 +138,7 @@ fn layers_of_several_sizes_share_one_budget() {
     // The same disk, cut into experts of two sizes.
     use phase_moe::checkpoint::NamedSource;
     use phase_moe::experts::matrix::Dtype;
-    use phase_moe::experts::store::{ExpertStore, Layout, Part, Piece};
+    use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
     let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
     let piece = |offset, rows| Piece { part, source: 0, offset, dtype, rows, columns: 16, layout };
     let layers = vec![

@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn equal_shares_match_the_reference_bit_for_bit() {
-        // FNV-1a digests made with the reference's algorithm on rand 0.8.8; the share of empty slots is in the anchors too.
+        // From `tests/goldens/phase_kernel_digests.py`, and before that from the reference itself on rand 0.8.8.
         let golden = [
             (16, 4, 2, 1, 0x6ebd_e8f9_7e90_ed03u64),
             (1000, 8, 2, 42, 0xb9b6_a903_14c9_9160),

@@ -383,7 +383,7 @@ pub(super) mod tests {
 
     #[test]
     fn routes_match_the_reference_bit_for_bit() {
-        // Made with the reference's algorithm on rand 0.8.8 and rand_chacha 0.3.1.
+        // From `tests/goldens/phase_kernel_digests.py`, and before that from the reference itself on rand 0.8.8 and rand_chacha 0.3.1.
         let golden = [
             (8, 2, 42, 0x1b5c_c901_fb89_b5f8),
             (64, 4, 7, 0xb64f_26d4_976b_3d04),

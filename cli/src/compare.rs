@@ -1,0 +1,171 @@
+//! `compare`: every router over the same text, at every capacity, in one table.
+
+use std::io::Write;
+
+use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
+use anyhow::Result;
+use clap::Args;
+use phase_moe::decoder::memory::ExpertMemory;
+use phase_moe::eval::compare::{Setting, dropless, run};
+use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
+
+use crate::options::{
+    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,
+    warn_streamed, warn_unlimited,
+};
+
+/// Runs the model over text with each router at each capacity and prints one table.
+///
+/// Without options: dropless; limits per expert at factors 1.0, 1.25 and 2.0; limits per 4 devices at 1.0.
+///
+/// Example: phase-moe compare --devices 4 --capacity-factor 1.0 --router phase,top-k-arrival
+#[derive(Args)]
+pub struct Compare {
+    #[command(flatten)]
+    model: ModelOptions,
+    #[command(flatten)]
+    text: TextOptions,
+    /// Routers to compare [default: all but cache and cache+phase, which are run where they are named]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = parse::<RouterKind>)]
+    router: Vec<RouterKind>,
+    /// Experts per token [default: the model's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Room over demand; routers that know no limit run once, without [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
+    #[arg(long, value_name = "F,..", value_delimiter = ',', allow_hyphen_values = true)]
+    capacity_factor: Vec<f64>,
+    #[command(flatten)]
+    capacity: CapacityOptions,
+    /// Keep account of a memory with room for this many experts of a layer, for cache and cache+phase, which else see only what
+    /// the batch itself loads [default: none]
+    #[arg(long, value_name = "N")]
+    cached_experts: Option<usize>,
+    #[command(flatten)]
+    memory: MemoryOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
+    /// One JSON document instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+impl Compare {
+    pub fn run(self, global: &Global) -> Result<()> {
+        let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
+        let cache = self.cache.settings(&routers)?;
+        refuse_unheard(&routers, Knowledge::Memory, &[("--cached-experts", self.cached_experts.is_some())])?;
+        // Options that contradict each other are found before the model is loaded.
+        self.capacity.rule(1.0)?;
+        self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
+        self.model.check_memory(self.cached_experts, &self.memory)?;
+        let mut model = self.model.load_with(&self.memory)?;
+        if let Some(top_k) = self.top_k {
+            model.decoder_mut().set_top_k(top_k)?;
+        }
+        let moe = &model.decoder().spec().moe;
+        let rules = self.rules(moe.experts)?;
+        for rule in &rules {
+            rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
+        }
+        let (files, batches) = self.text.batches(&model)?;
+        let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
+        // What is said of a limit matters to those that know one.
+        let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
+        for rule in rules.iter().filter(|_| is_limited) {
+            let mut unlimited = 0;
+            for batch in &batches {
+                let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, moe.top_k)?;
+                unlimited += usize::from(capacity.limits().is_none());
+            }
+            warn_unlimited(rule, unlimited, batches.len());
+        }
+        let memory = self.cached_experts.map(|cached| {
+            let (policy, admission) = (self.memory.policy(), self.memory.admission());
+            model.decoder().expert_memory(cached, policy, admission)
+        });
+        let settings = self.settings(&routers, &rules, &cache, memory.transpose()?);
+        let bar = global.progress(tokens * (1 + settings.len() as u64));
+
+        bar.set_message("dropless");
+        let dropless = dropless(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
+        let mut rows = Vec::with_capacity(settings.len());
+        for (index, setting) in settings.iter().enumerate() {
+            bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
+            rows.push(run(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
+        }
+        drop(bar);
+        warn_streamed(model.decoder());
+
+        let report = CompareReport {
+            model: ModelSummary::new(model.name(), model.decoder().spec()),
+            text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens, shuffle: self.text.shuffle },
+            device_speeds: Some(self.capacity.device_speeds).filter(|speeds| !speeds.is_empty()),
+            dropless,
+            rows,
+        };
+        match self.json {
+            true => print_json(&report),
+            false => Ok(write!(std::io::stdout(), "{report}")?),
+        }
+    }
+
+    fn rules(&self, experts: usize) -> Result<Vec<CapacityRule>> {
+        let factors = match self.capacity_factor.as_slice() {
+            [] if self.capacity.is_per_device() => vec![1.0],
+            [] => vec![1.0, 1.25, 2.0],
+            factors => distinct(factors),
+        };
+        let rules: Vec<CapacityRule> =
+            factors.into_iter().map(|factor| self.capacity.rule(factor)).collect::<Result<_>>()?;
+        if !self.capacity_factor.is_empty() || self.capacity.is_per_device() || experts < DEFAULT_DEVICES {
+            return Ok(rules);
+        }
+        let rounding = self.capacity.rule(1.0)?.rounding;
+        let per_device = CapacityRule::per_device(1.0, DEFAULT_DEVICES).with_rounding(rounding);
+        Ok(std::iter::once(per_device).chain(rules).collect())
+    }
+
+    /// Unlimited top-k once, then every other router at every capacity.
+    fn settings(
+        &self,
+        routers: &[RouterKind],
+        rules: &[CapacityRule],
+        cache: &CacheRouter,
+        memory: Option<ExpertMemory>,
+    ) -> Vec<Setting> {
+        let seed = self.capacity.seed;
+        let limited = |kind: &&RouterKind| kind.understands(Knowledge::Limits);
+        let unlimited = routers.iter().filter(|kind| !limited(kind));
+        let setting = |router: RouterKind, capacity: Option<CapacityRule>| {
+            let memory = memory.clone().filter(|_| router.understands(Knowledge::Memory));
+            Setting { router, capacity, seed, cache: cache.clone(), memory }
+        };
+        let mut settings: Vec<Setting> = unlimited.map(|&router| setting(router, None)).collect();
+        for rule in rules {
+            let limited = routers.iter().filter(limited);
+            settings.extend(limited.map(|&router| setting(router, Some(rule.clone()))));
+        }
+        settings
+    }
+}
+
+/// Devices of the one rule per device that is run without options.
+const DEFAULT_DEVICES: usize = 4;
+
+/// Each value once, in order of first appearance.
+fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
+    let mut distinct = Vec::with_capacity(values.len());
+    for &value in values {
+        if !distinct.contains(&value) {
+            distinct.push(value);
+        }
+    }
+    distinct
+}
+
+/// Every router but the memory-aware ones: without an expert cache they have little to go by.
+fn default_routers() -> Vec<RouterKind> {
+    RouterKind::ALL.into_iter().filter(|kind| !kind.understands(Knowledge::Memory)).collect()
+}

@@ -1,0 +1,78 @@
+//! The `phase-moe` command: real forward passes, routing and inspection of Mixture-of-Experts models.
+#![forbid(unsafe_code)]
+// They panic where the other end is closed: `notice` and `writeln!` do not.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
+mod bundled;
+mod chat;
+mod compare;
+mod generate;
+mod hub;
+mod inspect;
+mod logits;
+mod notice;
+mod options;
+mod output;
+mod replay;
+mod report;
+mod route;
+mod trace;
+mod tune;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Mixture-of-Experts routing, measured in real forward passes of a real model.
+#[derive(Parser)]
+#[command(name = "phase-moe", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: options::Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Compare(compare::Compare),
+    Generate(generate::Generate),
+    Tune(tune::Tune),
+    Trace(trace::Trace),
+    Route(route::Route),
+    Replay(replay::Replay),
+    Logits(logits::Logits),
+    Inspect(inspect::Inspect),
+}
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    let run = || {
+        global.apply()?;
+        match command {
+            Command::Compare(command) => command.run(&global),
+            Command::Generate(command) => command.run(&global),
+            Command::Tune(command) => command.run(&global),
+            Command::Trace(command) => command.run(&global),
+            Command::Route(command) => command.run(),
+            Command::Replay(command) => command.run(&global),
+            Command::Logits(command) => command.run(),
+            Command::Inspect(command) => command.run(),
+        }
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A closed pipe (`| head`) is no failure of ours.
+            if error.chain().any(is_broken_pipe) {
+                return ExitCode::SUCCESS;
+            }
+            notice::notice(format_args!("phase-moe: {error:#}"));
+            ExitCode::from(if options::is_user_mistake(&error) { 2 } else { 1 })
+        }
+    }
+}
+
+fn is_broken_pipe(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,541 @@
+//! Options that several commands share, and what they stand for in the library.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+#[cfg(feature = "hub")]
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
+use candle_core::DType;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use phase_moe::checkpoint::text;
+use phase_moe::decoder::model::Model;
+use phase_moe::decoder::{Batch, Decoder, LoadOptions};
+use phase_moe::error::Error;
+use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::offload::admission::Admission;
+use phase_moe::offload::cache;
+use phase_moe::offload::residency::Policy;
+use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
+use phase_moe::routing::registry::{Knowledge, RouterKind};
+use phase_moe::routing::router::Router;
+use phase_moe::weights::Weights;
+
+use crate::notice::notice;
+use crate::{bundled, hub};
+
+/// A mistake of the user that only the command line can see.
+#[derive(Debug)]
+pub struct UserMistake(pub String);
+
+impl std::fmt::Display for UserMistake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UserMistake {}
+
+/// True when the input is at fault, not the machine.
+pub fn is_user_mistake(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<UserMistake>().is_some() || error.downcast_ref::<Error>().is_some_and(Error::is_user_error)
+}
+
+/// What `--quiet` says, for downloads, which begin where the model is opened; nothing else is told by it, so any order will do.
+#[cfg(feature = "hub")]
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// More than this is a typing error.
+const MAX_THREADS: usize = 1024;
+
+#[derive(Args)]
+pub struct Global {
+    /// Threads to compute with [default: one per core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    /// No progress bars
+    #[arg(long, global = true)]
+    quiet: bool,
+}
+
+impl Global {
+    /// Sets how many threads compute.
+    ///
+    /// Candle takes its numbers of threads from the environment alone: matrix products from one variable, its spinning pool
+    /// for everything else from another. That pool stays off: on tensors of this size waiting costs more than it gains.
+    /// Setting variables of a running process is unsafe, so the process starts over with them set.
+    pub fn apply(&self) -> Result<()> {
+        #[cfg(feature = "hub")]
+        QUIET.store(self.quiet, Ordering::Relaxed);
+        if let Some(threads) = self.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
+            let message = format!("--threads is {threads}: expected at least 1 and at most {MAX_THREADS}");
+            return Err(UserMistake(message).into());
+        }
+        let (products, rest) = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS");
+        let wanted = self.threads.map(|threads| threads.to_string());
+        let set = std::env::var(products).ok();
+        if set.is_some() && (wanted.is_none() || wanted == set) {
+            return Ok(());
+        }
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from).to_string();
+        let mut again = Command::new(std::env::current_exe().context("own executable")?);
+        again.args(std::env::args_os().skip(1)).env(products, wanted.unwrap_or_else(cores)).env(rest, "1");
+        #[cfg(unix)]
+        return Err(std::os::unix::process::CommandExt::exec(&mut again)).context("starting over");
+        #[cfg(not(unix))]
+        std::process::exit(again.status().context("starting over")?.code().unwrap_or(1));
+    }
+
+    /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
+    pub fn progress(&self, length: u64) -> Progress {
+        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(length), target);
+        if let Ok(style) = ProgressStyle::with_template("{msg:44} {wide_bar} {percent:>3} % {eta:>4}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Progress(bar)
+    }
+}
+
+/// A progress bar that is gone when it is dropped, so also before an error is printed.
+pub struct Progress(ProgressBar);
+
+impl std::ops::Deref for Progress {
+    type Target = ProgressBar;
+
+    fn deref(&self) -> &ProgressBar {
+        &self.0
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// When experts are read ahead.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Prefetch {
+    Auto,
+    Off,
+    Always,
+}
+
+#[derive(Args)]
+pub struct ModelSource {
+    /// Checkpoint directory in Hugging Face layout, GGUF file, or a model on the hub as org/name [default: the bundled tiny-moe]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+}
+
+impl ModelSource {
+    /// Opens the files; nothing is loaded yet.
+    pub fn files(&self) -> Result<Weights> {
+        Ok(match &self.model {
+            Some(name) if hub::is_name(name) => from_hub(name)?,
+            Some(directory) => Weights::open(directory).with_context(|| format!("--model {}", directory.display()))?,
+            None => bundled::files()?,
+        })
+    }
+}
+
+/// The files of a model on the hub.
+#[cfg(feature = "hub")]
+fn from_hub(name: &Path) -> Result<Weights> {
+    let name = name.to_string_lossy();
+    let directory = hub::directory(&name, !QUIET.load(Ordering::Relaxed))?;
+    let files = Weights::open(&directory).with_context(|| format!("--model {name}, in {}", directory.display()))?;
+    Ok(files.named(name))
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(name: &Path) -> Result<Weights> {
+    let message =
+        format!("--model {}: no such directory; for models on the hub, build with --features hub", name.display());
+    Err(UserMistake(message).into())
+}
+
+#[derive(Args)]
+pub struct ModelOptions {
+    #[command(flatten)]
+    source: ModelSource,
+    /// Dtype of the weights in memory
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Leave experts in their files and hold at most so many bytes of them in memory, for example 64MiB [default: all]
+    #[arg(long, value_name = "BYTES")]
+    expert_cache: Option<ByteSize>,
+    /// Read experts ahead of their use in decode: where trials say that it helps, never or always; results are the same
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", requires = "expert_cache")]
+    prefetch: Prefetch,
+}
+
+impl ModelOptions {
+    fn load_options(&self, memory: Option<&MemoryOptions>) -> Result<LoadOptions> {
+        let dtype = match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
+        let expert_cache = match self.expert_cache {
+            None => None,
+            Some(bytes) => {
+                let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
+                let prefetch = match self.prefetch {
+                    Prefetch::Auto => cache::Prefetch::Auto,
+                    Prefetch::Off => cache::Prefetch::Off,
+                    Prefetch::Always => cache::Prefetch::Always,
+                };
+                let memory = memory.map(|memory| (memory.policy(), memory.admission()));
+                let (policy, admission) = memory.unwrap_or((Policy::Lru, Admission::default()));
+                Some(cache::CacheOptions { policy, admission, prefetch, ..cache::CacheOptions::new(budget) })
+            }
+        };
+        Ok(LoadOptions::default().with_dtype(dtype).with_expert_cache(expert_cache))
+    }
+
+    /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
+    /// there is none that a policy could be for.
+    pub fn check_memory(&self, cached_experts: Option<usize>, memory: &MemoryOptions) -> Result<()> {
+        if self.expert_cache.is_some() && cached_experts.is_some() {
+            let message =
+                "--cached-experts keeps account of a memory, which --expert-cache has already: give one of them";
+            return Err(UserMistake(message.into()).into());
+        }
+        match memory.first_given().filter(|_| self.expert_cache.is_none() && cached_experts.is_none()) {
+            Some(option) => {
+                let message = format!("{option} says nothing by itself: add --expert-cache or --cached-experts");
+                Err(UserMistake(message).into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Loads the model from files that are open.
+    pub fn load_plain(&self, files: &Weights) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(None)?)?)
+    }
+
+    /// Opens the files; nothing is loaded yet.
+    pub fn files(&self) -> Result<Weights> {
+        self.source.files()
+    }
+
+    /// Loads the model with an expert cache, where one is asked for, that goes by `memory`.
+    pub fn load_with(&self, memory: &MemoryOptions) -> Result<Model> {
+        self.load_from(&self.files()?, memory)
+    }
+
+    /// The same from files that are open.
+    pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(Some(memory))?)?)
+    }
+
+    /// Loads the transformer alone, which needs no tokenizer, from files that are open.
+    pub fn decoder_from(&self, files: &Weights) -> Result<Decoder> {
+        Ok(Decoder::load(files, &self.load_options(None)?)?)
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Batches {
+    OneKind,
+    Mixed,
+}
+
+#[derive(Args)]
+pub struct TextOptions {
+    /// Text to run over, repeatable [default: the bundled held-out text of three kinds]
+    #[arg(long, value_name = "FILE")]
+    pub text: Vec<PathBuf>,
+    /// How many tokens of it, shared evenly over the texts [default: all]
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
+    /// Tokens per forward pass
+    #[arg(long, value_name = "N", default_value_t = Self::BATCH_TOKENS)]
+    pub batch_tokens: usize,
+    /// Whether a batch holds one text or all of them in turn
+    #[arg(long, value_enum, default_value = "one-kind")]
+    pub batches: Batches,
+    /// Seed that shuffles the sequences of each text, so that others meet in a batch [default: the text's order]
+    #[arg(long, value_name = "S")]
+    pub shuffle: Option<u64>,
+}
+
+impl TextOptions {
+    /// Tokens per forward pass where nobody says otherwise.
+    pub const BATCH_TOKENS: usize = 512;
+
+    /// The texts' names and their batches.
+    pub fn batches(&self, model: &Model) -> Result<(Vec<String>, Vec<Batch>)> {
+        let read = |path: &PathBuf| -> Result<(String, String)> {
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            Ok((name, read_text(path)?))
+        };
+        let texts = match self.text.as_slice() {
+            [] => bundled::texts(),
+            paths => paths.iter().map(read).collect::<Result<_>>()?,
+        };
+        let encode = |(name, text): (String, String)| Ok(EvalText { name, ids: model.encode(&text)? });
+        let texts: Vec<EvalText> = texts.into_iter().map(encode).collect::<Result<_>>()?;
+        let mixing = match self.batches {
+            Batches::OneKind => Mixing::OneKind,
+            Batches::Mixed => Mixing::Mixed,
+        };
+        let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
+        let batches = batching.batches_from(model.sequence_start(), &texts)?;
+        Ok((texts.into_iter().map(|text| text.name).collect(), batches))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoundingName {
+    Exact,
+    Ceil,
+}
+
+#[derive(Args)]
+pub struct CapacityOptions {
+    /// Relative capacities of the experts: uniform, mild, strong or extreme [default: uniform]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Profile>)]
+    profile: Option<Profile>,
+    /// How shares of the room become whole slots [default: exact]
+    #[arg(long, value_enum, value_name = "RULE")]
+    capacity: Option<RoundingName>,
+    /// Limits per device: experts in N contiguous groups
+    #[arg(long, value_name = "N")]
+    pub devices: Option<usize>,
+    /// Relative speeds of the devices
+    #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]
+    pub device_speeds: Vec<f64>,
+    /// Seed of routers that draw and of shuffled profiles
+    #[arg(long, value_name = "S", default_value_t = 42)]
+    pub seed: u64,
+}
+
+/// More devices than a layer can have experts.
+const MAX_DEVICES: usize = u16::MAX as usize;
+
+impl CapacityOptions {
+    /// The rule for `router` and one capacity factor, none without a factor: then no option may ask for a limit. `needed` says what
+    /// the command takes to set one. (`compare` has a row for each router: one that knows no limit says there that it had none.)
+    pub fn rule_if(&self, router: RouterKind, factor: Option<f64>, needed: &str) -> Result<Option<CapacityRule>> {
+        if let Some(factor) = factor {
+            let rule = self.rule(factor)?;
+            refuse_unheard(&[router], Knowledge::Limits, &[("--capacity-factor", true)])?;
+            return Ok(Some(rule));
+        }
+        match self.given().into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
+            None => Ok(None),
+        }
+    }
+
+    fn given(&self) -> [(&'static str, bool); 4] {
+        [
+            ("--devices", self.devices.is_some()),
+            ("--device-speeds", !self.device_speeds.is_empty()),
+            ("--profile", self.profile.is_some()),
+            ("--capacity", self.capacity.is_some()),
+        ]
+    }
+
+    /// The rule for one capacity factor.
+    pub fn rule(&self, factor: f64) -> Result<CapacityRule> {
+        // How many experts there are is not known yet; nobody has more.
+        if let Some(devices) = self.devices.filter(|devices| !(1..=MAX_DEVICES).contains(devices)) {
+            let message = format!("--devices is {devices}: expected at least 1, and at most the model's experts");
+            return Err(UserMistake(message).into());
+        }
+        let shares = match (self.devices, self.device_speeds.as_slice()) {
+            (None, []) => Shares::PerExpert { profile: self.profile.unwrap_or(Profile::Uniform), seed: self.seed },
+            (Some(devices), []) => Shares::PerDevice { speeds: vec![1.0; devices] },
+            (devices, speeds) => {
+                if let Some(devices) = devices.filter(|&devices| devices != speeds.len()) {
+                    let message = format!("--device-speeds: expected --devices {devices} values, got {}", speeds.len());
+                    return Err(UserMistake(message).into());
+                }
+                Shares::PerDevice { speeds: speeds.to_vec() }
+            }
+        };
+        if matches!(shares, Shares::PerDevice { .. }) && self.profile.is_some_and(|profile| profile != Profile::Uniform)
+        {
+            let message = "--profile is for limits per expert: with --devices, give --device-speeds";
+            return Err(UserMistake(message.into()).into());
+        }
+        let rounding = match self.capacity {
+            None | Some(RoundingName::Exact) => Rounding::Exact,
+            Some(RoundingName::Ceil) => Rounding::Ceil,
+        };
+        let rule = CapacityRule::new(factor, shares).with_rounding(rounding);
+        // Of no tokens there is no limit, but everything else is checked.
+        rule.capacity(0, MAX_DEVICES, 1)?;
+        Ok(rule)
+    }
+
+    /// True when limits are per device.
+    pub fn is_per_device(&self) -> bool {
+        self.devices.is_some() || !self.device_speeds.is_empty()
+    }
+}
+
+#[derive(Args)]
+pub struct CacheOptions {
+    /// Bonus of an expert in fast memory, in score ranges [default: 0.1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    cache_bonus: Option<f64>,
+    /// Largest share of a token's gate mass that swaps for such experts may cost [default: 0.1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    max_mass_loss: Option<f64>,
+    /// Experts of a token that always stay [default: 1]
+    #[arg(long, value_name = "N")]
+    keep_top: Option<usize>,
+    /// Steer the bonus towards this share of hits
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    target_hit_rate: Option<f64>,
+}
+
+impl CacheOptions {
+    /// Those that a sweep over bonuses takes.
+    pub fn of(max_mass_loss: Option<f64>, keep_top: Option<usize>) -> Self {
+        Self { cache_bonus: None, max_mass_loss, keep_top, target_hit_rate: None }
+    }
+
+    /// The settings of the memory-aware routers, for `routers`; options that say nothing to any of them are a mistake.
+    pub fn settings(&self, routers: &[RouterKind]) -> Result<CacheRouter> {
+        let given = [
+            ("--cache-bonus", self.cache_bonus.is_some()),
+            ("--max-mass-loss", self.max_mass_loss.is_some()),
+            ("--keep-top", self.keep_top.is_some()),
+            ("--target-hit-rate", self.target_hit_rate.is_some()),
+        ];
+        refuse_unheard(routers, Knowledge::Memory, &given)?;
+        let default = CacheRouter::default();
+        let settings = CacheRouter::new(
+            self.cache_bonus.unwrap_or(default.bonus()),
+            self.max_mass_loss.unwrap_or(default.max_mass_loss()),
+        )?;
+        let settings = settings.with_keep_top(self.keep_top.unwrap_or(default.keep_top()));
+        Ok(match self.target_hit_rate {
+            Some(target) => settings.with_target_hit_rate(target)?,
+            None => settings,
+        })
+    }
+}
+
+/// Refuses options that none of `routers` understands: what a router understands is for the registry to say, and this is the one
+/// place where commands ask.
+pub fn refuse_unheard(routers: &[RouterKind], told: Knowledge, given: &[(&'static str, bool)]) -> Result<()> {
+    let Some((option, _)) = given.iter().find(|(_, given)| *given) else { return Ok(()) };
+    if routers.iter().any(|router| router.understands(told)) {
+        return Ok(());
+    }
+    let names = routers.iter().map(|router| router.name()).collect::<Vec<_>>().join(", ");
+    let message = match told {
+        Knowledge::Limits => {
+            let instead = match routers.iter().any(|router| router.understands(Knowledge::Memory)) {
+                true => "cache+phase",
+                false => "phase or top-k-score",
+            };
+            format!("{option}: {names} knows no limit: use {instead}")
+        }
+        Knowledge::Memory if routers.len() == 1 => {
+            format!("{option} is for the routers cache and cache+phase, not for {names}")
+        }
+        Knowledge::Memory => format!("{option} is for the routers cache and cache+phase: name one with --router"),
+    };
+    Err(UserMistake(message).into())
+}
+
+/// What goes in and out of fast memory.
+#[derive(Args)]
+pub struct MemoryOptions {
+    /// Who leaves fast memory: lru, lfu, lfru or affinity [default: lru]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Policy>)]
+    policy: Option<Policy>,
+    /// Which misses enter it: those used enough (affinity) or all [default: affinity]
+    #[arg(long, value_name = "NAME", value_parser = parse::<Admission>)]
+    admission: Option<Admission>,
+}
+
+impl MemoryOptions {
+    /// Who leaves.
+    pub fn policy(&self) -> Policy {
+        self.policy.unwrap_or(Policy::Lru)
+    }
+
+    /// Who enters.
+    pub fn admission(&self) -> Admission {
+        self.admission.unwrap_or_default()
+    }
+
+    fn first_given(&self) -> Option<&'static str> {
+        let given = [("--policy", self.policy.is_some()), ("--admission", self.admission.is_some())];
+        given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
+    }
+}
+
+/// Sets router, room and top-k of every layer.
+pub fn set_routing(
+    model: &mut Model,
+    router: Box<dyn Router>,
+    rule: Option<CapacityRule>,
+    top_k: Option<usize>,
+) -> Result<()> {
+    if let Some(top_k) = top_k {
+        model.decoder_mut().set_top_k(top_k)?;
+    }
+    model.decoder_mut().set_router(Arc::from(router));
+    model.decoder_mut().set_capacity(rule);
+    Ok(())
+}
+
+/// Reads text from a file, or from whatever else has a path.
+pub fn read_text(path: &Path) -> Result<String> {
+    Ok(std::fs::read(path).and_then(text).map_err(|error| Error::io(path, error))?)
+}
+
+/// A clap parser from `FromStr` with our own error text.
+pub fn parse<T: std::str::FromStr<Err = Error>>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|error: Error| error.to_string())
+}
+
+/// Prints one JSON document.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(value)?)?;
+    Ok(())
+}
+
+/// Says on standard error that a limit was asked for and not applied, because batches were too small for it.
+pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
+    if unlimited > 0 {
+        let pool = if rule.shares.speeds().is_some() { "device" } else { "expert" };
+        notice(format_args!(
+            "capacity factor {:?} per {pool}: no limit in {unlimited} of {batches} batches, which have fewer than {} slots per \
+             {pool} on average",
+            rule.factor, rule.minimum_mean
+        ));
+    }
+}
+
+/// Says once that an expert cache is too small for what one layer needs at a time.
+pub fn warn_streamed(decoder: &Decoder) {
+    if let Some(warning) = decoder.expert_cache().and_then(|cache| cache.take_warning()) {
+        notice(format_args!("warning: {warning}"));
+    }
+}

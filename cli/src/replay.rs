@@ -1,0 +1,187 @@
+//! `replay`: captured gate logits against an expert cache, without the experts.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use crate::report::replay::ReplayReport;
+use anyhow::Result;
+use clap::Args;
+use phase_moe::decoder::LoadOptions;
+use phase_moe::decoder::memory::ExpertMemory;
+use phase_moe::decoder::model::Model;
+use phase_moe::error::Error;
+use phase_moe::eval::offline::Room;
+use phase_moe::eval::replay::Replay as Replayer;
+use phase_moe::eval::trace::GateTrace;
+use phase_moe::offload::admission::Admission;
+use phase_moe::routing::capacity::CapacityRule;
+use phase_moe::routing::registry::{Knowledge, RouterKind};
+
+use crate::options::{
+    Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,
+    print_json, warn_unlimited,
+};
+
+/// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.
+///
+/// Without --logits the model runs over text first, as `trace` does. A step is one token (decode) unless --batch-tokens says
+/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy and every miss admitted: plain top-k, and phase for cache+phase.
+///
+/// Example: phase-moe replay --cached-experts 16 --cache-bonus 0.2 --max-mass-loss 0.1
+#[derive(Args)]
+pub struct Replay {
+    /// Gate logits, as `trace` writes them [default: those of the model over text]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "text", "tokens"])]
+    logits: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelSource,
+    /// Text to run over, repeatable [default: the bundled held-out text of three kinds]
+    #[arg(long, value_name = "FILE")]
+    text: Vec<PathBuf>,
+    /// How many tokens of it, shared evenly over the texts [default: all]
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Router to use
+    #[arg(long, value_name = "NAME", default_value = "cache", value_parser = parse::<RouterKind>)]
+    router: RouterKind,
+    /// Experts per token [default: the trace's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Experts of a layer that fit into fast memory [default: half of them]
+    #[arg(long, value_name = "N")]
+    cached_experts: Option<usize>,
+    #[command(flatten)]
+    memory: MemoryOptions,
+    #[command(flatten)]
+    cache: CacheOptions,
+    /// Tokens per step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch_tokens: usize,
+    /// Room over demand, for routers that know limits [default: no limit]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    capacity_factor: Option<f64>,
+    #[command(flatten)]
+    capacity: CapacityOptions,
+    /// One JSON document instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+/// A trace, what it is of and what an expert of it weighs.
+struct Source {
+    trace: GateTrace,
+    name: String,
+    bytes_per_expert: Option<u64>,
+}
+
+impl Replay {
+    pub fn run(self, global: &Global) -> Result<()> {
+        if self.batch_tokens == 0 {
+            return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
+        }
+        let settings = self.cache.settings(&[self.router])?;
+        let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
+        let router = self.router.build_with(self.capacity.seed, &settings);
+        let Source { trace, name, bytes_per_expert } = self.source(global, rule.as_ref())?;
+        let (tokens, layers) = (trace.tokens(), trace.layers.len());
+        let top_k = self.top_k.unwrap_or(trace.top_k);
+        if let Some(rule) = &rule {
+            let below = |size: usize| -> Result<bool> {
+                Ok(size > 0 && rule.capacity(size, trace.experts, top_k)?.limits().is_none())
+            };
+            // A step is not larger than the trace.
+            let step = self.batch_tokens.min(tokens.max(1));
+            let (whole, rest) = (tokens / step, tokens % step);
+            let unlimited = usize::from(below(step)?) * whole + usize::from(below(rest)?);
+            warn_unlimited(rule, unlimited, tokens.div_ceil(self.batch_tokens));
+        }
+        let room = rule.map_or(Room::Unlimited, Room::Rule);
+        let replay = Replayer {
+            router: router.as_ref(),
+            top_k,
+            room: &room,
+            batch_tokens: self.batch_tokens,
+            cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
+            policy: self.memory.policy(),
+            admission: self.memory.admission(),
+        };
+        let beside: &[RouterKind] = match self.router {
+            RouterKind::TopK => &[],
+            RouterKind::CachePhase => &[RouterKind::TopK, RouterKind::Phase],
+            _ => &[RouterKind::TopK],
+        };
+        let bar = global.progress((tokens * layers * (1 + beside.len())) as u64);
+        bar.set_message("replaying");
+        let figures = replay.run(&trace, |tokens| bar.inc(tokens))?;
+        let blind = |kind: &RouterKind| -> Result<_> {
+            let router = kind.build(self.capacity.seed);
+            let blind = Replayer { router: router.as_ref(), admission: Admission::All, ..replay };
+            let figures = blind.run(&trace, |tokens| bar.inc(tokens))?;
+            Ok((kind.name(), figures))
+        };
+        let beside = beside.iter().map(blind).collect::<Result<_>>()?;
+        drop(bar);
+
+        let aware = self.router.understands(Knowledge::Memory);
+        let step = if self.batch_tokens == 1 { "one a step".into() } else { format!("{} a step", self.batch_tokens) };
+        let report = ReplayReport {
+            source: format!(
+                "{name}: {layers} layers of {} experts, top {top_k}; {tokens} tokens, {step}",
+                trace.experts
+            ),
+            router: self.router.name(),
+            policy: self.memory.policy().name(),
+            admission: self.memory.admission().name(),
+            cached_experts: replay.cached_experts,
+            cache_bonus: aware.then(|| settings.bonus()),
+            max_mass_loss: aware.then(|| settings.max_mass_loss()),
+            figures,
+            bytes_read: bytes_per_expert.map(|bytes| bytes.saturating_mul(figures.misses)),
+            beside,
+            bytes_per_expert,
+        };
+        match self.json {
+            true => print_json(&report),
+            false => Ok(write!(std::io::stdout(), "{report}")?),
+        }
+    }
+
+    /// Checks what was asked for against what there is, before the model runs.
+    fn check(&self, experts: usize, top_k: usize, rule: Option<&CapacityRule>) -> Result<()> {
+        let top_k = self.top_k.unwrap_or(top_k);
+        match top_k {
+            0 => return Err(Error::TopKZero.into()),
+            _ if top_k > experts => return Err(Error::TopKExceedsExperts { top_k, experts }.into()),
+            _ => {}
+        }
+        let cached = self.cached_experts.unwrap_or(0);
+        ExpertMemory::new(1, experts, cached, self.memory.policy(), self.memory.admission())?;
+        rule.map(|rule| rule.capacity(0, experts, top_k)).transpose()?;
+        Ok(())
+    }
+
+    fn source(&self, global: &Global, rule: Option<&CapacityRule>) -> Result<Source> {
+        if let Some(path) = &self.logits {
+            let trace = GateTrace::read(path)?;
+            self.check(trace.experts, trace.top_k, rule)?;
+            return Ok(Source { trace, name: path.display().to_string(), bytes_per_expert: None });
+        }
+        let files = self.model.files()?;
+        let model = Model::new(&files, &LoadOptions::default())?;
+        let moe = &model.decoder().spec().moe;
+        self.check(moe.experts, moe.top_k, rule)?;
+        let text = TextOptions {
+            text: self.text.clone(),
+            tokens: self.tokens,
+            batch_tokens: TextOptions::BATCH_TOKENS,
+            batches: Batches::OneKind,
+            shuffle: None,
+        };
+        let (_, batches) = text.batches(&model)?;
+        let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
+        bar.set_message("tracing");
+        let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
+        let experts = files.expert_sizes()?;
+        Ok(Source { trace, name: model.name().to_owned(), bytes_per_expert: Some(experts.first) })
+    }
+}

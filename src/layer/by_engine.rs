@@ -1,0 +1,114 @@
+//! A layer's forward pass by the expert engine, which reads the tensors' memory as it is: nothing is copied but biases.
+//!
+//! Knows nothing of gradients: a layer comes here only where nothing has to be differentiated.
+
+use candle_core::Tensor;
+
+use super::borrowed::Borrowed;
+use super::check::ROUTING_DTYPE;
+use super::expert::Expert;
+use super::experts::Experts;
+use super::projection::Projection;
+use super::shared::Shared;
+use crate::error::Result;
+use crate::experts::engine::{self, Engine, ExpertWeights, Work};
+use crate::routing::plan::DispatchPlan;
+use crate::spec::MoeSpec;
+
+/// An expert's matrices, held.
+struct BorrowedExpert<'a> {
+    expert: &'a Expert,
+    gate: Option<BorrowedProjection<'a>>,
+    up: BorrowedProjection<'a>,
+    down: BorrowedProjection<'a>,
+}
+
+struct BorrowedProjection<'a> {
+    weight: Borrowed<'a>,
+    bias: Option<Vec<f32>>,
+}
+
+impl<'a> BorrowedProjection<'a> {
+    fn new(projection: &'a Projection) -> Result<Self> {
+        let bias = projection.bias().map(|bias| bias.to_dtype(ROUTING_DTYPE)?.to_vec1()).transpose()?;
+        Ok(Self { weight: Borrowed::weight(projection.weight())?, bias })
+    }
+
+    fn view(&self) -> Result<engine::ProjectionWeights<'_>> {
+        Ok(engine::ProjectionWeights { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
+    }
+}
+
+impl<'a> BorrowedExpert<'a> {
+    fn new(expert: &'a Expert) -> Result<Self> {
+        Ok(Self {
+            expert,
+            gate: expert.gate_proj().map(BorrowedProjection::new).transpose()?,
+            up: BorrowedProjection::new(expert.up_proj())?,
+            down: BorrowedProjection::new(expert.down_proj())?,
+        })
+    }
+
+    fn view(&self) -> Result<ExpertWeights<'_>> {
+        let gate = self.gate.as_ref().map(BorrowedProjection::view).transpose()?;
+        ExpertWeights::new(self.expert.activation(), gate, self.up.view()?, self.down.view()?)
+    }
+}
+
+/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
+pub(super) fn forward(
+    engine: &Engine,
+    tokens: &Tensor,
+    experts: &Experts,
+    spec: &MoeSpec,
+    shared: Option<&Shared>,
+    plan: &DispatchPlan,
+) -> Result<Tensor> {
+    let (rows, hidden) = tokens.dims2()?;
+    let tokens = tokens.contiguous()?;
+    let shared_expert = shared.map(|shared| BorrowedExpert::new(shared.expert())).transpose()?;
+    let (everyone, shares): (Vec<u32>, Vec<f32>) = match shared {
+        Some(shared) => ((0..rows as u32).collect(), shared.weights(&tokens)?),
+        None => Default::default(),
+    };
+    let shared = shared_expert.as_ref().map(BorrowedExpert::view).transpose()?;
+    let shared = shared.map(|expert| Work { expert, tokens: &everyone, weights: &shares });
+    let borrowed = Borrowed::tensor(&tokens)?;
+    let input = borrowed.matrix()?;
+    let mut output = vec![0.0; rows * hidden];
+    match experts {
+        Experts::Held(experts) => {
+            let busy: Vec<_> = plan.busy_experts().collect();
+            let held: Vec<_> =
+                busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
+            let mut work = Vec::with_capacity(held.len() + 1);
+            for (held, (_, range)) in held.iter().zip(busy) {
+                let (tokens, weights) = (&plan.tokens()[range.clone()], &plan.weights()[range]);
+                work.push(Work { expert: held.view()?, tokens, weights });
+            }
+            work.extend(shared);
+            engine.forward(input, &work, &mut output)?;
+        }
+        Experts::Cached(experts) => {
+            let mut busy = plan.busy_experts().peekable();
+            if busy.peek().is_none() {
+                engine.add(input, shared.as_slice(), &mut output)?;
+            }
+            experts.run(spec, plan, |group| {
+                let mut work: Vec<_> = group
+                    .iter()
+                    .zip(busy.by_ref())
+                    .map(|(&(_, expert), (_, range))| Work {
+                        expert,
+                        tokens: &plan.tokens()[range.clone()],
+                        weights: &plan.weights()[range],
+                    })
+                    .collect();
+                // After all others, as where they are held.
+                work.extend(shared.filter(|_| busy.peek().is_none()));
+                engine.add(input, &work, &mut output)
+            })?;
+        }
+    }
+    Ok(Tensor::from_vec(output, (rows, hidden), tokens.device())?)
+}

@@ -1,0 +1,46 @@
+//! What a layer carries from one forward pass to the next.
+//!
+//! Knows nothing of what is routed.
+
+use crate::expert::ExpertSet;
+use crate::routing::assignment::Assignment;
+use crate::routing::router::{RouteState, Scratch};
+use crate::routing::scores::Scores;
+
+/// What one layer carries from one forward pass to the next: what its router has learnt (prices, affinity), the number of the
+/// pass, and memory that is used again. Start with `LayerState::default()`; a state belongs to one layer.
+#[derive(Debug, Default)]
+pub struct LayerState {
+    pub(super) router: RouteState,
+    pub(super) step: u64,
+    pub(super) buffers: Buffers,
+}
+
+impl LayerState {
+    /// What the router has learnt.
+    pub fn router(&self) -> &RouteState {
+        &self.router
+    }
+
+    /// The number of the next forward pass: the clock of affinities.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+/// Memory of a routing that the next one uses again; one serves any number of layers, one after the other. The assignment is
+/// that of the last routing; what else it holds never decides anything.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    pub(super) scores: Scores,
+    pub(super) scratch: Scratch,
+    pub(super) assignment: Assignment,
+    pub(super) resident: ExpertSet,
+}
+
+impl Buffers {
+    /// The last routing's answer.
+    pub(crate) fn assignment(&self) -> &Assignment {
+        &self.assignment
+    }
+}

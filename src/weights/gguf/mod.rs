@@ -1,0 +1,341 @@
+//! GGUF: the metadata of a file as the `config.json` that its family reads, and the names of its tensors.
+//!
+//! | `general.architecture` | family |
+//! |---|---|
+//! | `llama`, with experts | `mixtral` |
+//! | `olmoe` | `olmoe` |
+//! | `qwen2moe`, `qwen3moe`, `glm4moe` | `qwen2_moe`, `qwen3_moe`, `glm4_moe` |
+//! | `granitemoe` | `granitemoe` |
+//! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids |
+//!
+//! What a file does not say is as llama.cpp has it: positions, whether weights are normalised, that experts have no groups; what
+//! llama.cpp requires must be there. Keys, names and what is done to the tensors on the way into a file: llama.cpp's `conversion/` and
+//! `src/models/`.
+
+pub(super) mod keys;
+pub(super) mod names;
+mod positions;
+pub(super) mod tokenizer;
+mod unread;
+
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::{self, Checkpoint, Metadata};
+use crate::error::{Error, Result};
+
+/// What `general.architecture` may be.
+const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
+
+/// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
+const COUNTS: [(&str, &str); 6] = [
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("expert_used_count", "num_experts_per_tok"),
+];
+
+/// The numbers of `expert_gating_func`.
+const SIGMOID: usize = 2;
+
+/// A GGUF file's metadata, read as one architecture's.
+struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    metadata: &'a Metadata,
+    architecture: &'a str,
+}
+
+/// The `config.json` of a GGUF file, for [`parse_config`](crate::zoo::parse_config).
+///
+/// # Errors
+/// [`Error::UnknownName`] for an architecture that is not in [`ARCHITECTURES`], [`Error::Config`] for metadata that are missing, of
+/// another type, or of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
+pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
+    let Some(metadata) = checkpoint.gguf() else {
+        return Err(Error::Checkpoint { file: "checkpoint".into(), detail: "expected a GGUF file, got none".into() });
+    };
+    let architecture = architecture(metadata)?;
+    let source = Source { checkpoint, metadata, architecture };
+    let mut config = source.common()?;
+    let experts = source.experts()?;
+    let (key, norm) = ("norm_topk_prob", source.flag("expert_weights_norm")?);
+    source.check_unread()?;
+    let width = source.expert_width()?;
+    let mut set = |key: &str, value: Value| config.insert(key.into(), value);
+    match architecture {
+        "llama" => {
+            set("model_type", json!("mixtral"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+        }
+        "olmoe" => {
+            set("model_type", json!("olmoe"));
+            set("num_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("clip_qkv", json!(source.number("attention.clamp_kqv")?.filter(|&clip| clip > 0.0)));
+            set(key, json!(norm.unwrap_or(false)));
+        }
+        "qwen2moe" | "qwen3moe" => {
+            let (family, normalised) = match architecture {
+                "qwen2moe" => ("qwen2_moe", false),
+                _ => ("qwen3_moe", true),
+            };
+            let biased = checkpoint.tensors().contains_key("blk.0.attn_q.bias");
+            set("model_type", json!(family));
+            set("num_experts", json!(experts));
+            set("moe_intermediate_size", json!(width));
+            if architecture == "qwen2moe" {
+                let shared = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0);
+                let shared = shared.or(source.count("feed_forward_length")?);
+                set("shared_expert_intermediate_size", json!(shared));
+            }
+            set("mlp_only_layers", json!(source.dense_blocks()?));
+            set(if family == "qwen2_moe" { "qkv_bias" } else { "attention_bias" }, json!(biased));
+            set(key, json!(norm.unwrap_or(normalised)));
+        }
+        "glm4moe" => {
+            set("model_type", json!("glm4_moe"));
+            set("n_routed_experts", json!(experts));
+            set("moe_intermediate_size", json!(width));
+            set("n_shared_experts", json!(source.required("expert_shared_count")?));
+            set("routed_scaling_factor", json!(source.number("expert_weights_scale")?.filter(|&scale| scale != 0.0)));
+            set("first_k_dense_replace", json!(source.count("leading_dense_block_count")?));
+            set("attention_bias", json!(source.has("blk.0.attn_q.bias")));
+            set("use_qk_norm", json!(source.has("blk.0.attn_q_norm.weight")));
+            let head = source.head()?;
+            let rotated = source.count("rope.dimension_count")?.unwrap_or(head);
+            if rotated == 0 || rotated > head || !rotated.is_multiple_of(2) {
+                let expected = format!("an even part of the head's {head}");
+                return Err(metadata.error(&source.key("rope.dimension_count"), &expected, &rotated.to_string()));
+            }
+            set("partial_rotary_factor", json!(rotated as f64 / head.max(1) as f64));
+            let groups = source.groups()?;
+            set("n_group", json!(groups.0));
+            set("topk_group", json!(groups.1));
+            set(key, json!(norm.unwrap_or(false)));
+        }
+        "granitemoe" => {
+            if let Some(shared) = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0) {
+                let key = source.key("expert_shared_feed_forward_length");
+                return Err(metadata.error(&key, "no shared expert", &shared.to_string()));
+            }
+            let scale = |name: &str| -> Result<Option<f64>> { Ok(source.number(name)?.filter(|&scale| scale != 0.0)) };
+            let usual = (source.head()? as f64).powf(-0.5);
+            set("model_type", json!("granitemoe"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("embedding_multiplier", json!(scale("embedding_scale")?));
+            set("residual_multiplier", json!(scale("residual_scale")?));
+            set("attention_multiplier", json!(scale("attention.scale")?.unwrap_or(usual)));
+            let logits = source.key("logit_scale");
+            let scale = scale("logit_scale")?.ok_or_else(|| metadata.error(&logits, "a positive number", "nothing"))?;
+            set("logits_scaling", json!(scale));
+        }
+        _ => source.deepseek(&mut config, experts, width, norm.unwrap_or(false))?,
+    }
+    Ok(Value::Object(config).to_string())
+}
+
+/// What `general.architecture` says, if it is one of [`ARCHITECTURES`].
+pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
+    let key = "general.architecture";
+    let got = metadata.text(key)?.ok_or_else(|| metadata.error(key, "text", "nothing: the key is missing"))?;
+    if !ARCHITECTURES.contains(&got) {
+        let expected = ARCHITECTURES.join(", ");
+        return Err(Error::UnknownName { kind: "GGUF architecture", got: got.into(), expected });
+    }
+    Ok(got)
+}
+
+impl Source<'_> {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    fn count(&self, name: &str) -> Result<Option<usize>> {
+        self.metadata.count(&self.key(name))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f64>> {
+        self.metadata.number(&self.key(name))
+    }
+
+    fn flag(&self, name: &str) -> Result<Option<bool>> {
+        self.metadata.flag(&self.key(name))
+    }
+
+    fn required(&self, name: &str) -> Result<usize> {
+        self.metadata.required_count(&self.key(name))
+    }
+
+    fn has(&self, tensor: &str) -> bool {
+        self.checkpoint.tensors().contains_key(tensor)
+    }
+
+    /// Width of a head, where all of its parts have one.
+    fn head(&self) -> Result<usize> {
+        let (heads, hidden) = (self.required("attention.head_count")?, self.required("embedding_length")?);
+        Ok(self.count("attention.key_length")?.or(hidden.checked_div(heads)).unwrap_or(0))
+    }
+
+    /// Blocks without those that predict further tokens.
+    fn blocks(&self) -> Result<usize> {
+        let extra = self.count("nextn_predict_layers")?.unwrap_or(0);
+        let all = self.required("block_count")?;
+        let blocks = all.checked_sub(extra).filter(|&blocks| blocks > 0).ok_or_else(|| {
+            let expected = format!("more than {} {extra}", self.key("nextn_predict_layers"));
+            self.metadata.error(&self.key("block_count"), &expected, &all.to_string())
+        })?;
+        // Before anything counts them.
+        (0..blocks).try_for_each(|block| self.checkpoint.entry(&format!("blk.{block}.attn_norm.weight")).map(drop))?;
+        Ok(blocks)
+    }
+
+    /// Width of an expert. Where it has no key of its own it is that of all of a token's experts together in Qwen's models, and that of
+    /// one in others.
+    fn expert_width(&self) -> Result<Option<usize>> {
+        if let Some(width) = self.count("expert_feed_forward_length")?.filter(|&width| width > 0) {
+            return Ok(Some(width));
+        }
+        let width = self.count("feed_forward_length")?;
+        Ok(match self.architecture {
+            "qwen2moe" | "qwen3moe" => {
+                width.and_then(|width| width.checked_div(self.count("expert_used_count").ok()??))
+            }
+            "deepseek2" | "glm4moe" => Some(self.required("expert_feed_forward_length")?),
+            _ => width,
+        })
+    }
+
+    /// Groups of experts, and how many of them a token may use.
+    fn groups(&self) -> Result<(usize, usize)> {
+        match self.count("expert_group_count")?.filter(|&groups| groups > 1) {
+            Some(groups) => Ok((groups, self.required("expert_group_used_count")?)),
+            None => Ok((1, 1)),
+        }
+    }
+
+    fn experts(&self) -> Result<usize> {
+        let experts = self.count("expert_count")?.unwrap_or(0);
+        if experts == 0 {
+            return Err(self.metadata.error(&self.key("expert_count"), "a model with experts", "none"));
+        }
+        Ok(experts)
+    }
+
+    /// What means the same in all architectures.
+    fn common(&self) -> Result<Map<String, Value>> {
+        let mut config = Map::new();
+        for (name, key) in COUNTS {
+            config.insert(key.into(), json!(self.count(name)?));
+        }
+        for name in ["context_length", "embedding_length", "attention.head_count", "expert_used_count"] {
+            self.required(name)?;
+        }
+        const EPSILON: &str = "attention.layer_norm_rms_epsilon";
+        let Some(epsilon) = self.number(EPSILON)? else {
+            return Err(self.metadata.error(&self.key(EPSILON), "a number", "nothing: the key is missing"));
+        };
+        config.insert("rms_norm_eps".into(), json!(epsilon));
+        config.insert("num_hidden_layers".into(), json!(self.blocks()?));
+        config.insert("num_nextn_predict_layers".into(), json!(self.count("nextn_predict_layers")?));
+        config.insert("vocab_size".into(), json!(self.checkpoint.entry("token_embd.weight")?.shape[0]));
+        config.insert("tie_word_embeddings".into(), json!(!self.has("output.weight")));
+        let mut ends = Vec::new();
+        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+            // -1 is how some say that there is none.
+            let is_none = matches!(self.metadata.get(key), Some(checkpoint::Value::Integer(-1)));
+            let id = if is_none { None } else { self.metadata.count(key)? };
+            ends.extend(id.filter(|id| !ends.contains(id)));
+        }
+        config.insert("eos_token_id".into(), json!(ends));
+        if self.architecture != "deepseek2" {
+            config.insert("head_dim".into(), json!(self.count("attention.key_length")?));
+            let head = self.head()?;
+            let turned_in_part = self.architecture == "glm4moe";
+            for name in ["attention.value_length", "rope.dimension_count"] {
+                let differs = |other: &usize| *other != head && !(turned_in_part && name.starts_with("rope"));
+                if let Some(other) = self.count(name)?.filter(differs) {
+                    let expected = format!("the head's {head}");
+                    return Err(self.metadata.error(&self.key(name), &expected, &other.to_string()));
+                }
+            }
+        }
+        config.insert("rope_parameters".into(), self.positions()?);
+        Ok(config)
+    }
+
+    /// The blocks that have no experts.
+    fn dense_blocks(&self) -> Result<Vec<usize>> {
+        let dense = |block: &usize| !self.has(&format!("blk.{block}.ffn_gate_inp.weight"));
+        Ok((0..self.blocks()?).filter(dense).collect())
+    }
+
+    fn deepseek(
+        &self,
+        config: &mut Map<String, Value>,
+        experts: usize,
+        width: Option<usize>,
+        norm: bool,
+    ) -> Result<()> {
+        let biased = self.checkpoint.tensors().keys().any(|name| name.contains(".exp_probs_b"));
+        let sigmoid = match self.count("expert_gating_func")?.filter(|&function| function != 0) {
+            Some(function @ 1..=SIGMOID) => function == SIGMOID,
+            Some(other) => {
+                let expected = "1 (softmax) or 2 (sigmoid)";
+                return Err(self.metadata.error(&self.key("expert_gating_func"), expected, &other.to_string()));
+            }
+            None => false,
+        };
+        // transformers has no softmax beside a bias, and no model has.
+        if biased && !sigmoid {
+            let expected = "2 (sigmoid) beside biases for selection";
+            return Err(self.metadata.error(
+                &self.key("expert_gating_func"),
+                expected,
+                "softmax, or nothing, which is the same",
+            ));
+        }
+        let groups = self.groups()?;
+        let rotated = self.required("rope.dimension_count")?;
+        // Newer files say how wide heads are before keys and values are left in the narrow vector, older ones have nothing else.
+        let either = |new: &str, old: &str| match self.count(new)? {
+            Some(width) => Ok(width),
+            None => self.required(old),
+        };
+        let key = either("attention.key_length_mla", "attention.key_length")?;
+        let Some(unrotated) = key.checked_sub(rotated).filter(|&width| width > 0) else {
+            let (name, expected) = (self.key("attention.key_length_mla"), format!("more than the rotated {rotated}"));
+            return Err(self.metadata.error(&name, &expected, &key.to_string()));
+        };
+        let scale = self.number("expert_weights_scale")?.filter(|&scale| scale != 0.0);
+        let set = [
+            ("model_type", json!(if sigmoid { "deepseek_v3" } else { "deepseek_v2" })),
+            ("num_key_value_heads", Value::Null),
+            ("n_routed_experts", json!(experts)),
+            ("moe_intermediate_size", json!(width)),
+            ("n_shared_experts", json!(self.required("expert_shared_count")?)),
+            ("routed_scaling_factor", json!(scale)),
+            ("norm_topk_prob", json!(norm)),
+            ("n_group", json!(groups.0)),
+            ("topk_group", json!(groups.1)),
+            (
+                "topk_method",
+                json!(match (sigmoid, groups) {
+                    (true, _) => "noaux_tc",
+                    (false, (2.., _)) => "group_limited_greedy",
+                    (false, _) => "greedy",
+                }),
+            ),
+            ("first_k_dense_replace", json!(self.count("leading_dense_block_count")?)),
+            ("q_lora_rank", json!(self.count("attention.q_lora_rank")?.filter(|&rank| rank > 0))),
+            ("kv_lora_rank", json!(self.required("attention.kv_lora_rank")?)),
+            ("qk_nope_head_dim", json!(unrotated)),
+            ("qk_rope_head_dim", json!(rotated)),
+            ("v_head_dim", json!(either("attention.value_length_mla", "attention.value_length")?)),
+        ];
+        config.extend(set.map(|(key, value)| (key.to_owned(), value)));
+        Ok(())
+    }
+}

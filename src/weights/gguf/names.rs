@@ -1,0 +1,167 @@
+//! Names of tensors: those that a decoder asks for, as transformers has them, and those in a GGUF file, with what was done to them;
+//! and where the experts of a block are in one.
+
+use super::architecture;
+use crate::checkpoint::{Checkpoint, Metadata};
+use crate::error::Result;
+use crate::offload::store::Part;
+use crate::spec::{ModelSpec, MoeSpec};
+use crate::weights::TensorSource;
+use crate::weights::experts::{Order, Slice, Tensors};
+
+/// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
+const BLOCK: [(&str, &str); 24] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("self_attn.q_a_proj", "attn_q_a"),
+    ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+    ("self_attn.q_b_proj", "attn_q_b"),
+    ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+    ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+    ("self_attn.kv_b_proj", "attn_kv_b"),
+    ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.router.layer", "ffn_gate_inp"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+    ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+    ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+    ("mlp.gate.e_score_correction_bias", "exp_probs_b"),
+];
+
+/// Tensors outside blocks.
+const MODEL: [(&str, &str); 3] = [
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+];
+
+/// The names of one file.
+#[derive(Clone, Debug)]
+pub(crate) struct TensorNames {
+    /// Query and key heads, where their rows are in turns.
+    in_turns: Option<[usize; 2]>,
+    /// The norm before an FFN.
+    ffn_norm: &'static str,
+}
+
+impl TensorNames {
+    /// Those of the file with these metadata.
+    ///
+    /// # Errors
+    /// As [`config`](super::config).
+    pub(crate) fn new(metadata: &Metadata) -> Result<Self> {
+        let architecture = architecture(metadata)?;
+        let in_turns = match architecture {
+            "llama" | "granitemoe" => {
+                let key = format!("{architecture}.attention.head_count");
+                let heads = metadata.required_count(&key)?;
+                Some([heads, metadata.count(&format!("{key}_kv"))?.unwrap_or(heads)])
+            }
+            _ => None,
+        };
+        Ok(Self { in_turns, ffn_norm: if architecture == "glm4moe" { "post_attention_norm" } else { "ffn_norm" } })
+    }
+
+    /// Where the tensor is that transformers calls `name`; `None` for one that no file has.
+    pub(crate) fn source(&self, name: &str) -> Option<TensorSource> {
+        if let Some((_, stored)) = MODEL.iter().find(|(known, _)| *known == name) {
+            return Some(TensorSource::Same((*stored).into()));
+        }
+        let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let rest = rest.replace("block_sparse_moe.", "mlp.").replace(".shared_experts.", ".shared_expert.");
+        let (stem, kind) = match rest.rsplit_once('.') {
+            Some((stem, kind @ ("weight" | "bias"))) => (stem, kind),
+            _ => (rest.as_str(), "bias"),
+        };
+        let (_, stored) = BLOCK.iter().find(|(known, _)| *known == stem)?;
+        let named = |stored: &str| format!("blk.{block}.{stored}.{kind}");
+        Some(match (*stored, self.in_turns) {
+            ("attn_kv_b", _) => TensorSource::KeysAndValues {
+                joined: named(stored),
+                keys: named("attn_k_b"),
+                values: named("attn_v_b"),
+            },
+            ("attn_q", Some([heads, _])) | ("attn_k", Some([_, heads])) => {
+                TensorSource::InTurns { name: named(stored), heads }
+            }
+            ("ffn_norm", _) => TensorSource::Same(named(self.ffn_norm)),
+            _ => TensorSource::Same(named(stored)),
+        })
+    }
+}
+
+/// The slices of expert `id` of a block: each of a tensor of its own, as files from before experts were stacked have them, or some rows of
+/// one that holds all experts' gate, up or down projections, or gate and up projections joined.
+pub(in crate::weights) fn slices(moe: &MoeSpec, block: usize, id: usize, tensors: &impl Tensors) -> Vec<Slice> {
+    let (experts, width, hidden) = (moe.experts, moe.expert_width, moe.hidden);
+    let joined = format!("blk.{block}.ffn_gate_up_exps.weight");
+    let parts = [
+        (Part::Gate, "gate", [width, hidden]),
+        (Part::Up, "up", [width, hidden]),
+        (Part::Down, "down", [hidden, width]),
+    ];
+    let slice = |(part, name, [rows, columns]): (Part, &str, [usize; 2])| {
+        let single = format!("blk.{block}.ffn_{name}.{id}.weight");
+        let (tensor, shape, first) = if part != Part::Down && tensors.has(&joined) {
+            let half = usize::from(part == Part::Up);
+            (joined.clone(), vec![experts, 2 * rows, columns], (2 * id + half) * rows)
+        } else if tensors.has(&single) {
+            (single, vec![rows, columns], 0)
+        } else {
+            (format!("blk.{block}.ffn_{name}_exps.weight"), vec![experts, rows, columns], id * rows)
+        };
+        Slice { part, tensor, shape, rows: first..first + rows, order: Order::Rows }
+    };
+    parts.into_iter().filter(|(part, ..)| moe.activation.gated || *part != Part::Gate).map(slice).collect()
+}
+
+/// Checks that the file has no experts beyond those of `spec`.
+pub(in crate::weights) fn check_experts(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    for (name, entry) in checkpoint.tensors() {
+        let Some((block, rest)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { continue };
+        let (Ok(block), true) = (block.parse::<usize>(), rest.starts_with("ffn_gate_inp.")) else { continue };
+        let wrong = |expected: String| {
+            checkpoint.wrong(entry, name, format!("expected {expected} as the metadata say, got one"))
+        };
+        if block >= spec.layers.saturating_add(spec.extra_blocks) {
+            return Err(wrong(format!("no block after {}", spec.layers - 1)));
+        }
+        if spec.dense.blocks.binary_search(&block).is_ok() {
+            return Err(wrong(format!("no experts in block {block}")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_llama_cpp() {
+        let same = |name: &str| Some(TensorSource::Same(name.into()));
+        let names = TensorNames { in_turns: Some([4, 2]), ffn_norm: "ffn_norm" };
+        assert_eq!(names.source("lm_head.weight"), same("output.weight"));
+        assert_eq!(names.source("model.layers.12.block_sparse_moe.gate.weight"), same("blk.12.ffn_gate_inp.weight"));
+        let key = names.source("model.layers.0.self_attn.k_proj.weight");
+        assert_eq!(key, Some(TensorSource::InTurns { name: "blk.0.attn_k.weight".into(), heads: 2 }));
+        let names = TensorNames { in_turns: None, ffn_norm: "post_attention_norm" };
+        let found = names.source("model.layers.3.mlp.shared_experts.up_proj.weight");
+        assert_eq!(found, same("blk.3.ffn_up_shexp.weight"));
+        assert_eq!(names.source("model.layers.3.mlp.gate.e_score_correction_bias"), same("blk.3.exp_probs_b.bias"));
+        assert_eq!(names.source("model.layers.3.self_attn.q_proj.bias"), same("blk.3.attn_q.bias"));
+        let norm = names.source("model.layers.3.post_attention_layernorm.weight");
+        assert_eq!(norm, same("blk.3.post_attention_norm.weight"));
+        assert!(names.source("model.layers.3.mlp.experts.0.up_proj.weight").is_none());
+        assert!(names.source("model.layers").is_none() && names.source("").is_none());
+    }
+}
