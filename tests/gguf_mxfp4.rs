@@ -5,12 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Module, Tensor, Var};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::offload::store::Part;
-use phase_moe::weights::Weights;
+use phase_moe::offload::Part;
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, Dtype, LoadOptions, Weights};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_mxfp4").join(name)

@@ -5,9 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::error::{Error, Result};
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, Error, Result, Weights};
 use tokenizers::Tokenizer;
 
 fn fixture(name: &str) -> PathBuf {

@@ -4,15 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::layer::MoeLayer;
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::offload::store::Part;
-use phase_moe::spec::ModelSpec;
-use phase_moe::weights::Weights;
-use phase_moe::zoo;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::decoder::var_builder;
+use phase_moe::offload::Part;
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, Dtype, LoadOptions, ModelSpec, MoeLayer, Weights, zoo};
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/zoo").join(family)

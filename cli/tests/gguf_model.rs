@@ -7,11 +7,9 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::{TensorSource, Weights};
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::weights::TensorSource;
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Model, Weights};
 use serde_json::json;
 
 const IDS: [u32; 9] = [0, 60, 5, 17, 5, 5, 42, 31, 3];

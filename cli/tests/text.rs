@@ -8,10 +8,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use candle_core::quantized::gguf_file::{self, Value};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::model::Model;
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, LoadOptions, Model, Weights};
 use tokenizers::Tokenizer;
 
 /// Longer than anything here takes, on any machine.

@@ -27,11 +27,13 @@ mod direct;
 mod element;
 mod file;
 mod gguf;
-pub mod json;
+pub(crate) mod json;
 mod locate;
 mod metadata;
 mod safetensors;
 mod write;
+
+pub use self::json::parse as parse_json;
 
 /// Bytes that can be read at a position: a file, or memory.
 pub trait ByteSource: Send + Sync + Debug {

@@ -10,9 +10,8 @@
 //! `O(tokens · hidden + slots · width)`.
 //!
 //! ```
-//! use phase_moe::experts::activation::Activation;
-//! use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
-//! use phase_moe::experts::matrix::Matrix;
+//! use phase_moe::{Activation, Engine, ExpertWeights, Matrix, Work};
+//! use phase_moe::experts::ProjectionWeights;
 //!
 //! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
 //! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
@@ -23,7 +22,7 @@
 //! let work = [Work { expert, tokens: &[0, 2], weights: &[1.0, 0.5] }];
 //! Engine::default().forward(Matrix::from_f32(3, 2, &input)?, &work, &mut output)?;
 //! assert_eq!(output, [2.0, 3.0, 0.0, 0.0, 9.0, 13.5]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of tensors, gates or where weights come from.

@@ -21,20 +21,20 @@
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. Without limits it is top-k, bit for bit.
 //!
 //! ```
-//! use phase_moe::routing::{capacity::{Capacity, Placement}, expanded::ExpandedDrop, logits::Logits, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{Capacity, Logits, Placement, RouteContext, RouteRequest, RouteState, Router, Scoring};
+//! use phase_moe::routing::ExpandedDrop;
 //!
 //! // Both tokens like expert 0 best and expert 1 second; expert 0 has room for one, expert 1 for none.
 //! let logits = [3.0, 2.0, 0.0, 1.0, 4.0, 2.0, 0.0, 1.0];
 //! let scores = Scoring::softmax().scores(&Logits::new(&logits, 2, 4)?, None)?;
 //! let capacity = Capacity::per_expert(vec![1, 0, 2, 2])?;
 //! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
-//! let ids = |router: ExpandedDrop| Ok::<_, phase_moe::error::Error>(
+//! let ids = |router: ExpandedDrop| Ok::<_, phase_moe::Error>(
 //!     router.route(&request, &mut RouteState::default())?.ids().collect::<Vec<_>>());
 //! assert_eq!(ids(ExpandedDrop::default())?, [3, 0]);
 //! let placement = Some(Placement::contiguous(4, 2)?);
 //! assert_eq!(ids(ExpandedDrop { placement })?, [-1, 0]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of prices or chains of moves.

@@ -7,13 +7,13 @@
 //! token to some groups of experts (DeepSeek-V2, arXiv 2405.04434): experts outside are masked with −∞.
 //!
 //! ```
-//! use phase_moe::routing::{logits::Logits, scores::Scoring};
+//! use phase_moe::{Logits, Scoring};
 //!
 //! let logits = Logits::new(&[0.0, 0.0, f32::NEG_INFINITY], 1, 3)?;
 //! let scores = Scoring::softmax().scores(&logits, None)?;
 //! assert_eq!(scores.gate(0), [0.5, 0.5, 0.0]);
 //! assert!(!scores.is_allowed(0, 2));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of capacities or routers.

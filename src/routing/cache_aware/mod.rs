@@ -19,9 +19,7 @@
 //! - With a bonus of 0 or a bound of 0 swaps are off: bit-equal to the inner choice.
 //!
 //! ```
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::routing::{cache_aware::CacheRouter, capacity::Capacity, logits::Logits, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{CacheRouter, Capacity, ExpertId, ExpertSet, Logits, RouteContext, RouteRequest, RouteState, Router, Scoring};
 //!
 //! let scores = Scoring::softmax().scores(&Logits::new(&[2.0, 1.0, 0.9, -3.0], 1, 4)?, None)?;
 //! let (capacity, mut resident) = (Capacity::unlimited(4)?, ExpertSet::new(4)?);
@@ -30,7 +28,7 @@
 //! let request = RouteRequest::new(&scores, 2, &capacity, context)?;
 //! let assignment = CacheRouter::default().route(&request, &mut RouteState::default())?;
 //! assert_eq!(assignment.ids().collect::<Vec<_>>(), [0, 2]); // top-k says 0 and 1, which is hardly better
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of disks, bytes or eviction: it reads the resident set of the context.

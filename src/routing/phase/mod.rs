@@ -19,8 +19,7 @@
 //!   bias the two aim at different things, so the bound is looser and the descent stops by its own forecast.
 //!
 //! ```
-//! use phase_moe::routing::{capacity::Capacity, logits::Logits, phase::PhaseRouter, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{Capacity, Logits, PhaseRouter, RouteContext, RouteRequest, RouteState, Router, Scoring};
 //!
 //! // Three tokens like expert 0 best; it has room for one: who likes it most in comparison stays.
 //! let logits = [3.0, 2.9, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 2.8];
@@ -30,7 +29,7 @@
 //! let assignment = PhaseRouter::default().route(&request, &mut RouteState::default())?;
 //! assert_eq!(assignment.ids().collect::<Vec<_>>(), [1, 0, 2]);
 //! assert!(assignment.gate_mass_bound().is_some());
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of weights, devices' speeds or other layers; prices of the last batch come in and go out with the state.
