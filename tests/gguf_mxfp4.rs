@@ -9,7 +9,7 @@ use phase_moe::checkpoint::Checkpoint;
 use phase_moe::decoder::{Batch, Decoder, LoadOptions};
 use phase_moe::experts::matrix::Dtype;
 use phase_moe::offload::cache::CacheOptions;
-use phase_moe::offload::store::Part;
+use phase_moe::offload::store::{Part, Piece};
 use phase_moe::weights::Weights;
 
 fn fixture(name: &str) -> PathBuf {
@@ -49,7 +49,8 @@ fn blocks_are_the_numbers_they_stand_for() {
     assert!(worst <= 1e-5, "in floats off by {worst}");
 
     let store = files.expert_store().unwrap();
-    assert_eq!(store.piece(1, 2, Part::Down), Some((Dtype::Mxfp4, [32, 64])));
+    let Piece { part, dtype, rows, columns, .. } = files.experts(1, 2).unwrap()[2];
+    assert_eq!((part, dtype, rows, columns), (Part::Down, Dtype::Mxfp4, 32, 64));
     let cache = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
     let cached = Decoder::load(&files, &LoadOptions::default().with_expert_cache(cache)).unwrap();
     let ids = words(&goldens, "prompt.1.ids", u32::from_le_bytes);
