@@ -155,21 +155,19 @@ fn measure(scenario: &Scenario, scores: &Scores, seeds: u64) -> Result<(f64, Vec
     let mut room = 0.0;
     let mut percent = vec![Vec::new(); METHODS.len()];
     for seed in 0..seeds {
-        let rule = CapacityRule {
-            factor: scenario.headroom,
-            rounding: scenario.rounding,
-            shares: Shares::PerExpert { profile: scenario.profile, seed },
-            minimum_mean: 0.0,
+        let rule = |factor, rounding| {
+            let shares = Shares::PerExpert { profile: scenario.profile, seed };
+            CapacityRule::new(factor, shares).with_rounding(rounding).with_minimum_mean(0.0)
         };
-        let capacity = rule.capacity(scenario.size, scenario.size, scenario.top_k)?;
+        let capacity =
+            rule(scenario.headroom, scenario.rounding).capacity(scenario.size, scenario.size, scenario.top_k)?;
         room += capacity.total().unwrap_or(0) as f64 / slots / seeds as f64;
         for (method, percent) in METHODS.iter().zip(&mut percent) {
             let kept = match method {
                 RouterKind::PhaseKernel => square_kernel_kept(scenario, &capacity, seed)?,
                 // Draws in proportion to the weights, as the kernel does; rounded-up capacities would favour the small.
                 RouterKind::WeightedHash => {
-                    let wide = CapacityRule { factor: WIDE, rounding: Rounding::Exact, ..rule.clone() };
-                    let wide = wide.capacity(scenario.size, scenario.size, scenario.top_k)?;
+                    let wide = rule(WIDE, Rounding::Exact).capacity(scenario.size, scenario.size, scenario.top_k)?;
                     kept_of(route(*method, scenario, scores, &wide, seed)?.load(), &capacity)
                 }
                 _ => route(*method, scenario, scores, &capacity, seed)?.kept(),

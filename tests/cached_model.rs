@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
@@ -145,7 +145,7 @@ fn two_threads_generate_on_one_cache() {
     let ids = |model: &Model, prompt: &[u32]| {
         let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
         let go_on = |_| ControlFlow::Continue(());
-        generate(model, prompt, Options::new(80), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
+        generate(model, prompt, GenerateOptions::new(80), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
     };
     std::thread::scope(|scope| {
         for prompt in prompts.iter().cycle().take(4) {
@@ -280,11 +280,12 @@ fn mistakes_are_named() {
     let needs = "expected one on the CPU without gradients, as experts in a cache need";
     let variable = Gate::new(Var::from_tensor(&tensor(1, 6, 16)).unwrap().as_tensor().clone());
     assert_eq!(message(plain(), variable, cached(6, 2), None), format!("gate and shared expert: {needs}, got others"));
-    let layer = MoeLayer::new(plain(), gate(), cached(6, 2), None).unwrap();
+    let experts = cached(6, 2);
+    let layer = MoeLayer::new(plain(), gate(), experts.clone(), None).unwrap();
     let variable = Var::from_tensor(&tensor(60, 2, 16)).unwrap();
     let error = layer.route(variable.as_tensor(), &mut LayerState::default()).unwrap_err();
     assert_eq!(error.to_string(), format!("hidden state: {needs}, got another"));
-    assert!(layer.cached().unwrap().cache().statistics().requests == 0, "nothing was asked for");
+    assert!(experts.cache().statistics().requests == 0, "nothing was asked for");
 
     let model = load(directory(), Some(CacheOptions::new(4 << 20)));
     let memory = ExpertMemory::new(4, 32, 8, Policy::Lru, Admission::All).unwrap();

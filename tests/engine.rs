@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 use phase_moe::error::Error;
 use phase_moe::experts::activation::{Activation, Function};
-use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
 use phase_moe::experts::matrix::{Dtype, Matrix};
 use phase_moe::simd::Isa;
 use rand::{Rng, SeedableRng};
@@ -60,9 +60,9 @@ impl Stored {
         let first = |bytes| Matrix::new(self.dtypes[0], self.width, self.hidden, bytes).unwrap();
         let down = Matrix::new(self.dtypes[1], self.hidden, self.width, &self.down).unwrap();
         let gate = Matrix::new(self.gate_dtype, self.width, self.hidden, &self.gate).unwrap();
-        let gate = Projection { weight: gate, bias: self.bias(0) };
-        let up = Projection { weight: first(&self.up), bias: self.bias(1) };
-        let down = Projection { weight: down, bias: self.bias(2) };
+        let gate = ProjectionWeights { weight: gate, bias: self.bias(0) };
+        let up = ProjectionWeights { weight: first(&self.up), bias: self.bias(1) };
+        let down = ProjectionWeights { weight: down, bias: self.bias(2) };
         ExpertWeights::new(self.activation, self.activation.gated.then_some(gate), up, down).unwrap()
     }
 
@@ -448,7 +448,7 @@ fn experts_without_width_add_their_bias_and_states_without_width_are_none() {
             let bias = [1.0, -2.0, 3.0];
             let weight = |rows, columns| Matrix::new(dtype, rows, columns, &[]).unwrap();
             let up = Matrix::from_f32(0, 3, &[]).unwrap();
-            let down = Projection { weight: weight(3, 0), bias: Some(&bias) };
+            let down = ProjectionWeights { weight: weight(3, 0), bias: Some(&bias) };
             let expert = ExpertWeights::new(Activation::relu_squared(), None, up.into(), down).unwrap();
             for count in [1u32, 2, 5, 40] {
                 let (tokens, weights) = ((0..count).collect::<Vec<_>>(), vec![2.0; count as usize]);
@@ -547,15 +547,19 @@ fn what_does_not_fit_is_named() {
     let matrix = |rows: usize, columns: usize| Matrix::from_f32(rows, columns, &floats[..rows * columns]).unwrap();
     let shape = |error| matches!(error, Error::Shape { .. });
     let (swiglu, plain) = (Activation::swiglu(), Activation::relu_squared());
-    let make = |activation, gate: Option<Projection<'static>>, up: Projection<'static>, down: Projection<'static>| {
-        ExpertWeights::new(activation, gate, up, down).map(|_| ())
-    };
+    let make =
+        |activation,
+         gate: Option<ProjectionWeights<'static>>,
+         up: ProjectionWeights<'static>,
+         down: ProjectionWeights<'static>| { ExpertWeights::new(activation, gate, up, down).map(|_| ()) };
     static FLOATS: [f32; 64] = [0.0; 64];
-    let fixed = |rows: usize, columns: usize| -> Projection<'static> {
+    let fixed = |rows: usize, columns: usize| -> ProjectionWeights<'static> {
         Matrix::from_f32(rows, columns, &FLOATS[..rows * columns]).unwrap().into()
     };
-    let biased =
-        |projection: Projection<'static>, count: usize| Projection { bias: Some(&FLOATS[..count]), ..projection };
+    let biased = |projection: ProjectionWeights<'static>, count: usize| ProjectionWeights {
+        bias: Some(&FLOATS[..count]),
+        ..projection
+    };
     let cases = [
         (make(swiglu, Some(fixed(2, 3)), fixed(3, 2), fixed(2, 3)), "gate projection: expected [3, 2], got [2, 3]"),
         (make(plain, None, fixed(3, 2), fixed(3, 2)), "down projection: expected [2, 3], got [3, 2]"),

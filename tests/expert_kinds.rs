@@ -204,7 +204,7 @@ fn a_shared_expert_is_added_to_dropped_and_padded_tokens_too() {
     let (layer, gate) = layer(33, &MoeSpec { shared, ..spec(Activation::swiglu(), false) });
     let bare =
         MoeLayer::new(spec(Activation::swiglu(), false), Gate::new(gate), layer.experts().to_vec(), None).unwrap();
-    let rule = CapacityRule { minimum_mean: 0.0, ..CapacityRule::per_expert(0.4) };
+    let rule = CapacityRule::per_expert(0.4).with_minimum_mean(0.0);
     let tokens = tokens(34, 20, 12);
     let padding: Vec<bool> = (0..20).map(|token| token % 6 == 0).collect();
     let routed = |layer: &MoeLayer| {

@@ -174,7 +174,7 @@ fn sigmoid_scaled() -> Scoring {
 
 /// Room for about half of the slots, the lowest scores dropped.
 fn dropping(parts: Parts) -> Parts {
-    let capacity = CapacityRule { minimum_mean: 0.0, ..CapacityRule::per_expert(0.6) };
+    let capacity = CapacityRule::per_expert(0.6).with_minimum_mean(0.0);
     Parts { router: Arc::new(TopK { drop: Some(DropRule::Score) }), capacity: Some(capacity), ..parts }
 }
 

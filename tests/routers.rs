@@ -143,7 +143,7 @@ fn the_survival_of_the_quarters_does_not_differ() {
     let scores = flat_scores(tokens, experts);
     // Room for 80 % of the slots, in unequal parts.
     let shares = Shares::PerExpert { profile: Profile::Strong, seed: 1 };
-    let capacity = CapacityRule { shares, ..CapacityRule::per_expert(0.8) }.capacity(tokens, experts, top_k).unwrap();
+    let capacity = CapacityRule::new(0.8, shares).capacity(tokens, experts, top_k).unwrap();
     let request = RouteRequest::new(&scores, top_k, &capacity, RouteContext::default()).unwrap();
     for seed in 0..4 {
         let assignment = route(RouterKind::PhaseQuota, seed, &request);
@@ -331,12 +331,9 @@ fn published_survival(tokens: usize, top_k: usize, headroom: f64, seed: u64) -> 
         weights.iter().map(|weight| (weight / mean * density).round().clamp(1.0, tokens as f64) as u32).collect();
     let sources = PhaseSide::new(vec![density.round() as u32; tokens], source_order).unwrap();
     let kernel = PhaseRing::new(sources, PhaseSide::new(target_degrees, target_order).unwrap()).unwrap();
-    let rule = CapacityRule {
-        rounding: Rounding::Ceil,
-        shares: Shares::PerExpert { profile: Profile::Strong, seed },
-        minimum_mean: 0.0,
-        ..CapacityRule::per_expert(headroom)
-    };
+    let rule = CapacityRule::new(headroom, Shares::PerExpert { profile: Profile::Strong, seed })
+        .with_rounding(Rounding::Ceil)
+        .with_minimum_mean(0.0);
     let capacity = rule.capacity(tokens, tokens, top_k).unwrap();
     let mut room = capacity.limits().unwrap().to_vec();
     let kept = kernel.route(top_k, seed).unwrap().into_iter().filter(|&column| {

@@ -3,7 +3,7 @@
 //! Read from what rustdoc writes as JSON, with default features; `.ci/run` says where. Without that there is nothing to compare with.
 //!
 //! ```text
-//! RUSTDOC=$PWD/.ci/rustdoc-json cargo rustdoc --release -p phase-moe --lib
+//! RUSTDOC=$PWD/.ci/rustdoc-json RUSTDOCFLAGS="-Z unstable-options --output-format json" cargo doc --release --no-deps
 //! PHASE_MOE_SURFACE=target/doc/phase_moe.json PHASE_MOE_SURFACE_WRITE=1 cargo test --release --test surface
 //! ```
 

@@ -228,8 +228,7 @@ fn a_bias_that_would_not_be_saved_is_refused() {
     );
     // A gate made by hand keeps to the variable it is given.
     let bias = candle_core::Var::zeros(6, DType::F32, &CPU).unwrap();
-    let gate = Gate::new(layer.gate().logits(&Tensor::zeros((6, 16), DType::F32, &CPU).unwrap()).unwrap().detach());
-    let gate = gate.with_selection_bias(&bias).unwrap();
+    let gate = Gate::new(Tensor::zeros((6, 16), DType::F32, &CPU).unwrap()).with_selection_bias(&bias).unwrap();
     bias.set(&Tensor::ones(6, DType::F32, &CPU).unwrap()).unwrap();
     assert_eq!(gate.selection_bias().unwrap(), Some(vec![1.0; 6]));
 }

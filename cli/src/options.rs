@@ -381,7 +381,7 @@ impl CapacityOptions {
             None | Some(RoundingName::Exact) => Rounding::Exact,
             Some(RoundingName::Ceil) => Rounding::Ceil,
         };
-        let rule = CapacityRule { rounding, shares, ..CapacityRule::per_expert(factor) };
+        let rule = CapacityRule::new(factor, shares).with_rounding(rounding);
         // Of no tokens there is no limit, but everything else is checked.
         rule.capacity(0, MAX_DEVICES, 1)?;
         Ok(rule)
@@ -524,10 +524,7 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
 /// Says on standard error that a limit was asked for and not applied, because batches were too small for it.
 pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
     if unlimited > 0 {
-        let pool = match rule.shares {
-            Shares::PerExpert { .. } => "expert",
-            Shares::PerDevice { .. } => "device",
-        };
+        let pool = if rule.shares.speeds().is_some() { "device" } else { "expert" };
         notice(format_args!(
             "capacity factor {:?} per {pool}: no limit in {unlimited} of {batches} batches, which have fewer than {} slots per \
              {pool} on average",

@@ -35,7 +35,7 @@ use phase_moe::eval::decode::Decoding;
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::expert::ExpertSet;
 use phase_moe::experts::activation::Activation;
-use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
 use phase_moe::experts::matrix::Matrix;
 use phase_moe::offload::admission::Admission;
 use phase_moe::offload::belady::RequestLog;
@@ -338,7 +338,7 @@ impl Source {
 fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertWeights<'a>> {
     let part = |part: Part| {
         let matrix = expert.matrix(part).ok_or_else(|| Error::shape("expert", format!("{part:?}"), "none"));
-        matrix.map(Projection::from)
+        matrix.map(ProjectionWeights::from)
     };
     ExpertWeights::new(Activation::swiglu(), Some(part(Part::Gate)?), part(Part::Up)?, part(Part::Down)?)
 }

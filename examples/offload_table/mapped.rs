@@ -15,7 +15,7 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::expert::ExpertSet;
 use phase_moe::experts::activation::Activation;
-use phase_moe::experts::engine::{ExpertWeights, Projection};
+use phase_moe::experts::engine::{ExpertWeights, ProjectionWeights};
 use phase_moe::experts::matrix::Matrix;
 use phase_moe::offload::residency::{Policy, Residency, Step};
 use phase_moe::offload::store::{Part, Piece};
@@ -136,7 +136,7 @@ impl Mapped {
         for piece in &self.experts[layer][expert] {
             let bytes = &self.files[piece.source].map[bytes_of(piece)?];
             let matrix = Matrix::new(piece.dtype, piece.rows, piece.columns, bytes)?;
-            parts.insert(format!("{:?}", piece.part), Projection::from(matrix));
+            parts.insert(format!("{:?}", piece.part), ProjectionWeights::from(matrix));
         }
         let mut take = |part: Part| parts.remove(&format!("{part:?}")).context("a part");
         let (gate, up, down) = (take(Part::Gate)?, take(Part::Up)?, take(Part::Down)?);

@@ -34,7 +34,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
         _ => Shares::PerExpert { profile: *bytes.choose(&Profile::ALL)?, seed: bytes.arbitrary()? },
     };
     let rounding = if bytes.arbitrary()? { Rounding::Exact } else { Rounding::Ceil };
-    let rule = CapacityRule { factor: float(bytes)?, rounding, shares, minimum_mean: float(bytes)? };
+    let rule = CapacityRule::new(float(bytes)?, shares).with_rounding(rounding).with_minimum_mean(float(bytes)?);
     let capacity = rule.capacity(tokens, experts, top_k);
     if !(rule.factor.is_finite() && rule.factor > 0.0 && rule.minimum_mean >= 0.0) {
         assert!(capacity.is_err());

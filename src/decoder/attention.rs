@@ -1,7 +1,7 @@
 //! Grouped-query attention (arXiv 2305.13245) with rotary positions and a key–value cache.
 //!
 //! `softmax(q·kᵀ / √head_dim + mask)·v`, `[batch, positions, hidden] → [batch, positions, hidden]`, softmax in `f32`. Where
-//! heads have sinks the softmax goes over one more score, the sink, whose share nobody gets.
+//! heads have sinks the softmax goes over one more score, the sink, whose share goes nowhere.
 
 use std::sync::Arc;
 

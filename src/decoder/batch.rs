@@ -114,7 +114,7 @@ impl Batch {
     }
 
     /// What routers may know of this batch.
-    pub fn context(&self) -> RouteContext<'_> {
+    pub(crate) fn context(&self) -> RouteContext<'_> {
         RouteContext { token_ids: Some(&self.ids), padding: self.padding(), ..RouteContext::default() }
     }
 }

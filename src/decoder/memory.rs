@@ -2,10 +2,10 @@
 //!
 //! One logical [`Residency`] a layer, advanced once a layer and step: `counted(layer) → router → assignment →
 //! advance(layer)`. `hits + misses = requests`, a request being a distinct expert of a layer and step. This is the whole seam
-//! between routing and an expert cache: whoever owns bytes follows it, and routing never waits to know.
+//! between routing and an expert cache: what owns bytes follows it, and routing never waits to know.
 //!
 //! Before a miss comes to the [`Policy`] it passes [`Admission`]: one that is used once and not again would only drive out
-//! somebody better, so it is streamed. That is what makes a memory smaller than one token's experts useful at all, and why the
+//! a better one, so it is streamed. That is what makes a memory smaller than one token's experts useful at all, and why the
 //! policy behind it matters little.
 //!
 //! ```
@@ -63,12 +63,12 @@ impl ExpertMemory {
     }
 
     /// Layers.
-    pub fn layers(&self) -> usize {
+    pub(crate) fn layers(&self) -> usize {
         self.layers.len()
     }
 
     /// Experts of a layer, in fast memory or not.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.experts
     }
 
@@ -79,7 +79,7 @@ impl ExpertMemory {
 
     /// The experts of `layer` that a router should count as resident: see [`Residency::counted_in`]. `None` for a layer that there is
     /// not.
-    pub fn counted(&self, layer: usize) -> Option<&ExpertSet> {
+    pub(crate) fn counted(&self, layer: usize) -> Option<&ExpertSet> {
         self.layers.get(layer).and_then(|layer| layer.residency.counted_in(0))
     }
 
@@ -117,7 +117,7 @@ impl ExpertMemory {
     }
 
     /// Requests whose expert was not.
-    pub fn misses(&self) -> u64 {
+    pub(crate) fn misses(&self) -> u64 {
         self.requests - self.hits
     }
 
@@ -172,7 +172,7 @@ mod tests {
     }
 
     proptest! {
-        /// The oracle ranks everybody by affinity and lets in those of the step that are among the first.
+        /// The oracle ranks all experts by affinity and lets in those of the step that are among the first.
         #[test]
         fn the_most_used_may_enter(
             steps in prop::collection::vec(prop::sample::subsequence((0..EXPERTS).collect::<Vec<_>>(), 4), 1..60),

@@ -72,7 +72,7 @@ impl DecoderState {
     }
 
     /// True where keys and values are kept: each forward pass goes on with its sequences' texts.
-    pub fn keeps_text(&self) -> bool {
+    pub(crate) fn keeps_text(&self) -> bool {
         self.kv.is_some()
     }
 

@@ -13,7 +13,7 @@
 //! use std::sync::Arc;
 //! use candle_core::{DType, Device};
 //! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::decoder::unstacked;
+//! use phase_moe::decoder::unstacked::unstacked_var_builder;
 //! use phase_moe::spec::ExpertNames;
 //!
 //! # let directory = std::env::temp_dir().join(format!("phase-moe-unstacked-{}", std::process::id()));
@@ -26,7 +26,7 @@
 //! write_tensors(&directory.join("model.safetensors"), &stacks, None)?;
 //!
 //! let checkpoint = Arc::new(Checkpoint::open(&directory)?);
-//! let vb = unstacked::var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
+//! let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
 //! let expert = vb.pp("mlp.experts.1"); // what a model of Candle asks for
 //! assert!(expert.contains_tensor("up_proj.weight") && !vb.contains_tensor("mlp.experts.2.up_proj.weight"));
 //! assert_eq!(expert.get((3, 4), "up_proj.weight")?.get(0)?.to_vec1::<f32>()?, [36.0, 37.0, 38.0, 39.0]);
@@ -53,7 +53,7 @@ use crate::weights::experts::{slices, stack_order};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`; experts that are stacked there under the names that
 /// `names` has for stacks can be asked for one by one under those it has for single experts.
-pub fn var_builder(
+pub fn unstacked_var_builder(
     checkpoint: Arc<Checkpoint>,
     names: ExpertNames,
     dtype: DType,
@@ -223,7 +223,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         write_tensors(&directory.path().join("model.safetensors"), &tensors, None).unwrap();
         let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
-        (directory, var_builder(checkpoint, names, DType::F32, &Device::Cpu))
+        (directory, unstacked_var_builder(checkpoint, names, DType::F32, &Device::Cpu))
     }
 
     fn granite() -> ExpertNames {
@@ -314,7 +314,7 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             write_tensors(&directory.path().join("model.safetensors"), tensors, None).unwrap();
             let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
-            let vb = var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
+            let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
             (vb.contains_tensor("up_proj.weight"), vb.get((2, 5), "up_proj.weight").unwrap_err().to_string())
         };
         let gate_up = NamedTensor::f32("experts.gate_up_proj", [3, 4, 5], &[0.0; 60]);
@@ -361,7 +361,7 @@ mod tests {
         let source = vec![("m".to_string(), Box::new(Watched(bytes, reads.clone())) as Box<dyn ByteSource>)];
         let checkpoint = Arc::new(Checkpoint::from_sources(source).unwrap());
         let stack = checkpoint.entry("mlp.experts.gate_up_proj").unwrap().offset();
-        let vb = var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
+        let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
         reads.lock().unwrap().clear();
         assert!(vb.contains_tensor("mlp.experts.1.up_proj.weight"));
         assert!(reads.lock().unwrap().is_empty());

@@ -121,7 +121,7 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
 ///
 /// # Errors
 /// Whatever the capacity rule, the router or the forward pass reports.
-pub fn run(
+pub fn compare(
     decoder: &Decoder,
     batches: &[Batch],
     setting: &Setting,
@@ -257,10 +257,10 @@ impl Sums {
         self.nanos_per_token.drain(..cold);
         self.nanos_per_token.sort_by(f64::total_cmp);
         let rule = setting.capacity.as_ref();
-        let (profile, devices) = match rule.map(|rule| &rule.shares) {
-            Some(Shares::PerExpert { profile, .. }) => (Some(profile.name()), None),
-            Some(Shares::PerDevice { speeds }) => (None, Some(speeds.len())),
-            None => (None, None),
+        let devices = rule.and_then(|rule| rule.shares.speeds()).map(<[f64]>::len);
+        let profile = match rule.map(|rule| &rule.shares) {
+            Some(Shares::PerExpert { profile, .. }) => Some(profile.name()),
+            _ => None,
         };
         RouterFigures {
             router: setting.router.name(),

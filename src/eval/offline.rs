@@ -13,7 +13,7 @@ use super::trace::{GateTrace, LayerTrace};
 use crate::error::{Error, Result};
 use crate::routing::assignment::Assignment;
 use crate::routing::cache_aware::CacheRouter;
-use crate::routing::capacity::{Capacity, CapacityRule, Placement, Shares};
+use crate::routing::capacity::{Capacity, CapacityRule, Placement};
 use crate::routing::check::check;
 use crate::routing::logits::Logits;
 use crate::routing::metrics::RouteMetrics;
@@ -44,9 +44,7 @@ impl Room {
     /// Where experts live, if limits are per device, also in batches that a rule sets no limit for.
     fn placement(&self, experts: usize) -> Result<Option<Placement>> {
         match self {
-            Self::Rule(CapacityRule { shares: Shares::PerDevice { speeds }, .. }) => {
-                Placement::contiguous(experts, speeds.len()).map(Some)
-            }
+            Self::Rule(rule) => rule.shares.placement(experts),
             Self::Given(capacity) => Ok(capacity.placement().cloned()),
             _ => Ok(None),
         }

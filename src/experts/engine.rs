@@ -11,12 +11,12 @@
 //!
 //! ```
 //! use phase_moe::experts::activation::Activation;
-//! use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
+//! use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
 //! use phase_moe::experts::matrix::Matrix;
 //!
 //! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
 //! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
-//! let projection = |rows, columns, values| Matrix::from_f32(rows, columns, values).map(Projection::from);
+//! let projection = |rows, columns, values| Matrix::from_f32(rows, columns, values).map(ProjectionWeights::from);
 //! let expert = ExpertWeights::new(Activation::relu_squared(), None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
 //! let input = [1.0, 9.0, 2.0, 9.0, 3.0, 9.0];
 //! let mut output = [0.0; 6];
@@ -47,20 +47,20 @@ const WORTH_THREADS: usize = 4 << 20;
 
 /// One linear layer, `y = W x + b`.
 #[derive(Clone, Copy, Debug)]
-pub struct Projection<'a> {
+pub struct ProjectionWeights<'a> {
     /// `[out, in]`.
     pub weight: Matrix<'a>,
     /// `[out]`.
     pub bias: Option<&'a [f32]>,
 }
 
-impl<'a> From<Matrix<'a>> for Projection<'a> {
+impl<'a> From<Matrix<'a>> for ProjectionWeights<'a> {
     fn from(weight: Matrix<'a>) -> Self {
         Self { weight, bias: None }
     }
 }
 
-impl<'a> Projection<'a> {
+impl<'a> ProjectionWeights<'a> {
     /// Sixteen biases from `first` on, as far as there are any.
     fn biases(&self, first: usize) -> &'a [f32] {
         let biases = self.bias.and_then(|biases| biases.get(first..)).unwrap_or_default();
@@ -72,9 +72,9 @@ impl<'a> Projection<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertWeights<'a> {
     activation: Activation,
-    gate: Option<Projection<'a>>,
-    up: Projection<'a>,
-    down: Projection<'a>,
+    gate: Option<ProjectionWeights<'a>>,
+    up: ProjectionWeights<'a>,
+    down: ProjectionWeights<'a>,
 }
 
 impl<'a> ExpertWeights<'a> {
@@ -86,9 +86,9 @@ impl<'a> ExpertWeights<'a> {
     /// [`Error::Parameter`] for an activation that is none.
     pub fn new(
         activation: Activation,
-        gate: Option<Projection<'a>>,
-        up: Projection<'a>,
-        down: Projection<'a>,
+        gate: Option<ProjectionWeights<'a>>,
+        up: ProjectionWeights<'a>,
+        down: ProjectionWeights<'a>,
     ) -> Result<Self> {
         activation.check()?;
         let [width, hidden] = up.weight.shape();
@@ -130,7 +130,7 @@ impl<'a> ExpertWeights<'a> {
     }
 
     /// The gate where it is not of the up projection's dtype.
-    fn other_gate(&self) -> Option<Projection<'a>> {
+    fn other_gate(&self) -> Option<ProjectionWeights<'a>> {
         self.gate.filter(|gate| gate.weight.dtype() != self.up.weight.dtype())
     }
 
@@ -462,7 +462,7 @@ impl Engine {
     fn mixed_products(
         &self,
         group: &Group<'_>,
-        gate: Projection<'_>,
+        gate: ProjectionWeights<'_>,
         [gate_input, input]: [Rows<'_>; 2],
         columns: Range<usize>,
         room: &mut Room,

@@ -34,8 +34,8 @@ impl<'a> BorrowedProjection<'a> {
         Ok(Self { weight: Borrowed::weight(projection.weight())?, bias })
     }
 
-    fn view(&self) -> Result<engine::Projection<'_>> {
-        Ok(engine::Projection { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
+    fn view(&self) -> Result<engine::ProjectionWeights<'_>> {
+        Ok(engine::ProjectionWeights { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
     }
 }
 

@@ -1,16 +1,16 @@
 //! Experts that stay in their files and come into memory through an [`ExpertCache`], a layer's part of it.
 //!
 //! Their weights are used in the dtype that they are stored in. Their biases, where they have any, are a few numbers for each row of weights
-//! and always in memory, beside the cache's budget. Knows nothing of files, budgets or who stays in memory.
+//! and always in memory, beside the cache's budget. Knows nothing of files, budgets or which experts stay in memory.
 
 use std::sync::Arc;
 
 use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
-use super::projection::Projection as LayerProjection;
+use super::projection::Projection;
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
-use crate::experts::engine::{ExpertWeights, Projection};
+use crate::experts::engine::{ExpertWeights, ProjectionWeights};
 use crate::experts::matrix::Matrix;
 use crate::offload::cache::ExpertCache;
 use crate::offload::store::{LoadedExpert, Part};
@@ -39,8 +39,8 @@ pub struct ExpertBiases {
 impl ExpertBiases {
     /// Those of an expert in memory; none where it has none.
     pub(super) fn of(expert: &Expert) -> Result<Self> {
-        let of = |projection: Option<&LayerProjection>| -> Result<Vec<f32>> {
-            let Some(bias) = projection.and_then(LayerProjection::bias) else { return Ok(Vec::new()) };
+        let of = |projection: Option<&Projection>| -> Result<Vec<f32>> {
+            let Some(bias) = projection.and_then(Projection::bias) else { return Ok(Vec::new()) };
             Ok(bias.to_dtype(ROUTING_DTYPE)?.to_vec1()?)
         };
         Ok(Self { gate: of(expert.gate_proj())?, up: of(Some(expert.up_proj()))?, down: of(Some(expert.down_proj()))? })
@@ -75,7 +75,7 @@ impl CachedExperts {
     }
 
     /// Which of its layers.
-    pub fn layer(&self) -> usize {
+    pub(crate) fn layer(&self) -> usize {
         self.layer
     }
 
@@ -172,7 +172,8 @@ fn weights<'a>(
             (Some(both.rows(0..width)?), both.rows(width..2 * width)?)
         }
     };
-    let with = |weight: Matrix<'a>, bias: fn(&ExpertBiases) -> &[f32]| Projection { weight, bias: biases.map(bias) };
+    let with =
+        |weight: Matrix<'a>, bias: fn(&ExpertBiases) -> &[f32]| ProjectionWeights { weight, bias: biases.map(bias) };
     let gate = gate.map(|gate| with(gate, |biases| &biases.gate));
     let (up, down) = (with(up, |biases| &biases.up), with(part(Part::Down)?, |biases| &biases.down));
     ExpertWeights::new(spec.activation, gate, up, down)

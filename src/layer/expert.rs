@@ -37,13 +37,13 @@ pub struct Expert {
 
 /// What an expert has to be.
 #[derive(Clone, Copy)]
-pub(super) struct Form<'a> {
+pub(super) struct ExpertShape<'a> {
     spec: &'a MoeSpec,
     width: usize,
     bias: bool,
 }
 
-impl<'a> Form<'a> {
+impl<'a> ExpertShape<'a> {
     pub(super) fn routed(spec: &'a MoeSpec) -> Self {
         Self { spec, width: spec.expert_width, bias: spec.expert_bias }
     }
@@ -103,7 +103,7 @@ impl Expert {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(crate) fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
         let names = &spec.names;
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
             let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
@@ -134,13 +134,13 @@ impl Expert {
         self.activation
     }
 
-    /// Whether the engine can read all projections, and nobody wants their gradients.
+    /// Whether the engine can read all projections, which need no gradients.
     pub(super) fn fits_engine(&self) -> bool {
         let Self { gate_proj, up_proj, down_proj, .. } = self;
         [Some(up_proj), Some(down_proj), gate_proj.as_ref()].into_iter().flatten().all(borrowed::projection_fits)
     }
 
-    pub(super) fn check(&self, operand: &str, form: Form<'_>, like: &LikeGate<'_>) -> Result<()> {
+    pub(super) fn check(&self, operand: &str, form: ExpertShape<'_>, like: &LikeGate<'_>) -> Result<()> {
         let (expected, got) = (form.spec.activation, self.activation);
         if expected != got {
             return Err(Error::shape(format!("{operand} activation"), format!("{expected:?}"), format!("{got:?}")));

@@ -4,7 +4,7 @@
 
 use super::cached::{CachedExperts, ExpertBiases};
 use super::check::LikeGate;
-use super::expert::{Expert, Form};
+use super::expert::{Expert, ExpertShape};
 use crate::error::{Error, Result};
 use crate::spec::MoeSpec;
 
@@ -50,10 +50,9 @@ impl Experts {
     pub(super) fn check(&self, spec: &MoeSpec, like: &LikeGate<'_>) -> Result<()> {
         match self {
             Self::Held(held) if held.len() != spec.experts => Err(Error::shape("experts", spec.experts, held.len())),
-            Self::Held(held) => held
-                .iter()
-                .enumerate()
-                .try_for_each(|(index, expert)| expert.check(&format!("expert {index}"), Form::routed(spec), like)),
+            Self::Held(held) => held.iter().enumerate().try_for_each(|(index, expert)| {
+                expert.check(&format!("expert {index}"), ExpertShape::routed(spec), like)
+            }),
             Self::Cached(cached) => cached.check(spec),
         }
     }

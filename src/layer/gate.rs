@@ -15,7 +15,7 @@ use crate::spec::MoeSpec;
 pub struct Gate {
     weight: Tensor,
     bias: Option<Tensor>,
-    /// Read anew in every forward pass: an update rule, or whoever holds the variable, may have set it.
+    /// Read anew in every forward pass: an update rule, or another holder of the variable, may have set it.
     selection_bias: Option<Var>,
     /// Its tensors are those of a builder, and what is not among them is not saved with them.
     loaded: bool,
@@ -45,7 +45,7 @@ impl Gate {
     ///
     /// # Errors
     /// What the builder reports for a missing tensor or a wrong shape.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let weight = vb.get_with_hints((spec.experts, spec.hidden), "weight", init)?;
         let bias = || vb.get_with_hints(spec.experts, "bias", Init::Const(0.0));
@@ -126,7 +126,7 @@ impl Gate {
     ///
     /// # Errors
     /// [`Error::Candle`] for another width, dtype or device.
-    pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+    pub(crate) fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
         self.biased(tokens.matmul(&self.weight.t()?)?.to_dtype(ROUTING_DTYPE)?)
     }
 

@@ -170,7 +170,7 @@ impl MoeLayer {
     }
 
     /// Runs experts on an engine that other layers use too: what it worked in is kept for the next forward pass.
-    pub fn with_engine(self, engine: Arc<Engine>) -> Self {
+    pub(crate) fn with_engine(self, engine: Arc<Engine>) -> Self {
         Self { engine, ..self }
     }
 
@@ -244,7 +244,7 @@ impl MoeLayer {
     }
 
     /// The layer of an expert cache that its experts are in, if they are.
-    pub fn cached(&self) -> Option<&CachedExperts> {
+    pub(crate) fn cached(&self) -> Option<&CachedExperts> {
         self.experts.cached()
     }
 

@@ -46,13 +46,8 @@ impl Packed {
         Ok([half(0)?, half(1)?])
     }
 
-    /// Type of the weights.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
     /// Rows and columns.
-    pub fn shape(&self) -> [usize; 2] {
+    pub(crate) fn shape(&self) -> [usize; 2] {
         [self.rows, self.columns]
     }
 
@@ -60,7 +55,7 @@ impl Packed {
     ///
     /// # Errors
     /// None, of what [`Packed::new`] has checked.
-    pub fn matrix(&self) -> Result<Matrix<'_>> {
+    pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
         Matrix::new(self.dtype, self.rows, self.columns, &self.bytes)
     }
 

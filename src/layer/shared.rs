@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
 use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
-use super::expert::{Expert, Form};
+use super::expert::{Expert, ExpertShape};
 use crate::error::{Error, Result};
 use crate::spec::{MoeSpec, SharedExperts};
 
@@ -27,7 +27,7 @@ impl Shared {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
         let Some(shared) = spec.shared else { return Ok(None) };
         let expert = Expert::load_dense(spec, shared.width, vb.pp(&spec.names.shared))?;
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
@@ -46,7 +46,7 @@ impl Shared {
     }
 
     pub(super) fn check(&self, spec: &MoeSpec, shared: SharedExperts, like: &LikeGate<'_>) -> Result<()> {
-        self.expert.check("shared expert", Form::shared(spec, shared), like)?;
+        self.expert.check("shared expert", ExpertShape::shared(spec, shared), like)?;
         let operand = "shared expert gate";
         match &self.gate {
             None if shared.gated => Err(Error::shape(operand, format!("[1, {}]", spec.hidden), "none")),

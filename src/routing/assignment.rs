@@ -9,11 +9,11 @@
 
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, check_expert_count};
+use crate::routing::request::RouteRequest;
 use crate::routing::scores::Scores;
 use crate::routing::select::copy_few;
-
-/// Marks a slot without an expert in compact tables of ids.
-pub(crate) const EMPTY: u16 = u16::MAX;
+use crate::routing::slots::check_slots;
+pub(crate) use crate::routing::slots::{EMPTY, check_top_k};
 
 /// Experts and combine weights of every token, `[tokens, width]`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -31,7 +31,7 @@ pub struct Assignment {
 
 impl Assignment {
     /// From a selection (`[tokens, width]` ids, [`EMPTY`] allowed) and which of its slots were kept (all, if `None`).
-    pub(crate) fn from_selection(scores: &Scores, top_k: usize, chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
+    pub(crate) fn from_chosen(scores: &Scores, top_k: usize, chosen: Vec<u16>, kept: Option<&[bool]>) -> Self {
         let (tokens, experts) = (scores.tokens(), scores.experts());
         let width = chosen.len().checked_div(tokens).unwrap_or(top_k);
         let weights = vec![0f32; chosen.len()];
@@ -96,6 +96,38 @@ impl Assignment {
         }
     }
 
+    /// The answer to `request` with this `selection` (`[tokens, width]` ids, −1 where empty; `width` is `top_k` or more), of which
+    /// the slots that are not `kept` were dropped (none, if `None`). Combine weights are made here, of the selection before drops.
+    ///
+    /// Masks, padding, distinct experts and limits are not looked at: see [`check`](crate::routing::check::check).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the selection is not as many rows of `top_k` or more as the request has tokens, or `kept` is of another
+    /// length; [`Error::ExpertOutOfRange`] for an id below −1 or not below the experts.
+    pub fn from_selection(request: &RouteRequest<'_>, selection: &[i32], kept: Option<&[bool]>) -> Result<Self> {
+        let (scores, top_k) = (request.scores(), request.top_k());
+        let (tokens, experts) = (scores.tokens(), scores.experts());
+        let width = selection.len().checked_div(tokens).unwrap_or(top_k);
+        if width < top_k || tokens.checked_mul(width) != Some(selection.len()) {
+            let expected = format!("{tokens} tokens of {top_k} or more slots");
+            return Err(Error::shape("selection", expected, format!("{} values", selection.len())));
+        }
+        check_slots(tokens, width)?;
+        if let Some(kept) = kept.filter(|kept| kept.len() != selection.len()) {
+            let expected = format!("{} values", selection.len());
+            return Err(Error::shape("kept slots", expected, format!("{} values", kept.len())));
+        }
+        let mut chosen = Vec::with_capacity(selection.len());
+        for (slot, &id) in selection.iter().enumerate() {
+            match usize::try_from(id) {
+                Ok(expert) if expert < experts => chosen.push(expert as u16),
+                Err(_) if id == -1 => chosen.push(EMPTY),
+                _ => return Err(out_of_range(id, format!("0 to {} or -1 (token {})", experts - 1, slot / width))),
+            }
+        }
+        Ok(Self::from_chosen(scores, top_k, chosen, kept))
+    }
+
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
     ///
     /// # Errors
@@ -120,11 +152,6 @@ impl Assignment {
                 format!("{} values", weights.len()),
             ));
         }
-        let out_of_range = |id: i32, expected: String| Error::ExpertOutOfRange {
-            operand: "expert ids".into(),
-            id: id.into(),
-            expected,
-        };
         let mut chosen = Vec::with_capacity(ids.len());
         for (row, ids) in ids.chunks_exact(top_k).enumerate() {
             for (at, &id) in ids.iter().enumerate() {
@@ -146,7 +173,8 @@ impl Assignment {
         Ok(Self { tokens, experts, top_k, width: top_k, chosen, selection: None, weights, gate_mass_bound: None })
     }
 
-    pub(crate) fn set_gate_mass_bound(&mut self, bound: f64) {
+    /// States an upper bound on the gate mass of any assignment of at most `top_k` experts a token under the same capacity.
+    pub fn set_gate_mass_bound(&mut self, bound: f64) {
         self.gate_mass_bound = Some(bound);
     }
 
@@ -234,6 +262,10 @@ impl Assignment {
     }
 }
 
+fn out_of_range(id: i32, expected: String) -> Error {
+    Error::ExpertOutOfRange { operand: "expert ids".into(), id: id.into(), expected }
+}
+
 /// Combine weights of one token's selection, before drops.
 #[inline(always)]
 pub(crate) fn weigh(scores: &Scores, gate: &[f32], chosen: &[u16], weights: &mut [f32]) {
@@ -254,23 +286,6 @@ pub(crate) fn scale_weights(weights: &mut [f32], normalize: bool, scale: f32) {
     } else {
         // Scores near the smallest number there is: their share is a number, the factor is not.
         weights.iter_mut().for_each(|weight| *weight = *weight / sum * scale + 0.0);
-    }
-}
-
-/// Checks that the slots of a batch can be counted in 32 bits, as plans do.
-pub(crate) fn check_slots(tokens: usize, top_k: usize) -> Result<()> {
-    match tokens.checked_mul(top_k).filter(|&slots| slots < u32::MAX as usize) {
-        Some(_) => Ok(()),
-        None => Err(Error::shape("batch", "fewer than 2^32 - 1 slots", format!("{tokens} tokens · top_k {top_k}"))),
-    }
-}
-
-/// Checks `1 ≤ top_k ≤ experts`.
-pub(crate) fn check_top_k(top_k: usize, experts: usize) -> Result<()> {
-    match top_k {
-        0 => Err(Error::TopKZero),
-        _ if top_k > experts => Err(Error::TopKExceedsExperts { top_k, experts }),
-        _ => Ok(()),
     }
 }
 
@@ -308,6 +323,28 @@ mod tests {
             parts(&[1, -1], &[0.5, 0.5]).unwrap_err(),
             "combine weight is 0.5: expected a finite number, 0 in an empty slot"
         );
+    }
+
+    #[test]
+    fn a_selection_is_weighed_before_drops() {
+        use crate::routing::{capacity::Capacity, logits::Logits, router::RouteContext, scores::Scoring};
+        let logits = Logits::new(&[0.0; 8], 2, 4).unwrap();
+        let scores = Scoring::softmax().normalized(true).scores(&logits, None).unwrap();
+        let capacity = Capacity::unlimited(4).unwrap();
+        let request = RouteRequest::new(&scores, 2, &capacity, RouteContext::default()).unwrap();
+        let made = |ids: &[i32], kept: Option<&[bool]>| Assignment::from_selection(&request, ids, kept);
+        let dropped = made(&[0, 3, 2, -1], Some(&[true, false, true, true])).unwrap();
+        assert_eq!(dropped.ids().collect::<Vec<_>>(), [0, -1, 2, -1]);
+        assert_eq!((dropped.weights(), dropped.raw_selection()), (&[0.5, 0.0, 1.0, 0.0][..], &[0, 3, 2, EMPTY][..]));
+        assert_eq!(made(&[0, 1, 2, 3, -1, -1], None).unwrap().width(), 3);
+        let message = |ids: &[i32], kept: Option<&[bool]>| made(ids, kept).unwrap_err().to_string();
+        assert_eq!(message(&[0, 1], None), "selection: expected 2 tokens of 2 or more slots, got 2 values");
+        assert_eq!(message(&[0; 5], None), "selection: expected 2 tokens of 2 or more slots, got 5 values");
+        assert_eq!(message(&[0; 4], Some(&[true])), "kept slots: expected 4 values, got 1 values");
+        for bad in [4, -2, i32::MIN] {
+            let expected = format!("expert ids: expert {bad} is out of range, expected 0 to 3 or -1 (token 1)");
+            assert_eq!(message(&[0, 1, bad, 2], None), expected);
+        }
     }
 
     #[test]

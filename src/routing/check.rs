@@ -32,10 +32,11 @@
 //! Knows nothing of how good an answer is.
 
 use crate::error::{AnswerFault, Breach, Error, Result};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::metrics::gate_mass;
 use crate::routing::router::{RouteRequest, Router, TokenRequest};
 use crate::routing::scores::Scores;
+use crate::routing::slots::EMPTY;
 
 /// Experts of a token up to which each is compared with those before it; above, a table says who was seen.
 const FEW: usize = 16;
@@ -270,7 +271,7 @@ mod tests {
     fn of(top_k: usize, width: usize, ids: &[i32]) -> impl Fn(&Scores) -> Assignment {
         let raw: Vec<u16> = ids.iter().map(|&id| if id < 0 { EMPTY } else { id as u16 }).collect();
         assert_eq!(raw.len() % width, 0);
-        move |scores| Assignment::from_selection(scores, top_k, raw.clone(), None)
+        move |scores| Assignment::from_chosen(scores, top_k, raw.clone(), None)
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! The published rules, used by `top-k-arrival`, `top-k-rank`, `top-k-score` and by the routers that are blind to capacity. Knows
 //! nothing of how the selection was made.
 
-use crate::routing::assignment::EMPTY;
 use crate::routing::router::RouteRequest;
+use crate::routing::slots::EMPTY;
 
 /// Who goes when an expert or a device is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -39,11 +39,12 @@
 //!
 //! Knows nothing of prices or chains of moves.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routing::admission::{Precedence, Wish, keep_best, lay_out};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Placement;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::routing::topk::gate_choice;
 
 /// Top-k whose overflow goes to local experts with room.
@@ -59,7 +60,7 @@ impl Router for ExpandedDrop {
     }
 
     /// # Errors
-    /// [`Error::Shape`] when the placement is of another number of experts.
+    /// [`Error::Shape`](crate::error::Error::Shape) when the placement is of another number of experts.
     fn route_into(
         &self,
         request: &RouteRequest<'_>,
@@ -68,16 +69,10 @@ impl Router for ExpandedDrop {
         assignment: &mut Assignment,
     ) -> Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
-        if let Some(placement) = self.placement.as_ref().filter(|placement| placement.experts() != scores.experts()) {
-            return Err(Error::shape(
-                "placement",
-                format!("{} experts", scores.experts()),
-                format!("{} experts", placement.experts()),
-            ));
-        }
+        self.placement.as_ref().map_or(Ok(()), |placement| placement.check(scores.experts()))?;
         let mut chosen = gate_choice(request);
         let Some(limits) = request.capacity().limits() else {
-            *assignment = Assignment::from_selection(scores, top_k, chosen, None);
+            *assignment = Assignment::from_chosen(scores, top_k, chosen, None);
             return Ok(());
         };
         let (precedence, mut room) = (Precedence::new(request), limits.to_vec());
@@ -85,7 +80,7 @@ impl Router for ExpandedDrop {
         let overflow: Vec<usize> = (0..chosen.len()).filter(|&slot| !kept[slot] && chosen[slot] != EMPTY).collect();
         self.expand(request, &precedence, overflow, &mut room, &mut chosen, &mut kept);
         lay_out(request, &mut chosen, &mut kept);
-        *assignment = Assignment::from_selection(scores, top_k, chosen, Some(&kept));
+        *assignment = Assignment::from_chosen(scores, top_k, chosen, Some(&kept));
         Ok(())
     }
 }

@@ -37,8 +37,9 @@
 
 use crate::error::Result;
 use crate::routing::admission::{Precedence, Wish};
-use crate::routing::assignment::{Assignment, EMPTY, check_slots};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::{EMPTY, check_slots};
 
 /// Each expert takes the tokens that score highest with it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,7 +80,7 @@ impl Router for ExpertChoice {
             let row = picks[0].token as usize * width;
             chosen[row..].iter_mut().zip(picks).for_each(|(slot, wish)| *slot = wish.expert);
         }
-        *assignment = Assignment::from_selection(scores, request.top_k(), chosen, None);
+        *assignment = Assignment::from_chosen(scores, request.top_k(), chosen, None);
         Ok(())
     }
 }

@@ -10,10 +10,11 @@
 //! Knows nothing of what the gate wants, nor of what other tokens took: that is what makes it a baseline.
 
 use crate::error::Result;
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::routing::stream::{Stream, layer_seed};
 
 /// Experts with integer weights, ready to be drawn from: `ends[i]` is the sum of the weights up to and with entry i.
@@ -85,7 +86,7 @@ fn hash_choice(request: &RouteRequest<'_>, weights: &[u64], seed: u64) -> Vec<u1
 /// Drops what the capacity has no room for, first come first served.
 fn within_capacity(request: &RouteRequest<'_>, chosen: Vec<u16>) -> Assignment {
     let kept = keep_within(DropRule::Arrival, &chosen, request);
-    Assignment::from_selection(request.scores(), request.top_k(), chosen, Some(&kept))
+    Assignment::from_chosen(request.scores(), request.top_k(), chosen, Some(&kept))
 }
 
 /// Each expert's share of the capacity as an integer: its limit, or its part of its device's, times 2¹⁶.

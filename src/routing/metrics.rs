@@ -2,9 +2,10 @@
 //!
 //! Knows nothing of files, tables or pages; the words are those of the architecture page.
 
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
 use crate::routing::router::RouteRequest;
+use crate::routing::slots::EMPTY;
 use crate::routing::topk::gate_choice;
 
 /// Spread of loads over experts or devices, each against its share of the room: `r = load / share`, one number for each of `n`.

@@ -16,7 +16,8 @@
 
 use std::ops::Range;
 
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
+use crate::routing::slots::EMPTY;
 
 /// Kept slots sorted by expert.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -33,10 +33,11 @@
 //! router.
 
 use crate::error::Result;
-use crate::routing::assignment::{Assignment, EMPTY, weigh};
+use crate::routing::assignment::{Assignment, weigh};
 use crate::routing::capacity::Capacity;
 use crate::routing::phase::place_claims;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::routing::stream::{Stream, layer_seed};
 use crate::simd::Isa;
 

@@ -1,246 +1,115 @@
-//! The one trait behind which all routers stand, what goes into it and what comes back.
+//! The one trait behind which all routers stand, and what goes into it. To write one of your own: [`Router`].
 //!
 //! `route` is a pure function of its request, the state and the router's own configuration: same input, same output, on
 //! any number of threads. Knows nothing of any particular router.
 
-use std::any::Any;
-use std::fmt;
+use crate::error::Result;
+use crate::routing::assignment::Assignment;
+pub use crate::routing::request::{RouteContext, RouteRequest, TokenRequest};
+pub use crate::routing::state::{RouteState, Scratch};
 
-use crate::error::{Error, Result};
-use crate::expert::{ExpertSet, check_expert_count};
-use crate::routing::affinity::Affinity;
-use crate::routing::assignment::{Assignment, check_slots, check_top_k};
-use crate::routing::capacity::Capacity;
-use crate::routing::scores::{Scores, Scoring};
-use crate::simd::Isa;
-
-/// What a router may know of a batch beside its scores.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RouteContext<'a> {
-    /// Index of the layer: seeds differ per layer.
-    pub layer: usize,
-    /// Vocabulary id of each token; routers that hash use positions where there are none.
-    pub token_ids: Option<&'a [u32]>,
-    /// True for padding tokens: they get no expert and take no room.
-    pub padding: Option<&'a [bool]>,
-    /// Number of this forward pass, or of the token in decode: what recent use is measured in.
-    pub step: u64,
-    /// Experts of this layer that are in fast memory, by the logical cache; `None` where nobody keeps one.
-    pub resident: Option<&'a ExpertSet>,
-}
-
-impl RouteContext<'_> {
-    /// Checks that it is one of `tokens` tokens in a layer of `experts`.
-    fn check(&self, tokens: usize, experts: usize) -> Result<()> {
-        let lengths = [("token ids", self.token_ids.map(<[u32]>::len)), ("padding", self.padding.map(<[bool]>::len))];
-        for (operand, length) in lengths {
-            if let Some(length) = length.filter(|&length| length != tokens) {
-                return Err(Error::shape(operand, format!("{tokens} tokens"), format!("{length} values")));
-            }
-        }
-        match self.resident.map(ExpertSet::experts).filter(|&resident| resident != experts) {
-            Some(resident) => Err(Error::shape(
-                "resident experts",
-                format!("a set of {experts} experts"),
-                format!("one of {resident}"),
-            )),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A checked request: scores, slots per token, room, context.
-#[derive(Clone, Copy, Debug)]
-pub struct RouteRequest<'a> {
-    scores: &'a Scores,
-    top_k: usize,
-    capacity: &'a Capacity,
-    context: RouteContext<'a>,
-}
-
-impl<'a> RouteRequest<'a> {
-    /// Checks that the parts belong together.
-    ///
-    /// # Errors
-    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Shape`] for 2^32 slots or more, when the capacity is for another number of
-    /// experts, the resident set of another layer, or token ids or padding for another number of tokens.
-    pub fn new(scores: &'a Scores, top_k: usize, capacity: &'a Capacity, context: RouteContext<'a>) -> Result<Self> {
-        check_top_k(top_k, scores.experts())?;
-        check_slots(scores.tokens(), top_k)?;
-        if capacity.experts() != scores.experts() {
-            return Err(Error::shape(
-                "capacity",
-                format!("{} experts", scores.experts()),
-                format!("{} experts", capacity.experts()),
-            ));
-        }
-        context.check(scores.tokens(), scores.experts())?;
-        Ok(Self { scores, top_k, capacity, context })
-    }
-
-    /// Gate scores, `[tokens, experts]`.
-    pub fn scores(&self) -> &'a Scores {
-        self.scores
-    }
-
-    /// Slots per token.
-    pub fn top_k(&self) -> usize {
-        self.top_k
-    }
-
-    /// Room per expert or device.
-    pub fn capacity(&self) -> &'a Capacity {
-        self.capacity
-    }
-
-    /// Layer, token ids, padding.
-    pub fn context(&self) -> RouteContext<'a> {
-        self.context
-    }
-
-    /// True for a padding token.
-    pub fn is_padding(&self, token: usize) -> bool {
-        self.context.padding.is_some_and(|padding| padding[token])
-    }
-
-    /// Tokens that are not padding.
-    pub fn live_tokens(&self) -> usize {
-        self.scores.tokens() - self.context.padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count())
-    }
-}
-
-/// One token in decode, straight from its logits, where nothing limits it: no capacity, no selection bias, no padding.
-#[derive(Clone, Copy, Debug)]
-pub struct TokenRequest<'a> {
-    logits: &'a [f32],
-    scoring: Scoring,
-    top_k: usize,
-    context: RouteContext<'a>,
-}
-
-impl<'a> TokenRequest<'a> {
-    /// Checks that the parts belong together. The values of `logits` (`[experts]`) are not looked at: NaN and +∞ are no token
-    /// for [`Router::route_token`], which answers `false`, and [`Logits::new`](crate::routing::logits::Logits::new) names them.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Parameter`] for a scale that is not
-    /// finite; [`Error::Shape`] for a resident set of another layer, and for token ids or padding of another number of tokens.
-    #[inline]
-    pub fn new(logits: &'a [f32], scoring: Scoring, top_k: usize, context: RouteContext<'a>) -> Result<Self> {
-        check_expert_count(logits.len())?;
-        check_top_k(top_k, logits.len())?;
-        scoring.check_scale()?;
-        context.check(1, logits.len())?;
-        Ok(Self { logits, scoring, top_k, context })
-    }
-
-    /// The token's logits, `[experts]`: −∞ is a mask; NaN and +∞ may be among them.
-    pub fn logits(&self) -> &'a [f32] {
-        self.logits
-    }
-
-    /// How logits become scores and combine weights.
-    pub fn scoring(&self) -> &Scoring {
-        &self.scoring
-    }
-
-    /// Slots of the token.
-    pub fn top_k(&self) -> usize {
-        self.top_k
-    }
-
-    /// Layer, step, resident experts.
-    pub fn context(&self) -> RouteContext<'a> {
-        self.context
-    }
-}
-
-/// What a layer's router carries from one batch to the next; start with `RouteState::default()`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct RouteState {
-    /// Price per pool (expert or device) of the last batch; empty before the first.
-    pub(crate) prices: Vec<f32>,
-    /// How far apart the last held and the first refused expert of its rows were, in the mean.
-    pub(crate) gap: f64,
-    pub(crate) sweeps: usize,
-    /// Running range of the selection scores; `None` before the first batch.
-    pub(crate) score_range: Option<f64>,
-    /// Recent use of the experts; `None` before the first batch.
-    pub(crate) affinity: Option<Affinity>,
-    /// What the bonus controller has come to; `None` where there is none.
-    pub(crate) bonus: Option<f64>,
-}
-
-impl RouteState {
-    /// Sweeps over the whole batch that the phase router made for the last one: the fewer, the better its old prices were.
-    pub fn sweeps(&self) -> usize {
-        self.sweeps
-    }
-
-    /// Price per expert or device that the last batch ended with; empty before the first.
-    pub fn prices(&self) -> &[f32] {
-        &self.prices
-    }
-
-    /// Running mean of the tokens' ranges of selection scores (best minus worst allowed one): the unit of the residency
-    /// bonus. `None` before a memory-aware router saw a batch.
-    pub fn score_range(&self) -> Option<f64> {
-        self.score_range
-    }
-
-    /// How much each expert was used of late; `None` before a memory-aware router saw a batch.
-    pub fn affinity(&self) -> Option<&Affinity> {
-        self.affinity.as_ref()
-    }
-
-    /// The residency bonus that the controller has come to, in units of [`RouteState::score_range`]; `None` without one.
-    pub fn bonus(&self) -> Option<f64> {
-        self.bonus
-    }
-}
-
-/// Buffers that routers reuse from call to call; one serves any number of layers and routers, one call at a time.
-/// What it holds never decides anything.
-#[derive(Default)]
-pub struct Scratch {
-    isa: Isa,
-    buffers: Vec<Box<dyn Any + Send>>,
-}
-
-impl Scratch {
-    /// Scratch of routers that are to run on `isa` rather than on the widest instructions there are.
-    pub fn on(isa: Isa) -> Self {
-        Self { isa, buffers: Vec::new() }
-    }
-
-    /// The instructions that routers run on.
-    pub fn isa(&self) -> Isa {
-        self.isa
-    }
-
-    /// The buffers of type `T`, made at the first call.
-    pub fn of<T: Any + Default + Send>(&mut self) -> &mut T {
-        let known = self.buffers.iter().position(|buffers| buffers.is::<T>());
-        let at = known.unwrap_or_else(|| {
-            self.buffers.push(Box::<T>::default());
-            self.buffers.len() - 1
-        });
-        match self.buffers[at].downcast_mut() {
-            Some(buffers) => buffers,
-            None => unreachable!("buffers were found by their type"),
-        }
-    }
-}
-
-impl fmt::Debug for Scratch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Scratch({}, {} kinds of buffers)", self.isa, self.buffers.len())
-    }
-}
-
-/// Chooses experts for the tokens of a batch.
+/// Chooses experts for the tokens of a batch. A router of another crate can do all that those of this one do.
+///
+/// What an answer must be, which [`check`](crate::routing::check::check) holds before any user of a router in this crate makes
+/// something of it:
+///
+/// 1. *Size.* A row per token, of `top_k` slots; of more where [`Router::keeps_top_k`] is false.
+/// 2. *Padding.* A padding token gets no expert and takes no room.
+/// 3. *Masks.* An expert whose selection score is −∞ is never chosen: it is masked, or in a group that the token may not use.
+/// 4. *Distinct.* No token has an expert twice.
+/// 5. *Weights.* The router has them made: of the gate scores of what was selected, before slots were dropped, so that no slot's
+///    weight goes to its neighbours. [`Assignment::from_selection`] does just that, and keeps the selection, which the balance
+///    losses of training look at.
+/// 6. *Limits.* No load exceeds the request's capacity, where [`Router::respects_capacity`] is true.
+/// 7. *Bound.* Optional ([`Assignment::set_gate_mass_bound`]): no assignment of at most `top_k` experts a token under the same
+///    capacity has more gate mass.
+///
+/// What a router must be:
+///
+/// 8. *Pure.* The answer depends on the request, the state and the router's settings alone: no clock, no global, no thread.
+/// 9. *Stateful through its state only.* A [`RouteState`] belongs to one layer; [`RouteState::of`] keeps whatever the router
+///    remembers. It may have seen another layer or router before: what does not fit is started anew.
+/// 10. *Whole.* It answers every valid request: no tokens, all experts masked, no room at all. What it cannot do is an error.
+/// 11. *Named.* One lower-case name, for tables and errors.
+///
+/// Defaults: it respects capacity and keeps `top_k`; [`Router::route`] makes buffers for one call; [`Router::route_token`] has no
+/// short way.
+///
+/// ```
+/// use phase_moe::error::Result;
+/// use phase_moe::routing::assignment::Assignment;
+/// use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};
+///
+/// /// Top-k that likes an expert less the more it was used of late; slots past the capacity are dropped by arrival.
+/// struct Fresh {
+///     /// What full use costs, as a score.
+///     penalty: f32,
+/// }
+///
+/// /// Moving average of each expert's share of the tokens.
+/// #[derive(Clone, Debug, Default, PartialEq)]
+/// struct Use(Vec<f32>);
+///
+/// impl Router for Fresh {
+///     fn name(&self) -> &'static str {
+///         "fresh"
+///     }
+///
+///     fn route_into(
+///         &self,
+///         request: &RouteRequest<'_>,
+///         state: &mut RouteState,
+///         _scratch: &mut Scratch,
+///         assignment: &mut Assignment,
+///     ) -> Result<()> {
+///         let (scores, capacity, top_k) = (request.scores(), request.capacity(), request.top_k());
+///         let Use(used) = state.of();
+///         used.resize(scores.experts(), 0.0);
+///         let mut room = capacity.limits().map(<[u32]>::to_vec);
+///         let slots = scores.tokens() * top_k;
+///         let (mut selection, mut kept, mut bound) = (vec![-1; slots], vec![true; slots], 0.0);
+///         for token in (0..scores.tokens()).filter(|&token| !request.is_padding(token)) {
+///             let worth = |expert: usize| scores.selection(token)[expert] - self.penalty * used[expert];
+///             let mut experts: Vec<usize> =
+///                 (0..scores.experts()).filter(|&expert| scores.is_allowed(token, expert)).collect();
+///             experts.sort_by(|&a, &b| worth(b).total_cmp(&worth(a)));
+///             for (slot, &expert) in (token * top_k..(token + 1) * top_k).zip(&experts) {
+///                 selection[slot] = expert as i32;
+///                 if let Some(room) = &mut room {
+///                     let room = &mut room[capacity.pool_of(expert as u16)];
+///                     kept[slot] = *room > 0;
+///                     *room = room.saturating_sub(1);
+///                 }
+///             }
+///             // None keeps more of a token than its best gate scores.
+///             let mut gate = scores.gate(token).to_vec();
+///             gate.sort_by(|a, b| b.total_cmp(a));
+///             bound += gate[..top_k].iter().map(|&score| f64::from(score)).sum::<f64>();
+///         }
+///         *assignment = Assignment::from_selection(request, &selection, Some(&kept))?;
+///         assignment.set_gate_mass_bound(bound);
+///         let share = 0.1 / request.live_tokens().max(1) as f32;
+///         used.iter_mut().for_each(|used| *used *= 0.9);
+///         assignment.load().iter().zip(used).for_each(|(&load, used)| *used += share * load as f32);
+///         Ok(())
+///     }
+/// }
+///
+/// use phase_moe::routing::{capacity::Capacity, check::check, logits::Logits, router::RouteContext, scores::Scoring};
+///
+/// let scores = Scoring::softmax().scores(&Logits::new(&[2.0, 1.9, 0.0, 2.0, 1.9, 0.0], 2, 3)?, None)?;
+/// let capacity = Capacity::per_expert(vec![1, 2, 2])?;
+/// let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
+/// let (router, mut state) = (Fresh { penalty: 1.0 }, RouteState::default());
+/// for wanted in [[0, -1], [1, 1]] {
+///     let assignment = router.route(&request, &mut state)?;
+///     check(&router, &request, &assignment)?;
+///     assert_eq!(assignment.ids().collect::<Vec<_>>(), wanted);
+/// }
+/// # Ok::<(), phase_moe::error::Error>(())
+/// ```
 pub trait Router: Send + Sync {
-    /// Its name on the command line.
+    /// Its name, as on the command line.
     fn name(&self) -> &'static str;
 
     /// True when no load ever exceeds the request's capacity.

@@ -5,10 +5,11 @@
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::routing::assignment::{Assignment, EMPTY, weigh};
+use crate::routing::assignment::{Assignment, weigh};
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use crate::routing::select::{Hint, Selector, copy_few};
+use crate::routing::slots::EMPTY;
 use crate::routing::token::choose_one;
 use crate::simd::{Isa, Kernel, Lanes};
 
@@ -114,7 +115,7 @@ impl Router for TopK {
         };
         let chosen = gate_choice(request);
         let kept = keep_within(rule, &chosen, request);
-        *assignment = Assignment::from_selection(request.scores(), request.top_k(), chosen, Some(&kept));
+        *assignment = Assignment::from_chosen(request.scores(), request.top_k(), chosen, Some(&kept));
         Ok(())
     }
     #[inline]

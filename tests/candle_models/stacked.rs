@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use phase_moe::decoder::unstacked;
+use phase_moe::decoder::unstacked::unstacked_var_builder;
 use phase_moe::spec::ExpertNames;
 use phase_moe::zoo;
 use serde_json::json;
@@ -53,7 +53,7 @@ fn compare(directory: &Path, family: &str) {
         let stacks = stacked(directory, names, order);
         let checkpoint = Arc::new(Checkpoint::open(stacks.path()).unwrap());
         assert!(checkpoint.tensors().keys().all(|name| !name.contains("experts.0.")));
-        let builder = || unstacked::var_builder(checkpoint.clone(), names.clone(), DType::F32, &Device::Cpu);
+        let builder = || unstacked_var_builder(checkpoint.clone(), names.clone(), DType::F32, &Device::Cpu);
         let build = || theirs(&for_candle(&config), builder()).unwrap();
         assert_same(&single, family, build);
         let ids = Tensor::new(golden(family, 1).0, &Device::Cpu).unwrap().unsqueeze(0).unwrap();

@@ -268,11 +268,13 @@ impl Case {
                 let shares = match &placement {
                     None => Shares::PerExpert { profile, seed: self.seed },
                     Some(placement) => {
-                        let devices = placement.devices().min(experts);
-                        Shares::PerDevice { speeds: (1..=devices).map(|device| 1.0 + device as f64).collect() }
+                        let speeds = (1..=placement.devices()).map(|device| 1.0 + device as f64).collect();
+                        Shares::Placed { placement: placement.clone(), speeds }
                     }
                 };
-                let rule = CapacityRule { factor: f64::from(percent) / 100.0, rounding, shares, minimum_mean: 0.0 };
+                let rule = CapacityRule::new(f64::from(percent) / 100.0, shares)
+                    .with_rounding(rounding)
+                    .with_minimum_mean(0.0);
                 rule.capacity(live, experts, self.top_k()).unwrap()
             }
             _ => match placement {

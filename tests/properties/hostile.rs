@@ -38,8 +38,8 @@ fn identical_rows_keep_the_closed_form() {
         for factor in [0.3, 0.8, 1.0, 1.25, 3.0] {
             for devices in [0, 4] {
                 let rule = match devices {
-                    0 => CapacityRule { minimum_mean: 0.0, ..CapacityRule::per_expert(factor) },
-                    _ => CapacityRule { minimum_mean: 0.0, ..CapacityRule::per_device(factor, devices) },
+                    0 => CapacityRule::per_expert(factor).with_minimum_mean(0.0),
+                    _ => CapacityRule::per_device(factor, devices).with_minimum_mean(0.0),
                 };
                 let capacity = rule.capacity(tokens, experts, top_k).unwrap();
                 // Fill the experts from the best on: each up to its room and the tokens, all up to the slots.

@@ -114,7 +114,7 @@ fn rules_share_what_they_say() {
             let speeds: Vec<f64> = (0..devices as u64).map(speed).collect();
             (speeds.clone(), Shares::PerDevice { speeds })
         };
-        let rule = CapacityRule { factor, rounding, shares, minimum_mean };
+        let rule = CapacityRule::new(factor, shares).with_rounding(rounding).with_minimum_mean(minimum_mean);
         let capacity = rule.capacity(tokens, experts, top_k).unwrap();
         let demand = (tokens * top_k) as f64;
         assert_eq!(capacity.experts(), experts);

@@ -29,8 +29,9 @@ use std::collections::{BinaryHeap, VecDeque};
 
 use crate::error::{Error, Result};
 use crate::routing::admission::Precedence;
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::routing::topk::gate_choice;
 
 /// How much finer each ε is than the one before.
@@ -80,7 +81,7 @@ impl Router for Auction {
     ) -> Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
         let Some(limits) = request.capacity().limits() else {
-            *assignment = Assignment::from_selection(scores, top_k, gate_choice(request), None);
+            *assignment = Assignment::from_chosen(scores, top_k, gate_choice(request), None);
             return Ok(());
         };
         let mut market = Market::new(request, limits);

@@ -5,8 +5,9 @@
 //! close it came.
 
 use crate::routing::admission::lay_out;
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::RouteRequest;
+use crate::routing::slots::EMPTY;
 
 pub mod auction;
 pub mod sinkhorn;
@@ -32,5 +33,5 @@ fn assignment(request: &RouteRequest<'_>, mut chosen: Vec<u16>, mut kept: Vec<bo
         }
     }
     lay_out(request, &mut chosen, &mut kept);
-    Assignment::from_selection(scores, top_k, chosen, Some(&kept))
+    Assignment::from_chosen(scores, top_k, chosen, Some(&kept))
 }

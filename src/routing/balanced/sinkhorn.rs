@@ -25,8 +25,9 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::routing::admission::{Precedence, keep_best};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::EMPTY;
 use crate::routing::topk::gate_choice;
 
 /// Shares of rows are summed in this fraction of 1: 2^32 rows fit in 64 bits.
@@ -82,7 +83,7 @@ impl Router for Sinkhorn {
     ) -> Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
         let Some(limits) = request.capacity().limits() else {
-            *assignment = Assignment::from_selection(scores, top_k, gate_choice(request), None);
+            *assignment = Assignment::from_chosen(scores, top_k, gate_choice(request), None);
             return Ok(());
         };
         let matrix = Matrix::new(request, limits);

@@ -45,10 +45,11 @@ use self::swap::{Swaps, Terms, is_in, set_bit};
 use crate::error::{Error, Result};
 use crate::expert::ExpertId;
 use crate::routing::affinity::{Affinity, Decay};
-use crate::routing::assignment::{Assignment, EMPTY};
+use crate::routing::assignment::Assignment;
 use crate::routing::phase::PhaseRouter;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch, TokenRequest};
 use crate::routing::select::Selector;
+use crate::routing::slots::EMPTY;
 use crate::routing::topk::choose;
 use crate::simd::Isa;
 
@@ -333,6 +334,7 @@ fn gather_near(request: &RouteRequest<'_>, terms: &Terms, chosen: &[u16], near: 
 fn swap_all(request: &RouteRequest<'_>, terms: &Terms, buffers: &mut Buffers, chosen: &mut [u16]) {
     let (scores, top_k) = (request.scores(), request.top_k());
     let Buffers { near, before, first, swaps, .. } = buffers;
+    swaps.reserve(top_k);
     gather_near(request, terms, chosen, near);
     let mut pass = |near: &[u64], chosen: &mut [u16]| {
         let mut swapped = false;

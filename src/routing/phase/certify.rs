@@ -8,9 +8,9 @@
 
 use super::problem::UNIT;
 use crate::error::{Error, Result};
-use crate::routing::assignment::EMPTY;
 use crate::routing::router::RouteRequest;
 use crate::routing::select::{Hint, Selector};
+use crate::routing::slots::EMPTY;
 
 /// A value after a price is rounded to `f32` once, by at most one part in 2^24 of itself.
 const ROUNDING: f64 = 1.0 + 1.0 / (1u64 << 23) as f64;

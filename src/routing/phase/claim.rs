@@ -13,7 +13,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::problem::Problem;
-use crate::routing::assignment::EMPTY;
+use crate::routing::slots::EMPTY;
 use crate::simd::select::largest_below;
 use crate::simd::{Isa, Kernel, Lanes};
 

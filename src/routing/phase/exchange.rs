@@ -14,7 +14,7 @@
 use super::claim::Holding;
 use super::cycle::{FAR, NEVER, least, rings};
 use super::problem::Problem;
-use crate::routing::assignment::EMPTY;
+use crate::routing::slots::EMPTY;
 
 /// The largest score in integer units: `f32` scores down to 2^−16 of it are exact.
 const LARGEST: f64 = (1u64 << 40) as f64;

@@ -8,8 +8,8 @@
 
 use super::claim::Holding;
 use super::problem::Problem;
-use crate::routing::assignment::EMPTY;
 use crate::routing::router::RouteRequest;
+use crate::routing::slots::EMPTY;
 use crate::simd::Isa;
 
 /// Where a path may end.

@@ -8,7 +8,7 @@
 use super::claim::Holding;
 use super::exchange::Exchange;
 use super::problem::Problem;
-use crate::routing::assignment::EMPTY;
+use crate::routing::slots::EMPTY;
 
 /// Steps for a batch of any size; enough for the optimum of a batch of some hundred tokens.
 const WORK: u64 = 1 << 24;

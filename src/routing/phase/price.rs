@@ -13,8 +13,8 @@
 use rayon::prelude::*;
 
 use super::problem::{Problem, UNIT};
-use crate::routing::assignment::EMPTY;
 use crate::routing::select::{Hint, Selector, copy_few};
+use crate::routing::slots::EMPTY;
 use crate::simd::{Kernel, LANES, Lanes};
 
 /// Refused experts that a sweep looks at beyond the last held one.

@@ -206,12 +206,19 @@ fn case() -> impl Strategy<Value = Case> {
     )
 }
 
+/// The state of a layer whose last batch ended with these prices.
+fn with_prices(prices: &[f32]) -> RouteState {
+    let mut state = RouteState::default();
+    state.prices.extend_from_slice(prices);
+    state
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
     fn slots_served_tokens_and_bound_are_exact(case in case()) {
-        case.with(|request| check(request, &mut RouteState { prices: case.prices.clone(), ..RouteState::default() }));
+        case.with(|request| check(request, &mut with_prices(&case.prices)));
     }
 
     #[test]
@@ -258,7 +265,7 @@ proptest! {
             let just = Capacity::per_expert(load).unwrap();
             let just = RouteRequest::new(request.scores(), case.top_k, &just, request.context()).unwrap();
             for request in [free, just] {
-                let mut state = RouteState { prices: case.prices.clone(), ..RouteState::default() };
+                let mut state = with_prices(&case.prices);
                 let ours = PhaseRouter::default().route(&request, &mut state).unwrap();
                 assert_eq!((ours.raw(), bits(&ours)), (gate.raw(), bits(&gate)));
                 if case.bias.is_none() {

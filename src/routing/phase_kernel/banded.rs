@@ -11,12 +11,13 @@
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
-use crate::routing::assignment::{Assignment, EMPTY, check_top_k};
+use crate::routing::assignment::Assignment;
 use crate::routing::drop::{DropRule, keep_within};
 use crate::routing::metrics::expert_shares;
 use crate::routing::phase_kernel::draws::permutations;
 use crate::routing::phase_kernel::ring::{PhaseRing, PhaseSide};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
+use crate::routing::slots::{EMPTY, check_top_k};
 use crate::routing::stream::layer_seed;
 
 /// The published fused phase kernel in its many-tokens form.
@@ -136,7 +137,7 @@ impl Router for PhaseKernel {
             chosen[token * top_k..(token + 1) * top_k].copy_from_slice(row);
         }
         let kept = keep_within(DropRule::Arrival, &chosen, request);
-        *assignment = Assignment::from_selection(scores, top_k, chosen, Some(&kept));
+        *assignment = Assignment::from_chosen(scores, top_k, chosen, Some(&kept));
         Ok(())
     }
 }

@@ -1,22 +1,6 @@
-//! Capacity: how many slots each expert, or each device, has room for in one batch.
+//! The capacity of a batch from its size: [`CapacityRule`].
 //!
-//! A [`Capacity`] holds integers; a [`CapacityRule`] makes one for a batch from a capacity factor. Limits belong to
-//! **pools**: a pool is one expert, or one device with all the experts [`Placement`] puts on it.
-//!
-//! ```
-//! use phase_moe::routing::capacity::{CapacityRule, Rounding};
-//!
-//! // 100 tokens, 8 experts, top 2: 200 slots, 25 an expert at factor 1.0.
-//! let capacity = CapacityRule::per_expert(1.0).capacity(100, 8, 2)?;
-//! assert_eq!(capacity.limits(), Some(&[25; 8][..]));
-//!
-//! // 200 slots over 3 devices cannot be equal: exact shares sum to 200, published systems round each up.
-//! let exact = CapacityRule::per_device(1.0, 3).capacity(100, 9, 2)?;
-//! assert_eq!(exact.limits(), Some(&[67, 67, 66][..]));
-//! let ceil = CapacityRule { rounding: Rounding::Ceil, ..CapacityRule::per_device(1.0, 3) }.capacity(100, 9, 2)?;
-//! assert_eq!(ceil.limits(), Some(&[67, 67, 67][..]));
-//! # Ok::<(), phase_moe::error::Error>(())
-//! ```
+//! `limit of a pool = factor · slots · share of the pool`, made an integer by [`Rounding`].
 //!
 //! Knows nothing of scores or routers.
 
@@ -26,174 +10,8 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
-
-/// Which device each expert lives on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placement {
-    device_of: Vec<u16>,
-    devices: usize,
-}
-
-impl Placement {
-    /// Any placement: `device_of[expert]` is below `devices`. A device may hold no expert.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`] for no or too many experts, [`Error::Parameter`] for no devices, more than 65,535, or a
-    /// device out of range.
-    pub fn new(device_of: Vec<u16>, devices: usize) -> Result<Self> {
-        check_expert_count(device_of.len())?;
-        if devices == 0 || devices > usize::from(u16::MAX) {
-            return Err(Error::parameter("devices", devices, "1 to 65535"));
-        }
-        if let Some(device) = device_of.iter().find(|&&device| usize::from(device) >= devices) {
-            return Err(Error::parameter("device of an expert", device, format!("below devices {devices}")));
-        }
-        Ok(Self { device_of, devices })
-    }
-
-    /// Experts in `devices` contiguous groups, the first ones one expert larger where they do not divide.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`] for no or too many experts, [`Error::Parameter`] for no devices or more than experts.
-    pub fn contiguous(experts: usize, devices: usize) -> Result<Self> {
-        check_expert_count(experts)?;
-        if devices == 0 || devices > experts {
-            return Err(Error::parameter("devices", devices, format!("1 to experts {experts}")));
-        }
-        let (share, larger) = (experts / devices, experts % devices);
-        let sizes = (0..devices).map(|device| share + usize::from(device < larger));
-        let device_of = sizes.enumerate().flat_map(|(device, size)| std::iter::repeat_n(device as u16, size)).collect();
-        Self::new(device_of, devices)
-    }
-
-    /// Experts placed.
-    pub fn experts(&self) -> usize {
-        self.device_of.len()
-    }
-
-    /// Devices there are.
-    pub fn devices(&self) -> usize {
-        self.devices
-    }
-
-    /// Experts on each device, `[devices]`.
-    pub fn sizes(&self) -> Vec<usize> {
-        let mut sizes = vec![0; self.devices];
-        self.device_of.iter().for_each(|&device| sizes[usize::from(device)] += 1);
-        sizes
-    }
-
-    /// Device of each expert, `[experts]`.
-    pub fn device_of(&self) -> &[u16] {
-        &self.device_of
-    }
-}
-
-/// Room for slots in one batch: per expert, per device, or without limit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Capacity(Room);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Room {
-    Unlimited { experts: usize },
-    PerExpert { limits: Vec<u32> },
-    PerDevice { placement: Placement, limits: Vec<u32> },
-}
-
-impl Capacity {
-    /// Room for everything.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`] for no or too many experts.
-    pub fn unlimited(experts: usize) -> Result<Self> {
-        check_expert_count(experts)?;
-        Ok(Self(Room::Unlimited { experts }))
-    }
-
-    /// `limits[expert]` slots per expert; 0 is allowed.
-    ///
-    /// # Errors
-    /// [`Error::ExpertCount`] for no or too many experts.
-    pub fn per_expert(limits: Vec<u32>) -> Result<Self> {
-        check_expert_count(limits.len())?;
-        Ok(Self(Room::PerExpert { limits }))
-    }
-
-    /// `limits[device]` slots for all experts of a device together; 0 is allowed.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when there is not one limit per device.
-    pub fn per_device(placement: Placement, limits: Vec<u32>) -> Result<Self> {
-        if limits.len() != placement.devices() {
-            return Err(Error::shape(
-                "device capacities",
-                format!("{} devices", placement.devices()),
-                format!("{} values", limits.len()),
-            ));
-        }
-        Ok(Self(Room::PerDevice { placement, limits }))
-    }
-
-    /// Experts of the layer it is for.
-    pub fn experts(&self) -> usize {
-        match &self.0 {
-            Room::Unlimited { experts } => *experts,
-            Room::PerExpert { limits } => limits.len(),
-            Room::PerDevice { placement, .. } => placement.experts(),
-        }
-    }
-
-    /// Slots per pool (expert or device); `None` without limit.
-    pub fn limits(&self) -> Option<&[u32]> {
-        match &self.0 {
-            Room::Unlimited { .. } => None,
-            Room::PerExpert { limits } | Room::PerDevice { limits, .. } => Some(limits),
-        }
-    }
-
-    /// Where experts live, if the limits are per device.
-    pub fn placement(&self) -> Option<&Placement> {
-        match &self.0 {
-            Room::PerDevice { placement, .. } => Some(placement),
-            _ => None,
-        }
-    }
-
-    /// Pool of an expert: its device, or itself.
-    ///
-    /// # Panics
-    /// When the limits are per device and `expert` is not below [`Capacity::experts`].
-    pub fn pool_of(&self, expert: u16) -> usize {
-        match &self.0 {
-            Room::PerDevice { placement, .. } => usize::from(placement.device_of[usize::from(expert)]),
-            _ => usize::from(expert),
-        }
-    }
-
-    /// Experts in each pool, `[pools]`.
-    pub fn pool_sizes(&self) -> Vec<usize> {
-        match &self.0 {
-            Room::PerDevice { placement, .. } => placement.sizes(),
-            _ => vec![1; self.experts()],
-        }
-    }
-
-    /// Sum of the limits; `None` without limit.
-    pub fn total(&self) -> Option<u64> {
-        Some(self.limits()?.iter().map(|&limit| u64::from(limit)).sum())
-    }
-
-    /// Slots that can be kept when no expert is masked: `min(N·k, Σ_p min(C_p, N·experts of p))`, the maximum flow.
-    pub fn feasible_slots(&self, tokens: usize, top_k: usize) -> u64 {
-        let demand = tokens as u64 * top_k as u64;
-        let Some(limits) = self.limits() else { return demand };
-        let room = limits
-            .iter()
-            .zip(self.pool_sizes())
-            .map(|(&limit, size)| u64::from(limit).min(tokens as u64 * size as u64));
-        demand.min(room.sum())
-    }
-}
+use crate::routing::capacity::limits::Capacity;
+use crate::routing::capacity::placement::Placement;
 
 /// How shares of the slots become integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -253,15 +71,11 @@ impl std::str::FromStr for Profile {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|profile| profile.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "profile",
-            got: name.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
+        Error::by_name("profile", &Self::ALL, Self::name, name)
     }
 }
 
-/// Whose room is limited, and in which proportion.
+/// Which pools are limited, and in which proportion.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Shares {
     /// Every expert, in the proportions of a profile shuffled by a seed.
@@ -276,16 +90,47 @@ pub enum Shares {
         /// One positive number per device.
         speeds: Vec<f64>,
     },
+    /// Experts wherever a placement puts them.
+    Placed {
+        /// The device of each expert.
+        placement: Placement,
+        /// One positive number per device.
+        speeds: Vec<f64>,
+    },
+}
+
+impl Shares {
+    /// Relative capacity per device; `None` where limits are per expert.
+    pub fn speeds(&self) -> Option<&[f64]> {
+        match self {
+            Self::PerExpert { .. } => None,
+            Self::PerDevice { speeds } | Self::Placed { speeds, .. } => Some(speeds),
+        }
+    }
+
+    /// Where the experts of a layer live; `None` where limits are per expert.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a placement of another number of experts, [`Error::Parameter`] for no devices or more contiguous
+    /// groups than experts; [`Error::ExpertCount`].
+    pub fn placement(&self, experts: usize) -> Result<Option<Placement>> {
+        match self {
+            Self::PerExpert { .. } => Ok(None),
+            Self::PerDevice { speeds } => Placement::contiguous(experts, speeds.len()).map(Some),
+            Self::Placed { placement, .. } => placement.check(experts).map(|()| Some(placement.clone())),
+        }
+    }
 }
 
 /// Makes the [`Capacity`] of a batch from its size.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct CapacityRule {
     /// Total room over demand: 1.0 leaves exactly as much room as there are slots.
     pub factor: f64,
     /// How shares become integers.
     pub rounding: Rounding,
-    /// Whose room, in which proportion.
+    /// Which pools, in which proportion.
     pub shares: Shares,
     /// Below this many slots per pool on average there is no limit: a share of one slot would throw the gate's choice
     /// away. Decoding one sequence is always below it.
@@ -296,26 +141,42 @@ impl CapacityRule {
     /// Mean slots per pool below which no limit applies, unless a rule says otherwise.
     pub const DEFAULT_MINIMUM_MEAN: f64 = 4.0;
 
+    /// Limits in these proportions, exact. What makes no sense is an error of [`CapacityRule::capacity`].
+    pub fn new(factor: f64, shares: Shares) -> Self {
+        Self { factor, rounding: Rounding::Exact, shares, minimum_mean: Self::DEFAULT_MINIMUM_MEAN }
+    }
+
     /// Equal limits per expert, exact.
     pub fn per_expert(factor: f64) -> Self {
-        Self {
-            factor,
-            rounding: Rounding::Exact,
-            shares: Shares::PerExpert { profile: Profile::Uniform, seed: 0 },
-            minimum_mean: Self::DEFAULT_MINIMUM_MEAN,
-        }
+        Self::new(factor, Shares::PerExpert { profile: Profile::Uniform, seed: 0 })
     }
 
     /// Equal limits for `devices` contiguous groups of experts, exact.
     pub fn per_device(factor: f64, devices: usize) -> Self {
-        Self { shares: Shares::PerDevice { speeds: vec![1.0; devices] }, ..Self::per_expert(factor) }
+        Self::new(factor, Shares::PerDevice { speeds: vec![1.0; devices] })
+    }
+
+    /// Limits for devices that hold any experts, in proportion to their `speeds`, exact.
+    pub fn placed(factor: f64, placement: Placement, speeds: Vec<f64>) -> Self {
+        Self::new(factor, Shares::Placed { placement, speeds })
+    }
+
+    /// The same with shares made integers in another way.
+    pub fn with_rounding(self, rounding: Rounding) -> Self {
+        Self { rounding, ..self }
+    }
+
+    /// The same with limits from another mean number of slots per pool on; 0 limits every batch.
+    pub fn with_minimum_mean(self, minimum_mean: f64) -> Self {
+        Self { minimum_mean, ..self }
     }
 
     /// The capacity of a batch of `tokens` (padding not counted) in a layer of `experts` with `top_k` slots a token.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a factor or speed that is NaN, infinite or not positive, and for more devices than
-    /// experts; [`Error::ExpertCount`].
+    /// experts; [`Error::Shape`] for a placement of another number of experts, and for another number of speeds than devices;
+    /// [`Error::ExpertCount`].
     pub fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
         check_expert_count(experts)?;
         if !(self.factor.is_finite() && self.factor > 0.0) {
@@ -324,18 +185,18 @@ impl CapacityRule {
         if self.minimum_mean.is_nan() || self.minimum_mean < 0.0 {
             return Err(Error::parameter("minimum mean of slots per pool", self.minimum_mean, "0 or more"));
         }
-        let (weights, placement): (Vec<f64>, _) = match &self.shares {
-            Shares::PerExpert { profile, seed } => (profile.weights(experts, *seed), None),
-            Shares::PerDevice { speeds } => {
-                if let Some(bad) = speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
-                    return Err(Error::parameter("device speed", bad, "a positive finite number"));
-                }
-                // Divided by the fastest, so that no sum of them overflows.
-                let fastest = speeds.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
-                let relative = speeds.iter().map(|speed| speed / fastest).collect();
-                (relative, Some(Placement::contiguous(experts, speeds.len())?))
-            }
+        let placement = self.shares.placement(experts)?;
+        let weights = match &self.shares {
+            Shares::PerExpert { profile, seed } => profile.weights(experts, *seed),
+            Shares::PerDevice { speeds } | Shares::Placed { speeds, .. } => relative(speeds)?,
         };
+        if let Some(devices) = placement.as_ref().map(Placement::devices).filter(|&devices| devices != weights.len()) {
+            return Err(Error::shape(
+                "device speeds",
+                format!("{devices} devices"),
+                format!("{} values", weights.len()),
+            ));
+        }
         let demand = tokens as f64 * top_k as f64;
         if demand / (weights.len() as f64) < self.minimum_mean {
             return Capacity::unlimited(experts);
@@ -366,11 +227,20 @@ impl CapacityRule {
     }
 }
 
+/// Speeds divided by the fastest, so that no sum of them overflows.
+fn relative(speeds: &[f64]) -> Result<Vec<f64>> {
+    if let Some(bad) = speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
+        return Err(Error::parameter("device speed", bad, "a positive finite number"));
+    }
+    let fastest = speeds.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    Ok(speeds.iter().map(|speed| speed / fastest).collect())
+}
+
 /// Keeps `0.1 · 30` from counting as more or less than 3.
 const ROUNDING_SLACK: f64 = 1e-6;
 
 /// Splits `total` in proportion to `weights` into integers that sum to it (Hamilton's method; ties to the lower index).
-pub(crate) fn largest_remainder(weights: &[f64], total: u64) -> Vec<u64> {
+fn largest_remainder(weights: &[f64], total: u64) -> Vec<u64> {
     let sum: f64 = weights.iter().sum();
     if weights.is_empty() || sum <= 0.0 {
         return vec![0; weights.len()];
@@ -398,7 +268,7 @@ mod tests {
         for (tokens, experts, top_k) in [(1024, 64, 8), (100, 7, 3), (513, 32, 4), (97, 5, 5)] {
             for profile in Profile::ALL {
                 let shares = Shares::PerExpert { profile, seed: 3 };
-                let rule = CapacityRule { shares, ..CapacityRule::per_expert(1.0) };
+                let rule = CapacityRule::new(1.0, shares);
                 let capacity = rule.capacity(tokens, experts, top_k).unwrap();
                 assert_eq!(capacity.total(), Some((tokens * top_k) as u64), "{profile:?} {tokens} {experts} {top_k}");
             }
@@ -413,12 +283,9 @@ mod tests {
         for (profile, real) in
             [(Profile::Uniform, 1.00), (Profile::Mild, 1.30), (Profile::Strong, 1.45), (Profile::Extreme, 1.42)]
         {
-            let rule = CapacityRule {
-                rounding: Rounding::Ceil,
-                shares: Shares::PerExpert { profile, seed: 42 },
-                minimum_mean: 0.0,
-                ..CapacityRule::per_expert(1.0)
-            };
+            let rule = CapacityRule::new(1.0, Shares::PerExpert { profile, seed: 42 })
+                .with_rounding(Rounding::Ceil)
+                .with_minimum_mean(0.0);
             let total = rule.capacity(1024, 1024, 2).unwrap().total().unwrap() as f64;
             assert!((total / 2048.0 - real).abs() < 0.01, "{profile:?}: {}", total / 2048.0);
         }
@@ -436,25 +303,40 @@ mod tests {
     #[test]
     fn unequal_devices_share_by_speed() {
         let shares = Shares::PerDevice { speeds: vec![1.0, 2.0, 1.0] };
-        let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1.0) }.capacity(100, 8, 2).unwrap();
+        let capacity = CapacityRule::new(1.0, shares).capacity(100, 8, 2).unwrap();
         assert_eq!(capacity.limits(), Some(&[50, 100, 50][..]));
         assert_eq!(capacity.pool_sizes(), [3, 3, 2]);
         assert_eq!(capacity.pool_of(7), 2);
     }
 
     #[test]
+    fn experts_may_be_anywhere() {
+        let scattered = Placement::new(vec![2, 0, 1, 1, 2, 0, 1, 0], 3).unwrap();
+        let speeds = vec![1.0, 2.0, 1.0];
+        let capacity = CapacityRule::placed(1.0, scattered.clone(), speeds.clone()).capacity(100, 8, 2).unwrap();
+        assert_eq!((capacity.limits(), capacity.placement()), (Some(&[50, 100, 50][..]), Some(&scattered)));
+        // Contiguous groups are a placement like any other.
+        let groups = Placement::contiguous(8, 3).unwrap();
+        let shares = Shares::PerDevice { speeds: speeds.clone() };
+        for tokens in [1, 99, 100, 1000] {
+            let placed = CapacityRule::placed(0.9, groups.clone(), speeds.clone()).capacity(tokens, 8, 2).unwrap();
+            assert_eq!(placed, CapacityRule::new(0.9, shares.clone()).capacity(tokens, 8, 2).unwrap());
+        }
+    }
+
+    #[test]
     fn room_without_end_is_room_for_all() {
         for rounding in [Rounding::Exact, Rounding::Ceil] {
             for factor in [4e18, 1e300] {
-                let rule = CapacityRule { rounding, ..CapacityRule::per_expert(factor) };
+                let rule = CapacityRule::per_expert(factor).with_rounding(rounding);
                 assert_eq!(rule.capacity(100, 8, 2).unwrap().limits(), Some(&[u32::MAX; 8][..]), "{factor}");
             }
         }
         let shares = Shares::PerDevice { speeds: vec![1e9, 1.0] };
-        let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1e12) }.capacity(100, 8, 2).unwrap();
+        let capacity = CapacityRule::new(1e12, shares).capacity(100, 8, 2).unwrap();
         assert_eq!(capacity.limits(), Some(&[u32::MAX, 199_999][..]));
         let shares = Shares::PerDevice { speeds: vec![1e308, 1e308, 1e308, 1.0] };
-        let capacity = CapacityRule { shares, ..CapacityRule::per_expert(1.0) }.capacity(100, 8, 3).unwrap();
+        let capacity = CapacityRule::new(1.0, shares).capacity(100, 8, 3).unwrap();
         assert_eq!(capacity.limits(), Some(&[100, 100, 100, 0][..]));
     }
 
@@ -464,11 +346,16 @@ mod tests {
         for bad in [f64::NAN, f64::INFINITY, 0.0, -1.0] {
             assert!(message(CapacityRule::per_expert(bad)).starts_with("capacity factor is "), "{bad}");
         }
-        let rule = CapacityRule { minimum_mean: f64::NAN, ..CapacityRule::per_expert(1.0) };
+        let rule = CapacityRule::per_expert(1.0).with_minimum_mean(f64::NAN);
         assert_eq!(message(rule), "minimum mean of slots per pool is NaN: expected 0 or more");
         assert_eq!(message(CapacityRule::per_device(1.0, 5)), "devices is 5: expected 1 to experts 4");
         assert_eq!(message(CapacityRule::per_device(1.0, 0)), "devices is 0: expected 1 to experts 4");
         let placement = Placement::contiguous(4, 2).unwrap();
+        let placed = |speeds: &[f64]| CapacityRule::placed(1.0, placement.clone(), speeds.to_vec());
+        assert_eq!(message(placed(&[1.0; 3])), "device speeds: expected 2 devices, got 3 values");
+        assert_eq!(message(placed(&[1.0, 0.0])), "device speed is 0: expected a positive finite number");
+        let error = placed(&[1.0; 2]).capacity(100, 5, 2).unwrap_err().to_string();
+        assert_eq!(error, "placement: expected 5 experts, got 4 experts");
         let error = Capacity::per_device(placement, vec![1; 3]).unwrap_err();
         assert_eq!(error.to_string(), "device capacities: expected 2 devices, got 3 values");
         assert!(Placement::new(vec![0, 2], 2).is_err());
