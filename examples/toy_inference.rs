@@ -38,14 +38,15 @@ fn main() -> Result<()> {
         let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.6, 0.9, 1)?);
         let mut continuation = model.continuation(&ids)?;
         print!("\n{prompt}|");
-        let done =
-            generate(&model, &ids, GenerateOptions::new(60), &mut state, &mut sampler, |id| match continuation.push(id) {
-                Ok(text) => {
-                    print!("{text}");
-                    ControlFlow::Continue(())
-                }
-                Err(_) => ControlFlow::Break(()),
-            })?;
+        let done = generate(&model, &ids, GenerateOptions::new(60), &mut state, &mut sampler, |id| match continuation
+            .push(id)
+        {
+            Ok(text) => {
+                print!("{text}");
+                ControlFlow::Continue(())
+            }
+            Err(_) => ControlFlow::Break(()),
+        })?;
         println!("{}", continuation.finish()?);
         let (read, written, survival) = (ids.len(), done.texts[0].len(), done.slots.survival());
         println!("  ({read} tokens read, {written} written, {:.0} % of slots kept)", 100.0 * survival);

@@ -238,7 +238,8 @@ fn texts_end_each_at_its_own_place() {
     let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
     let mut state = MODEL.decoder().generation_state();
     let go_on = |_, _| ControlFlow::Continue(());
-    let done = generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
+    let done =
+        generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
     assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
     assert_eq!(state.lengths(), [positions, 12]);
 

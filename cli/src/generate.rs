@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
 use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::{Generation, GenerateOptions, generate_batch};
+use phase_moe::decoder::generate::{GenerateOptions, Generation, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;

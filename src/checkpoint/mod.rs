@@ -20,6 +20,7 @@ pub(crate) use self::locate::{Located, locate, name_of};
 pub use self::{
     element::{BlockType, ElementType},
     file::text,
+    json::parse as parse_json,
     metadata::{Metadata, Value},
     write::{NamedTensor, tensor_bytes, write_tensors},
 };
@@ -29,7 +30,7 @@ mod direct;
 mod element;
 mod file;
 mod gguf;
-pub mod json;
+pub(crate) mod json;
 mod locate;
 mod metadata;
 mod safetensors;
