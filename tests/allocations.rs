@@ -10,10 +10,9 @@ use std::cell::Cell;
 use phase_moe::offload::Requests;
 #[cfg(feature = "layer")]
 use phase_moe::{
-    Assignment, CacheRouter, Capacity, DispatchPlan, Gate, LayerState, Logits, MoeLayer, RouteContext, RouteRequest,
-    RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
+    Assignment, CacheRouter, Capacity, DispatchPlan, ExpertId, ExpertSet, Gate, LayerState, Logits, MoeLayer,
+    RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
 };
-use phase_moe::{ExpertId, ExpertSet};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -6,8 +6,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use phase_moe::offload::{self, Part, Piece, Scope};
-use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore};
+use phase_moe::offload::{Part, Piece, Scope};
+use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore, offload};
 
 /// Bytes of slabs now, and the most since the last look.
 static NOW: AtomicUsize = AtomicUsize::new(0);

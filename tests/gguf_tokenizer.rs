@@ -13,7 +13,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn json(path: &Path) -> Result<String> {
-    Weights::from_parts("m", "", Checkpoint::open_gguf(path)?).tokenizer_json()
+    Weights::from_parts("m", "", Checkpoint::open(path)?).tokenizer_json()
 }
 
 #[test]

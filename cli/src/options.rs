@@ -14,11 +14,10 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phase_moe::checkpoint::text;
 use phase_moe::eval::{Batching, EvalText, Mixing};
-use phase_moe::offload;
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
 use phase_moe::{
     Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Policy, Router, RouterKind,
-    Weights,
+    Weights, offload,
 };
 
 use crate::notice::notice;

@@ -7,8 +7,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
 use phase_moe::eval::{FastMemory, Sweep, plain_perplexity, recommended};
-use phase_moe::offload;
-use phase_moe::{LoadOptions, Model, RouterKind};
+use phase_moe::{LoadOptions, Model, RouterKind, offload};
 
 use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, print_json};
 

@@ -221,7 +221,7 @@ fn tokenizer_of(metadata: &[(&str, Value)]) -> Tokenizer {
     let file = tempfile::NamedTempFile::new().unwrap();
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     gguf_file::write(&mut file.reopen().unwrap(), &metadata, &[]).unwrap();
-    let checkpoint = Checkpoint::open_gguf(file.path()).unwrap();
+    let checkpoint = Checkpoint::open(file.path()).unwrap();
     Tokenizer::from_bytes(Weights::from_parts("m", "", checkpoint).tokenizer_json().unwrap()).unwrap()
 }
 

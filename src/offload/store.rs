@@ -157,7 +157,7 @@ impl ExpertStore {
     }
 
     /// Type and shape `[rows, columns]` of a part of an expert; `None` where there is none.
-    pub fn piece(&self, layer: usize, expert: usize, part: Part) -> Option<(Dtype, [usize; 2])> {
+    pub(crate) fn piece(&self, layer: usize, expert: usize, part: Part) -> Option<(Dtype, [usize; 2])> {
         let placed = &self.experts[self.keys(layer).nth(expert)?].pieces;
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }
