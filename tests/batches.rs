@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Tensor};
-use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::generate::{Options, generate, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
