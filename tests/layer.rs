@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use phase_moe::layer::{LossFreeBias, load_balancing_loss, router_z_loss};
 use phase_moe::{
-    Assignment, Capacity, CapacityRule, DropRule, Error, Expert, Gate, LayerState, Logits, MoeLayer, MoeSpec, Result,
-    RouteContext, RouteRequest, RouteState, Routed, Router, RouterKind, Scoring, TopK,
+    Assignment, CacheRouter, Capacity, CapacityRule, DropRule, Error, Expert, ExpertId, ExpertSet, Gate, LayerState,
+    Logits, MoeLayer, MoeSpec, Result, RouteContext, RouteRequest, RouteState, Routed, Router, RouterKind, Scoring,
+    Scratch, TopK,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -274,6 +275,58 @@ fn dropless_equals_a_capacity_that_never_binds_bit_for_bit() {
             assert_eq!(values(&ours), values(&theirs), "{name}");
         }
     }
+}
+
+/// The same router without a short way for a token.
+struct Long<R>(R);
+
+impl<R: Router> Router for Long<R> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn respects_capacity(&self) -> bool {
+        self.0.respects_capacity()
+    }
+
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
+        self.0.route_into(request, state, scratch, assignment)
+    }
+}
+
+#[test]
+fn a_token_alone_is_routed_as_if_it_were_a_batch() {
+    fn check<R: Router + Clone + 'static>(router: R) {
+        for scoring in [Scoring::softmax(), Scoring::softmax().normalized(true), Scoring::sigmoid()] {
+            let parts = Parts::new(31, 40, MoeSpec { scoring, ..MoeSpec::new(16, 32, 4, 12).unwrap() });
+            let short = Parts { router: Arc::new(router.clone()), ..parts.clone() }.layer();
+            let long = Parts { router: Arc::new(Long(router.clone())), ..parts.clone() }.layer();
+            let mut resident = ExpertSet::new(32).unwrap();
+            (0..32).step_by(3).for_each(|id| {
+                resident.insert(ExpertId::new(id, 32).unwrap());
+            });
+            let [mut ours, mut theirs] = [LayerState::default(), LayerState::default()];
+            for at in 0..40 {
+                let token = parts.hidden.narrow(0, at, 1).unwrap();
+                let context = RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
+                let (output, routed) = short.route_with(&token, context, &mut ours).unwrap();
+                let (expected, reference) = long.route_with(&token, context, &mut theirs).unwrap();
+                assert_eq!(values(&output), values(&expected), "{} {scoring:?} {at}", router.name());
+                assert_eq!(routed.assignment, reference.assignment);
+                assert_eq!(routed.scores().unwrap().gate(0), reference.scores().unwrap().gate(0));
+                assert_eq!((ours.router(), ours.step()), (theirs.router(), at as u64 + 1));
+            }
+        }
+    }
+    check(TopK::default());
+    check(CacheRouter::default());
+    check(CacheRouter::default().with_target_hit_rate(0.8).unwrap());
 }
 
 #[test]

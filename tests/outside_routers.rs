@@ -11,7 +11,7 @@ use phase_moe::error::{AnswerFault, Breach};
 use phase_moe::eval::{Decoding, GateTrace, LayerTrace, Replay, Room};
 use phase_moe::{
     Admission, Assignment, Batch, CapacityRule, Error, LayerState, LoadOptions, Model, MoeLayer, MoeSpec, Policy,
-    Result, RouteContext, RouteRequest, RouteState, Router, Scoring, Scratch, TopK,
+    Result, RouteContext, RouteRequest, RouteState, Router, Scoring, Scratch, TokenRequest, TopK,
 };
 
 /// What is wrong with top-k's answer.
@@ -152,6 +152,54 @@ fn layers_refuse_wrong_answers() {
             .unwrap();
         let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!((values(&right.0), right.1.assignment), (values(&plain.0), plain.1.assignment));
+    }
+}
+
+/// Top-k, with a short way for a token that answers with this.
+struct Short(fn() -> Assignment);
+
+impl Router for Short {
+    fn name(&self) -> &'static str {
+        "short"
+    }
+
+    fn route_into(
+        &self,
+        request: &RouteRequest<'_>,
+        state: &mut RouteState,
+        scratch: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<()> {
+        TopK::default().route_into(request, state, scratch, assignment)
+    }
+
+    fn route_token(
+        &self,
+        _: &TokenRequest<'_>,
+        _: &mut RouteState,
+        _: &mut Scratch,
+        assignment: &mut Assignment,
+    ) -> Result<bool> {
+        *assignment = (self.0)();
+        Ok(true)
+    }
+}
+
+#[test]
+fn the_short_way_of_a_token_is_checked_too() {
+    let wrong: [(fn() -> Assignment, &str); 4] = [
+        (Assignment::default, "tokens of the assignment: expected 1, got 0"),
+        (|| Assignment::from_parts(9, 2, &[8, 0], &[0.5; 2]).unwrap(), "experts of the assignment: expected 8, got 9"),
+        (|| Assignment::from_parts(8, 1, &[0], &[1.0]).unwrap(), "top_k of the assignment: expected 2, got 1"),
+        (|| Assignment::from_parts(8, 2, &[0, 7], &[0.0; 2]).unwrap(), "token 0, expert 0: expected"),
+    ];
+    // That a finite weight is not the gate's is seen in debug builds alone.
+    let seen = if cfg!(debug_assertions) { wrong.len() } else { 3 };
+    for (answer, word) in &wrong[..seen] {
+        let layer = layer(false, true).with_router(Arc::new(Short(*answer)));
+        let error = layer.route(&hidden(1), &mut LayerState::default()).unwrap_err().to_string();
+        assert!(error.starts_with("router short: ") && error.contains(word), "{error}");
+        layer.route(&hidden(2), &mut LayerState::default()).expect("a batch has no short way");
     }
 }
 

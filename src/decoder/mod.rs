@@ -344,6 +344,14 @@ impl Decoder {
     }
 }
 
+/// What it is and how its layers route, without its weights.
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut decoder = formatter.debug_struct("Decoder");
+        decoder.field("spec", &self.spec).field("first_layer", &self.moe_layers().next()).finish_non_exhaustive()
+    }
+}
+
 /// Tokens of a forward pass that reads ahead, at most.
 const DECODE_TOKENS: usize = 4;
 

@@ -40,7 +40,7 @@ fn end_of_text(weights: &Weights) -> Result<Option<Vec<u32>>> {
 }
 
 /// A decoder with its tokenizer.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Model {
     name: String,
     decoder: Decoder,

@@ -172,7 +172,7 @@ impl MoeLayer {
     }
 
     /// Runs experts on an engine that other layers use too: what it worked in is kept for the next forward pass.
-    pub(crate) fn with_engine(self, engine: Arc<Engine>) -> Self {
+    pub fn with_engine(self, engine: Arc<Engine>) -> Self {
         Self { engine, ..self }
     }
 
