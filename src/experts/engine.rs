@@ -35,7 +35,7 @@ use crate::experts::activation::Activation;
 use crate::experts::fused::Activate;
 use crate::experts::matrix::{Dtype, Matrix, Widen};
 use crate::simd::multiply::Line;
-use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
+use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, LANES};
 
 /// Rows of activations that go through an expert together.
@@ -416,7 +416,7 @@ impl Engine {
             share_out(rows, &mut buffers.threads[..threads], |room, (row, lines)| {
                 room.values.resize(columns, 0.0);
                 self.isa.run(Widen { from: input, row, values: &mut room.values });
-                self.isa.run(Fill { form: *form, values: &room.values, row: lines });
+                self.isa.run(Convert { form: *form, values: &room.values, row: lines });
             });
         }
         forms
@@ -509,7 +509,7 @@ impl Engine {
         let values = &room.values;
         let stride = group.between.stride(CHUNK.min(expert.width()));
         for (values, row) in values.chunks_exact(columns.len()).zip(between.chunks_exact_mut(stride)) {
-            self.isa.run(Fill { form: group.between, values, row });
+            self.isa.run(Convert { form: group.between, values, row });
         }
     }
 

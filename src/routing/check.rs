@@ -34,7 +34,7 @@ use crate::routing::router::{RouteRequest, Router, TokenRequest};
 use crate::routing::scores::Scores;
 use crate::routing::slots::EMPTY;
 
-/// Experts of a token up to which each is compared with those before it; above, a table says who was seen.
+/// Experts of a token up to which each is compared with those before it; above, a table says which were seen.
 const FEW: usize = 16;
 
 /// How far a weight may be from what the gate scores say: routers may round in another order, and in less than `f32`'s last bits.
@@ -298,7 +298,7 @@ mod tests {
                 assert_eq!(message(router, normalize, of(2, ids.len() / 3, ids)), *wanted, "{ids:?} {normalize}");
             }
         }
-        // As wide as only a table of who was seen is asked.
+        // As wide as only a table of which were seen is asked.
         let mut wide = vec![-1; 3 * (FEW + 1)];
         (wide[0], wide[FEW]) = (1, 1);
         let wanted = "router says: token 0: expected distinct experts, got expert 1 twice";

@@ -4,7 +4,7 @@
 //! 1. Every token chooses its top-k; a full pool keeps the highest gate scores and lets the others overflow.
 //! 2. In rounds, every overflowed slot asks for the best expert *of its own device* that has room and that its
 //!    token does not hold; where a pool is asked by more slots than it has room for, the highest gate scores get in.
-//!    Who is in stays in.
+//!    What is in stays in.
 //! 3. A slot that finds no expert to ask is dropped.
 //!
 //! **Own device** means the device of the expert that the slot overflowed from, so that no token is sent anywhere it
@@ -15,7 +15,7 @@
 //! drop by score remains.
 //!
 //! The paper adds a stated number of local experts to every token's candidates and cuts back to top-k after the drop;
-//! here a slot may ask all local experts, and only slots that overflowed ask, so that nobody's own choice makes way
+//! here a slot may ask all local experts, and only slots that overflowed ask, so that no token's own choice makes way
 //! for another's substitute.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. Without limits it is top-k, bit for bit.
@@ -123,7 +123,7 @@ impl ExpandedDrop {
                     wishes.push(Wish { score: gate[usize::from(expert)], token: token as u32, expert, slot });
                 }
             }
-            // Each round fills at least one place, or nobody asks any more.
+            // Each round fills at least one place, or none asks any more.
             precedence.admit(&mut wishes, room, |wish| {
                 chosen[wish.slot] = wish.expert;
                 kept[wish.slot] = true;

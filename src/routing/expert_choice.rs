@@ -7,7 +7,7 @@
 //! - Without limits all experts share room for `tokens · top_k`, which goes to the highest scores of the whole
 //!   matrix: the paper's budget, without the equal shares that a limit would ask for. A single token so gets its own
 //!   top-k.
-//! - Who picks goes by selection scores. Combine weights are gate scores, normalised over what the token got where
+//! - Picks go by selection scores. Combine weights are gate scores, normalised over what the token got where
 //!   the model normalises.
 //! - **Not causal**: whether an expert picks a token depends on all tokens of the batch, later ones included, and
 //!   here that decides how *many* experts a token gets. The gate was trained for this, or it was not: with the gate
