@@ -25,8 +25,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::eval::perplexity::Perplexity;
-use phase_moe::eval::text::{Batching, EvalText, Mixing, SEQUENCE_TOKENS};
+use phase_moe::eval::{Batching, EvalText, Mixing, Perplexity};
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
 use phase_moe::routing::assignment::Assignment;
 use phase_moe::routing::capacity::CapacityRule;
@@ -35,6 +34,9 @@ use phase_moe::routing::phase::PhaseRouter;
 use phase_moe::routing::registry::RouterKind;
 use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};
 use phase_moe::routing::scores::Scoring;
+
+/// Tokens of a sequence in [`Batching`].
+const SEQUENCE_TOKENS: usize = 256;
 
 #[derive(Parser)]
 struct Options {
@@ -261,11 +263,11 @@ fn main() -> Result<()> {
     let mut decoder = model.decoder().clone();
     let mut guesses = Vec::new();
     if options.router.iter().any(|name| name.starts_with("probe+")) {
-        guesses = probes(&decoder, &batching(0).batches(&half(&texts, false))?)?;
+        guesses = probes(&decoder, &batching(0).batches(&[], &half(&texts, false))?)?;
         texts = half(&texts, true);
     }
     let batches: Vec<Vec<Batch>> =
-        options.seeds.iter().map(|&seed| Ok(batching(seed).batches(&texts)?)).collect::<Result<_>>()?;
+        options.seeds.iter().map(|&seed| Ok(batching(seed).batches(&[], &texts)?)).collect::<Result<_>>()?;
     let exact: Vec<_> = decoder.moe_layers().map(|_| Arc::new(OutputNorms::Exact)).collect();
     let routers = options.router.iter().map(|name| match name.split_once('+') {
         Some(("exact", name)) => Ok((router(name)?, exact.clone())),

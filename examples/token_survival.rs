@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::error::{Error, Result};
-use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::eval::{Batching, EvalText};
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::RouterKind;
 
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
         let text = std::fs::read_to_string(&path).map_err(|error| Error::io(path, error))?;
         texts.push(EvalText { name: name.into(), ids: model.encode(&text)? });
     }
-    let batches = Batching { tokens: Some(1536), ..Batching::default() }.batches(&texts)?;
+    let batches = Batching { tokens: Some(1536), ..Batching::default() }.batches(&[], &texts)?;
 
     for name in ["top-k-arrival", "top-k-score", "phase"] {
         let router = Arc::from(name.parse::<RouterKind>()?.build(1));

@@ -24,7 +24,7 @@ use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 use clap::Parser;
 use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::eval::{perplexity::Perplexity, text::Batching, text::EvalText};
+use phase_moe::eval::{Batching, EvalText, Perplexity};
 use phase_moe::layer::loss::{load_balancing_loss, router_z_loss};
 use phase_moe::spec::ModelSpec;
 use phase_moe::zoo;
@@ -358,7 +358,7 @@ fn shard_gradients(
 fn validate(decoder: &Decoder, text: &EvalText) -> Result<f64> {
     let mut perplexity = Perplexity::default();
     let batching = Batching { tokens: Some(16_384), batch_tokens: 2048, ..Batching::default() };
-    for batch in batching.batches(std::slice::from_ref(text))? {
+    for batch in batching.batches(&[], std::slice::from_ref(text))? {
         let logits = decoder.forward(&batch, &mut decoder.batch_state())?;
         perplexity.add(&logits, &batch)?;
     }

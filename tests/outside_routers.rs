@@ -10,10 +10,7 @@ use candle_nn::{VarBuilder, VarMap};
 use phase_moe::decoder::Batch;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::error::{AnswerFault, Breach, Error, Result};
-use phase_moe::eval::decode::Decoding;
-use phase_moe::eval::offline::Room;
-use phase_moe::eval::replay::Replay;
-use phase_moe::eval::trace::{GateTrace, LayerTrace};
+use phase_moe::eval::{BatchCapacity, Decoding, GateTrace, LayerTrace, Replay};
 use phase_moe::layer::{LayerState, MoeLayer};
 use phase_moe::offload::admission::Admission;
 use phase_moe::offload::residency::Policy;
@@ -236,9 +233,16 @@ fn replays_refuse_wrong_answers() {
     for batch_tokens in [1, 4] {
         all_are_refused("replay", |router| {
             let (policy, admission) = (Policy::Lru, Admission::default());
-            let room = Room::Unlimited;
-            let replay =
-                Replay { router: &router, top_k: 2, room: &room, batch_tokens, cached_experts: 4, policy, admission };
+            let capacity = BatchCapacity::Unlimited;
+            let replay = Replay {
+                router: &router,
+                top_k: 2,
+                capacity: &capacity,
+                batch_tokens,
+                cached_experts: 4,
+                policy,
+                admission,
+            };
             replay.run(&trace, |_| ()).map(|_| ())
         });
     }

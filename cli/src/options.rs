@@ -16,7 +16,7 @@ use phase_moe::checkpoint::text;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder};
 use phase_moe::error::Error;
-use phase_moe::eval::text::{Batching, EvalText, Mixing};
+use phase_moe::eval::{Batching, EvalText, Mixing};
 use phase_moe::offload::admission::Admission;
 use phase_moe::offload::cache;
 use phase_moe::offload::residency::Policy;
@@ -298,7 +298,7 @@ impl TextOptions {
             Batches::Mixed => Mixing::Mixed,
         };
         let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
-        let batches = batching.batches_from(model.sequence_start(), &texts)?;
+        let batches = batching.batches(model.sequence_start(), &texts)?;
         Ok((texts.into_iter().map(|text| text.name).collect(), batches))
     }
 }

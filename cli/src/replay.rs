@@ -10,9 +10,7 @@ use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::{LoadOptions, Model};
 use phase_moe::decoder::weights::expert_sizes;
 use phase_moe::error::Error;
-use phase_moe::eval::offline::Room;
-use phase_moe::eval::replay::Replay as Replayer;
-use phase_moe::eval::trace::GateTrace;
+use phase_moe::eval::{BatchCapacity, GateTrace, Replay as Replayer};
 use phase_moe::offload::admission::Admission;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::{Knowledge, RouterKind};
@@ -95,11 +93,11 @@ impl Replay {
             let unlimited = usize::from(below(step)?) * whole + usize::from(below(rest)?);
             warn_unlimited(rule, unlimited, tokens.div_ceil(self.batch_tokens));
         }
-        let room = rule.map_or(Room::Unlimited, Room::Rule);
+        let capacity = rule.map_or(BatchCapacity::Unlimited, BatchCapacity::Rule);
         let replay = Replayer {
             router: router.as_ref(),
             top_k,
-            room: &room,
+            capacity: &capacity,
             batch_tokens: self.batch_tokens,
             cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
             policy: self.memory.policy(),

@@ -31,8 +31,7 @@ use phase_moe::checkpoint::Checkpoint;
 use phase_moe::decoder::model::{LoadOptions, Model, ModelFiles};
 use phase_moe::decoder::{Batch, Decoder, weights};
 use phase_moe::error::Error;
-use phase_moe::eval::decode::Decoding;
-use phase_moe::eval::text::{Batching, EvalText};
+use phase_moe::eval::{Batching, Decoding, EvalText};
 use phase_moe::expert::ExpertSet;
 use phase_moe::experts::activation::Activation;
 use phase_moe::experts::engine::{Engine, ExpertWeights, Projection, Work};
@@ -147,9 +146,9 @@ impl Subject {
                 }
                 let ids = texts[0].ids.clone();
                 let batching = Batching { tokens: Some(options.perplexity_tokens), ..Batching::default() };
-                let batches = batching.batches(&texts)?;
+                let batches = batching.batches(&[], &texts)?;
                 let decoder = model.decoder().clone();
-                let plain = phase_moe::eval::tune::plain_perplexity(&decoder, &batches)?;
+                let plain = phase_moe::eval::dropless(&decoder, &batches, |_| ())?.perplexity;
                 (decoder.clone(), ids, Some((decoder, batches, plain)))
             }
             Which::Olmoe => {

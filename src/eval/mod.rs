@@ -1,10 +1,19 @@
-//! Measuring a model on real text: batches of it, perplexity, and routers side by side.
+//! Measuring a model on real text: batches of it, perplexity, routers side by side, gate traces routed offline, decode with little memory.
 
-pub mod compare;
-pub mod decode;
-pub mod offline;
-pub mod perplexity;
-pub mod replay;
-pub mod text;
-pub mod trace;
-pub mod tune;
+mod compare;
+mod decode;
+mod offline;
+mod perplexity;
+mod replay;
+mod text;
+mod trace;
+mod tune;
+
+pub use self::compare::{Dropless, RouterFigures, Setting, compare, dropless};
+pub use self::decode::{DecodeFigures, Decoding};
+pub use self::offline::{BatchCapacity, LayerFigures, OfflineRouter, RoutedLayer};
+pub use self::perplexity::Perplexity;
+pub use self::replay::{Replay, ReplayFigures};
+pub use self::text::{Batching, EvalText, Mixing};
+pub use self::trace::{GateTrace, LayerTrace};
+pub use self::tune::{FastMemory, Sweep, TuneRow};

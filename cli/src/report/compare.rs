@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use serde::Serialize;
 
 use super::times;
-use phase_moe::eval::compare::{Dropless, RouterFigures};
+use phase_moe::eval::{Dropless, RouterFigures};
 use phase_moe::spec::ModelSpec;
 
 /// Which model was measured.
