@@ -132,13 +132,14 @@ fn paired(nats: &Nats, other: &Nats) -> (f64, f64) {
 
 fn row(name: &str, figures: &DecodeFigures, (mean, error): (f64, f64), plain: &DecodeFigures) {
     let percent = |share: Option<f64>| share.map_or("–".into(), |share| format!("{:.2} %", 100.0 * share));
+    let of_requests = |hits: u64| (figures.requests > 0).then(|| hits as f64 / figures.requests as f64);
     println!(
         "| {name} | {:.1} % | {:+.2} ± {:.2} % | {} | {} | {} |",
         100.0 * (1.0 - figures.misses as f64 / plain.misses as f64),
         100.0 * mean.exp_m1(),
         100.0 * error * mean.exp(),
-        percent(figures.hit_rate()),
-        percent(figures.belady_hit_rate()),
+        percent(of_requests(figures.hits)),
+        percent(figures.belady_hits.and_then(of_requests)),
         percent(figures.gate_mass_kept),
     );
 }
@@ -154,7 +155,7 @@ fn main() -> Result<()> {
     }
     let order = |seed: u64| {
         let shuffle = (seed != 0).then_some(seed);
-        Ok(Batching { tokens: options.tokens, shuffle, ..Batching::default() }.batches(&texts)?)
+        Ok(Batching { tokens: options.tokens, shuffle, ..Batching::default() }.batches(&[], &texts)?)
     };
     let orders: Vec<Vec<Batch>> = options.seeds.iter().map(|&seed| order(seed)).collect::<Result<_>>()?;
     let tokens: u64 = orders[0].iter().map(Batch::live_tokens).sum();

@@ -23,12 +23,15 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use phase_moe::eval::{Batching, EvalText, Mixing, Perplexity, SEQUENCE_TOKENS};
+use phase_moe::eval::{Batching, EvalText, Mixing, Perplexity};
 use phase_moe::layer::{OutputNorms, ProbeFit};
 use phase_moe::{
     Assignment, Batch, CapacityRule, Decoder, LoadOptions, Logits, Model, PhaseRouter, RouteRequest, RouteState,
     Router, RouterKind, Scoring, Scratch,
 };
+
+/// Tokens of a sequence in [`Batching`].
+const SEQUENCE_TOKENS: usize = 256;
 
 #[derive(Parser)]
 struct Options {
@@ -255,11 +258,11 @@ fn main() -> Result<()> {
     let mut decoder = model.decoder().clone();
     let mut guesses = Vec::new();
     if options.router.iter().any(|name| name.starts_with("probe+")) {
-        guesses = probes(&decoder, &batching(0).batches(&half(&texts, false))?)?;
+        guesses = probes(&decoder, &batching(0).batches(&[], &half(&texts, false))?)?;
         texts = half(&texts, true);
     }
     let batches: Vec<Vec<Batch>> =
-        options.seeds.iter().map(|&seed| Ok(batching(seed).batches(&texts)?)).collect::<Result<_>>()?;
+        options.seeds.iter().map(|&seed| Ok(batching(seed).batches(&[], &texts)?)).collect::<Result<_>>()?;
     let exact: Vec<_> = decoder.moe_layers().map(|_| Arc::new(OutputNorms::Exact)).collect();
     let routers = options.router.iter().map(|name| match name.split_once('+') {
         Some(("exact", name)) => Ok((router(name)?, exact.clone())),

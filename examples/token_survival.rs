@@ -23,7 +23,7 @@ fn main() -> Result<()> {
         let text = std::fs::read_to_string(&path).map_err(|error| Error::io(path, error))?;
         texts.push(EvalText { name: name.into(), ids: model.encode(&text)? });
     }
-    let batches = Batching { tokens: Some(1536), ..Batching::default() }.batches(&texts)?;
+    let batches = Batching { tokens: Some(1536), ..Batching::default() }.batches(&[], &texts)?;
 
     for name in ["top-k-arrival", "top-k-score", "phase"] {
         let router = Arc::from(name.parse::<RouterKind>()?.build(1));

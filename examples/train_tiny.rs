@@ -356,7 +356,7 @@ fn shard_gradients(
 fn validate(decoder: &Decoder, text: &EvalText) -> Result<f64> {
     let mut perplexity = Perplexity::default();
     let batching = Batching { tokens: Some(16_384), batch_tokens: 2048, ..Batching::default() };
-    for batch in batching.batches(std::slice::from_ref(text))? {
+    for batch in batching.batches(&[], std::slice::from_ref(text))? {
         let logits = decoder.forward(&batch, &mut decoder.batch_state())?;
         perplexity.add(&logits, &batch)?;
     }

@@ -59,7 +59,7 @@ fn every_kind_is_learnt_to_a_quarter_of_its_unigram_perplexity() {
         let entropy: f64 =
             counts.iter().filter(|&&count| count > 0.0).map(|count| -count / total * (count / total).ln()).sum();
         let batches =
-            Batching { tokens: Some(4096), ..Batching::default() }.batches(std::slice::from_ref(&text)).unwrap();
+            Batching { tokens: Some(4096), ..Batching::default() }.batches(&[], std::slice::from_ref(&text)).unwrap();
         let perplexity = dropless(model.decoder(), &batches, |_| ()).unwrap().perplexity;
         assert!(perplexity <= entropy.exp() / 4.0, "{}: {perplexity} against unigram {}", text.name, entropy.exp());
     }
@@ -68,7 +68,7 @@ fn every_kind_is_learnt_to_a_quarter_of_its_unigram_perplexity() {
 #[test]
 fn under_limits_per_expert_phase_keeps_all_slots_and_loses_less_than_dropping() {
     let model = model();
-    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&[], &texts(&model)).unwrap();
     let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
     let figures = |router| figures(&model, &batches, &base, router, CapacityRule::per_expert(1.0));
     let phase = figures(RouterKind::Phase);
@@ -91,7 +91,7 @@ fn under_limits_per_expert_phase_keeps_all_slots_and_loses_less_than_dropping() 
 #[test]
 fn four_devices_are_filled_exactly_for_next_to_nothing() {
     let model = model();
-    let batches = Batching::default().batches(&texts(&model)).unwrap();
+    let batches = Batching::default().batches(&[], &texts(&model)).unwrap();
     let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
     let figures = |router| figures(&model, &batches, &base, router, CapacityRule::per_device(1.0, 4));
     let phase = figures(RouterKind::Phase);
@@ -104,7 +104,7 @@ fn four_devices_are_filled_exactly_for_next_to_nothing() {
 #[test]
 fn a_forward_pass_is_the_same_on_any_number_of_threads() {
     let model = model();
-    let batches = Batching { tokens: Some(1024), ..Batching::default() }.batches(&texts(&model)).unwrap();
+    let batches = Batching { tokens: Some(1024), ..Batching::default() }.batches(&[], &texts(&model)).unwrap();
     for kind in RouterKind::ALL {
         let mut decoder = model.decoder().clone();
         decoder.set_router(Arc::from(kind.build(7)));
@@ -146,7 +146,7 @@ fn a_prompt_is_continued_in_its_own_kind_of_text() {
 fn under_limits_the_size_of_outputs_tells_who_may_move() {
     let mut model = model();
     let texts = texts(&model);
-    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&texts).unwrap();
+    let batches = Batching { tokens: Some(6144), ..Batching::default() }.batches(&[], &texts).unwrap();
     let (fitted_on, measured): (Vec<_>, Vec<_>) = batches.into_iter().enumerate().partition(|(at, _)| at % 2 == 0);
     let batches = |part: Vec<(usize, Batch)>| part.into_iter().map(|(_, batch)| batch).collect::<Vec<_>>();
     let (fitted_on, measured) = (batches(fitted_on), batches(measured));
@@ -229,7 +229,7 @@ fn stream(trace: &GateTrace, rule: &CapacityRule, warm: bool) -> Vec<(usize, f64
 fn on_a_stream_of_texts_every_batch_is_certified_and_warm_prices_save_sweeps() {
     let model = model();
     // One kind of text after the other: prices must find their way when the kind changes.
-    let batches = Batching::default().batches(&texts(&model)).unwrap();
+    let batches = Batching::default().batches(&[], &texts(&model)).unwrap();
     let trace = GateTrace::capture(model.decoder(), &batches, |_| ()).unwrap();
     let median = |seen: &[(usize, f64)]| {
         let mut sweeps: Vec<usize> = seen.iter().map(|(sweeps, _)| *sweeps).collect();

@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use phase_moe::error::{AnswerFault, Breach};
-use phase_moe::eval::{Decoding, GateTrace, LayerTrace, Replay, Room};
+use phase_moe::eval::{BatchCapacity, Decoding, GateTrace, LayerTrace, Replay};
 use phase_moe::{
     Admission, Assignment, Batch, CapacityRule, Error, LayerState, LoadOptions, Model, MoeLayer, MoeSpec, Policy,
     Result, RouteContext, RouteRequest, RouteState, Router, Scoring, Scratch, TokenRequest, TopK,
@@ -274,9 +274,16 @@ fn replays_refuse_wrong_answers() {
     for batch_tokens in [1, 4] {
         all_are_refused("replay", |router| {
             let (policy, admission) = (Policy::Lru, Admission::default());
-            let room = Room::Unlimited;
-            let replay =
-                Replay { router: &router, top_k: 2, room: &room, batch_tokens, cached_experts: 4, policy, admission };
+            let capacity = BatchCapacity::Unlimited;
+            let replay = Replay {
+                router: &router,
+                top_k: 2,
+                capacity: &capacity,
+                batch_tokens,
+                cached_experts: 4,
+                policy,
+                admission,
+            };
             replay.run(&trace, |_| ()).map(|_| ())
         });
     }

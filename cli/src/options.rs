@@ -291,7 +291,7 @@ impl TextOptions {
             Batches::Mixed => Mixing::Mixed,
         };
         let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
-        let batches = batching.batches_from(model.sequence_start(), &texts)?;
+        let batches = batching.batches(model.sequence_start(), &texts)?;
         Ok((texts.into_iter().map(|text| text.name).collect(), batches))
     }
 }

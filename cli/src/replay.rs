@@ -7,7 +7,7 @@ use crate::report::replay::ReplayReport;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
-use phase_moe::eval::{GateTrace, Replay as Replayer, Room};
+use phase_moe::eval::{BatchCapacity, GateTrace, Replay as Replayer};
 use phase_moe::routing::Knowledge;
 use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, RouterKind};
 
@@ -89,11 +89,11 @@ impl Replay {
             let unlimited = usize::from(below(step)?) * whole + usize::from(below(rest)?);
             warn_unlimited(rule, unlimited, tokens.div_ceil(self.batch_tokens));
         }
-        let room = rule.map_or(Room::Unlimited, Room::Rule);
+        let capacity = rule.map_or(BatchCapacity::Unlimited, BatchCapacity::Rule);
         let replay = Replayer {
             router: router.as_ref(),
             top_k,
-            room: &room,
+            capacity: &capacity,
             batch_tokens: self.batch_tokens,
             cached_experts: self.cached_experts.unwrap_or(trace.experts / 2),
             policy: self.memory.policy(),

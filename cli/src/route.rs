@@ -7,7 +7,7 @@ use crate::report::times;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
-use phase_moe::eval::{GateTrace, LayerFigures, OfflineRouter, Room, RoutedLayer};
+use phase_moe::eval::{BatchCapacity, GateTrace, LayerFigures, OfflineRouter, RoutedLayer};
 use phase_moe::routing::Knowledge;
 use phase_moe::{Capacity, Placement, RouterKind};
 use serde::Serialize;
@@ -82,7 +82,7 @@ impl Route {
             seed: self.capacity.seed,
             cache,
             top_k,
-            room: self.room(trace.experts)?,
+            capacity: self.capacity_of_batches(trace.experts)?,
             batch_tokens: self.batch_tokens,
         };
         if trace.token_ids.is_none() && matches!(self.router, RouterKind::Hash | RouterKind::WeightedHash) {
@@ -99,7 +99,7 @@ impl Route {
             tensors.extend(out.iter().flat_map(|_| named(&routed)));
             layers.push(routed.figures);
         }
-        if let Room::Rule(rule) = &router.room {
+        if let BatchCapacity::Rule(rule) = &router.capacity {
             warn_unlimited(
                 rule,
                 unlimited,
@@ -139,13 +139,13 @@ impl Route {
         Ok(())
     }
 
-    fn room(&self, experts: usize) -> Result<Room> {
+    fn capacity_of_batches(&self, experts: usize) -> Result<BatchCapacity> {
         if self.capacities.is_empty() {
             let rule = self.capacity.rule_if(self.router, self.capacity_factor, LIMITS)?;
-            return Ok(rule.map_or(Room::Unlimited, Room::Rule));
+            return Ok(rule.map_or(BatchCapacity::Unlimited, BatchCapacity::Rule));
         }
         let limits = self.capacities.clone();
-        Ok(Room::Given(match self.capacity.devices {
+        Ok(BatchCapacity::Given(match self.capacity.devices {
             Some(devices) => Capacity::per_device(Placement::contiguous(experts, devices)?, limits)?,
             None if limits.len() != experts => {
                 let message = format!("--capacities: expected {experts} values, one per expert, got {}", limits.len());

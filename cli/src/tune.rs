@@ -6,7 +6,7 @@ use crate::report::tune::TuneReport;
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
-use phase_moe::eval::{FastMemory, Sweep, plain_perplexity, recommended};
+use phase_moe::eval::{FastMemory, Sweep, TuneRow, dropless};
 use phase_moe::{LoadOptions, Model, RouterKind, offload};
 
 use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, print_json};
@@ -97,10 +97,11 @@ impl Tune {
         };
         let (_, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
-        let bar = global.progress(tokens * sweep.settings() as u64);
+        let settings = sweep.top_k.len() * sweep.bonus.len() * sweep.memories.len();
+        let bar = global.progress(tokens * settings as u64);
         bar.set_message("tuning");
         let rows = sweep.run(decoder, &batches, bytes, |tokens| bar.inc(tokens))?;
-        let plain_perplexity = plain_perplexity(decoder, &batches)?;
+        let plain_perplexity = dropless(decoder, &batches, |_| ())?.perplexity;
         drop(bar);
         let most = plain_perplexity * (1.0 + self.max_perplexity_increase);
         let report = TuneReport {
@@ -120,5 +121,44 @@ impl Tune {
             true => print_json(&report),
             false => Ok(write!(std::io::stdout(), "{report}")?),
         }
+    }
+}
+
+/// The row that reads the fewest bytes per token of those whose perplexity is at most `most` (ties: fewer experts in memory, then lower
+/// perplexity); `None` where no row is within it.
+fn recommended(rows: &[TuneRow], most: f64) -> Option<&TuneRow> {
+    let within = rows.iter().filter(|row| row.perplexity <= most);
+    within.min_by(|a, b| {
+        let bytes = a.bytes_read_per_token.total_cmp(&b.bytes_read_per_token);
+        bytes.then(a.cached_experts.cmp(&b.cached_experts)).then(a.perplexity.total_cmp(&b.perplexity))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(cached_experts: usize, hit_rate: f64, perplexity: f64) -> TuneRow {
+        TuneRow {
+            top_k: 2,
+            cache_bonus: 0.0,
+            cached_experts,
+            expert_cache_bytes: None,
+            hit_rate: Some(hit_rate),
+            belady_hit_rate: None,
+            perplexity,
+            gate_mass_kept: None,
+            tokens_per_second: 1.0,
+            bytes_read_per_token: 1.0 - hit_rate,
+            pareto: false,
+        }
+    }
+
+    #[test]
+    fn the_fewest_bytes_within_the_tolerance_are_recommended() {
+        let rows = [row(8, 0.5, 10.0), row(8, 0.9, 10.2), row(4, 0.8, 10.05), row(8, 0.8, 10.0)];
+        assert_eq!(recommended(&rows, 10.1), Some(&rows[2]));
+        assert_eq!(recommended(&rows, 11.0), Some(&rows[1]));
+        assert_eq!(recommended(&rows, 9.0), None);
     }
 }

@@ -310,7 +310,7 @@ fn forward_ids(tokens: usize) -> Vec<Vec<i32>> {
     let texts = ["scripture.txt", "code.txt", "reference.txt"].map(text);
     let batching = Batching { tokens: Some(tokens), ..Batching::default() };
     let mut ids = vec![Vec::new(); model.decoder().spec().layers];
-    for batch in batching.batches(&texts).unwrap() {
+    for batch in batching.batches(&[], &texts).unwrap() {
         let live = |token: usize| !batch.padding().is_some_and(|padding| padding[token]);
         let mut state = model.decoder().batch_state().keeping_routed();
         model.decoder().forward(&batch, &mut state).unwrap();

@@ -130,9 +130,9 @@ impl Subject {
                 }
                 let ids = texts[0].ids.clone();
                 let batching = Batching { tokens: Some(options.perplexity_tokens), ..Batching::default() };
-                let batches = batching.batches(&texts)?;
+                let batches = batching.batches(&[], &texts)?;
                 let decoder = model.decoder().clone();
-                let plain = phase_moe::eval::plain_perplexity(&decoder, &batches)?;
+                let plain = phase_moe::eval::dropless(&decoder, &batches, |_| ())?.perplexity;
                 (decoder.clone(), ids, Some((decoder, batches, plain)))
             }
             Which::Olmoe => {

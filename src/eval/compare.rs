@@ -24,7 +24,7 @@ use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
 /// One router under one capacity rule, or without a limit.
 #[derive(Clone, Debug)]
 pub struct Setting {
-    /// Who routes.
+    /// The router.
     pub router: RouterKind,
     /// How much room there is.
     pub capacity: Option<CapacityRule>,
@@ -32,7 +32,7 @@ pub struct Setting {
     pub seed: u64,
     /// For memory-aware routers.
     pub cache: CacheRouter,
-    /// Experts in fast memory at the start, for routers that look at them; `None` where nobody keeps account.
+    /// Experts in fast memory at the start, for routers that look at them; `None` where no account is kept.
     pub memory: Option<ExpertMemory>,
 }
 

@@ -30,16 +30,16 @@ use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scr
 use crate::routing::scores::Scores;
 use crate::routing::topk::TopK;
 
-/// Who routes, and what fits into fast memory.
+/// A router, and what fits into fast memory.
 #[derive(Clone)]
 pub struct Decoding {
     /// The router; its capacity is unlimited, as always in decode.
     pub router: Arc<dyn Router>,
     /// Experts of a layer that fit.
     pub cached_experts: usize,
-    /// Who leaves.
+    /// Which expert leaves.
     pub policy: Policy,
-    /// Who enters.
+    /// Which misses enter.
     pub admission: Admission,
 }
 
@@ -58,7 +58,7 @@ pub struct DecodeFigures {
     pub misses: u64,
     /// Hits of the best policy there could be on these requests; `None` where they were not kept.
     pub belady_hits: Option<u64>,
-    /// Kept gate mass / gate mass of plain top-k; `None` where nobody looked, or that has none.
+    /// Kept gate mass / gate mass of plain top-k; `None` where that has none, or it was not counted.
     pub gate_mass_kept: Option<f64>,
     /// Bytes that an expert cache read; `None` without one.
     pub bytes_read: Option<u64>,
@@ -68,17 +68,17 @@ pub struct DecodeFigures {
 
 impl DecodeFigures {
     /// Hits / requests; `None` without any.
-    pub fn hit_rate(&self) -> Option<f64> {
+    pub(super) fn hit_rate(&self) -> Option<f64> {
         share(self.hits as f64, self.requests as f64)
     }
 
     /// The same of the best policy there could be; `None` without requests, or where they were not kept.
-    pub fn belady_hit_rate(&self) -> Option<f64> {
+    pub(super) fn belady_hit_rate(&self) -> Option<f64> {
         share(self.belady_hits? as f64, self.requests as f64)
     }
 
     /// Tokens per second of the forward passes.
-    pub fn tokens_per_second(&self) -> f64 {
+    pub(super) fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.time.as_secs_f64()
     }
 }

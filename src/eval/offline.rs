@@ -21,9 +21,9 @@ use crate::routing::phase::PhaseRouter;
 use crate::routing::registry::RouterKind;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
 
-/// Where the room of each batch comes from.
+/// Where the capacity of each batch comes from.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Room {
+pub enum BatchCapacity {
     /// There is room for everything.
     Unlimited,
     /// A rule, from the size of the batch.
@@ -32,7 +32,7 @@ pub enum Room {
     Given(Capacity),
 }
 
-impl Room {
+impl BatchCapacity {
     pub(super) fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
         match self {
             Self::Unlimited => Capacity::unlimited(experts),
@@ -54,7 +54,7 @@ impl Room {
 /// How captured logits are routed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OfflineRouter {
-    /// Who routes.
+    /// The router.
     pub router: RouterKind,
     /// For routers that draw.
     pub seed: u64,
@@ -62,8 +62,8 @@ pub struct OfflineRouter {
     pub cache: CacheRouter,
     /// Experts per token.
     pub top_k: usize,
-    /// How much room each batch has.
-    pub room: Room,
+    /// Where the capacity of each batch comes from.
+    pub capacity: BatchCapacity,
     /// Tokens per batch; `None` takes the whole trace as one.
     pub batch_tokens: Option<usize>,
 }
@@ -136,7 +136,7 @@ impl OfflineRouter {
         };
         let router = self.router.build_with(self.seed, &self.cache);
         let bounded = router.respects_capacity() && router.keeps_top_k();
-        let mut slots = SlotSums::new(experts, self.room.placement(experts)?);
+        let mut slots = SlotSums::new(experts, self.capacity.placement(experts)?);
         let (mut state, mut certifier) = (RouteState::default(), RouteState::default());
         let (mut assignments, mut nanos) = (Vec::new(), Vec::new());
         let (mut sums, mut bound_sum, mut batches) = (MassSums::default(), Some(0.0), 0usize);
@@ -145,7 +145,7 @@ impl OfflineRouter {
             let rows = batch_tokens.min(tokens - start);
             let logits = Logits::new(&layer.logits[start * experts..(start + rows) * experts], rows, experts)?;
             let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref())?;
-            let capacity = self.room.capacity(rows, experts, top_k)?;
+            let capacity = self.capacity.capacity(rows, experts, top_k)?;
             let token_ids = trace.token_ids.as_ref().map(|ids| &ids[start..start + rows]);
             let step = (start / batch_tokens) as u64;
             let context = RouteContext { layer: layer.layer, token_ids, step, ..RouteContext::default() };
@@ -183,7 +183,7 @@ impl OfflineRouter {
         }
         nanos.sort_by(f64::total_cmp);
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 1.0 };
-        figures.capacity_total = (self.room != Room::Unlimited).then_some(slots.total);
+        figures.capacity_total = (self.capacity != BatchCapacity::Unlimited).then_some(slots.total);
         figures.survival = share(figures.kept as f64, figures.demand as f64);
         figures.feasible_survival = share(sums.feasible as f64, figures.demand as f64);
         figures.gate_mass = share(sums.kept, sums.top_k);
@@ -199,7 +199,7 @@ impl OfflineRouter {
             weights,
             per_device: slots.placement.is_some(),
             capacities: slots.pools,
-            batches_below_minimum: if self.room == Room::Unlimited { 0 } else { slots.unlimited_batches },
+            batches_below_minimum: if self.capacity == BatchCapacity::Unlimited { 0 } else { slots.unlimited_batches },
             figures,
         })
     }
@@ -279,9 +279,9 @@ mod tests {
         }
     }
 
-    fn route(trace: &GateTrace, router: RouterKind, room: Room, batch_tokens: usize) -> RoutedLayer {
+    fn route(trace: &GateTrace, router: RouterKind, capacity: BatchCapacity, batch_tokens: usize) -> RoutedLayer {
         let cache = CacheRouter::default();
-        let offline = OfflineRouter { router, seed: 1, cache, top_k: 2, room, batch_tokens: Some(batch_tokens) };
+        let offline = OfflineRouter { router, seed: 1, cache, top_k: 2, capacity, batch_tokens: Some(batch_tokens) };
         offline.route(trace, &trace.layers[0]).unwrap()
     }
 
@@ -289,7 +289,7 @@ mod tests {
     fn a_tail_below_the_minimum_adds_what_its_devices_could_use() {
         // Batches of 16, 16 and 3 tokens; 6 slots on 3 devices of 3, 3 and 2 experts are below 4 a device.
         let (trace, rule) = (trace(35, 8), CapacityRule::per_device(1.0, 3));
-        let routed = route(&trace, RouterKind::Phase, Room::Rule(rule), 16);
+        let routed = route(&trace, RouterKind::Phase, BatchCapacity::Rule(rule), 16);
         assert!(routed.per_device);
         assert_eq!(routed.capacities, [11 + 11 + 6, 11 + 11 + 6, 10 + 10 + 6]);
         assert_eq!((routed.figures.capacity_total, routed.batches_below_minimum), (Some(82), 1));
@@ -298,19 +298,19 @@ mod tests {
 
     #[test]
     fn a_tail_below_the_minimum_adds_its_tokens_to_each_expert() {
-        let routed = route(&trace(17, 4), RouterKind::Phase, Room::Rule(CapacityRule::per_expert(1.0)), 16);
+        let routed = route(&trace(17, 4), RouterKind::Phase, BatchCapacity::Rule(CapacityRule::per_expert(1.0)), 16);
         assert_eq!((routed.per_device, routed.capacities), (false, vec![8 + 1; 4]));
         assert_eq!(routed.figures.capacity_total, Some(36));
-        let free = route(&trace(17, 4), RouterKind::TopK, Room::Unlimited, 16);
+        let free = route(&trace(17, 4), RouterKind::TopK, BatchCapacity::Unlimited, 16);
         assert_eq!((free.figures.capacity_total, free.batches_below_minimum), (None, 0));
         assert_eq!(free.capacities, [17; 4]);
     }
 
     #[test]
     fn parts_and_figures_tell_the_same() {
-        let room = || Room::Given(Capacity::per_expert(vec![4, 8, 0, 2]).unwrap());
+        let capacity = || BatchCapacity::Given(Capacity::per_expert(vec![4, 8, 0, 2]).unwrap());
         for router in RouterKind::ALL {
-            let routed = route(&trace(32, 4), router, room(), 16);
+            let routed = route(&trace(32, 4), router, capacity(), 16);
             let kept = routed.experts.iter().filter(|&&expert| expert >= 0).count() as u64;
             assert_eq!(kept, routed.figures.kept, "{router:?}");
             assert!(routed.experts.iter().zip(&routed.weights).all(|(&expert, &weight)| expert >= 0 || weight == 0.0));
@@ -331,8 +331,14 @@ mod tests {
     fn batches_of_no_tokens_are_an_error() {
         let trace = trace(4, 4);
         let (cache, batch_tokens) = (CacheRouter::default(), Some(0));
-        let offline =
-            OfflineRouter { router: RouterKind::Phase, seed: 0, cache, top_k: 2, room: Room::Unlimited, batch_tokens };
+        let offline = OfflineRouter {
+            router: RouterKind::Phase,
+            seed: 0,
+            cache,
+            top_k: 2,
+            capacity: BatchCapacity::Unlimited,
+            batch_tokens,
+        };
         let error = offline.route(&trace, &trace.layers[0]).unwrap_err();
         assert_eq!(error.to_string(), "batch tokens is 0: expected at least 1");
     }

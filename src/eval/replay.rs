@@ -8,7 +8,7 @@
 
 use serde::Serialize;
 
-use super::offline::Room;
+use super::offline::BatchCapacity;
 use super::trace::{GateTrace, LayerTrace};
 use crate::decoder::memory::ExpertMemory;
 use crate::error::{Error, Result};
@@ -25,19 +25,19 @@ use crate::routing::topk::TopK;
 /// How a trace is replayed.
 #[derive(Clone, Copy)]
 pub struct Replay<'a> {
-    /// Who routes.
+    /// The router.
     pub router: &'a dyn Router,
     /// Experts per token.
     pub top_k: usize,
-    /// How much room each batch has.
-    pub room: &'a Room,
+    /// Where the capacity of each batch comes from.
+    pub capacity: &'a BatchCapacity,
     /// Tokens per step; 1 is decode.
     pub batch_tokens: usize,
     /// Experts of a layer that fit into fast memory.
     pub cached_experts: usize,
-    /// Who leaves it.
+    /// Which expert leaves it.
     pub policy: Policy,
-    /// Who enters it.
+    /// Which misses enter it.
     pub admission: Admission,
 }
 
@@ -122,7 +122,7 @@ impl Replay<'_> {
         for (step, rows) in layer.logits.chunks(step_tokens * experts).enumerate() {
             let (tokens, start) = (rows.len() / experts, step * step_tokens);
             let scores = trace.scoring.scores(&Logits::new(rows, tokens, experts)?, layer.selection_bias.as_deref())?;
-            let capacity = self.room.capacity(tokens, experts, self.top_k)?;
+            let capacity = self.capacity.capacity(tokens, experts, self.top_k)?;
             let context = RouteContext {
                 layer: layer.layer,
                 token_ids: trace.token_ids.as_ref().map(|ids| &ids[start..start + tokens]),
@@ -187,8 +187,8 @@ mod tests {
     }
 
     fn replay(router: &dyn Router, cached_experts: usize, batch_tokens: usize) -> ReplayFigures {
-        let (room, policy, admission) = (&Room::Unlimited, Policy::Lru, Admission::All);
-        let replay = Replay { router, top_k: 4, room, batch_tokens, cached_experts, policy, admission };
+        let (capacity, policy, admission) = (&BatchCapacity::Unlimited, Policy::Lru, Admission::All);
+        let replay = Replay { router, top_k: 4, capacity, batch_tokens, cached_experts, policy, admission };
         replay.run(&trace(500), |_| ()).unwrap()
     }
 
@@ -219,11 +219,18 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let (room, router) = (Room::Unlimited, TopK { drop: None });
+        let (capacity, router) = (BatchCapacity::Unlimited, TopK { drop: None });
         let replay = |cached_experts, batch_tokens| {
             let (policy, admission) = (Policy::Lru, Admission::default());
-            let replay =
-                Replay { router: &router, top_k: 4, room: &room, batch_tokens, cached_experts, policy, admission };
+            let replay = Replay {
+                router: &router,
+                top_k: 4,
+                capacity: &capacity,
+                batch_tokens,
+                cached_experts,
+                policy,
+                admission,
+            };
             replay.run(&trace(2), |_| ()).unwrap_err().to_string()
         };
         assert_eq!(replay(17, 1), "cached experts is 17: expected 0 to experts 16");

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::routing::stream::Stream;
 
 /// Tokens per sequence; there is no context across sequences.
-pub const SEQUENCE_TOKENS: usize = 256;
+const SEQUENCE_TOKENS: usize = 256;
 
 /// One text, already in token ids.
 #[derive(Clone, Debug)]
@@ -47,24 +47,16 @@ impl Default for Batching {
 }
 
 impl Batching {
-    /// Cuts `texts` into sequences of [`SEQUENCE_TOKENS`] (or `batch_tokens`, if that is less) and groups them.
+    /// Cuts `texts` into sequences of 256 tokens (or `batch_tokens`, if that is less) and groups them.
     ///
-    /// The last sequence of a text may be shorter; one of a single token is left out, because it predicts nothing.
-    ///
-    /// # Errors
-    /// [`Error::Parameter`] for `batch_tokens` below 2 or above [`SEQUENCE_TOKENS`] and no multiple of it, and for texts of
-    /// fewer than two tokens in all.
-    pub fn batches(&self, texts: &[EvalText]) -> Result<Vec<Batch>> {
-        self.batches_from(&[], texts)
-    }
-
-    /// The same where every sequence begins with the tokens `start`
-    /// ([`Model::sequence_start`](crate::decoder::model::Model::sequence_start)): they count in its length and in
-    /// [`Batching::tokens`].
+    /// Every sequence begins with the tokens `start` ([`Model::sequence_start`](crate::decoder::model::Model::sequence_start)), which
+    /// count in its length and in [`Batching::tokens`]. The last one of a text may be shorter; one of a single token is left out,
+    /// because it predicts nothing.
     ///
     /// # Errors
-    /// As [`Batching::batches`]; [`Error::Parameter`] for `batch_tokens` that leave no room for a token of text.
-    pub fn batches_from(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Batch>> {
+    /// [`Error::Parameter`] for `batch_tokens` below 2, above 256 and no multiple of it, or so few that `start` leaves no room for a token
+    /// of text, and for texts of fewer than two tokens in all.
+    pub fn batches(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Batch>> {
         if self.batch_tokens < 2 {
             return Err(Error::parameter("batch tokens", self.batch_tokens, "at least 2"));
         }
@@ -144,7 +136,7 @@ mod tests {
 
     #[test]
     fn every_token_is_in_one_batch_and_kinds_stay_apart() {
-        let batches = Batching::default().batches(&texts(&[1000, 300])).unwrap();
+        let batches = Batching::default().batches(&[], &texts(&[1000, 300])).unwrap();
         assert_eq!(batches.iter().map(live).collect::<Vec<_>>(), [512, 488, 300]);
         assert!(batches[0].ids().iter().all(|&id| id == 0));
         assert_eq!(batches[2].padding().unwrap().iter().filter(|&&pad| pad).count(), 212);
@@ -154,7 +146,7 @@ mod tests {
     fn every_sequence_begins_with_the_start() {
         let text = EvalText { name: "a".into(), ids: (1..=600).collect() };
         let rows = |batching: Batching, start: &[u32], text: &EvalText| -> Vec<Vec<u32>> {
-            let batches = batching.batches_from(start, std::slice::from_ref(text)).unwrap();
+            let batches = batching.batches(start, std::slice::from_ref(text)).unwrap();
             let rows = |batch: &Batch| {
                 let rows = batch.ids().chunks(batch.positions()).zip(batch.lengths());
                 rows.map(|(row, &length)| row[..length].to_vec()).collect::<Vec<_>>()
@@ -177,14 +169,14 @@ mod tests {
         assert_eq!(rows(Batching::default(), &[0], &one), [[0, 7]]);
         let small = Batching { batch_tokens: 2, ..Batching::default() };
         assert_eq!(rows(small, &[0], &one), [[0, 7]]);
-        let error = small.batches_from(&[0, 0], &[one]).unwrap_err().to_string();
+        let error = small.batches(&[0, 0], &[one]).unwrap_err().to_string();
         assert_eq!(error, "batch tokens is 2: expected more than the 2 that a text of this model begins with");
     }
 
     #[test]
     fn mixed_batches_take_turns() {
         let batching = Batching { mixing: Mixing::Mixed, ..Batching::default() };
-        let batches = batching.batches(&texts(&[512, 512])).unwrap();
+        let batches = batching.batches(&[], &texts(&[512, 512])).unwrap();
         assert_eq!((batches[0].ids()[0], batches[0].ids()[256]), (0, 1));
     }
 
@@ -200,7 +192,7 @@ mod tests {
     fn a_shuffle_moves_whole_sequences_within_their_text() {
         let text = |first: u32| EvalText { name: first.to_string(), ids: (first..first + 2100).collect() };
         let starts = |shuffle| {
-            let batches = Batching { shuffle, ..Batching::default() }.batches(&[text(0), text(1 << 16)]).unwrap();
+            let batches = Batching { shuffle, ..Batching::default() }.batches(&[], &[text(0), text(1 << 16)]).unwrap();
             let rows = |batch: &Batch| {
                 let rows = batch.ids().chunks(batch.positions()).map(|row| row[0]).collect::<Vec<_>>();
                 assert!(rows.iter().all(|id| id >> 16 == rows[0] >> 16), "one kind a batch");
@@ -221,14 +213,14 @@ mod tests {
 
     #[test]
     fn too_little_text_is_an_error() {
-        assert!(Batching::default().batches(&texts(&[1, 0])).is_err());
-        assert!(Batching::default().batches(&[]).is_err());
+        assert!(Batching::default().batches(&[], &texts(&[1, 0])).is_err());
+        assert!(Batching::default().batches(&[], &[]).is_err());
         for batch_tokens in [0, 1, 300, 700] {
             assert!(
-                Batching { batch_tokens, ..Batching::default() }.batches(&texts(&[100])).is_err(),
+                Batching { batch_tokens, ..Batching::default() }.batches(&[], &texts(&[100])).is_err(),
                 "{batch_tokens}"
             );
         }
-        assert_eq!(Batching { batch_tokens: 2, ..Batching::default() }.batches(&texts(&[4])).unwrap().len(), 2);
+        assert_eq!(Batching { batch_tokens: 2, ..Batching::default() }.batches(&[], &texts(&[4])).unwrap().len(), 2);
     }
 }

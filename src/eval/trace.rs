@@ -88,14 +88,6 @@ impl GateTrace {
         })
     }
 
-    /// Writes the trace to `path`, over whatever is there.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; as [`GateTrace::to_bytes`].
-    pub fn write(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, self.to_bytes()?).map_err(|reason| Error::io(path, reason))
-    }
-
     /// The bytes of the trace's file.
     ///
     /// # Errors
@@ -379,7 +371,7 @@ mod tests {
     fn a_trace_reads_back_as_it_was_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("t.safetensors");
-        trace().write(&path).unwrap();
+        std::fs::write(&path, trace().to_bytes().unwrap()).unwrap();
         assert_eq!(GateTrace::read(&path).unwrap(), trace());
     }
 
@@ -390,7 +382,7 @@ mod tests {
         for score in [GroupScore::Max, GroupScore::TopTwo] {
             let groups = Some(GroupLimit { groups: 3, top_groups: 2, score });
             let grouped = GateTrace { scoring: Scoring { groups, ..Scoring::sigmoid() }, ..trace() };
-            grouped.write(&path).unwrap();
+            std::fs::write(&path, grouped.to_bytes().unwrap()).unwrap();
             assert_eq!(GateTrace::read(&path).unwrap(), grouped);
         }
         let metadata = [("experts", "2"), ("top_k", "1"), ("score", "sigmoid"), ("groups", "2"), ("top_groups", "1")];

@@ -1,8 +1,7 @@
 //! What to set: cache bonus, experts per token and experts in fast memory, swept over decode of real text.
 //!
 //! A row is **on the front** where no other row that needs at most as many experts in memory is at least as good in tokens per
-//! second, hit rate and perplexity, and better in one of them. The **recommended** row reads the fewest bytes per token of those
-//! whose perplexity is within a tolerance of the model as it is (ties: fewer experts in memory, then lower perplexity).
+//! second, hit rate and perplexity, and better in one of them.
 //!
 //! Quality figures come from whole forward passes over all of the text, tokens per second are the median of decoding its
 //! first sequences token by token. With [`FastMemory::Counted`] all experts are in memory and `bytes per token = misses · bytes per expert /
@@ -14,14 +13,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::decode::{DecodeFigures, Decoding};
-use super::perplexity::Perplexity;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
 use crate::offload::admission::Admission;
 use crate::offload::cache::{CacheOptions, ExpertCache};
 use crate::offload::residency::Policy;
 use crate::routing::cache_aware::CacheRouter;
-use crate::routing::topk::TopK;
 
 /// What experts have for fast memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,9 +27,9 @@ pub enum FastMemory {
     Counted {
         /// How many.
         experts: usize,
-        /// Who leaves.
+        /// Which expert leaves.
         policy: Policy,
-        /// Who enters.
+        /// Which misses enter.
         admission: Admission,
     },
     /// An expert cache, per layer. The decoder must have its experts in one already: another of this kind takes its place.
@@ -96,11 +93,6 @@ impl TuneRow {
 }
 
 impl Sweep {
-    /// Runs of the model that it takes: passes over the text.
-    pub fn settings(&self) -> usize {
-        self.top_k.len() * self.bonus.len() * self.memories.len()
-    }
-
     /// Measures every setting on `batches`. `progress` is called after each with its tokens.
     ///
     /// # Errors
@@ -116,7 +108,7 @@ impl Sweep {
     ) -> Result<Vec<TuneRow>> {
         self.check(decoder)?;
         let timed = self.timed(batches)?;
-        let (mut rows, mut counted) = (Vec::with_capacity(self.settings()), Vec::new());
+        let (mut rows, mut counted) = (Vec::new(), Vec::new());
         for &top_k in &self.top_k {
             let mut decoder = decoder.clone();
             decoder.set_top_k(top_k)?;
@@ -244,30 +236,6 @@ fn row(
     }
 }
 
-/// Perplexity of the model as it is: its own experts per token, no swaps.
-///
-/// # Errors
-/// Whatever the forward pass reports.
-pub fn plain_perplexity(decoder: &Decoder, batches: &[Batch]) -> Result<f64> {
-    let mut decoder = decoder.clone();
-    decoder.set_router(Arc::new(TopK { drop: None }));
-    decoder.set_capacity(None);
-    let mut perplexity = Perplexity::default();
-    for batch in batches {
-        perplexity.add(&decoder.forward(batch, &mut decoder.batch_state())?, batch)?;
-    }
-    perplexity.value()
-}
-
-/// The row to recommend where perplexity may be at most `most`; `None` where no row is within it.
-pub fn recommended(rows: &[TuneRow], most: f64) -> Option<&TuneRow> {
-    let within = rows.iter().filter(|row| row.perplexity <= most);
-    within.min_by(|a, b| {
-        let bytes = a.bytes_read_per_token.total_cmp(&b.bytes_read_per_token);
-        bytes.then(a.cached_experts.cmp(&b.cached_experts)).then(a.perplexity.total_cmp(&b.perplexity))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -295,13 +263,5 @@ mod tests {
         assert!(row(8, 0.4, 10.0, 100.0).is_beaten_by(&small));
         assert!(!small.is_beaten_by(&small.clone()), "equals stay");
         assert!(!row(4, 0.4, 9.9, 90.0).is_beaten_by(&small));
-    }
-
-    #[test]
-    fn the_fewest_bytes_within_the_tolerance_are_recommended() {
-        let rows = [row(8, 0.5, 10.0, 1.0), row(8, 0.9, 10.2, 1.0), row(4, 0.8, 10.05, 1.0), row(8, 0.8, 10.0, 1.0)];
-        assert_eq!(recommended(&rows, 10.1), Some(&rows[2]));
-        assert_eq!(recommended(&rows, 11.0), Some(&rows[1]));
-        assert_eq!(recommended(&rows, 9.0), None);
     }
 }
