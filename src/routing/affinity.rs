@@ -33,7 +33,7 @@ pub struct Decay(f32);
 
 impl Decay {
     /// 0.98: half of it is forgotten after 34 steps. Which experts should stay in memory is better told by long use than by the last few.
-    pub const SLOW: Self = Self(0.98);
+    pub(crate) const SLOW: Self = Self(0.98);
 
     /// A decay per step.
     ///

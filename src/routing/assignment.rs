@@ -198,16 +198,6 @@ impl Assignment {
         self.width
     }
 
-    /// Expert of a slot; `None` where it was dropped.
-    ///
-    /// # Panics
-    /// When `token` or `slot` is out of range.
-    pub fn expert(&self, token: usize, slot: usize) -> Option<ExpertId> {
-        assert!(slot < self.width, "slot {slot} of width {}", self.width);
-        let expert = self.chosen[token * self.width + slot];
-        (expert != EMPTY).then(|| ExpertId::from_raw(expert))
-    }
-
     /// The kept slots of a token: expert and combine weight.
     ///
     /// # Panics
@@ -300,7 +290,7 @@ mod tests {
         };
         let assignment = parts(&[0, 3, 2, -1], &[0.5, 0.5, 1.0, 0.0]).unwrap();
         assert_eq!((assignment.kept(), assignment.load()), (3, vec![1, 0, 1, 1]));
-        assert_eq!(assignment.expert(1, 1), None);
+        assert_eq!(assignment.ids().collect::<Vec<_>>(), [0, 3, 2, -1]);
         assert_eq!(
             parts(&[0, 4], &[0.5; 2]).unwrap_err(),
             "expert ids: expert 4 is out of range, expected 0 to 3 or -1 (token 0)"

@@ -7,7 +7,7 @@
 //! use phase_moe::Logits;
 //!
 //! let logits = Logits::new(&[0.5, 2.0, f32::NEG_INFINITY, 1.0, 0.0, -1.0], 2, 3)?;
-//! assert_eq!(logits.row(1), [1.0, 0.0, -1.0]);
+//! assert_eq!((logits.tokens(), logits.experts()), (2, 3));
 //!
 //! let error = Logits::new(&[0.5, f32::NAN], 1, 2).unwrap_err();
 //! assert_eq!(error.to_string(), "logit of token 0, expert 1 is NaN: expected a finite number or -inf (masked)");
@@ -64,16 +64,8 @@ impl<'a> Logits<'a> {
     }
 
     /// All values, row-major.
-    pub fn values(&self) -> &'a [f32] {
+    pub(crate) fn values(&self) -> &'a [f32] {
         self.values
-    }
-
-    /// The logits of one token, `[experts]`.
-    ///
-    /// # Panics
-    /// When `token` is not below [`Logits::tokens`].
-    pub fn row(&self, token: usize) -> &'a [f32] {
-        &self.values[token * self.experts..(token + 1) * self.experts]
     }
 }
 

@@ -238,7 +238,7 @@ impl Scores {
     /// [`Error::Shape`] for another number of values, [`Error::Parameter`] for one that is negative or not finite, or that
     /// gives a product that is not finite; the scores are then as they were. [`Error::TopKZero`],
     /// [`Error::TopKExceedsExperts`].
-    pub fn weigh_selection(&mut self, worth: &[f32], top_k: usize) -> Result<()> {
+    pub(crate) fn weigh_selection(&mut self, worth: &[f32], top_k: usize) -> Result<()> {
         check_top_k(top_k, self.experts)?;
         if worth.len() != self.gate.len() {
             let expected = format!("{} tokens of {} experts", self.tokens, self.experts);
@@ -267,7 +267,7 @@ impl Scores {
     ///
     /// # Errors
     /// [`Error::Parameter`] for a token that is not there; nothing has changed then.
-    pub fn refill_from(&mut self, all: &Self, token: usize) -> Result<()> {
+    pub(crate) fn refill_from(&mut self, all: &Self, token: usize) -> Result<()> {
         if token >= all.tokens {
             return Err(Error::parameter("token", token, format!("below {}", all.tokens)));
         }

@@ -141,19 +141,14 @@ impl CacheRouter {
         self.bonus
     }
 
-    /// The largest share of a token's gate mass that swaps may cost.
-    pub fn max_mass_loss(&self) -> f64 {
-        self.max_mass_loss
-    }
-
     /// Experts of a token that always stay.
     pub fn keep_top(&self) -> usize {
         self.keep_top
     }
 
-    /// The share of hits that the bonus is steered to.
-    pub fn target_hit_rate(&self) -> Option<f64> {
-        self.target_hit_rate
+    /// The largest share of a token's gate mass that swaps may cost.
+    pub fn max_mass_loss(&self) -> f64 {
+        self.max_mass_loss
     }
 
     /// The bonus of this batch; 0 switches swaps off.

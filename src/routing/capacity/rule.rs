@@ -139,7 +139,7 @@ pub struct CapacityRule {
 
 impl CapacityRule {
     /// Mean slots per pool below which no limit applies, unless a rule says otherwise.
-    pub const DEFAULT_MINIMUM_MEAN: f64 = 4.0;
+    pub(crate) const DEFAULT_MINIMUM_MEAN: f64 = 4.0;
 
     /// Limits in these proportions, exact. What makes no sense is an error of [`CapacityRule::capacity`].
     pub fn new(factor: f64, shares: Shares) -> Self {

@@ -30,9 +30,9 @@ pub struct PhaseKernel {
 
 impl PhaseKernel {
     /// Density of the published benchmarks and training runs.
-    pub const DEFAULT_DENSITY: f64 = 0.3;
+    pub(crate) const DEFAULT_DENSITY: f64 = 0.3;
     /// Oversampling of the published training runs.
-    pub const DEFAULT_OVERSAMPLE: usize = 4;
+    pub(crate) const DEFAULT_OVERSAMPLE: usize = 4;
 
     /// The kernel with the published density and oversampling.
     pub const fn new(seed: u64) -> Self {

@@ -101,7 +101,7 @@ impl PhaseSide {
     }
 
     /// Rows, and positions on the ring.
-    pub fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.degrees.len()
     }
 
