@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
@@ -35,7 +35,7 @@ fn main() -> Result<()> {
     let prompt = model.encode("And it came to pass in those days, that ")?;
     let mut sampler = Sampler::new(0.7, 0.9, 1)?;
     let go_on = |_| ControlFlow::Continue(());
-    let generation = generate(&model, &prompt, Options::new(200), &mut state, &mut sampler, go_on)?;
+    let generation = generate(&model, &prompt, GenerateOptions::new(200), &mut state, &mut sampler, go_on)?;
     println!("{} tokens written", generation.texts[0].len());
 
     let Some(memory) = state.memory() else { return Ok(()) };

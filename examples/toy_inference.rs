@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::error::Result;
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
         let mut continuation = model.continuation(&ids)?;
         print!("\n{prompt}|");
         let done =
-            generate(&model, &ids, Options::new(60), &mut state, &mut sampler, |id| match continuation.push(id) {
+            generate(&model, &ids, GenerateOptions::new(60), &mut state, &mut sampler, |id| match continuation.push(id) {
                 Ok(text) => {
                     print!("{text}");
                     ControlFlow::Continue(())

@@ -299,6 +299,20 @@ impl Error {
         Self::Shape { operand: operand.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
+    /// The one of `all` with the name `got`, or [`Error::UnknownName`] with the names there are.
+    pub(crate) fn by_name<T: Copy>(
+        kind: &'static str,
+        all: &[T],
+        name: impl Fn(T) -> &'static str,
+        got: &str,
+    ) -> Result<T> {
+        all.iter().copied().find(|&one| name(one) == got).ok_or_else(|| Self::UnknownName {
+            kind,
+            got: got.into(),
+            expected: all.iter().map(|&one| name(one)).collect::<Vec<_>>().join(", "),
+        })
+    }
+
     /// A [`Error::Parameter`] from anything that prints.
     pub fn parameter(name: &'static str, got: impl ToString, expected: impl ToString) -> Self {
         Self::Parameter { name, got: got.to_string(), expected: expected.to_string() }

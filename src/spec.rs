@@ -64,15 +64,6 @@ impl Default for ExpertNames {
     }
 }
 
-/// How the matrices of stacked experts lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StackOrder {
-    /// `[experts, out, in]`, as linear layers have them.
-    RowsFirst,
-    /// `[experts, in, out]`.
-    ColumnsFirst,
-}
-
 /// FFNs that every token meets beside its own experts, as one of their width together. Without biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedExperts {
@@ -151,36 +142,6 @@ impl MoeSpec {
         self.activation.check()
     }
 
-    /// How the matrices of stacked experts lie, by the shapes of gate and up projections, and of down projections. Only where
-    /// there is no gate and the experts are as wide as the hidden state can it be told from neither.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for shapes of other experts, and for those that could be either.
-    pub fn stack_order(&self, gate_up: &[usize], down: &[usize]) -> Result<StackOrder> {
-        let (hidden, width, inner) =
-            (self.hidden, self.expert_width, self.inner_projections().saturating_mul(self.expert_width));
-        let rows_first = [[self.experts, inner, hidden], [self.experts, hidden, width]];
-        let columns_first = rows_first.map(|[experts, rows, columns]| [experts, columns, rows]);
-        let matches = |shapes: [[usize; 3]; 2]| gate_up == shapes[0] && down == shapes[1];
-        match (matches(rows_first), matches(columns_first)) {
-            (true, false) => Ok(StackOrder::RowsFirst),
-            (false, true) => Ok(StackOrder::ColumnsFirst),
-            (true, true) => {
-                let expected = "shapes that tell rows from columns, or experts one by one";
-                Err(Error::shape(
-                    "stacked experts",
-                    expected,
-                    format!("{gate_up:?} and {down:?}, which could be either"),
-                ))
-            }
-            (false, false) => {
-                let shown = |shapes: [[usize; 3]; 2]| format!("{:?} and {:?}", shapes[0], shapes[1]);
-                let expected = format!("{}, or {}", shown(rows_first), shown(columns_first));
-                Err(Error::shape("stacked experts", expected, format!("{gate_up:?} and {down:?}")))
-            }
-        }
-    }
-
     /// Weights of one expert: its projections, and their biases where it has them.
     pub fn parameters_per_expert(&self) -> usize {
         let biases = if self.expert_bias { self.inner_projections() * self.expert_width + self.hidden } else { 0 };
@@ -195,7 +156,7 @@ impl MoeSpec {
     }
 
     /// Projections from the hidden state inwards: gate and up, or up alone.
-    fn inner_projections(&self) -> usize {
+    pub(crate) fn inner_projections(&self) -> usize {
         if self.activation.gated { 2 } else { 1 }
     }
 

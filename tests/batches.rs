@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Tensor};
-use phase_moe::decoder::generate::{Options, generate, generate_batch};
+use phase_moe::decoder::generate::{GenerateOptions, generate, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
@@ -207,14 +207,14 @@ fn texts_generated_side_by_side_are_those_generated_alone() {
         let alone = |prompt: &&[u32]| {
             let (mut state, mut sampler) = (MODEL.decoder().generation_state(), sampler.clone());
             let go_on = |_| ControlFlow::Continue(());
-            generate(&MODEL, prompt, Options::new(24), &mut state, &mut sampler, go_on).unwrap()
+            generate(&MODEL, prompt, GenerateOptions::new(24), &mut state, &mut sampler, go_on).unwrap()
         };
         let alone: Vec<_> = parts.iter().map(alone).collect();
         for chunk_tokens in [512, 16] {
             let mut seen = vec![Vec::new(); 4];
             let mut state = MODEL.decoder().generation_state();
             let mut samplers = vec![sampler.clone(); 4];
-            let options = Options { chunk_tokens, ..Options::new(24) };
+            let options = GenerateOptions { chunk_tokens, ..GenerateOptions::new(24) };
             let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id| {
                 seen[text].push(id);
                 ControlFlow::Continue(())
@@ -238,14 +238,14 @@ fn texts_end_each_at_its_own_place() {
     let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
     let mut state = MODEL.decoder().generation_state();
     let go_on = |_, _| ControlFlow::Continue(());
-    let done = generate_batch(&MODEL, &[&long, &short], Options::new(9), &mut state, &mut samplers, go_on).unwrap();
+    let done = generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
     assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
     assert_eq!(state.lengths(), [positions, 12]);
 
     let none = generate_batch(
         &MODEL,
         &[&short],
-        Options::new(0),
+        GenerateOptions::new(0),
         &mut MODEL.decoder().generation_state(),
         &mut samplers[..1],
         go_on,
@@ -262,7 +262,7 @@ fn a_generation_stops_when_it_is_told_to() {
         if seen.len() < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
     let prompt = MODEL.encode("And it came to pass").unwrap();
-    let done = generate(&MODEL, &prompt, Options::new(24), &mut state, &mut sampler, on_token).unwrap();
+    let done = generate(&MODEL, &prompt, GenerateOptions::new(24), &mut state, &mut sampler, on_token).unwrap();
     assert_eq!((seen.len(), &done.texts[0], done.decode_steps), (3, &seen, 2));
     assert_eq!(state.position(), prompt.len() + 2);
 }
@@ -305,7 +305,7 @@ fn mistakes_are_named() {
         "decoder state: expected one that keeps keys and values, got one that keeps none"
     );
     let mut sampler = [Sampler::new(0.0, 1.0, 1).unwrap()];
-    let wrong = generate_batch(&MODEL, &[&[1], &[2]], Options::new(3), &mut state, &mut sampler, |_, _| {
+    let wrong = generate_batch(&MODEL, &[&[1], &[2]], GenerateOptions::new(3), &mut state, &mut sampler, |_, _| {
         ControlFlow::Continue(())
     });
     assert_eq!(wrong.unwrap_err().to_string(), "samplers: expected one for each of 2 prompts, got 1");

@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use phase_moe::decoder::{Batch, LoadOptions};
-use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, dropless, run};
+use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, compare, dropless};
 use phase_moe::eval::text::{Batching, EvalText};
 use phase_moe::eval::trace::GateTrace;
 use phase_moe::layer::worth::{OutputNorms, ProbeFit};
@@ -38,7 +38,7 @@ fn texts(model: &Model) -> Vec<EvalText> {
 
 fn figures(model: &Model, batches: &[Batch], base: &Dropless, router: RouterKind, rule: CapacityRule) -> RouterFigures {
     let setting = Setting { router, capacity: Some(rule), seed: 42, cache: CacheRouter::default(), memory: None };
-    run(model.decoder(), batches, &setting, base, |_| ()).unwrap()
+    compare(model.decoder(), batches, &setting, base, |_| ()).unwrap()
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn a_prompt_is_continued_in_its_own_kind_of_text() {
         let mut sampler = Sampler::new(0.0, 1.0, 0).unwrap();
         let (prompt, mut state) = (model.encode(prompt).unwrap(), model.decoder().generation_state());
         let go_on = |_| ControlFlow::Continue(());
-        let done = generate(&model, &prompt, Options::new(40), &mut state, &mut sampler, go_on).unwrap();
+        let done = generate(&model, &prompt, GenerateOptions::new(40), &mut state, &mut sampler, go_on).unwrap();
         model.decode(&done.texts[0]).unwrap()
     };
     let scripture = continued("And the LORD spake unto Moses, saying, ");

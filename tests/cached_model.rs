@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
@@ -145,7 +145,7 @@ fn two_threads_generate_on_one_cache() {
     let ids = |model: &Model, prompt: &[u32]| {
         let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
         let go_on = |_| ControlFlow::Continue(());
-        generate(model, prompt, Options::new(80), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
+        generate(model, prompt, GenerateOptions::new(80), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
     };
     std::thread::scope(|scope| {
         for prompt in prompts.iter().cycle().take(4) {

@@ -497,9 +497,8 @@ fn gradients_pass_through_stacked_and_quantised_experts() {
     let own = parts.iter().flat_map(|(gate, up)| [gate, up]).flat_map(|part| values(reference.get(part).unwrap()));
     assert_eq!(values(gradients.get(&gate_up).unwrap()), own.collect::<Vec<_>>());
 
-    // Candle quantises what is behind a view, not the view.
     let quantize =
-        |tensor: &Tensor| Arc::new(QTensor::quantize(&tensor.force_contiguous().unwrap(), GgmlDType::F32).unwrap());
+        |view: &Tensor| Arc::new(QTensor::quantize(&view.force_contiguous().unwrap(), GgmlDType::F32).unwrap());
     let part =
         |at: usize, from: usize| quantize(&gate_up.as_detached_tensor().get(at).unwrap().narrow(0, from, 32).unwrap());
     let own = |at: usize| Expert::quantized(part(at, 0), part(at, 32), quantize(&down.get(at).unwrap()));

@@ -181,7 +181,7 @@ proptest! {
             bytes[at] = value;
         }
         if let Ok(checkpoint) = open(bytes) {
-            let _ = phase_moe::weights::gguf::config(&checkpoint).and_then(|config| phase_moe::zoo::parse_config(&config, "m.gguf"));
+            let _ = Weights::from_gguf("m", checkpoint).and_then(|weights| weights.spec().map(|_| ()));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::error::{Error, Result};
-use phase_moe::weights::gguf::tokenizer::tokenizer_json;
+use phase_moe::weights::Weights;
 use tokenizers::Tokenizer;
 
 fn fixture(name: &str) -> PathBuf {
@@ -15,7 +15,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn json(path: &Path) -> Result<String> {
-    tokenizer_json(Checkpoint::open_gguf(path)?.gguf().unwrap())
+    Weights::from_parts("m", "", Checkpoint::open_gguf(path)?).tokenizer_json()
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use phase_moe::error::{Error, Result};
 use phase_moe::routing::scores::{GroupLimit, GroupScore, Scoring};
-use phase_moe::spec::{AttentionBias, ModelSpec, MoeSpec, RopeScaling, StackOrder};
+use phase_moe::spec::{AttentionBias, ModelSpec, RopeScaling};
 use phase_moe::zoo::{FAMILIES, MOE_FAMILIES, parse_config, parse_moe_config};
 use serde_json::{Value, json};
 
@@ -168,24 +168,4 @@ fn positions_are_stretched_as_transformers_says_now_and_as_it_said() {
         message("qwen3_moe", "rope_scaling", nothing),
         "config.json: key `rope_scaling.factor`: expected a positive number, got nothing: the key is missing"
     );
-}
-
-#[test]
-fn the_order_of_a_stack_is_told_by_both_shapes_or_not_at_all() {
-    let order = |spec: &MoeSpec, gate_up: [usize; 3], down: [usize; 3]| {
-        spec.stack_order(&gate_up, &down).map_err(|error| error.to_string())
-    };
-    // Twice the width is the hidden width, or the width is: one of the two shapes alone says nothing.
-    for (hidden, width) in [(8, 4), (8, 8), (6, 4)] {
-        let spec = MoeSpec::new(hidden, 5, 2, width).unwrap();
-        let rows = order(&spec, [5, 2 * width, hidden], [5, hidden, width]);
-        assert_eq!(rows, Ok(StackOrder::RowsFirst));
-        let columns = order(&spec, [5, hidden, 2 * width], [5, width, hidden]);
-        assert_eq!(columns, Ok(StackOrder::ColumnsFirst));
-    }
-    let spec = MoeSpec::new(8, 5, 2, 4).unwrap();
-    assert!(order(&spec, [4, 8, 8], [4, 8, 4]).unwrap_err().starts_with("stacked experts: expected [5, 8, 8]"));
-    let mut open = MoeSpec::new(8, 5, 2, 8).unwrap();
-    open.activation.gated = false;
-    assert!(order(&open, [5, 8, 8], [5, 8, 8]).unwrap_err().contains("which could be either"));
 }

@@ -6,7 +6,7 @@ use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::eval::compare::{Setting, dropless, run};
+use phase_moe::eval::compare::{Setting, compare, dropless};
 use phase_moe::routing::cache_aware::CacheRouter;
 use phase_moe::routing::capacity::CapacityRule;
 use phase_moe::routing::registry::{Knowledge, RouterKind};
@@ -93,7 +93,7 @@ impl Compare {
         let mut rows = Vec::with_capacity(settings.len());
         for (index, setting) in settings.iter().enumerate() {
             bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
-            rows.push(run(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
+            rows.push(compare(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
         }
         drop(bar);
         warn_streamed(model.decoder());

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
 use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::{Generation, Options, generate_batch};
+use phase_moe::decoder::generate::{Generation, GenerateOptions, generate_batch};
 use phase_moe::decoder::memory::ExpertMemory;
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
@@ -47,7 +47,7 @@ pub struct Generate {
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
     /// Tokens of the prompts in one forward pass; a limit is on each of them
-    #[arg(long, value_name = "N", default_value_t = Options::CHUNK_TOKENS)]
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::CHUNK_TOKENS)]
     chunk_tokens: usize,
     /// Tokens to add at most, to each prompt
     #[arg(long, value_name = "N", default_value_t = 100)]
@@ -155,7 +155,7 @@ impl Generate {
             }
             warn_unlimited(rule, unlimited, chunks);
         }
-        let options = Options { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
+        let options = GenerateOptions { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
         let mut samplers = vec![sampler; ids.len()];
         let generation = match (ids.as_slice(), self.json) {
             ([prompt], false) => {

@@ -27,7 +27,7 @@ mod fetch {
     use anyhow::Result;
     use hf_hub::Cache;
     use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-    use phase_moe::checkpoint::json;
+    use phase_moe::checkpoint::parse_json;
     use serde_json::Value;
 
     use crate::options::UserMistake;
@@ -92,7 +92,7 @@ mod fetch {
             return Err(UserMistake(message).into());
         }
         let path = fetch(repository, INDEX).map_err(|error| mistake(name, error))?;
-        let index: Value = json::parse(&std::fs::read_to_string(path)?)
+        let index: Value = parse_json(&std::fs::read_to_string(path)?)
             .map_err(|error| UserMistake(format!("--model {name}: {INDEX}: expected JSON, got {error}")))?;
         let shards = index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, shard)| shard.as_str());
         // What else it says is checked where the checkpoint is opened.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{Options, generate};
+use phase_moe::decoder::generate::{GenerateOptions, generate};
 use phase_moe::decoder::model::Model;
 use phase_moe::decoder::sampling::Sampler;
 use serde_json::{Value, json};
@@ -174,7 +174,7 @@ fn an_answer_ends_where_the_generation_config_says() {
         let prompt = model.encode("And the LORD spake unto Moses, saying, ").unwrap();
         let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
         let go_on = |_| ControlFlow::Continue(());
-        generate(model, &prompt, Options::new(12), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
+        generate(model, &prompt, GenerateOptions::new(12), &mut state, &mut sampler, go_on).unwrap().texts.remove(0)
     };
     let plain = load(&bundled);
     let (all, from_config) = (ids(&plain), plain.end_of_text().to_vec());

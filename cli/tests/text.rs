@@ -11,7 +11,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use phase_moe::checkpoint::Checkpoint;
 use phase_moe::decoder::LoadOptions;
 use phase_moe::decoder::model::Model;
-use phase_moe::weights::gguf::tokenizer::tokenizer_json;
+use phase_moe::weights::Weights;
 use tokenizers::Tokenizer;
 
 /// Longer than anything here takes, on any machine.
@@ -225,7 +225,7 @@ fn tokenizer_of(metadata: &[(&str, Value)]) -> Tokenizer {
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     gguf_file::write(&mut file.reopen().unwrap(), &metadata, &[]).unwrap();
     let checkpoint = Checkpoint::open_gguf(file.path()).unwrap();
-    Tokenizer::from_bytes(tokenizer_json(checkpoint.gguf().unwrap()).unwrap()).unwrap()
+    Tokenizer::from_bytes(Weights::from_parts("m", "", checkpoint).tokenizer_json().unwrap()).unwrap()
 }
 
 /// What llama.cpp puts around a text (`src/llama-vocab.cpp`): what the file says, and else what its kind has.

@@ -155,7 +155,7 @@ impl Subject {
             }
             Which::Olmoe => {
                 let store = files.expert_store()?;
-                let all: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+                let all: usize = (0..store.layers()).map(|layer| spec.moe.experts * store.slab_bytes(layer)).sum();
                 let options = LoadOptions::default().with_expert_cache(CacheOptions::new(all));
                 let ids = (0..4096u32).map(|at| at.wrapping_mul(2_654_435_761) >> 22).collect();
                 (Decoder::load(&files, &options)?, ids, None)
@@ -347,7 +347,7 @@ fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertW
 /// slowly from the host, and the first mode to want it would pay for all.
 fn touch(subject: &Subject) -> Result<()> {
     let store = subject.files.expert_store()?;
-    let bytes: usize = (0..store.layers()).map(|layer| store.experts(layer) * store.slab_bytes(layer)).sum();
+    let bytes: usize = (0..store.layers()).map(|layer| subject.spec.moe.experts * store.slab_bytes(layer)).sum();
     let mut slab = Slab::new(bytes);
     slab.bytes_mut().iter_mut().step_by(4096).for_each(|byte| *byte = 1);
     std::hint::black_box(&slab);

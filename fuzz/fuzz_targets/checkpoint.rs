@@ -4,8 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use phase_moe::checkpoint::{ByteSource, Checkpoint};
-use phase_moe::weights::gguf::config;
-use phase_moe::weights::gguf::tokenizer::tokenizer_json;
+use phase_moe::weights::Weights;
 use phase_moe::zoo::parse_config;
 
 #[derive(Debug)]
@@ -43,9 +42,9 @@ fuzz_target!(|data: &[u8]| {
             let bytes = checkpoint.read(name).expect("a checked header");
             assert!(bytes.len() <= data.len());
         }
-        if let Some(metadata) = checkpoint.gguf() {
-            let _ = config(&checkpoint).and_then(|config| parse_config(&config, "fuzz"));
-            let _ = tokenizer_json(metadata);
+        if checkpoint.gguf().is_some() {
+            let weights = Weights::from_gguf("fuzz", checkpoint);
+            let _ = weights.map(|weights| (weights.spec().map(|_| ()), weights.tokenizer_json()));
         }
     };
     opened(data.to_vec(), Checkpoint::from_sources);

@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::{ByteSource, open_file};
 
 /// What direct reads are aligned to: a page, and a multiple of every common disk's blocks.
-pub const PAGE_BYTES: usize = 4096;
+pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// A file opened for ordinary reads and, where that is possible, for direct ones.
 #[derive(Debug)]
-pub struct DirectFile {
+pub(crate) struct DirectFile {
     file: File,
     direct: Option<File>,
     refused: AtomicBool,
@@ -30,14 +30,14 @@ impl DirectFile {
     ///
     /// # Errors
     /// As [`open_file`].
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let file = open_file(path)?;
         let direct = open_direct(path, &file);
         Ok(Self { file, direct, refused: AtomicBool::new(false) })
     }
 
     /// Whether aligned reads go past the page cache, as far as is known.
-    pub fn is_direct(&self) -> bool {
+    pub(crate) fn is_direct(&self) -> bool {
         // Only a hint: a read that sees the old value is refused once more.
         self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
     }

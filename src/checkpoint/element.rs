@@ -79,7 +79,7 @@ impl ElementType {
     }
 
     /// Bytes of rows of `columns` numbers; `None` where a row is no whole number of blocks, or too much to count.
-    pub fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
+    pub(crate) fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
         match self {
             Self::Plain(dtype) => Some(rows.checked_mul(columns)?.checked_mul(dtype.bitsize())?.div_ceil(8)),
             Self::Blocks(blocks) if columns.is_multiple_of(blocks.numbers) => {

@@ -15,7 +15,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 ///
 /// # Errors
 /// When the system cannot open it; [`ErrorKind::InvalidData`] for a FIFO, a socket or a device.
-pub fn open_file(path: &Path) -> io::Result<File> {
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     match not_a_file(path.metadata()?.file_type()) {
         Some(kind) => Err(io::Error::new(ErrorKind::InvalidData, format!("expected a file, got {kind}"))),
         None => File::open(path),
@@ -43,7 +43,7 @@ pub(super) fn not_a_file(kind: FileType) -> Option<&'static str> {
 ///
 /// # Errors
 /// [`Error::Io`] as [`open_file`].
-pub fn read_file(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         let mut bytes = Vec::new();
         io::Read::read_to_end(&mut open_file(path)?, &mut bytes)?;
@@ -56,7 +56,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// [`Error::Io`] as [`open_file`] and [`text`].
-pub fn read_text(path: &Path) -> Result<String> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     text(read_file(path)?).map_err(|error| Error::io(path, error))
 }
 
@@ -77,11 +77,6 @@ pub fn text(bytes: Vec<u8>) -> io::Result<String> {
     Ok(text)
 }
 
-/// The same of bytes that are not yet known to be text.
-pub fn without_mark(bytes: &[u8]) -> &[u8] {
-    bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,7 +91,6 @@ mod tests {
             (b"", ""),
         ] {
             assert_eq!(text(bytes.to_vec()).unwrap(), expected);
-            assert_eq!(without_mark(bytes), expected.as_bytes());
         }
         for (bytes, expected) in
             [(&b"\xff\xfea\0"[..], "got UTF-16"), (b"\xfe\xff\0a", "got UTF-16"), (b"\xe9", "got other bytes")]

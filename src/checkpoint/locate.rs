@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 
 /// Where a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Located {
+pub(crate) enum Located {
     /// A directory in Hugging Face layout.
     Directory(PathBuf),
     /// A GGUF file, the first part where it is split.
@@ -30,7 +30,7 @@ const OTHER_WEIGHTS: &str = "convert them to safetensors or GGUF";
 ///
 /// # Errors
 /// [`Error::Io`] for a path that is not there or unreadable, [`Error::Checkpoint`] for one that is something else, and says what.
-pub fn locate(path: &Path) -> Result<Located> {
+pub(crate) fn locate(path: &Path) -> Result<Located> {
     let wrong = |detail: String| Error::Checkpoint { file: path.display().to_string(), detail };
     let is_named_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     let metadata = match std::fs::metadata(path) {
@@ -70,7 +70,7 @@ pub fn locate(path: &Path) -> Result<Located> {
 }
 
 /// What a model is to be called: the name of its directory or file; in the hub's cache, where that is a hash, the model's.
-pub fn name_of(path: &Path) -> String {
+pub(crate) fn name_of(path: &Path) -> String {
     let found = path.canonicalize().ok();
     let part = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
     let of_snapshot = || {

@@ -62,7 +62,7 @@ impl Metadata {
     }
 
     /// An error about a key.
-    pub fn error(&self, key: &str, expected: &str, got: &str) -> Error {
+    pub(crate) fn error(&self, key: &str, expected: &str, got: &str) -> Error {
         Error::Config { file: self.file.clone(), detail: format!("metadata `{key}`: expected {expected}, got {got}") }
     }
 
@@ -91,7 +91,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::count`], and where there is none.
-    pub fn required_count(&self, key: &str) -> Result<usize> {
+    pub(crate) fn required_count(&self, key: &str) -> Result<usize> {
         self.count(key)?.ok_or_else(|| self.error(key, "an integer", "nothing: the key is missing"))
     }
 
@@ -99,7 +99,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::count`].
-    pub fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a finite number", |value| match value {
             Value::Number(value) => Some(*value).filter(|value| value.is_finite()),
             Value::Integer(value) => Some(*value as f64),
@@ -111,7 +111,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::count`].
-    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", |value| match value {
             Value::Flag(value) => Some(*value),
             _ => None,
@@ -144,7 +144,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::count`].
-    pub fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
+    pub(crate) fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
         self.typed(key, "a list of integers", |value| match value {
             Value::Integers(list) => Some(list.as_slice()),
             _ => None,
@@ -155,7 +155,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::count`].
-    pub fn numbers(&self, key: &str) -> Result<Option<&[f64]>> {
+    pub(crate) fn numbers(&self, key: &str) -> Result<Option<&[f64]>> {
         self.typed(key, "a list of numbers", |value| match value {
             Value::Numbers(list) => Some(list.as_slice()),
             _ => None,

@@ -3,7 +3,7 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only, and checks them whole before
 //! anything in them is trusted; a tensor's bytes are read when asked for. Nothing is mapped: a file that shrinks while open gives an
-//! error, not a signal. Files are read through [`DirectFile`]; a FIFO or a device is no file ([`open_file`]). [`tensor_bytes`] and [`write_tensors`] are the
+//! error, not a signal. Files are read past the page cache where that can be; a FIFO or a device is no file. [`tensor_bytes`] and [`write_tensors`] are the
 //! other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
@@ -14,10 +14,11 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use self::direct::{DirectFile, PAGE_BYTES};
+pub(crate) use self::direct::{DirectFile, PAGE_BYTES};
 pub use self::element::{BlockType, ElementType};
-pub use self::file::{open_file, read_file, read_text, text, without_mark};
-pub use self::locate::{Located, locate, name_of};
+pub use self::file::text;
+pub(crate) use self::file::{open_file, read_file, read_text};
+pub(crate) use self::locate::{Located, locate, name_of};
 pub use self::metadata::{Metadata, Value};
 pub use self::write::{NamedTensor, tensor_bytes, write_tensors};
 use crate::error::{Error, Result};
@@ -199,21 +200,10 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] when there is no such tensor or the read fails or comes back short.
     pub fn read(&self, tensor: &str) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.entry(tensor)?.bytes];
-        self.read_into(tensor, &mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Reads the bytes of a tensor into memory that is there.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`]; [`Error::Shape`] for memory of another length.
-    pub fn read_into(&self, tensor: &str, bytes: &mut [u8]) -> Result<()> {
         let entry = self.entry(tensor)?;
-        if bytes.len() != entry.bytes {
-            return Err(Error::shape(format!("memory for tensor `{tensor}`"), entry.bytes, bytes.len()));
-        }
-        self.read_part(entry, tensor, 0, bytes)
+        let mut bytes = vec![0; entry.bytes];
+        self.read_part(entry, tensor, 0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Reads some of a tensor's bytes, from byte `start` on; `name` is what an error calls it.

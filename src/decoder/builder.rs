@@ -35,12 +35,12 @@ pub fn var_builder(weights: &Weights, dtype: DType, device: &Device) -> VarBuild
 
 /// The same over a checkpoint alone.
 pub(super) fn over(checkpoint: Arc<Checkpoint>, dtype: DType, device: &Device) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(Stored(checkpoint)), dtype, device.clone())
+    VarBuilder::from_backend(Box::new(CheckpointBackend(checkpoint)), dtype, device.clone())
 }
 
-struct Stored(Arc<Checkpoint>);
+struct CheckpointBackend(Arc<Checkpoint>);
 
-impl Stored {
+impl CheckpointBackend {
     /// The tensor of transformers' `name`, and what it is called in its file.
     fn load(&self, name: &str, dtype: DType, device: &Device) -> Result<(String, Tensor)> {
         let stored = |name: &str| whole(&self.0, name, dtype, device);
@@ -70,7 +70,7 @@ impl Stored {
     }
 }
 
-impl SimpleBackend for Stored {
+impl SimpleBackend for CheckpointBackend {
     fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let wrong = |stored: &str, entry: &TensorEntry, got: &[usize]| {
             self.0.wrong(entry, stored, format!("expected shape {:?}, got {got:?}", shape.dims()))

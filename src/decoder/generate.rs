@@ -3,14 +3,14 @@
 //! ```no_run
 //! use std::ops::ControlFlow;
 //!
-//! use phase_moe::decoder::generate::{Options, generate};
+//! use phase_moe::decoder::generate::{GenerateOptions, generate};
 //! use phase_moe::decoder::model::{LoadOptions, Model};
 //! use phase_moe::decoder::sampling::Sampler;
 //!
 //! let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
 //! let prompt = model.encode_sequence("And God said")?;
 //! let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 42)?);
-//! let done = generate(&model, &prompt, Options::new(50), &mut state, &mut sampler, |_| ControlFlow::Continue(()))?;
+//! let done = generate(&model, &prompt, GenerateOptions::new(50), &mut state, &mut sampler, |_| ControlFlow::Continue(()))?;
 //! println!("{}", model.decode_after(&prompt, &done.texts[0])?);
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 
 /// How far texts go on, and how prompts go in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
+pub struct GenerateOptions {
     /// Tokens added to each text at most.
     pub new_tokens: usize,
     /// Tokens of the prompts in one forward pass at most: what bounds memory, and what a capacity is of (see
@@ -35,11 +35,11 @@ pub struct Options {
     pub chunk_tokens: usize,
 }
 
-impl Options {
+impl GenerateOptions {
     /// Tokens of the prompts in one forward pass unless said otherwise.
     pub const CHUNK_TOKENS: usize = 512;
 
-    /// At most `new_tokens`, prompts in chunks of [`Options::CHUNK_TOKENS`].
+    /// At most `new_tokens`, prompts in chunks of [`GenerateOptions::CHUNK_TOKENS`].
     pub fn new(new_tokens: usize) -> Self {
         Self { new_tokens, chunk_tokens: Self::CHUNK_TOKENS }
     }
@@ -85,7 +85,7 @@ impl Generation {
 pub fn generate(
     model: &Model,
     prompt: &[u32],
-    options: Options,
+    options: GenerateOptions,
     state: &mut DecoderState,
     sampler: &mut Sampler,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
@@ -102,7 +102,7 @@ pub fn generate(
 pub fn generate_batch(
     model: &Model,
     prompts: &[&[u32]],
-    options: Options,
+    options: GenerateOptions,
     state: &mut DecoderState,
     samplers: &mut [Sampler],
     mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
 use candle_nn::{Embedding, Init, VarBuilder};
 
 use super::Decoder;
@@ -11,51 +10,16 @@ use super::builder::{FileRows, var_builder};
 use super::finite::of_loading;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::options::LoadOptions;
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::layer::MoeLayer;
 use crate::layer::cached::CachedExperts;
 use crate::layer::expert::Expert;
 use crate::layer::load::experts;
-use crate::offload::cache::{CacheOptions, ExpertCache};
+use crate::offload::cache::ExpertCache;
 use crate::spec::ModelSpec;
 use crate::weights::Weights;
-
-/// In which dtype and where to hold the weights.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct LoadOptions {
-    /// Dtype of the weights in memory, whatever the checkpoint's; experts of a GGUF file stay as they are stored.
-    pub dtype: DType,
-    /// Device of the weights.
-    pub device: Device,
-    /// Experts stay in their files, in their dtype there, and come into memory within a budget; `None` loads all of them.
-    pub expert_cache: Option<CacheOptions>,
-}
-
-impl Default for LoadOptions {
-    /// `f32` on the CPU, all experts in memory.
-    fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu, expert_cache: None }
-    }
-}
-
-impl LoadOptions {
-    /// The same in another dtype.
-    pub fn with_dtype(self, dtype: DType) -> Self {
-        Self { dtype, ..self }
-    }
-
-    /// The same on another device.
-    pub fn with_device(self, device: Device) -> Self {
-        Self { device, ..self }
-    }
-
-    /// The same with experts in a cache, or without one.
-    pub fn with_expert_cache(self, expert_cache: impl Into<Option<CacheOptions>>) -> Self {
-        Self { expert_cache: expert_cache.into(), ..self }
-    }
-}
 
 impl Decoder {
     /// Loads a model from its files.

@@ -16,6 +16,7 @@ mod lookahead;
 pub mod memory;
 pub mod model;
 mod norm;
+mod options;
 mod rotary;
 pub mod sampling;
 mod seen;
@@ -25,7 +26,7 @@ pub mod unstacked;
 
 pub use self::batch::Batch;
 pub use self::builder::var_builder;
-pub use self::load::LoadOptions;
+pub use self::options::LoadOptions;
 pub use self::state::{DecoderState, Slots};
 
 use std::sync::Arc;

@@ -14,8 +14,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::Decoder;
+use super::options::LoadOptions;
 use super::tokenizer::{Continuation, TextTokenizer};
-use super::{Decoder, LoadOptions};
 use crate::checkpoint::json;
 use crate::error::{Error, Result};
 use crate::weights::Weights;

@@ -16,12 +16,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{Encoding, Token, Tokenizer};
 
-use crate::checkpoint::{json, without_mark};
+use crate::checkpoint::json;
 use crate::error::{Error, Result};
 use crate::weights::Weights;
-use crate::weights::gguf::tokenizer::{said_around, tokenizer_json};
 
-const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 
 /// What a decoder writes for bytes that are no letter, or not yet.
@@ -38,30 +36,24 @@ pub(super) struct TextTokenizer {
 impl TextTokenizer {
     /// That of a model, and what it puts around a text as the model's files say.
     pub(super) fn of(weights: &Weights) -> Result<Self> {
-        let gguf = weights.checkpoint().gguf();
-        let Some(json) = weights.beside(FILE)? else {
-            let reason = || std::io::Error::new(std::io::ErrorKind::NotFound, "expected beside config.json, got none");
-            let metadata = gguf.ok_or_else(|| Error::io(FILE, reason()))?;
-            return Self::read(tokenizer_json(metadata)?.as_bytes(), metadata.file());
-        };
-        let file = weights.directory().map_or(FILE.into(), |directory| directory.join(FILE).display().to_string());
-        let tokenizer = Self::read(json.as_bytes(), &file)?;
-        Ok(match gguf {
-            Some(metadata) => match said_around(metadata)? {
-                Some((before, after)) => tokenizer.around(before, after),
-                None => tokenizer,
-            },
-            None => match weights.beside(CONFIG)? {
-                Some(config) => tokenizer.configured(&config)?,
-                None => tokenizer,
-            },
-        })
+        let (json, file) = weights.tokenizer()?;
+        let tokenizer = Self::read(&json, &file)?;
+        if let Some((before, after)) = weights.said_around()? {
+            return Ok(tokenizer.around(before, after));
+        }
+        if weights.checkpoint().gguf().is_some() {
+            return Ok(tokenizer);
+        }
+        match weights.beside(CONFIG)? {
+            Some(config) => tokenizer.configured(&config),
+            None => Ok(tokenizer),
+        }
     }
 
     /// From a `tokenizer.json`; `file` is what an error calls it.
-    pub(super) fn read(bytes: &[u8], file: &str) -> Result<Self> {
+    pub(super) fn read(json: &str, file: &str) -> Result<Self> {
         let named = |reason: String| Error::Tokenizer(format!("{file}: {reason}"));
-        let mut tokenizer = parse(without_mark(bytes)).map_err(named)?;
+        let mut tokenizer = parse(json).map_err(named)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(wrong)?;
         let (before, after) = around(&tokenizer)?;
@@ -222,15 +214,15 @@ fn wrong(error: tokenizers::Error) -> Error {
 }
 
 /// A `tokenizer.json` that can be used.
-fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
+fn parse(json: &str) -> Result<Tokenizer, String> {
     #[derive(Deserialize)]
     struct PostProcessor {
         #[serde(default)]
         post_processor: Value,
     }
-    let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
+    let tokenizer = Tokenizer::from_bytes(json).map_err(|error| error.to_string())?;
     // A template that names a token which it does not have would end the process where it is applied.
-    let parsed: PostProcessor = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    let parsed: PostProcessor = serde_json::from_str(json).map_err(|error| error.to_string())?;
     match unknown_token(&parsed.post_processor) {
         Some(token) => Err(format!("`post_processor`: expected `{token}` in `special_tokens`, got none")),
         None => Ok(tokenizer),

@@ -13,7 +13,7 @@
 //! use std::sync::Arc;
 //! use candle_core::{DType, Device};
 //! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::decoder::unstacked;
+//! use phase_moe::decoder::unstacked::unstacked_var_builder;
 //! use phase_moe::spec::ExpertNames;
 //!
 //! # let directory = std::env::temp_dir().join(format!("phase-moe-unstacked-{}", std::process::id()));
@@ -26,7 +26,7 @@
 //! write_tensors(&directory.join("model.safetensors"), &stacks, None)?;
 //!
 //! let checkpoint = Arc::new(Checkpoint::open(&directory)?);
-//! let vb = unstacked::var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
+//! let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
 //! let expert = vb.pp("mlp.experts.1"); // what a model of Candle asks for
 //! assert!(expert.contains_tensor("up_proj.weight") && !vb.contains_tensor("mlp.experts.2.up_proj.weight"));
 //! assert_eq!(expert.get((3, 4), "up_proj.weight")?.get(0)?.to_vec1::<f32>()?, [36.0, 37.0, 38.0, 39.0]);
@@ -49,11 +49,11 @@ use crate::layer::load::projections;
 use crate::layer::projection::Weight;
 use crate::offload::store::Part;
 use crate::spec::{ExpertNames, MoeSpec};
-use crate::weights::experts::slices;
+use crate::weights::experts::{slices, stack_order};
 
 /// A builder whose tensors come from `checkpoint`, on `device`, in `dtype`; experts that are stacked there under the names that
 /// `names` has for stacks can be asked for one by one under those it has for single experts.
-pub fn var_builder(
+pub fn unstacked_var_builder(
     checkpoint: Arc<Checkpoint>,
     names: ExpertNames,
     dtype: DType,
@@ -139,7 +139,7 @@ fn stacked(names: &ExpertNames, gate_up: &[usize], down: &[usize]) -> Option<Moe
     let (&[experts, ..], &[_, rows, columns]) = (gate_up, down) else { return None };
     [(rows, columns), (columns, rows)].into_iter().find_map(|(hidden, width)| {
         let spec = MoeSpec { names: names.clone(), ..MoeSpec::new(hidden, experts, 1, width).ok()? };
-        spec.stack_order(gate_up, down).is_ok().then_some(spec)
+        stack_order(&spec, gate_up, down).is_ok().then_some(spec)
     })
 }
 
@@ -176,7 +176,7 @@ impl SimpleBackend for Unstacked {
 mod tests {
     use super::*;
     use crate::checkpoint::{NamedTensor, write_tensors};
-    use crate::spec::StackOrder;
+    use crate::weights::experts::Order;
 
     const EXPERTS: usize = 3;
     const WIDTH: usize = 2;
@@ -198,11 +198,11 @@ mod tests {
     }
 
     /// A checkpoint of stacks under `mlp`, beside a norm, and a builder over it.
-    fn builder(order: StackOrder, names: ExpertNames) -> (tempfile::TempDir, VarBuilder<'static>) {
+    fn builder(order: Order, names: ExpertNames) -> (tempfile::TempDir, VarBuilder<'static>) {
         let stack = |matrix: &dyn Fn(usize) -> Vec<Vec<f32>>| -> (Vec<usize>, Vec<f32>) {
             let matrices = (0..EXPERTS).map(|expert| match order {
-                StackOrder::RowsFirst => matrix(expert),
-                StackOrder::ColumnsFirst => transposed(matrix(expert)),
+                Order::Rows => matrix(expert),
+                _ => transposed(matrix(expert)),
             });
             let matrices: Vec<_> = matrices.collect();
             (vec![EXPERTS, matrices[0].len(), matrices[0][0].len()], matrices.into_iter().flatten().flatten().collect())
@@ -223,7 +223,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         write_tensors(&directory.path().join("model.safetensors"), &tensors, None).unwrap();
         let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
-        (directory, var_builder(checkpoint, names, DType::F32, &Device::Cpu))
+        (directory, unstacked_var_builder(checkpoint, names, DType::F32, &Device::Cpu))
     }
 
     fn granite() -> ExpertNames {
@@ -236,7 +236,7 @@ mod tests {
     fn every_projection_of_every_expert_is_its_own_however_the_stack_lies() {
         let turns = ExpertNames { stacked_in_turns: true, ..ExpertNames::default() };
         for names in [ExpertNames::default(), granite(), turns] {
-            for order in [StackOrder::RowsFirst, StackOrder::ColumnsFirst] {
+            for order in [Order::Rows, Order::Columns] {
                 let (_directory, vb) = builder(order, names.clone());
                 for expert in 0..EXPERTS {
                     let parts =
@@ -265,10 +265,10 @@ mod tests {
     fn both_shapes_tell_how_a_stack_lies_where_one_does_not() {
         let order = |gate_up: &[usize], down: &[usize]| {
             let spec = stacked(&ExpertNames::default(), gate_up, down)?;
-            Some((spec.stack_order(gate_up, down).unwrap(), spec.expert_width, spec.hidden))
+            Some((stack_order(&spec, gate_up, down).unwrap(), spec.expert_width, spec.hidden))
         };
-        let rows = |width, hidden| (StackOrder::RowsFirst, width, hidden);
-        let columns = |width, hidden| (StackOrder::ColumnsFirst, width, hidden);
+        let rows = |width, hidden| (Order::Rows, width, hidden);
+        let columns = |width, hidden| (Order::Columns, width, hidden);
         assert_eq!(order(&[3, 8, 8], &[3, 8, 4]), Some(rows(4, 8)));
         assert_eq!(order(&[3, 8, 8], &[3, 4, 8]), Some(columns(4, 8)));
         assert_eq!(order(&[3, 16, 8], &[3, 8, 8]), Some(rows(8, 8)));
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_named() {
-        let (directory, vb) = builder(StackOrder::RowsFirst, ExpertNames::default());
+        let (directory, vb) = builder(Order::Rows, ExpertNames::default());
         let shown = |error: candle_core::Error| {
             let error = Error::from(error);
             assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
@@ -314,7 +314,7 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             write_tensors(&directory.path().join("model.safetensors"), tensors, None).unwrap();
             let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
-            let vb = var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
+            let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
             (vb.contains_tensor("up_proj.weight"), vb.get((2, 5), "up_proj.weight").unwrap_err().to_string())
         };
         let gate_up = NamedTensor::f32("experts.gate_up_proj", [3, 4, 5], &[0.0; 60]);
@@ -355,13 +355,13 @@ mod tests {
                 Ok(())
             }
         }
-        let (directory, _) = builder(StackOrder::RowsFirst, ExpertNames::default());
+        let (directory, _) = builder(Order::Rows, ExpertNames::default());
         let bytes = std::fs::read(directory.path().join("model.safetensors")).unwrap();
         let reads = Arc::new(Mutex::new(Vec::new()));
         let source = vec![("m".to_string(), Box::new(Watched(bytes, reads.clone())) as Box<dyn ByteSource>)];
         let checkpoint = Arc::new(Checkpoint::from_sources(source).unwrap());
         let stack = checkpoint.entry("mlp.experts.gate_up_proj").unwrap().offset();
-        let vb = var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
+        let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
         reads.lock().unwrap().clear();
         assert!(vb.contains_tensor("mlp.experts.1.up_proj.weight"));
         assert!(reads.lock().unwrap().is_empty());

@@ -121,7 +121,7 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
 ///
 /// # Errors
 /// Whatever the capacity rule, the router or the forward pass reports.
-pub fn run(
+pub fn compare(
     decoder: &Decoder,
     batches: &[Batch],
     setting: &Setting,

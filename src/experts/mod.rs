@@ -6,4 +6,4 @@ pub mod activation;
 pub mod engine;
 mod fused;
 pub mod matrix;
-pub mod mxfp4;
+pub(crate) mod mxfp4;

@@ -18,15 +18,15 @@ use crate::error::{Error, Result};
 use crate::experts::matrix::Dtype;
 
 /// Weights of a block.
-pub const WEIGHTS: usize = Dtype::Mxfp4.block();
+pub(crate) const WEIGHTS: usize = Dtype::Mxfp4.block();
 /// Bytes of a block without its scale.
-pub const BLOCK_BYTES: usize = WEIGHTS / 2;
+pub(crate) const BLOCK_BYTES: usize = WEIGHTS / 2;
 
 /// Blocks and scales joined, a block after its scale.
 ///
 /// # Errors
 /// [`Error::Shape`] when there is not a scale for each sixteen bytes.
-pub fn joined(blocks: &[u8], scales: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn joined(blocks: &[u8], scales: &[u8]) -> Result<Vec<u8>> {
     let (blocks, rest) = blocks.as_chunks::<BLOCK_BYTES>();
     if !rest.is_empty() || blocks.len() != scales.len() {
         let expected = format!("{} bytes for {} scales", BLOCK_BYTES * scales.len(), scales.len());

@@ -131,7 +131,7 @@ impl MoeLayer {
     /// one or stacked, as they are there.
     ///
     /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes; as [`MoeSpec::stack_order`] for stacked experts.
+    /// What the builder reports for missing tensors and wrong shapes; [`Error::Shape`] for stacks of other experts.
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = load::from_builder(spec, &vb)?;

@@ -44,12 +44,7 @@ impl std::str::FromStr for Admission {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let known = [Self::default(), Self::All].into_iter().find(|admission| admission.name() == name);
-        known.ok_or_else(|| Error::UnknownName {
-            kind: "admission",
-            got: name.into(),
-            expected: Self::NAMES.join(", "),
-        })
+        Error::by_name("admission", &[Self::default(), Self::All], Self::name, name)
     }
 }
 

@@ -147,7 +147,7 @@ impl ExpertStore {
     }
 
     /// Experts of a layer; 0 for one that is not there.
-    pub fn experts(&self, layer: usize) -> usize {
+    pub(crate) fn experts(&self, layer: usize) -> usize {
         self.keys(layer).len()
     }
 

@@ -10,7 +10,7 @@ use std::cmp::Ordering;
 
 use crate::routing::mass::Mass;
 use crate::routing::router::RouteRequest;
-use crate::routing::slots::EMPTY;
+use crate::routing::slots::{EMPTY, sort_slots};
 
 /// One slot and the expert it asks for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,8 +45,7 @@ impl<'a> Precedence<'a> {
                 let (row, other) = (a as usize, b as usize);
                 mass.values()[row]
                     .total_cmp(&mass.values()[other])
-                    .then_with(|| by_content(scores.selection(row), scores.selection(other)))
-                    .then_with(|| by_content(scores.gate(row), scores.gate(other)))
+                    .then_with(|| scores.compare_rows(row, other))
                     .then(b.cmp(&a))
             });
             let mut rank = vec![0; tokens.len()];
@@ -77,10 +76,6 @@ impl<'a> Precedence<'a> {
     }
 }
 
-fn by_content(a: &[f32], b: &[f32]) -> Ordering {
-    a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
-}
-
 /// Which slots of `chosen` (`[tokens, top_k]`, [`EMPTY`] allowed) stay within `room`, the highest gate scores first.
 pub(crate) fn keep_best(precedence: &Precedence<'_>, chosen: &[u16], room: &mut [u32]) -> Vec<bool> {
     let (scores, top_k) = (precedence.request.scores(), precedence.request.top_k());
@@ -100,16 +95,6 @@ pub(crate) fn keep_best(precedence: &Precedence<'_>, chosen: &[u16], room: &mut 
 pub(crate) fn lay_out(request: &RouteRequest<'_>, chosen: &mut [u16], kept: &mut [bool]) {
     let top_k = request.top_k();
     for (token, (chosen, kept)) in chosen.chunks_exact_mut(top_k).zip(kept.chunks_exact_mut(top_k)).enumerate() {
-        let selection = request.scores().selection(token);
-        let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
-        let before = |a: u16, b: u16| score(a) > score(b) || (score(a) == score(b) && a < b);
-        for slot in 1..top_k {
-            let mut place = slot;
-            while place > 0 && before(chosen[place], chosen[place - 1]) {
-                chosen.swap(place, place - 1);
-                kept.swap(place, place - 1);
-                place -= 1;
-            }
-        }
+        sort_slots(chosen, kept, request.scores().selection(token));
     }
 }

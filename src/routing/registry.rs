@@ -133,11 +133,7 @@ impl std::str::FromStr for RouterKind {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "router",
-            got: name.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
+        Error::by_name("router", &Self::ALL, Self::name, name)
     }
 }
 

@@ -18,6 +18,8 @@
 //!
 //! Knows nothing of capacities or routers.
 
+use std::cmp::Ordering;
+
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -422,6 +424,14 @@ impl Scores {
         (self.tokens, self.experts) = (1, all.experts);
         (self.normalize, self.scale) = (all.normalize, all.scale);
         Ok(())
+    }
+
+    /// Orders two tokens by what their rows hold, selection scores first: equal only where the rows are identical.
+    pub(crate) fn compare_rows(&self, token: usize, other: usize) -> Ordering {
+        let content = |a: &[f32], b: &[f32]| {
+            a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
+        };
+        content(self.selection(token), self.selection(other)).then_with(|| content(self.gate(token), self.gate(other)))
     }
 
     /// True when some expert is masked for some token.

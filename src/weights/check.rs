@@ -4,7 +4,7 @@
 use super::{TensorSource, Weights};
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
-use crate::weights::experts::MXFP4;
+use crate::weights::experts::{MXFP4, stack_order};
 
 impl Weights {
     /// Checks that all blocks are there, by the norm that each begins with: before anything else counts them, and before those that are
@@ -65,7 +65,7 @@ impl Weights {
         let [gate_up, down] = [&names.stacked_gate_up, &names.stacked_down]
             .map(|name| format!("model.layers.{block}.{}.{name}", spec.ffn));
         let Some(entry) = self.checkpoint.tensors().get(&gate_up) else { return Ok(()) };
-        let order = spec.moe.stack_order(&entry.shape, &self.checkpoint.entry(&down)?.shape);
+        let order = stack_order(&spec.moe, &entry.shape, &self.checkpoint.entry(&down)?.shape);
         order.map(drop).map_err(|error| {
             let detail = format!("tensors `{gate_up}` and `{down}`: {error}");
             Error::Checkpoint { file: self.checkpoint.file_of(entry).into(), detail }

@@ -20,11 +20,11 @@ use std::ops::Range;
 use safetensors::Dtype as Plain;
 
 use crate::checkpoint::{BlockType, Checkpoint, ElementType, TensorEntry};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::experts::matrix::Dtype;
 use crate::experts::mxfp4;
 use crate::offload::store::{Layout, Part, Piece};
-use crate::spec::{MoeSpec, StackOrder};
+use crate::spec::MoeSpec;
 
 /// What a name in MXFP4 ends with, of its blocks and of their scales.
 pub(crate) const MXFP4: [&str; 2] = ["_blocks", "_scales"];
@@ -74,7 +74,7 @@ impl Tensors for Checkpoint {
 /// The slices of expert `id` under transformers' names, all behind `prefix`.
 ///
 /// # Errors
-/// As [`MoeSpec::stack_order`], and for half a stack.
+/// As [`stack_order`], and for half a stack.
 pub(crate) fn slices(moe: &MoeSpec, prefix: &str, id: usize, tensors: &impl Tensors) -> Result<Vec<Slice>> {
     let (names, width, hidden, gated) = (&moe.names, moe.expert_width, moe.hidden, moe.activation.gated);
     let [gate_up, down] = [&names.stacked_gate_up, &names.stacked_down].map(|name| format!("{prefix}{name}"));
@@ -99,8 +99,12 @@ pub(crate) fn slices(moe: &MoeSpec, prefix: &str, id: usize, tensors: &impl Tens
         let up = single(Part::Up, &names.up_proj, [width, hidden]);
         return Ok(gate.into_iter().chain([up, single(Part::Down, &names.down_proj, [hidden, width])]).collect());
     }
-    Ok(match moe.stack_order(&tensors.shape(&gate_up)?, &tensors.shape(&down)?)? {
-        StackOrder::RowsFirst => {
+    Ok(match stack_order(moe, &tensors.shape(&gate_up)?, &tensors.shape(&down)?)? {
+        Order::Columns => vec![
+            slice(inner_part, &gate_up, [hidden, inner], Order::Columns),
+            slice(Part::Down, &down, [width, hidden], Order::Columns),
+        ],
+        _ => {
             let both = slice(inner_part, &gate_up, [inner, hidden], Order::Rows);
             let (start, end) = (both.rows.start, both.rows.end);
             let inner = match gated && !names.stacked_in_turns {
@@ -112,11 +116,34 @@ pub(crate) fn slices(moe: &MoeSpec, prefix: &str, id: usize, tensors: &impl Tens
             };
             inner.into_iter().chain([slice(Part::Down, &down, [hidden, width], Order::Rows)]).collect()
         }
-        StackOrder::ColumnsFirst => vec![
-            slice(inner_part, &gate_up, [hidden, inner], Order::Columns),
-            slice(Part::Down, &down, [width, hidden], Order::Columns),
-        ],
     })
+}
+
+/// How stacked experts lie, by the shapes of gate and up projections, and of down projections: [`Order::Rows`] or [`Order::Columns`]. Only
+/// where there is no gate and the experts are as wide as the hidden state can it be told from neither.
+///
+/// # Errors
+/// [`Error::Shape`] for shapes of other experts, and for those that could be either.
+pub(crate) fn stack_order(moe: &MoeSpec, gate_up: &[usize], down: &[usize]) -> Result<Order> {
+    let (hidden, width) = (moe.hidden, moe.expert_width);
+    let inner = moe.inner_projections().saturating_mul(width);
+    let rows_first = [[moe.experts, inner, hidden], [moe.experts, hidden, width]];
+    let columns_first = rows_first.map(|[experts, rows, columns]| [experts, columns, rows]);
+    let matches = |shapes: [[usize; 3]; 2]| gate_up == shapes[0] && down == shapes[1];
+    let wrong = |expected: String, got: &str| {
+        Err(Error::shape("stacked experts", expected, format!("{gate_up:?} and {down:?}{got}")))
+    };
+    match (matches(rows_first), matches(columns_first)) {
+        (true, false) => Ok(Order::Rows),
+        (false, true) => Ok(Order::Columns),
+        (true, true) => {
+            wrong("shapes that tell rows from columns, or experts one by one".into(), ", which could be either")
+        }
+        (false, false) => {
+            let shown = |shapes: [[usize; 3]; 2]| format!("{:?} and {:?}", shapes[0], shapes[1]);
+            wrong(format!("{}, or {}", shown(rows_first), shown(columns_first)), "")
+        }
+    }
 }
 
 impl Slice {
@@ -196,5 +223,72 @@ impl Slice {
         let (of_scales, scales) = find(MXFP4[1], &[])?;
         let layout = Layout::Apart { source: of_scales, scales };
         Ok(Piece { part: self.part, source, offset, dtype: Dtype::Mxfp4, rows: self.rows.len(), columns, layout })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    impl Tensors for BTreeMap<&str, Vec<usize>> {
+        fn has(&self, tensor: &str) -> bool {
+            self.contains_key(tensor)
+        }
+
+        fn shape(&self, tensor: &str) -> Result<Vec<usize>> {
+            self.get(tensor).cloned().ok_or_else(|| Error::shape(tensor, "one", "none"))
+        }
+    }
+
+    /// Parts of expert 1 of three, their tensors and rows.
+    fn rows(moe: &MoeSpec, tensors: &[(&'static str, [usize; 3])]) -> Vec<(Part, String, Range<usize>)> {
+        let tensors: BTreeMap<&str, Vec<usize>> = tensors.iter().map(|(name, shape)| (*name, shape.to_vec())).collect();
+        let slices = slices(moe, "ffn.", 1, &tensors).unwrap();
+        slices.into_iter().map(|slice| (slice.part, slice.tensor.replace("ffn.experts.", ""), slice.rows)).collect()
+    }
+
+    #[test]
+    fn every_way_to_store_experts_has_its_rows() {
+        let mut moe = MoeSpec::new(4, 3, 2, 5).unwrap();
+        let place = |part: Part, tensor: &str, rows: Range<usize>| (part, tensor.to_string(), rows);
+        let [gate, up] = [(Part::Gate, "1.gate_proj.weight"), (Part::Up, "1.up_proj.weight")];
+        let down = |rows| place(Part::Down, "down_proj", rows);
+        let single =
+            [place(gate.0, gate.1, 0..5), place(up.0, up.1, 0..5), place(Part::Down, "1.down_proj.weight", 0..4)];
+        assert_eq!(rows(&moe, &[]), single);
+        let by_rows = [("ffn.experts.gate_up_proj", [3, 10, 4]), ("ffn.experts.down_proj", [3, 4, 5])];
+        let halves = [place(Part::Gate, "gate_up_proj", 10..15), place(Part::Up, "gate_up_proj", 15..20), down(4..8)];
+        assert_eq!(rows(&moe, &by_rows), halves);
+        let by_columns = [("ffn.experts.gate_up_proj", [3, 4, 10]), ("ffn.experts.down_proj", [3, 5, 4])];
+        assert_eq!(rows(&moe, &by_columns), [place(Part::GateUp, "gate_up_proj", 4..8), down(5..10)]);
+        let both = [place(Part::GateUp, "gate_up_proj", 10..20), down(4..8)];
+        assert_eq!(rows(&moe, &[("ffn.experts.gate_up_proj_blocks", [0; 3])]), both);
+        moe.names.stacked_in_turns = true;
+        assert_eq!(rows(&moe, &by_rows), both);
+        moe.activation.gated = false;
+        let by_rows = [("ffn.experts.gate_up_proj", [3, 5, 4]), by_rows[1]];
+        assert_eq!(rows(&moe, &by_rows), [place(Part::Up, "gate_up_proj", 5..10), down(4..8)]);
+    }
+
+    #[test]
+    fn the_order_of_a_stack_is_told_by_both_shapes_or_not_at_all() {
+        let order = |spec: &MoeSpec, gate_up: [usize; 3], down: [usize; 3]| {
+            stack_order(spec, &gate_up, &down).map_err(|error| error.to_string())
+        };
+        // Twice the width is the hidden width, or the width is: one of the two shapes alone says nothing.
+        for (hidden, width) in [(8, 4), (8, 8), (6, 4)] {
+            let spec = MoeSpec::new(hidden, 5, 2, width).unwrap();
+            let rows = order(&spec, [5, 2 * width, hidden], [5, hidden, width]);
+            assert_eq!(rows, Ok(Order::Rows));
+            let columns = order(&spec, [5, hidden, 2 * width], [5, width, hidden]);
+            assert_eq!(columns, Ok(Order::Columns));
+        }
+        let spec = MoeSpec::new(8, 5, 2, 4).unwrap();
+        assert!(order(&spec, [4, 8, 8], [4, 8, 4]).unwrap_err().starts_with("stacked experts: expected [5, 8, 8]"));
+        let mut open = MoeSpec::new(8, 5, 2, 8).unwrap();
+        open.activation.gated = false;
+        assert!(order(&open, [5, 8, 8], [5, 8, 8]).unwrap_err().contains("which could be either"));
     }
 }

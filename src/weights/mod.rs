@@ -10,19 +10,21 @@
 //! # Ok::<(), phase_moe::error::Error>(())
 //! ```
 //!
-//! [`experts`] says where an expert lies, [`gguf`] how a GGUF file says what Hugging Face's files say; files of another format would
-//! have another file there. Nothing but headers and small files is read. Knows nothing of a tensor framework.
+//! `experts` says where an expert lies, `gguf` how a GGUF file says what Hugging Face's files say; files of another format would have
+//! another file there. Nothing but headers and small files is read. Knows nothing of a tensor framework.
 
 mod check;
 pub(crate) mod experts;
-pub mod gguf;
+mod gguf;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use self::experts::Slice;
 use self::gguf::names::TensorNames;
-use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, read_text, text};
+pub use self::gguf::names::TensorSource;
+use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, text};
 use crate::error::{Error, Result};
 use crate::offload::store::{ExpertStore, Piece};
 use crate::spec::ModelSpec;
@@ -38,29 +40,6 @@ pub struct Weights {
     /// What stands for files where there is no directory.
     embedded: Vec<(String, Vec<u8>)>,
     spec: OnceLock<ModelSpec>,
-}
-
-/// Where the numbers of a tensor are, under the name that it has in its file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TensorSource {
-    /// In this one, as they are.
-    Same(String),
-    /// In this one, rows of a head's two halves in turns, so that neighbours are rotated against each other.
-    InTurns {
-        /// Its name.
-        name: String,
-        /// How many heads there are.
-        heads: usize,
-    },
-    /// In one, or split into keys `[heads, rank, width]` and values `[heads, width, rank]`.
-    KeysAndValues {
-        /// Both in one, as transformers has them.
-        joined: String,
-        /// Keys, their last two dimensions swapped.
-        keys: String,
-        /// Values.
-        values: String,
-    },
 }
 
 /// What the experts of a model take, as they are stored.
@@ -79,15 +58,15 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::Io`] for a file that is missing or unreadable, [`Error::Checkpoint`] as [`Checkpoint::open`], [`Error::Config`] for weights
-    /// that are quantised in a way that is not read; of a GGUF file as [`gguf::config`].
+    /// that are quantised in a way that is not read; of a GGUF file as
+    /// [`Weights::from_gguf`].
     pub fn open(path: &Path) -> Result<Self> {
         let directory = match locate(path)? {
             Located::Directory(directory) => directory,
             Located::Gguf(file) => {
-                let checkpoint = Checkpoint::open_gguf(&file)?;
-                let (name, config) = (name_of(path), gguf::config(&checkpoint)?);
-                let directory = file.parent().map(Path::to_owned);
-                return Ok(Self { directory, ..Self::from_parts(name.trim_end_matches(".gguf"), config, checkpoint) });
+                let name = name_of(path);
+                let weights = Self::from_gguf(name.trim_end_matches(".gguf"), Checkpoint::open_gguf(&file)?)?;
+                return Ok(Self { directory: file.parent().map(Path::to_owned), ..weights });
             }
         };
         let config = text(read_file(&directory.join("config.json"))?)
@@ -107,6 +86,15 @@ impl Weights {
             embedded: Vec::new(),
             spec: OnceLock::new(),
         }
+    }
+
+    /// A GGUF file, whose metadata are its configuration.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] for an architecture that is not known, [`Error::Config`] for metadata that are missing, of another type, or
+    /// of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
+    pub fn from_gguf(name: impl Into<String>, checkpoint: Checkpoint) -> Result<Self> {
+        Ok(Self::from_parts(name, gguf::config(&checkpoint)?, checkpoint))
     }
 
     /// The same with the bytes of a file that stands beside the others, for [`Weights::beside`].
@@ -145,15 +133,56 @@ impl Weights {
     /// # Errors
     /// [`Error::Io`] for an unreadable file, or one that is no UTF-8 text.
     pub fn beside(&self, file: &str) -> Result<Option<String>> {
+        let Some(bytes) = self.bytes_beside(file)? else { return Ok(None) };
+        text(bytes).map(Some).map_err(|error| Error::io(self.path(file), error))
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.directory.as_ref().map_or(file.into(), |directory| directory.join(file))
+    }
+
+    fn bytes_beside(&self, file: &str) -> Result<Option<Vec<u8>>> {
         if let Some((_, bytes)) = self.embedded.iter().find(|(name, _)| name == file) {
-            return text(bytes.clone()).map(Some).map_err(|error| Error::io(file, error));
+            return Ok(Some(bytes.clone()));
         }
-        let Some(directory) = &self.directory else { return Ok(None) };
-        match read_text(&directory.join(file)) {
-            Ok(text) => Ok(Some(text)),
-            Err(Error::Io { reason, .. }) if reason.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        if self.directory.is_none() {
+            return Ok(None);
+        }
+        match read_file(&self.path(file)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(Error::Io { reason, .. }) if reason.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The text of `tokenizer.json`, or of what stands for it in a GGUF file without one beside it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for none or an unreadable one, [`Error::Tokenizer`] for one that is no text or, in a GGUF file, not known.
+    pub fn tokenizer_json(&self) -> Result<String> {
+        Ok(self.tokenizer()?.0)
+    }
+
+    /// The same, and the file that it is in.
+    pub(crate) fn tokenizer(&self) -> Result<(String, String)> {
+        const FILE: &str = "tokenizer.json";
+        match (self.bytes_beside(FILE)?, self.checkpoint.gguf()) {
+            (Some(bytes), _) => {
+                let file = self.path(FILE).display().to_string();
+                let json = text(bytes).map_err(|error| Error::Tokenizer(format!("{file}: {error}")))?;
+                Ok((json, file))
+            }
+            (None, Some(metadata)) => Ok((gguf::tokenizer::tokenizer_json(metadata)?, metadata.file().to_owned())),
+            (None, None) => {
+                Err(Error::io(FILE, std::io::Error::new(ErrorKind::NotFound, "expected beside config.json, got none")))
+            }
+        }
+    }
+
+    /// The tokens before a text and after it where a GGUF file says whether its beginning has one.
+    #[cfg(feature = "model")]
+    pub(crate) fn said_around(&self) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+        self.checkpoint.gguf().map_or(Ok(None), gguf::tokenizer::said_around)
     }
 
     /// What the configuration says; that the checkpoint has its blocks and no other experts is checked with it, once.

@@ -24,7 +24,7 @@ mod lfm2_moe;
 mod mixtral;
 mod olmoe;
 mod phimoe;
-pub mod quantization;
+pub(crate) mod quantization;
 mod qwen2_moe;
 mod qwen3_moe;
 pub(crate) mod rope;

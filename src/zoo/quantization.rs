@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Config`] with the method and what to give instead. A text that is no JSON is left to who parses it.
-pub fn check(config: &str, file: &str) -> Result<()> {
+pub(crate) fn check(config: &str, file: &str) -> Result<()> {
     let Ok(config) = crate::checkpoint::json::parse(config) else { return Ok(()) };
     let places = [&config, &config["text_config"], &config["language_config"], &config["llm_config"]];
     let keys = ["quantization_config", "compression_config"];

@@ -3,15 +3,22 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use phase_moe::decoder::unstacked;
-use phase_moe::spec::{ExpertNames, StackOrder};
+use phase_moe::decoder::unstacked::unstacked_var_builder;
+use phase_moe::spec::ExpertNames;
 use phase_moe::zoo;
 use serde_json::json;
 
 use super::*;
 
+/// How a stack lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    Rows,
+    Columns,
+}
+
 /// The checkpoint in `directory` with all experts of a layer in two tensors, called as `names` says.
-fn stacked(directory: &Path, names: &ExpertNames, order: StackOrder) -> TempDir {
+fn stacked(directory: &Path, names: &ExpertNames, order: Order) -> TempDir {
     let config = std::fs::read_to_string(directory.join("config.json")).unwrap();
     let spec = zoo::parse_config(&config, "config.json").unwrap();
     let vb = tensors(directory, DType::F32);
@@ -25,7 +32,7 @@ fn stacked(directory: &Path, names: &ExpertNames, order: StackOrder) -> TempDir 
             let matrix = |expert: usize| {
                 let part = |part| vb.get_unchecked(&format!("{ffn}.experts.{expert}.{part}.weight")).unwrap();
                 let rows = Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0).unwrap();
-                if order == StackOrder::RowsFirst { rows } else { rows.t().unwrap() }
+                if order == Order::Rows { rows } else { rows.t().unwrap() }
             };
             Tensor::stack(&(0..spec.moe.experts).map(matrix).collect::<Vec<_>>(), 0).unwrap()
         };
@@ -42,13 +49,11 @@ fn compare(directory: &Path, family: &str) {
     let [stacked_gate_up, stacked_down] = ["input_linear.weight", "output_linear.weight"].map(String::from);
     let granite = ExpertNames { stacked_gate_up, stacked_down, ..names.clone() };
     let single = ours(directory, DType::F32);
-    for (names, order) in
-        [(&names, StackOrder::RowsFirst), (&names, StackOrder::ColumnsFirst), (&granite, StackOrder::RowsFirst)]
-    {
+    for (names, order) in [(&names, Order::Rows), (&names, Order::Columns), (&granite, Order::Rows)] {
         let stacks = stacked(directory, names, order);
         let checkpoint = Arc::new(Checkpoint::open(stacks.path()).unwrap());
         assert!(checkpoint.tensors().keys().all(|name| !name.contains("experts.0.")));
-        let builder = || unstacked::var_builder(checkpoint.clone(), names.clone(), DType::F32, &Device::Cpu);
+        let builder = || unstacked_var_builder(checkpoint.clone(), names.clone(), DType::F32, &Device::Cpu);
         let build = || theirs(&for_candle(&config), builder()).unwrap();
         assert_same(&single, family, build);
         let ids = Tensor::new(golden(family, 1).0, &Device::Cpu).unwrap().unsqueeze(0).unwrap();

@@ -50,7 +50,7 @@ impl Chat {
         let mistake = |message: String| -> anyhow::Error { UserMistake(message).into() };
         let json = |file: &str| -> Result<Json> {
             let Some(text) = files.beside(file)? else { return Ok(Json::Null) };
-            phase_moe::checkpoint::json::parse(&text)
+            phase_moe::checkpoint::parse_json(&text)
                 .map_err(|error| mistake(format!("{file}: expected JSON, got {error}")))
         };
         let config = json(CONFIG)?;

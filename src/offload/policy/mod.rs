@@ -60,11 +60,7 @@ impl std::str::FromStr for Policy {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "policy",
-            got: name.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
+        Error::by_name("policy", &Self::ALL, Self::name, name)
     }
 }
 

@@ -8,10 +8,10 @@
 
 use std::cmp::Ordering;
 
-use super::swap::{Terms, before, is_in, set_bit};
+use super::swap::{Terms, is_in, set_bit};
+use crate::routing::admission::lay_out;
 use crate::routing::assignment::Assignment;
 use crate::routing::router::RouteRequest;
-use crate::routing::scores::Scores;
 use crate::routing::slots::EMPTY;
 
 /// How often the list is gone through, at most: each time only for what room was freed.
@@ -153,14 +153,10 @@ impl<'a> Limited<'a> {
     fn order(&self, a: &Swap, b: &Swap) -> Ordering {
         let (scores, top_k) = (self.request.scores(), self.request.top_k());
         let token = |swap: &Swap| swap.slot / top_k;
-        let content = |row: fn(&'a Scores, usize) -> &'a [f32]| {
-            let rows = row(scores, token(a)).iter().zip(row(scores, token(b)));
-            rows.map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
-        };
         let by_loss = a.loss.total_cmp(&b.loss).then(a.mass.total_cmp(&b.mass));
         let by_content = by_loss.then_with(|| match token(a) == token(b) {
             true => Ordering::Equal,
-            false => content(Scores::selection).then_with(|| content(Scores::gate)),
+            false => scores.compare_rows(token(a), token(b)),
         });
         by_content.then(a.from.cmp(&b.from)).then(a.to.cmp(&b.to)).then(a.slot.cmp(&b.slot))
     }
@@ -174,17 +170,7 @@ impl<'a> Limited<'a> {
     /// The assignment of swapped experts, each token's slots by selection score.
     fn assignment(mut self, mut chosen: Vec<u16>) -> Assignment {
         let (scores, top_k) = (self.request.scores(), self.request.top_k());
-        let rows = chosen.chunks_exact_mut(top_k).zip(self.kept.chunks_exact_mut(top_k)).enumerate();
-        for (token, (chosen, kept)) in rows {
-            for slot in 1..top_k {
-                let mut place = slot;
-                while place > 0 && before(chosen[place], chosen[place - 1], scores.selection(token)) {
-                    chosen.swap(place, place - 1);
-                    kept.swap(place, place - 1);
-                    place -= 1;
-                }
-            }
-        }
+        lay_out(self.request, &mut chosen, &mut self.kept);
         let mut swapped = Assignment::from_chosen(scores, top_k, chosen, Some(&self.kept));
         if let Some(bound) = self.bound {
             swapped.set_gate_mass_bound(bound);

@@ -5,7 +5,7 @@
 //!
 //! Knows nothing of other tokens, limits or prices.
 
-use crate::routing::slots::EMPTY;
+use crate::routing::slots::{EMPTY, comes_before, sort_few};
 
 /// Scores compared side by side.
 const LANES: usize = 16;
@@ -81,7 +81,8 @@ impl Swaps {
         let (going, coming) = (&self.misses[..count], &self.stand_ins[..count]);
         going.iter().zip(coming).for_each(|(&slot, &expert)| chosen[slot] = expert);
         if count > 0 {
-            sort_by_score(&mut chosen[..filled], selection);
+            let before = |chosen: &&mut [u16], a: usize, b: usize| comes_before(chosen[a], chosen[b], selection);
+            sort_few(&mut &mut *chosen, filled, before, |chosen, a, b| chosen.swap(a, b));
         }
         count > 0
     }
@@ -151,21 +152,4 @@ pub(super) fn how_many(
         stays += f64::from(of_slot(misses[count - 1]).1);
     }
     0
-}
-
-/// Best selection score first, ties to the lowest id.
-fn sort_by_score(chosen: &mut [u16], selection: &[f32]) {
-    for slot in 1..chosen.len() {
-        let mut place = slot;
-        while place > 0 && before(chosen[place], chosen[place - 1], selection) {
-            chosen.swap(place, place - 1);
-            place -= 1;
-        }
-    }
-}
-
-/// Whether a token lists expert `a` before expert `b`; an empty slot comes last.
-pub(super) fn before(a: u16, b: u16, selection: &[f32]) -> bool {
-    let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
-    score(a) > score(b) || (score(a) == score(b) && a < b)
 }

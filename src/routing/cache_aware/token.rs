@@ -16,6 +16,7 @@ use crate::expert::{ExpertId, ExpertSet};
 use crate::routing::assignment::{Assignment, scale_weights};
 use crate::routing::router::{RouteState, Scratch, TokenRequest};
 use crate::routing::scores::Scoring;
+use crate::routing::slots::sort_few;
 use crate::routing::token::{best_of, is_plain, is_same_by_score, rank_for};
 use crate::simd::score::exp;
 use crate::simd::select::{at_least_of, leading, sixteen};
@@ -250,23 +251,15 @@ fn sort_lanes<L: Lanes>(lanes: L, count: usize, scores: &mut [f32; LANES], chose
         *chosen = from[(order >> (4 * place)) as usize % LANES];
     }
     if u32::from(lanes.ge(next, sorted)) & ((1 << (count - 1)) - 1) != 0 {
-        sort(&mut scores[..count], &mut chosen[..count]);
-    }
-}
-
-/// The same, whatever the numbers.
-#[inline(always)]
-fn sort(scores: &mut [f32], chosen: &mut [u16]) {
-    for slot in 1..scores.len() {
-        let mut place = slot;
-        while place > 0
-            && (scores[place] > scores[place - 1]
-                || scores[place] == scores[place - 1] && chosen[place] < chosen[place - 1])
-        {
-            scores.swap(place, place - 1);
-            chosen.swap(place, place - 1);
-            place -= 1;
-        }
+        sort_few(
+            &mut (scores, chosen),
+            count,
+            |(scores, chosen), a, b| scores[a] > scores[b] || (scores[a] == scores[b] && chosen[a] < chosen[b]),
+            |(scores, chosen), a, b| {
+                scores.swap(a, b);
+                chosen.swap(a, b);
+            },
+        );
     }
 }
 

@@ -71,11 +71,7 @@ impl std::str::FromStr for Profile {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|profile| profile.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "profile",
-            got: name.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
+        Error::by_name("profile", &Self::ALL, Self::name, name)
     }
 }
 

@@ -61,7 +61,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::routing::assignment::{Assignment, weigh};
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use crate::routing::slots::EMPTY;
+use crate::routing::slots::{EMPTY, sort_slots};
 use crate::simd::select::{Best, NUMBERS, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
@@ -426,32 +426,13 @@ impl Kernel for Arrange<'_> {
                     (into[slot], kept[slot]) = (chosen[from as usize], before[from as usize % LANES]);
                 }
                 if best.values[..top_k].windows(2).any(|pair| pair[0] == pair[1]) {
-                    settle_equals(selection, into, kept);
+                    sort_slots(into, kept, selection);
                 }
             } else {
                 into.copy_from_slice(chosen);
-                settle_equals(selection, into, kept);
+                sort_slots(into, kept, selection);
             }
             weigh(problem.scores, problem.gate(row), into, weights);
-        }
-    }
-}
-
-/// Sorts slots by selection score, equals by expert; cheap where they are nearly in order.
-#[inline(always)]
-fn settle_equals(selection: &[f32], chosen: &mut [u16], kept: &mut [bool]) {
-    let score = |expert: u16| selection.get(usize::from(expert)).copied().unwrap_or(f32::NEG_INFINITY);
-    for slot in 1..chosen.len() {
-        let mut place = slot;
-        while place > 0 {
-            let (before, after) = (chosen[place - 1], chosen[place]);
-            let (high, low) = (score(before), score(after));
-            if high > low || (high == low && before <= after) {
-                break;
-            }
-            chosen.swap(place, place - 1);
-            kept.swap(place, place - 1);
-            place -= 1;
         }
     }
 }

@@ -5,7 +5,6 @@
 //!
 //! Knows nothing of prices.
 
-use std::cmp::Ordering;
 use std::sync::OnceLock;
 
 use crate::routing::mass::row_mass;
@@ -117,8 +116,7 @@ impl<'a> Problem<'a> {
         ranked.sort_unstable_by(|(mass, item), (other_mass, other)| {
             let (row, other_row) = (row_of(*item), row_of(*other));
             mass.total_cmp(other_mass)
-                .then_with(|| by_content(self.selection(row), self.selection(other_row)))
-                .then_with(|| by_content(self.gate(row), self.gate(other_row)))
+                .then_with(|| self.scores.compare_rows(self.tokens[row] as usize, self.tokens[other_row] as usize))
                 .then_with(|| item.cmp(other))
         });
         items.iter_mut().zip(ranked).for_each(|(item, (_, ranked))| *item = ranked);
@@ -132,10 +130,6 @@ impl<'a> Problem<'a> {
     fn mass(&self, row: usize) -> f32 {
         row_mass(self.gate(row), self.selection(row), self.top_k)
     }
-}
-
-fn by_content(a: &[f32], b: &[f32]) -> Ordering {
-    a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
 }
 
 fn selects_by_gate(scores: &Scores, tokens: &[u32]) -> bool {

@@ -58,7 +58,7 @@ const SCALING: &[(&str, &str)] = &[
 ];
 
 /// The same error; of this file's configuration, with the file's names of its keys.
-pub fn in_words_of_file(error: Error, metadata: &Metadata) -> Error {
+pub(crate) fn in_words_of_file(error: Error, metadata: &Metadata) -> Error {
     match error {
         Error::Config { file, detail } if file == metadata.file() => {
             let architecture = metadata.text("general.architecture").ok().flatten().unwrap_or_default();

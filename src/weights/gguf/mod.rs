@@ -12,10 +12,10 @@
 //! llama.cpp requires must be there. Keys, names and what is done to the tensors on the way into a file: llama.cpp's `conversion/` and
 //! `src/models/`.
 
-pub mod keys;
-pub mod names;
+pub(super) mod keys;
+pub(super) mod names;
 mod positions;
-pub mod tokenizer;
+pub(super) mod tokenizer;
 mod unread;
 
 use serde_json::{Map, Value, json};
@@ -24,7 +24,7 @@ use crate::checkpoint::{self, Checkpoint, Metadata};
 use crate::error::{Error, Result};
 
 /// What `general.architecture` may be.
-pub const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
+const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
 
 /// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
 const COUNTS: [(&str, &str); 6] = [
@@ -40,7 +40,7 @@ const COUNTS: [(&str, &str); 6] = [
 const SIGMOID: usize = 2;
 
 /// A GGUF file's metadata, read as one architecture's.
-struct Source<'a> {
+struct Architecture<'a> {
     checkpoint: &'a Checkpoint,
     metadata: &'a Metadata,
     architecture: &'a str,
@@ -51,12 +51,12 @@ struct Source<'a> {
 /// # Errors
 /// [`Error::UnknownName`] for an architecture that is not in [`ARCHITECTURES`], [`Error::Config`] for metadata that are missing, of
 /// another type, or of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
-pub fn config(checkpoint: &Checkpoint) -> Result<String> {
+pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
     let Some(metadata) = checkpoint.gguf() else {
         return Err(Error::Checkpoint { file: "checkpoint".into(), detail: "expected a GGUF file, got none".into() });
     };
     let architecture = architecture(metadata)?;
-    let source = Source { checkpoint, metadata, architecture };
+    let source = Architecture { checkpoint, metadata, architecture };
     let mut config = source.common()?;
     let experts = source.experts()?;
     let (key, norm) = ("norm_topk_prob", source.flag("expert_weights_norm")?);
@@ -148,7 +148,7 @@ pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
     Ok(got)
 }
 
-impl Source<'_> {
+impl Architecture<'_> {
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
     }

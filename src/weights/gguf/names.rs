@@ -6,8 +6,30 @@ use crate::checkpoint::{Checkpoint, Metadata};
 use crate::error::Result;
 use crate::offload::store::Part;
 use crate::spec::{ModelSpec, MoeSpec};
-use crate::weights::TensorSource;
 use crate::weights::experts::{Order, Slice, Tensors};
+
+/// Where the numbers of a tensor are, under the name that it has in its file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TensorSource {
+    /// In this one, as they are.
+    Same(String),
+    /// In this one, rows of a head's two halves in turns, so that neighbours are rotated against each other.
+    InTurns {
+        /// Its name.
+        name: String,
+        /// How many heads there are.
+        heads: usize,
+    },
+    /// In one, or split into keys `[heads, rank, width]` and values `[heads, width, rank]`.
+    KeysAndValues {
+        /// Both in one, as transformers has them.
+        joined: String,
+        /// Keys, their last two dimensions swapped.
+        keys: String,
+        /// Values.
+        values: String,
+    },
+}
 
 /// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
 const BLOCK: [(&str, &str); 24] = [

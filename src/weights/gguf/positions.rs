@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Source;
+use super::Architecture;
 use crate::error::Result;
 use crate::zoo::rope::yarn_scale;
 
@@ -20,7 +20,7 @@ const TURNS: [(&str, &str); 2] = [("yarn_beta_fast", "beta_fast"), ("yarn_beta_s
 const REFUSED: [(&str, &[f64]); 4] =
     [("yarn_attn_factor", &[1.0]), ("yarn_ext_factor", &[1.0, -1.0]), ("attn_factor", &[1.0]), ("alpha", &[0.0, 1.0])];
 
-impl Source<'_> {
+impl Architecture<'_> {
     /// `rope_parameters`.
     pub(super) fn positions(&self) -> Result<Value> {
         let base = self.positive("rope.freq_base")?.unwrap_or(BASE);

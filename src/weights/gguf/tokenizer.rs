@@ -121,8 +121,8 @@ const SPLITS: [Split; 9] = [
 /// # Errors
 /// [`Error::Config`] for metadata that are missing or of another type, [`Error::Tokenizer`] for a kind of tokenizer or of split
 /// that there is nothing for here, or whose lists contradict each other: then a `tokenizer.json` beside the file helps.
-pub fn tokenizer_json(metadata: &Metadata) -> Result<String> {
-    let tokenizer = Source::new(metadata)?;
+pub(crate) fn tokenizer_json(metadata: &Metadata) -> Result<String> {
+    let tokenizer = Vocabulary::new(metadata)?;
     let (normalizer, pre_tokenizer, decoder, model) = match metadata.text("tokenizer.ggml.model")? {
         Some("gpt2") => tokenizer.byte_level()?,
         Some("llama") => tokenizer.sentence_piece()?,
@@ -185,7 +185,8 @@ impl Around {
 ///
 /// # Errors
 /// [`Error::Config`] for metadata of another type.
-pub fn said_around(metadata: &Metadata) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+#[cfg(feature = "model")]
+pub(crate) fn said_around(metadata: &Metadata) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
     if metadata.flag("tokenizer.ggml.add_bos_token")?.is_none() {
         return Ok(None);
     }
@@ -195,14 +196,14 @@ pub fn said_around(metadata: &Metadata) -> Result<Option<(Vec<u32>, Vec<u32>)>> 
     Ok(Some((ids(first), ids(last))))
 }
 
-struct Source<'a> {
+struct Vocabulary<'a> {
     metadata: &'a Metadata,
     tokens: &'a [String],
     /// One for each token.
     types: Vec<i64>,
 }
 
-impl<'a> Source<'a> {
+impl<'a> Vocabulary<'a> {
     fn new(metadata: &'a Metadata) -> Result<Self> {
         let Some(tokens) = metadata.texts("tokenizer.ggml.tokens")? else {
             return Err(wrong(metadata, "key `tokenizer.ggml.tokens`: expected tokens, got none".into()));

@@ -1,6 +1,6 @@
 //! Metadata and tensors of a GGUF file that would change what the model computes and that nothing here reads, by architecture: refused.
 
-use super::Source;
+use super::Architecture;
 use crate::error::Result;
 
 /// Numbers, those that say nothing, and the architectures that read them.
@@ -42,7 +42,7 @@ const TENSORS: [(&str, &[&str]); 14] = [
     ("ffn_up_shexp.weight", &["qwen2moe", "deepseek2", "glm4moe"]),
 ];
 
-impl Source<'_> {
+impl Architecture<'_> {
     /// Refuses what is not read.
     pub(super) fn check_unread(&self) -> Result<()> {
         for (name, neutral, architectures) in NUMBERS {

@@ -1,0 +1,41 @@
+//! In which dtype and where a decoder holds its weights.
+
+use candle_core::{DType, Device};
+
+use crate::offload::cache::CacheOptions;
+
+/// In which dtype and where to hold the weights.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LoadOptions {
+    /// Dtype of the weights in memory, whatever the checkpoint's; experts of a GGUF file stay as they are stored.
+    pub dtype: DType,
+    /// Device of the weights.
+    pub device: Device,
+    /// Experts stay in their files, in their dtype there, and come into memory within a budget; `None` loads all of them.
+    pub expert_cache: Option<CacheOptions>,
+}
+
+impl Default for LoadOptions {
+    /// `f32` on the CPU, all experts in memory.
+    fn default() -> Self {
+        Self { dtype: DType::F32, device: Device::Cpu, expert_cache: None }
+    }
+}
+
+impl LoadOptions {
+    /// The same in another dtype.
+    pub fn with_dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// The same on another device.
+    pub fn with_device(self, device: Device) -> Self {
+        Self { device, ..self }
+    }
+
+    /// The same with experts in a cache, or without one.
+    pub fn with_expert_cache(self, expert_cache: impl Into<Option<CacheOptions>>) -> Self {
+        Self { expert_cache: expert_cache.into(), ..self }
+    }
+}
