@@ -5,14 +5,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::Capacity;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::topk::TopK;
+use phase_moe::{
+    Assignment, CacheRouter, Capacity, ExpertId, ExpertSet, Logits, RouteContext, RouteRequest, RouteState, Router,
+    Scores, Scoring, Scratch, TopK,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -5,12 +5,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
-use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::{
+    Capacity, CapacityRule, Logits, RouteContext, RouteMetrics, RouteRequest, RouteState, RouterKind, Scores, Scoring,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -5,14 +5,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::Capacity;
-use phase_moe::routing::check;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
-use phase_moe::routing::scores::Scoring;
-use phase_moe::routing::topk::TopK;
+use phase_moe::{
+    Assignment, Capacity, DispatchPlan, Logits, RouteContext, RouteRequest, RouteState, Router, Scoring, TopK,
+    check_assignment,
+};
 use rand::seq::index;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -63,7 +59,7 @@ fn check(criterion: &mut Criterion) {
         let name = format!("tokens={tokens},experts={experts},top_k={top_k}");
         group.throughput(Throughput::Elements((tokens * top_k) as u64));
         group.bench_function(BenchmarkId::new("answer", &name), |bencher| {
-            bencher.iter(|| check::check(&router, black_box(&request), black_box(&assignment)));
+            bencher.iter(|| check_assignment(&router, black_box(&request), black_box(&assignment)));
         });
     }
     group.finish();

@@ -11,15 +11,11 @@
 
 use std::process::ExitCode;
 
-use phase_moe::error::Result;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Profile, Rounding, Shares};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::phase_kernel::permutations;
-use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
-use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::{PhaseRing, PhaseSide, Profile, Rounding, Shares, permutations};
+use phase_moe::{
+    Assignment, Capacity, CapacityRule, Logits, Result, RouteContext, RouteRequest, RouteState, RouterKind, Scores,
+    Scoring,
+};
 
 /// Columns of the table; the kernel runs in its square form, the others through their routers.
 const METHODS: [RouterKind; 4] =

@@ -7,9 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder, VarMap, linear_no_bias, ops::softmax_last_dim};
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::routing::{capacity::CapacityRule, registry::RouterKind};
-use phase_moe::spec::MoeSpec;
+use phase_moe::{CapacityRule, LayerState, MoeLayer, MoeSpec, RouterKind};
 
 const HIDDEN: usize = 64;
 const EXPERTS: usize = 16;

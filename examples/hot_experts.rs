@@ -11,15 +11,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{GenerateOptions, generate};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::error::Result;
-use phase_moe::expert::ExpertId;
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::cache_aware::CacheRouter;
+use phase_moe::{
+    Admission, CacheRouter, ExpertId, GenerateOptions, LoadOptions, Model, Policy, Result, Sampler, generate,
+};
 
 /// Experts of a layer in fast memory.
 const CACHED: usize = 12;

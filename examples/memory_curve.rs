@@ -18,18 +18,11 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Parser;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::eval::decode::{DecodeFigures, Decoding};
-use phase_moe::eval::perplexity::Perplexity;
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::expert::ExpertId;
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::topk::TopK;
+use phase_moe::eval::{Batching, DecodeFigures, Decoding, EvalText, Perplexity};
+use phase_moe::{
+    Admission, Assignment, Batch, CacheRouter, Decoder, ExpertId, LoadOptions, Model, Policy, RouteRequest, RouteState,
+    Router, Scratch, TopK,
+};
 
 #[derive(Parser)]
 struct Options {
@@ -78,7 +71,7 @@ impl Router for Published {
         _state: &mut RouteState,
         _scratch: &mut Scratch,
         assignment: &mut Assignment,
-    ) -> phase_moe::error::Result<()> {
+    ) -> phase_moe::Result<()> {
         let (gate, experts) = (request.scores().gate(0), request.scores().experts());
         let mut adjusted = Vec::with_capacity(experts);
         for (expert, &score) in gate.iter().enumerate() {

@@ -23,18 +23,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::eval::perplexity::Perplexity;
-use phase_moe::eval::text::{Batching, EvalText, Mixing, SEQUENCE_TOKENS};
-use phase_moe::layer::worth::{OutputNorms, ProbeFit};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::scores::Scoring;
+use phase_moe::eval::{Batching, EvalText, Mixing, Perplexity, SEQUENCE_TOKENS};
+use phase_moe::layer::{OutputNorms, ProbeFit};
+use phase_moe::{
+    Assignment, Batch, CapacityRule, Decoder, LoadOptions, Logits, Model, PhaseRouter, RouteRequest, RouteState,
+    Router, RouterKind, Scoring, Scratch,
+};
 
 #[derive(Parser)]
 struct Options {
@@ -132,7 +126,7 @@ impl Router for Objective {
         state: &mut RouteState,
         scratch: &mut Scratch,
         assignment: &mut Assignment,
-    ) -> phase_moe::error::Result<()> {
+    ) -> phase_moe::Result<()> {
         let (scores, top_k) = (request.scores(), request.top_k());
         let (tokens, experts) = (scores.tokens(), scores.experts());
         let mut logits = Vec::with_capacity(tokens * experts);

@@ -8,14 +8,10 @@
 //! cargo run --release --no-default-features --example route_tokens
 //! ```
 
-use phase_moe::error::Result;
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
-use phase_moe::routing::scores::Scoring;
+use phase_moe::{
+    Capacity, CapacityRule, DispatchPlan, Logits, Result, RouteContext, RouteMetrics, RouteRequest, RouteState,
+    RouterKind, Scoring,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -14,19 +14,12 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::offload::requests::Requests;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::quota::PhaseQuota;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
-use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::topk::TopK;
+use phase_moe::offload::Requests;
 use phase_moe::simd::Isa;
+use phase_moe::{
+    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, ExpertId, ExpertSet, Logits, PhaseQuota,
+    PhaseRouter, RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

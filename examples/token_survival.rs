@@ -11,12 +11,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::model::Model;
-use phase_moe::error::{Error, Result};
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::eval::{Batching, EvalText};
+use phase_moe::{CapacityRule, Error, LoadOptions, Model, Result, RouterKind};
 
 fn main() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");

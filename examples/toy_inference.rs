@@ -10,13 +10,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{GenerateOptions, generate};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::error::Result;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::phase::PhaseRouter;
+use phase_moe::{CapacityRule, GenerateOptions, LoadOptions, Model, PhaseRouter, Result, Sampler, generate};
 
 fn main() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
@@ -38,14 +32,15 @@ fn main() -> Result<()> {
         let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.6, 0.9, 1)?);
         let mut continuation = model.continuation(&ids)?;
         print!("\n{prompt}|");
-        let done =
-            generate(&model, &ids, GenerateOptions::new(60), &mut state, &mut sampler, |id| match continuation.push(id) {
-                Ok(text) => {
-                    print!("{text}");
-                    ControlFlow::Continue(())
-                }
-                Err(_) => ControlFlow::Break(()),
-            })?;
+        let done = generate(&model, &ids, GenerateOptions::new(60), &mut state, &mut sampler, |id| match continuation
+            .push(id)
+        {
+            Ok(text) => {
+                print!("{text}");
+                ControlFlow::Continue(())
+            }
+            Err(_) => ControlFlow::Break(()),
+        })?;
         println!("{}", continuation.finish()?);
         let (read, written, survival) = (ids.len(), done.texts[0].len(), done.slots.survival());
         println!("  ({read} tokens read, {written} written, {:.0} % of slots kept)", 100.0 * survival);

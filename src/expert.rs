@@ -53,13 +53,13 @@ pub(crate) fn check_expert_count(experts: usize) -> Result<()> {
 /// A set of experts of one layer, one bit each.
 ///
 /// ```
-/// use phase_moe::expert::{ExpertId, ExpertSet};
+/// use phase_moe::{ExpertId, ExpertSet};
 ///
 /// let mut resident = ExpertSet::new(64)?;
 /// resident.insert(ExpertId::new(7, 64)?);
 /// assert!(resident.contains(ExpertId::new(7, 64)?));
 /// assert_eq!(resident.len(), 1);
-/// # Ok::<(), phase_moe::error::Error>(())
+/// # Ok::<(), phase_moe::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpertSet {

@@ -1,4 +1,4 @@
-#![cfg_attr(feature = "model", doc = include_str!("../README.md"))]
+#![cfg_attr(feature = "model", doc = include_str!("crate.md"))]
 #![cfg_attr(not(feature = "model"), doc = "Mixture-of-Experts routing, without any tensor framework.")]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
@@ -24,7 +24,29 @@ pub mod spec;
 pub mod weights;
 pub mod zoo;
 
-/// The examples of the guide are tests.
+pub use checkpoint::Checkpoint;
+#[cfg(feature = "model")]
+pub use decoder::{Batch, Decoder, DecoderState, GenerateOptions, Generation, LoadOptions, Model, Sampler, generate};
+pub use error::{Error, Result};
+pub use expert::{ExpertId, ExpertSet};
+pub use experts::{Activation, Dtype, Engine, ExpertWeights, Matrix, Work};
+#[cfg(feature = "layer")]
+pub use layer::{CachedExperts, Expert, Experts, Gate, LayerState, MoeLayer, Routed, Shared};
+pub use offload::{Admission, CacheOptions, ExpertCache, ExpertStore, Policy, Residency};
+pub use routing::{
+    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, DropRule, Logits, PhaseQuota, PhaseRouter,
+    Placement, RouteContext, RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch,
+    TokenRequest, TopK, check_assignment,
+};
+pub use spec::{ExpertNames, ModelSpec, MoeSpec, SharedExperts};
+pub use weights::Weights;
+
+/// The examples of README are tests.
 #[cfg(all(doctest, feature = "model"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+#[cfg(any(doc, doctest))]
+#[cfg(feature = "model")]
 #[doc = include_str!("../docs/swap.md")]
-struct SwapGuide;
+pub mod guide {}

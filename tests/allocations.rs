@@ -7,19 +7,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use phase_moe::expert::{ExpertId, ExpertSet};
+use phase_moe::offload::Requests;
 #[cfg(feature = "layer")]
-use phase_moe::layer::{LayerState, MoeLayer, gate::Gate};
-use phase_moe::offload::requests::Requests;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::Capacity;
-use phase_moe::routing::check::check;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
-use phase_moe::routing::scores::{Scores, Scoring};
-use phase_moe::routing::topk::TopK;
+use phase_moe::{
+    Assignment, CacheRouter, Capacity, DispatchPlan, ExpertId, ExpertSet, Gate, LayerState, Logits, MoeLayer,
+    RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -122,7 +115,7 @@ fn one_token_straight_from_its_logits_allocates_nothing_the_second_time() {
                     router.route_into(&request, &mut state, &mut scratch, &mut assignment).unwrap();
                     // It looks for experts that are there twice in a table above sixteen slots.
                     if top_k <= 16 {
-                        check(router.as_ref(), &request, &assignment).unwrap();
+                        check_assignment(router.as_ref(), &request, &assignment).unwrap();
                     }
                 }
                 plan.refill(&assignment);
@@ -174,8 +167,7 @@ fn the_stages_allocate_nothing_the_second_time() {
 #[test]
 fn a_layer_in_decode_routes_without_allocating() {
     use candle_core::{DType, Device, Tensor};
-    use phase_moe::layer::expert::Expert;
-    use phase_moe::spec::MoeSpec;
+    use phase_moe::{Expert, MoeSpec};
     use std::sync::Arc;
 
     let zeros = |rows: usize, columns: usize| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();

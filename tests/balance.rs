@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use phase_moe::routing::metrics::Balance;
+use phase_moe::routing::Balance;
 use serde_json::Value;
 
 fn numbers(value: &Value) -> Vec<f64> {

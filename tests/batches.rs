@@ -7,21 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Tensor};
-use phase_moe::decoder::generate::{GenerateOptions, generate, generate_batch};
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::cache::{CacheOptions, Prefetch};
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::drop::DropRule;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::router::Router;
-use phase_moe::routing::topk::TopK;
-use phase_moe::weights::Weights;
+use phase_moe::decoder::{ExpertMemory, generate_batch};
+use phase_moe::offload::Prefetch;
+use phase_moe::{
+    Admission, Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
+    PhaseRouter, Policy, Router, Sampler, TopK, Weights, generate,
+};
 
 /// A fixture of every kind of attention and of positions.
 const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
@@ -238,7 +229,8 @@ fn texts_end_each_at_its_own_place() {
     let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
     let mut state = MODEL.decoder().generation_state();
     let go_on = |_, _| ControlFlow::Continue(());
-    let done = generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
+    let done =
+        generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
     assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
     assert_eq!(state.lengths(), [positions, 12]);
 
@@ -270,7 +262,7 @@ fn a_generation_stops_when_it_is_told_to() {
 #[test]
 fn mistakes_are_named() {
     let decoder = MODEL.decoder();
-    let error = |result: phase_moe::error::Result<Tensor>| result.unwrap_err().to_string();
+    let error = |result: phase_moe::Result<Tensor>| result.unwrap_err().to_string();
     let prompts = Batch::new(&[&[1, 2, 3], &[4]]).unwrap();
     let mut state = decoder.generation_state();
     decoder.prefill(&prompts, 512, &mut state).unwrap();

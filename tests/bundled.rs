@@ -5,21 +5,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use phase_moe::decoder::generate::{GenerateOptions, generate};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, LoadOptions};
-use phase_moe::eval::compare::{Dropless, RouterFigures, Setting, compare, dropless};
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::eval::trace::GateTrace;
-use phase_moe::layer::worth::{OutputNorms, ProbeFit};
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::registry::{Knowledge, RouterKind};
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+use phase_moe::eval::{Batching, Dropless, EvalText, GateTrace, RouterFigures, Setting, compare, dropless};
+use phase_moe::layer::{OutputNorms, ProbeFit};
+use phase_moe::routing::Knowledge;
+use phase_moe::{
+    Batch, CacheRouter, CapacityRule, GenerateOptions, LoadOptions, Logits, Model, PhaseRouter, RouteContext,
+    RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Sampler, generate,
+};
 
 const KINDS: [&str; 3] = ["scripture", "code", "reference"];
 

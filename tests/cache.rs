@@ -3,18 +3,12 @@
 
 use std::collections::HashSet;
 
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::offload::requests::Requests;
-use phase_moe::offload::residency::{Policy, Residency};
-use phase_moe::routing::affinity::Decay;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::{Capacity, Placement};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::scores::{GroupLimit, GroupScore, Scores, Scoring};
-use phase_moe::routing::topk::TopK;
+use phase_moe::offload::Requests;
+use phase_moe::routing::{Decay, GroupLimit, GroupScore};
+use phase_moe::{
+    Assignment, CacheRouter, Capacity, ExpertId, ExpertSet, Logits, PhaseRouter, Placement, Policy, Residency,
+    RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TopK,
+};
 use proptest::prelude::*;
 
 const EXPERTS: usize = 24;

@@ -7,25 +7,15 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
-use phase_moe::decoder::generate::{GenerateOptions, generate};
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::error::{Error, Fault};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::layer::cached::{CachedExperts, ExpertBiases};
-use phase_moe::layer::expert::Expert;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::shared::Shared;
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache, Prefetch, Scope};
-use phase_moe::offload::residency::Policy;
-use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::router::{RouteContext, RouteState};
-use phase_moe::spec::{MoeSpec, SharedExperts};
+use phase_moe::decoder::ExpertMemory;
+use phase_moe::error::Fault;
+use phase_moe::layer::ExpertBiases;
+use phase_moe::offload::{Layout, Part, Piece, Prefetch, Scope};
+use phase_moe::{
+    Admission, Batch, CacheOptions, CacheRouter, CachedExperts, Decoder, Dtype, Error, Expert, ExpertCache,
+    ExpertStore, Gate, GenerateOptions, LayerState, LoadOptions, Model, MoeLayer, MoeSpec, Policy, RouteContext,
+    RouteState, Sampler, Shared, SharedExperts, generate,
+};
 
 fn directory() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-moe"))

@@ -6,11 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
-use phase_moe::error::{Error, Result};
-use phase_moe::weights::Weights;
-use phase_moe::zoo;
+use phase_moe::decoder::var_builder;
+use phase_moe::{Batch, Decoder, Error, LoadOptions, Model, Result, Weights, zoo};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};

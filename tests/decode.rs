@@ -5,16 +5,9 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::eval::decode::{DecodeFigures, Decoding};
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::router::Router;
-use phase_moe::routing::topk::TopK;
+use phase_moe::decoder::ExpertMemory;
+use phase_moe::eval::{Batching, DecodeFigures, Decoding, EvalText};
+use phase_moe::{Admission, Batch, CacheRouter, Decoder, LoadOptions, Model, Policy, Router, TopK};
 
 static MODEL: LazyLock<Model> = LazyLock::new(|| {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");

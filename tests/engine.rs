@@ -5,11 +5,9 @@
 use std::collections::BTreeMap;
 
 use half::{bf16, f16};
-use phase_moe::error::Error;
-use phase_moe::experts::activation::{Activation, Function};
-use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
-use phase_moe::experts::matrix::{Dtype, Matrix};
+use phase_moe::experts::{Function, ProjectionWeights};
 use phase_moe::simd::Isa;
+use phase_moe::{Activation, Dtype, Engine, Error, ExpertWeights, Matrix, Work};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

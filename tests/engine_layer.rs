@@ -7,13 +7,8 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::VarBuilder;
-use phase_moe::experts::activation::Activation;
-use phase_moe::layer::expert::Expert;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::projection::Projection;
-use phase_moe::layer::shared::Shared;
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::spec::{MoeSpec, SharedExperts};
+use phase_moe::layer::Projection;
+use phase_moe::{Activation, Expert, Gate, LayerState, MoeLayer, MoeSpec, Shared, SharedExperts};
 
 /// Numbers that are the same in every run.
 fn drawn(seed: u32, shape: &[usize], scale: f32, dtype: DType) -> Tensor {
@@ -89,7 +84,7 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
 
 fn every_kind() -> Vec<MoeSpec> {
     let base = || MoeSpec::new(48, 6, 2, 40).unwrap();
-    let gelu_tanh = Activation { function: phase_moe::experts::activation::Function::GeluTanh, gated: true };
+    let gelu_tanh = Activation { function: phase_moe::experts::Function::GeluTanh, gated: true };
     vec![
         base(),
         MoeSpec { activation: Activation::geglu(), expert_bias: true, ..base() },

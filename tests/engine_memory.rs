@@ -5,9 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use phase_moe::experts::activation::Activation;
-use phase_moe::experts::engine::{Engine, ExpertWeights, Work};
-use phase_moe::experts::matrix::{Dtype, Matrix};
+use phase_moe::{Activation, Dtype, Engine, ExpertWeights, Matrix, Work};
 
 /// The system's allocator, counting bytes.
 struct Counting;

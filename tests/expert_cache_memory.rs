@@ -6,10 +6,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache, Scope};
-use phase_moe::offload::store::{self, ExpertStore, Part, Piece};
+use phase_moe::offload::{Part, Piece, Scope};
+use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore, offload};
 
 /// Bytes of slabs now, and the most since the last look.
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -112,7 +110,7 @@ fn slabs_never_take_more_than_the_budget() {
         dtype: Dtype::F32,
         rows: rows(layer),
         columns: 256,
-        layout: store::Layout::Rows,
+        layout: offload::Layout::Rows,
     };
     let layers = (0..3).map(|layer| (0..8).map(|id| vec![piece(layer, id)]).collect()).collect();
     let store = Arc::new(ExpertStore::new(vec![("memory".into(), Arc::new(file))], layers).unwrap());

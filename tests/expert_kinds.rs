@@ -8,18 +8,12 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Device, Module, Storage, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use phase_moe::error::{Error, Result};
-use phase_moe::experts::activation::{Activation, Function};
-use phase_moe::layer::expert::Expert;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::projection::{Projection, Weight};
-use phase_moe::layer::shared::Shared;
-use phase_moe::layer::worth::OutputNorms;
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::router::RouteContext;
-use phase_moe::spec::{MoeSpec, SharedExperts};
+use phase_moe::experts::Function;
+use phase_moe::layer::{OutputNorms, Projection, Weight};
+use phase_moe::{
+    Activation, CapacityRule, Error, Expert, Gate, LayerState, MoeLayer, MoeSpec, PhaseRouter, Result, RouteContext,
+    Shared, SharedExperts,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -5,10 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::Weights;
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Weights};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)

@@ -3,11 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use phase_moe::checkpoint::{Checkpoint, Value};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Decoder, LoadOptions};
-use phase_moe::error::{Error, Result};
-use phase_moe::weights::Weights;
+use phase_moe::checkpoint::Value;
+use phase_moe::{Checkpoint, Decoder, Error, LoadOptions, Model, Result, Weights};
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> PathBuf {

@@ -5,12 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Module, Tensor, Var};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::offload::store::Part;
-use phase_moe::weights::Weights;
+use phase_moe::offload::{Part, Piece};
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, Dtype, LoadOptions, Weights};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_mxfp4").join(name)
@@ -49,7 +45,8 @@ fn blocks_are_the_numbers_they_stand_for() {
     assert!(worst <= 1e-5, "in floats off by {worst}");
 
     let store = files.expert_store().unwrap();
-    assert_eq!(store.piece(1, 2, Part::Down), Some((Dtype::Mxfp4, [32, 64])));
+    let Piece { part, dtype, rows, columns, .. } = files.experts(1, 2).unwrap()[2];
+    assert_eq!((part, dtype, rows, columns), (Part::Down, Dtype::Mxfp4, 32, 64));
     let cache = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
     let cached = Decoder::load(&files, &LoadOptions::default().with_expert_cache(cache)).unwrap();
     let ids = words(&goldens, "prompt.1.ids", u32::from_le_bytes);

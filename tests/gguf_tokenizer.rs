@@ -5,9 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::error::{Error, Result};
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, Error, Result, Weights};
 use tokenizers::Tokenizer;
 
 fn fixture(name: &str) -> PathBuf {
@@ -15,7 +13,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn json(path: &Path) -> Result<String> {
-    Weights::from_parts("m", "", Checkpoint::open_gguf(path)?).tokenizer_json()
+    Weights::from_parts("m", "", Checkpoint::open(path)?).tokenizer_json()
 }
 
 #[test]

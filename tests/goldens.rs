@@ -4,9 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::weights::Weights;
+use phase_moe::{Batch, Checkpoint, Decoder, LoadOptions, Weights};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

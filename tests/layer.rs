@@ -7,22 +7,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use phase_moe::error::{Error, Result};
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::layer::expert::Expert;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
-use phase_moe::layer::{LayerState, MoeLayer, Routed};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::drop::DropRule;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::scores::Scoring;
-use phase_moe::routing::topk::TopK;
-use phase_moe::spec::MoeSpec;
+use phase_moe::layer::{LossFreeBias, load_balancing_loss, router_z_loss};
+use phase_moe::{
+    Assignment, CacheRouter, Capacity, CapacityRule, DropRule, Error, Expert, ExpertId, ExpertSet, Gate, LayerState,
+    Logits, MoeLayer, MoeSpec, Result, RouteContext, RouteRequest, RouteState, Routed, Router, RouterKind, Scoring,
+    Scratch, TopK,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -4,10 +4,8 @@
 use std::path::Path;
 
 use half::bf16;
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::Weights;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Weights};
 use safetensors::SafeTensors;
 
 /// How far a logit may be from llama.cpp's: what summing in another order makes of f32.

@@ -7,10 +7,8 @@ use std::path::Path;
 
 use candle_core::DType;
 use half::{bf16, f16};
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::Weights;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Weights};
 use safetensors::Dtype;
 
 /// Which dtype a tensor gets, by its layer, its expert and `gate`, `up` or `down`.

@@ -7,22 +7,12 @@ use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, LoadOptions};
-use phase_moe::error::{AnswerFault, Breach, Error, Result};
-use phase_moe::eval::decode::Decoding;
-use phase_moe::eval::offline::Room;
-use phase_moe::eval::replay::Replay;
-use phase_moe::eval::trace::{GateTrace, LayerTrace};
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch, TokenRequest};
-use phase_moe::routing::scores::Scoring;
-use phase_moe::routing::topk::TopK;
-use phase_moe::spec::MoeSpec;
+use phase_moe::error::{AnswerFault, Breach};
+use phase_moe::eval::{Decoding, GateTrace, LayerTrace, Replay, Room};
+use phase_moe::{
+    Admission, Assignment, Batch, CapacityRule, Error, LayerState, LoadOptions, Model, MoeLayer, MoeSpec, Policy,
+    Result, RouteContext, RouteRequest, RouteState, Router, Scoring, Scratch, TokenRequest, TopK,
+};
 
 /// What is wrong with top-k's answer.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::zoo;
+use phase_moe::{Batch, Decoder, zoo};
 
 /// The system's allocator, counting bytes.
 struct Counting;

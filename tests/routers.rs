@@ -3,16 +3,11 @@
 
 use std::collections::HashSet;
 
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase_kernel::permutations;
-use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState};
-use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::{PhaseRing, PhaseSide, Profile, Rounding, Shares, permutations};
+use phase_moe::{
+    Assignment, Capacity, CapacityRule, DispatchPlan, Logits, Placement, RouteContext, RouteMetrics, RouteRequest,
+    RouteState, RouterKind, Scores, Scoring,
+};
 use proptest::prelude::*;
 
 /// All but plain top-k and the memory-aware router on top of it, which know no limit.

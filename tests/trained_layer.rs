@@ -7,14 +7,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
-use phase_moe::decoder::{Batch, Decoder};
-use phase_moe::experts::activation::Activation;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
-use phase_moe::layer::{LayerState, MoeLayer};
-use phase_moe::routing::scores::Scoring;
-use phase_moe::spec::{MoeSpec, SharedExperts};
-use phase_moe::zoo;
+use phase_moe::layer::{LossFreeBias, load_balancing_loss, router_z_loss};
+use phase_moe::{Activation, Batch, Decoder, Gate, LayerState, MoeLayer, MoeSpec, Scoring, SharedExperts, zoo};
 
 const CPU: Device = Device::Cpu;
 const TOKENS: usize = 96;

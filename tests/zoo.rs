@@ -4,15 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::{Batch, Decoder, LoadOptions, var_builder};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::layer::MoeLayer;
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::offload::store::Part;
-use phase_moe::spec::ModelSpec;
-use phase_moe::weights::Weights;
-use phase_moe::zoo;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::decoder::var_builder;
+use phase_moe::offload::{Part, Piece};
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, Dtype, LoadOptions, ModelSpec, MoeLayer, Weights, zoo};
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/zoo").join(family)
@@ -288,9 +283,8 @@ fn gpt_oss_in_mxfp4_is_what_transformers_computes_with_the_numbers_of_its_blocks
         };
         assert_near(&format!("mxfp4, prompt {prompt}"), &of(&held), &of(&golden), 4e-2);
     }
-    let store = files.expert_store().unwrap();
-    let piece = store.piece(0, 3, Part::GateUp);
-    assert_eq!(piece, Some((Dtype::Mxfp4, [128, 96])));
+    let Piece { part, dtype, rows, columns, .. } = files.experts(0, 3).unwrap()[0];
+    assert_eq!((part, dtype, rows, columns), (Part::GateUp, Dtype::Mxfp4, 128, 96));
 }
 
 /// Writes a checkpoint with the numbers that blocks of MXFP4 stand for, stacked.
@@ -304,7 +298,8 @@ fn in_floats(files: &Weights, spec: &ModelSpec, directory: &Path) {
     }
     for layer in 0..store.layers() {
         for (part, name) in [(Part::GateUp, "gate_up_proj"), (Part::Down, "down_proj")] {
-            let (_, [rows, columns]) = store.piece(layer, 0, part).unwrap();
+            let pieces = files.experts(layer, 0).unwrap();
+            let Piece { rows, columns, .. } = *pieces.iter().find(|piece| piece.part == part).unwrap();
             let numbers = (0..spec.moe.experts).flat_map(|expert| {
                 let mut slabs = store.slabs(layer, expert).unwrap();
                 store.load(layer, expert, &mut slabs).unwrap().matrix(part).unwrap().to_f32()

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use phase_moe::error::{Error, Result};
-use phase_moe::routing::scores::{GroupLimit, GroupScore, Scoring};
-use phase_moe::spec::{AttentionBias, ModelSpec, RopeScaling};
+use phase_moe::routing::{GroupLimit, GroupScore};
+use phase_moe::spec::{AttentionBias, RopeScaling};
 use phase_moe::zoo::{FAMILIES, MOE_FAMILIES, parse_config, parse_moe_config};
+use phase_moe::{Error, ModelSpec, Result, Scoring};
 use serde_json::{Value, json};
 
 /// The configuration of the goldens of `family`, with other values under some keys.

@@ -7,12 +7,8 @@ use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::Linear;
 use candle_nn::ops::softmax_last_dim;
-use phase_moe::experts::activation::Activation;
-use phase_moe::layer::MoeLayer;
-use phase_moe::layer::expert::Expert;
-use phase_moe::layer::gate::Gate;
-use phase_moe::layer::projection::Projection;
-use phase_moe::spec::MoeSpec;
+use phase_moe::layer::Projection;
+use phase_moe::{Activation, Expert, Gate, MoeLayer, MoeSpec};
 
 use super::fill::{Blocks, mxfp4, uniform};
 use super::shape::{Format, Shape};

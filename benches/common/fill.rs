@@ -7,8 +7,8 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::layer::packed::Packed;
+use phase_moe::Dtype;
+use phase_moe::layer::Packed;
 use rayon::prelude::*;
 
 /// SplitMix64's finaliser.

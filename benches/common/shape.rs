@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
-use phase_moe::experts::matrix::Dtype;
+use phase_moe::Dtype;
 
 /// Sizes of one MoE block.
 #[derive(Clone, Copy)]

@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::error::Result;
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, Result, Weights};
 
 macro_rules! embedded {
     ($name:literal) => {

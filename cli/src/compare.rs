@@ -5,11 +5,10 @@ use std::io::Write;
 use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::eval::compare::{Setting, compare, dropless};
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::registry::{Knowledge, RouterKind};
+use phase_moe::decoder::ExpertMemory;
+use phase_moe::eval::{Setting, compare, dropless};
+use phase_moe::routing::Knowledge;
+use phase_moe::{CacheRouter, CapacityRule, RouterKind};
 
 use crate::options::{
     CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,

@@ -7,14 +7,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::Batch;
-use phase_moe::decoder::generate::{Generation, GenerateOptions, generate_batch};
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::tokenizer::Continuation;
-use phase_moe::error::Error;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::decoder::{Continuation, ExpertMemory, generate_batch};
+use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, RouterKind, Sampler};
 use serde::Serialize;
 
 use crate::chat::Chat;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
+use phase_moe::Batch;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
-use phase_moe::decoder::Batch;
 
 use crate::options::{ModelOptions, UserMistake, read_text, warn_streamed};
 use crate::output::{Destination, Inputs};

@@ -13,18 +13,12 @@ use candle_core::DType;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::error::Error;
-use phase_moe::eval::text::{Batching, EvalText, Mixing};
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::cache;
-use phase_moe::offload::residency::Policy;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::{CapacityRule, Profile, Rounding, Shares};
-use phase_moe::routing::registry::{Knowledge, RouterKind};
-use phase_moe::routing::router::Router;
-use phase_moe::weights::Weights;
+use phase_moe::eval::{Batching, EvalText, Mixing};
+use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
+use phase_moe::{
+    Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Policy, Router, RouterKind,
+    Weights, offload,
+};
 
 use crate::notice::notice;
 use crate::{bundled, hub};
@@ -196,13 +190,13 @@ impl ModelOptions {
             Some(bytes) => {
                 let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
                 let prefetch = match self.prefetch {
-                    Prefetch::Auto => cache::Prefetch::Auto,
-                    Prefetch::Off => cache::Prefetch::Off,
-                    Prefetch::Always => cache::Prefetch::Always,
+                    Prefetch::Auto => offload::Prefetch::Auto,
+                    Prefetch::Off => offload::Prefetch::Off,
+                    Prefetch::Always => offload::Prefetch::Always,
                 };
                 let memory = memory.map(|memory| (memory.policy(), memory.admission()));
                 let (policy, admission) = memory.unwrap_or((Policy::Lru, Admission::default()));
-                Some(cache::CacheOptions { policy, admission, prefetch, ..cache::CacheOptions::new(budget) })
+                Some(offload::CacheOptions { policy, admission, prefetch, ..offload::CacheOptions::new(budget) })
             }
         };
         Ok(LoadOptions::default().with_dtype(dtype).with_expert_cache(expert_cache))

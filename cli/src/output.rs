@@ -10,8 +10,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use phase_moe::error::Error;
-use phase_moe::weights::Weights;
+use phase_moe::{Error, Weights};
 use tempfile::{Builder, NamedTempFile};
 
 use crate::options::UserMistake;

@@ -6,16 +6,10 @@ use std::path::PathBuf;
 use crate::report::replay::ReplayReport;
 use anyhow::Result;
 use clap::Args;
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::memory::ExpertMemory;
-use phase_moe::decoder::model::Model;
-use phase_moe::error::Error;
-use phase_moe::eval::offline::Room;
-use phase_moe::eval::replay::Replay as Replayer;
-use phase_moe::eval::trace::GateTrace;
-use phase_moe::offload::admission::Admission;
-use phase_moe::routing::capacity::CapacityRule;
-use phase_moe::routing::registry::{Knowledge, RouterKind};
+use phase_moe::decoder::ExpertMemory;
+use phase_moe::eval::{GateTrace, Replay as Replayer, Room};
+use phase_moe::routing::Knowledge;
+use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, RouterKind};
 
 use crate::options::{
     Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,

@@ -7,10 +7,9 @@ use crate::report::times;
 use anyhow::Result;
 use clap::Args;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
-use phase_moe::eval::offline::{LayerFigures, OfflineRouter, Room, RoutedLayer};
-use phase_moe::eval::trace::GateTrace;
-use phase_moe::routing::capacity::{Capacity, Placement};
-use phase_moe::routing::registry::{Knowledge, RouterKind};
+use phase_moe::eval::{GateTrace, LayerFigures, OfflineRouter, Room, RoutedLayer};
+use phase_moe::routing::Knowledge;
+use phase_moe::{Capacity, Placement, RouterKind};
 use serde::Serialize;
 
 use crate::notice::notice;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::eval::trace::GateTrace;
+use phase_moe::eval::GateTrace;
 
 use crate::options::{Global, ModelOptions, TextOptions, warn_streamed};
 use crate::output::{Destination, Inputs};

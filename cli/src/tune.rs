@@ -6,11 +6,8 @@ use crate::report::tune::TuneReport;
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::model::Model;
-use phase_moe::eval::tune::{FastMemory, Sweep, plain_perplexity, recommended};
-use phase_moe::offload::cache;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::eval::{FastMemory, Sweep, plain_perplexity, recommended};
+use phase_moe::{LoadOptions, Model, RouterKind, offload};
 
 use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, print_json};
 
@@ -75,9 +72,9 @@ impl Tune {
             router.clone().with_bonus(bonus)?;
         }
         let (policy, admission) = (self.memory.policy(), self.memory.admission());
-        let budget = |bytes: &ByteSize| -> Result<cache::CacheOptions> {
+        let budget = |bytes: &ByteSize| -> Result<offload::CacheOptions> {
             let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
-            Ok(cache::CacheOptions { policy, admission, ..cache::CacheOptions::new(budget) })
+            Ok(offload::CacheOptions { policy, admission, ..offload::CacheOptions::new(budget) })
         };
         let budgets = self.expert_cache.iter().map(budget).collect::<Result<Vec<_>>>()?;
         let files = self.model.files()?;

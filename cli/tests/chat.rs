@@ -4,10 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::generate::{GenerateOptions, generate};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::sampling::Sampler;
+use phase_moe::{GenerateOptions, LoadOptions, Model, Sampler, generate};
 use serde_json::{Value, json};
 
 /// In the style of ChatML: a turn between marks, a system message of its own kind, white space cut off blocks.

@@ -4,11 +4,9 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::model::Model;
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::eval::{Batching, EvalText};
+use phase_moe::{Checkpoint, LoadOptions, Model, RouterKind};
 use serde_json::Value;
 
 fn run(arguments: &[&str]) -> Output {

@@ -7,11 +7,9 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::{TensorSource, Weights};
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::weights::TensorSource;
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Model, Weights};
 use serde_json::json;
 
 const IDS: [u32; 9] = [0, 60, 5, 17, 5, 5, 42, 31, 3];
@@ -326,7 +324,7 @@ fn bundled_with(path: &Path, more: &[(&str, Value)]) {
     // The names of a file of this architecture, which needs no metadata but that.
     let probe = tempfile::NamedTempFile::new().unwrap();
     write(probe.path(), &metadata[..1], &[]);
-    let names = Weights::from_parts("probe", "", Checkpoint::open_gguf(probe.path()).unwrap());
+    let names = Weights::from_parts("probe", "", Checkpoint::open(probe.path()).unwrap());
     for name in files.checkpoint().tensors().keys().filter(|name| !name.contains(".experts.")) {
         let Ok(TensorSource::Same(stored)) = names.source(name) else { panic!("{name}") };
         tensors.push((stored, keep(&read(name))));

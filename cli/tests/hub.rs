@@ -220,7 +220,7 @@ mod with_hub {
         let (hub, home) = (Hub::new(), tempfile::tempdir().unwrap());
         hub.add("org/shards", bundled());
         let whole = hub.state.lock().unwrap().files.remove("org/shards/model.safetensors").unwrap();
-        let checkpoint = phase_moe::checkpoint::Checkpoint::open(bundled()).unwrap();
+        let checkpoint = phase_moe::Checkpoint::open(bundled()).unwrap();
         let shard = "model-00001-of-00001.safetensors";
         let map: HashMap<&String, &str> = checkpoint.tensors().keys().map(|name| (name, shard)).collect();
         hub.insert("org/shards/model.safetensors.index.json", json!({ "weight_map": map }).to_string().into());

@@ -6,7 +6,7 @@ mod shape;
 
 use std::process::Command;
 
-use phase_moe::weights::Weights;
+use phase_moe::Weights;
 use serde_json::Value;
 use shape::Shape;
 

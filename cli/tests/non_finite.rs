@@ -4,11 +4,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use half::bf16;
-use phase_moe::checkpoint::{ByteSource, Checkpoint, ElementType};
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::error::{Error, Result};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::Weights;
+use phase_moe::checkpoint::{ByteSource, ElementType};
+use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, Error, LoadOptions, Result, Weights};
 use safetensors::Dtype;
 
 const IDS: [u32; 7] = [3, 14, 15, 9, 26, 5, 35];

@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
+use phase_moe::Checkpoint;
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_phase-moe");
 

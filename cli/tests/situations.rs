@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use phase_moe::checkpoint::Checkpoint;
+use phase_moe::Checkpoint;
 use serde::Deserialize;
 use serde_json::Value;
 

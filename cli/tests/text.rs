@@ -8,10 +8,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use candle_core::quantized::gguf_file::{self, Value};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::LoadOptions;
-use phase_moe::decoder::model::Model;
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, LoadOptions, Model, Weights};
 use tokenizers::Tokenizer;
 
 /// Longer than anything here takes, on any machine.
@@ -224,7 +221,7 @@ fn tokenizer_of(metadata: &[(&str, Value)]) -> Tokenizer {
     let file = tempfile::NamedTempFile::new().unwrap();
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     gguf_file::write(&mut file.reopen().unwrap(), &metadata, &[]).unwrap();
-    let checkpoint = Checkpoint::open_gguf(file.path()).unwrap();
+    let checkpoint = Checkpoint::open(file.path()).unwrap();
     Tokenizer::from_bytes(Weights::from_parts("m", "", checkpoint).tokenizer_json().unwrap()).unwrap()
 }
 

@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
-use phase_moe::experts::engine::Engine;
-use phase_moe::experts::matrix::{Dtype, Matrix};
+use phase_moe::{Dtype, Engine, Matrix};
 use rayon::prelude::*;
 
 use crate::common::fill::uniform;

@@ -27,32 +27,14 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use mapped::Mapped;
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::decoder::model::Model;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::error::Error;
-use phase_moe::eval::decode::Decoding;
-use phase_moe::eval::text::{Batching, EvalText};
-use phase_moe::expert::ExpertSet;
-use phase_moe::experts::activation::Activation;
-use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
-use phase_moe::experts::matrix::Matrix;
-use phase_moe::offload::admission::Admission;
-use phase_moe::offload::belady::RequestLog;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache};
-use phase_moe::offload::requests::Requests;
-use phase_moe::offload::residency::Policy;
-use phase_moe::offload::slab::Slab;
-use phase_moe::offload::store::{LoadedExpert, Part, Piece};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::cache_aware::CacheRouter;
-use phase_moe::routing::capacity::Capacity;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
-use phase_moe::routing::topk::TopK;
-use phase_moe::spec::ModelSpec;
-use phase_moe::weights::Weights;
+use phase_moe::eval::{Batching, Decoding, EvalText};
+use phase_moe::experts::ProjectionWeights;
+use phase_moe::offload::{LoadedExpert, Part, Piece, RequestLog, Requests, Slab};
+use phase_moe::{
+    Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, Capacity, Checkpoint, Decoder, DispatchPlan,
+    Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec, Policy,
+    RouteContext, RouteRequest, RouteState, Router, Scratch, TopK, Weights, Work,
+};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -150,7 +132,7 @@ impl Subject {
                 let batching = Batching { tokens: Some(options.perplexity_tokens), ..Batching::default() };
                 let batches = batching.batches(&texts)?;
                 let decoder = model.decoder().clone();
-                let plain = phase_moe::eval::tune::plain_perplexity(&decoder, &batches)?;
+                let plain = phase_moe::eval::plain_perplexity(&decoder, &batches)?;
                 (decoder.clone(), ids, Some((decoder, batches, plain)))
             }
             Which::Olmoe => {
@@ -309,7 +291,7 @@ impl Source {
         output: &mut [f32],
     ) -> Result<(usize, usize)> {
         let mut busy = plan.busy_experts();
-        let mut add = |experts: Vec<ExpertWeights<'_>>| -> phase_moe::error::Result<()> {
+        let mut add = |experts: Vec<ExpertWeights<'_>>| -> phase_moe::Result<()> {
             let work: Vec<Work<'_>> = experts
                 .into_iter()
                 .zip(busy.by_ref())
@@ -323,7 +305,7 @@ impl Source {
         };
         let step = match self {
             Self::Cached(cache) => cache.run(layer, wanted, |loaded| {
-                add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::error::Result<_>>()?)
+                add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::Result<_>>()?)
             })?,
             Self::Mapped(mapped) => {
                 mapped.begin(layer, wanted)?;
@@ -335,7 +317,7 @@ impl Source {
     }
 }
 
-fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::error::Result<ExpertWeights<'a>> {
+fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::Result<ExpertWeights<'a>> {
     let part = |part: Part| {
         let matrix = expert.matrix(part).ok_or_else(|| Error::shape("expert", format!("{part:?}"), "none"));
         matrix.map(ProjectionWeights::from)

@@ -12,13 +12,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
-use phase_moe::checkpoint::Checkpoint;
-use phase_moe::expert::ExpertSet;
-use phase_moe::experts::activation::Activation;
-use phase_moe::experts::engine::{ExpertWeights, ProjectionWeights};
-use phase_moe::experts::matrix::Matrix;
-use phase_moe::offload::residency::{Policy, Residency, Step};
-use phase_moe::offload::store::{Part, Piece};
+use phase_moe::experts::ProjectionWeights;
+use phase_moe::offload::{Part, Piece, Step};
+use phase_moe::{Activation, Checkpoint, ExpertSet, ExpertWeights, Matrix, Policy, Residency};
 use rustix::fs::{Advice as FileAdvice, fadvise};
 
 const PAGE: usize = 4096;

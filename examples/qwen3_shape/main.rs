@@ -20,10 +20,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use candle_core::DType;
 use clap::Parser;
-use phase_moe::decoder::sampling::Sampler;
-use phase_moe::decoder::{Batch, Decoder, LoadOptions};
-use phase_moe::offload::cache::CacheOptions;
-use phase_moe::weights::Weights;
+use phase_moe::{Batch, CacheOptions, Decoder, LoadOptions, Sampler, Weights};
 use shape::Shape;
 
 #[derive(Parser)]

@@ -8,7 +8,7 @@ mod invariants;
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::routing::assignment::Assignment;
+use phase_moe::Assignment;
 
 fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     let (experts, top_k): (usize, usize) = (bytes.int_in_range(0..=70)?, bytes.int_in_range(0..=20)?);

@@ -4,7 +4,8 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
+use phase_moe::{Capacity, CapacityRule, Placement};
+use phase_moe::routing::{Profile, Rounding, Shares};
 
 fn float(bytes: &mut Unstructured<'_>) -> Result<f64> {
     let tag: u8 = bytes.arbitrary()?;

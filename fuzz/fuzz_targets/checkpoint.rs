@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use phase_moe::checkpoint::{ByteSource, Checkpoint};
-use phase_moe::weights::Weights;
+use phase_moe::{Checkpoint, Weights};
+use phase_moe::checkpoint::ByteSource;
 use phase_moe::zoo::parse_config;
 
 #[derive(Debug)]
@@ -36,7 +36,7 @@ fuzz_target!(|data: &[u8]| {
         let _ = parse_config(text, "config.json");
     }
     let (header, body) = data.split_at(data.iter().position(|&byte| byte == 0).unwrap_or(data.len()));
-    let opened = |file: Vec<u8>, open: fn(Vec<(String, Box<dyn ByteSource>)>) -> phase_moe::error::Result<Checkpoint>| {
+    let opened = |file: Vec<u8>, open: fn(Vec<(String, Box<dyn ByteSource>)>) -> phase_moe::Result<Checkpoint>| {
         let Ok(checkpoint) = open(vec![("fuzz".into(), Box::new(Memory(file)))]) else { return };
         for name in checkpoint.tensors().keys() {
             let bytes = checkpoint.read(name).expect("a checked header");

@@ -4,9 +4,7 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::routing::phase_kernel::PhaseKernel;
-use phase_moe::routing::phase_kernel::permutations;
-use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
+use phase_moe::routing::{PhaseKernel, PhaseRing, PhaseSide, permutations};
 
 fn side(bytes: &mut Unstructured<'_>, rows: usize, seed: u64) -> Result<Option<PhaseSide>> {
     let [mut order, _] = permutations(rows as u32, seed);

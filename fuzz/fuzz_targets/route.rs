@@ -7,14 +7,8 @@ mod invariants;
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::{Corpus, fuzz_target};
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::{Capacity, Placement};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::mass::Mass;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Scratch};
-use phase_moe::routing::scores::{GroupLimit, GroupScore, ScoreFunction, Scoring};
+use phase_moe::{Assignment, Capacity, ExpertId, ExpertSet, Logits, Placement, RouteContext, RouteRequest, RouteState, RouterKind, Scoring, Scratch};
+use phase_moe::routing::{GroupLimit, GroupScore, Mass, ScoreFunction};
 
 /// A logit: often an ordinary one or a mask, sometimes any bits at all.
 fn logit(bytes: &mut Unstructured<'_>) -> Result<f32> {

@@ -37,7 +37,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Io`] for a file that is missing or unreadable, [`Error::Checkpoint`] for one that is no whole GGUF file or part.
-    pub fn open_gguf(path: &Path) -> Result<Self> {
+    pub(crate) fn open_gguf(path: &Path) -> Result<Self> {
         let open = |path: &PathBuf| -> Result<(String, Box<dyn ByteSource>)> {
             let file = DirectFile::open(path).map_err(|error| Error::io(path, error))?;
             Ok((path.display().to_string(), Box::new(file)))
@@ -48,7 +48,7 @@ impl Checkpoint {
     /// Reads the headers of named sources, the parts of one GGUF file in order.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] as [`Checkpoint::open_gguf`].
+    /// [`Error::Checkpoint`] as [`Checkpoint::open`].
     pub fn from_gguf_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
         let files: Vec<NamedSource> = files.into_iter().map(|(name, source)| (name, Arc::from(source))).collect();
         let (mut tensors, mut first) = (BTreeMap::new(), None);

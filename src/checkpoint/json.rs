@@ -11,7 +11,7 @@ const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 /// reads, the value is a text of that name: nothing that expects a number takes it for one.
 ///
 /// ```
-/// let config = phase_moe::checkpoint::json::parse(r#"{"loss": NaN, "note": "NaN, Infinity"}"#)?;
+/// let config = phase_moe::checkpoint::parse_json(r#"{"loss": NaN, "note": "NaN, Infinity"}"#)?;
 /// assert_eq!(config["loss"], "NaN");
 /// # Ok::<(), serde_json::Error>(())
 /// ```

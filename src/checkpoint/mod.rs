@@ -1,7 +1,7 @@
 //! Checkpoints: which tensor lies where, read with positioned reads through one seam, [`ByteSource`].
 //!
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
-//! in memory), or a [GGUF file](Checkpoint::open_gguf) with its [`Metadata`]. Opening reads headers only, and checks them whole before
+//! in memory), or a GGUF file with its [`Metadata`]. Opening reads headers only, and checks them whole before
 //! anything in them is trusted; a tensor's bytes are read when asked for. Nothing is mapped: a file that shrinks while open gives an
 //! error, not a signal. Files are read past the page cache where that can be; a FIFO or a device is no file. [`tensor_bytes`] and [`write_tensors`] are the
 //! other direction: [`NamedTensor`]s to one safetensors file.
@@ -15,19 +15,22 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) use self::direct::{DirectFile, PAGE_BYTES};
-pub use self::element::{BlockType, ElementType};
-pub use self::file::text;
 pub(crate) use self::file::{open_file, read_file, read_text};
 pub(crate) use self::locate::{Located, locate, name_of};
-pub use self::metadata::{Metadata, Value};
-pub use self::write::{NamedTensor, tensor_bytes, write_tensors};
+pub use self::{
+    element::{BlockType, ElementType},
+    file::text,
+    json::parse as parse_json,
+    metadata::{Metadata, Value},
+    write::{NamedTensor, tensor_bytes, write_tensors},
+};
 use crate::error::{Error, Result};
 
 mod direct;
 mod element;
 mod file;
 mod gguf;
-pub mod json;
+pub(crate) mod json;
 mod locate;
 mod metadata;
 mod safetensors;

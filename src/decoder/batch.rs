@@ -5,13 +5,13 @@
 //! sequences, each at its own position; one that has come to its end has no token in it.
 //!
 //! ```
-//! use phase_moe::decoder::Batch;
+//! use phase_moe::Batch;
 //!
 //! let prompts = Batch::new(&[&[5, 6, 7], &[8]])?;
 //! assert_eq!((prompts.sequences(), prompts.positions(), prompts.live_tokens()), (2, 3, 4));
 //! let step = Batch::step(&[Some(9), None])?; // the second sequence has ended
 //! assert_eq!((step.lengths(), step.live_tokens()), (&[1, 0][..], 1));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of models.

@@ -3,16 +3,14 @@
 //! ```no_run
 //! use std::ops::ControlFlow;
 //!
-//! use phase_moe::decoder::generate::{GenerateOptions, generate};
-//! use phase_moe::decoder::model::{LoadOptions, Model};
-//! use phase_moe::decoder::sampling::Sampler;
+//! use phase_moe::{GenerateOptions, LoadOptions, Model, Sampler, generate};
 //!
 //! let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
 //! let prompt = model.encode_sequence("And God said")?;
 //! let (mut state, mut sampler) = (model.decoder().generation_state(), Sampler::new(0.0, 1.0, 42)?);
 //! let done = generate(&model, &prompt, GenerateOptions::new(50), &mut state, &mut sampler, |_| ControlFlow::Continue(()))?;
 //! println!("{}", model.decode_after(&prompt, &done.texts[0])?);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of routers or of how text becomes tokens.

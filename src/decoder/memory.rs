@@ -9,10 +9,8 @@
 //! policy behind it matters little.
 //!
 //! ```
-//! use phase_moe::decoder::memory::ExpertMemory;
-//! use phase_moe::offload::admission::Admission;
-//! use phase_moe::offload::residency::Policy;
-//! use phase_moe::routing::assignment::Assignment;
+//! use phase_moe::{Admission, Assignment, Policy};
+//! use phase_moe::decoder::ExpertMemory;
 //!
 //! let mut memory = ExpertMemory::new(1, 8, 2, Policy::Lru, Admission::default())?;
 //! let often = Assignment::from_parts(8, 2, &[3, 5], &[0.6, 0.4])?;
@@ -22,7 +20,7 @@
 //! assert_eq!(memory.advance(0, &once)?.misses, 1); // 7 is streamed: 5 is used more
 //! assert_eq!(memory.advance(0, &often)?.hits, 2);
 //! assert_eq!((memory.requests(), memory.hits(), memory.hit_rate()), (8, 5, Some(0.625)));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of bytes, reads, scores or text.

@@ -1,12 +1,11 @@
 //! A model ready to use: decoder, tokenizer and name, loaded from a directory in Hugging Face layout or a GGUF file.
 //!
 //! ```no_run
-//! use phase_moe::decoder::LoadOptions;
-//! use phase_moe::decoder::model::Model;
+//! use phase_moe::{LoadOptions, Model};
 //!
 //! let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
 //! let ids = model.encode("In the beginning")?;
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 
 use std::path::Path;

@@ -12,9 +12,9 @@
 //! ```
 //! use std::sync::Arc;
 //! use candle_core::{DType, Device};
-//! use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-//! use phase_moe::decoder::unstacked::unstacked_var_builder;
-//! use phase_moe::spec::ExpertNames;
+//! use phase_moe::{Checkpoint, ExpertNames};
+//! use phase_moe::checkpoint::{NamedTensor, write_tensors};
+//! use phase_moe::decoder::unstacked_var_builder;
 //!
 //! # let directory = std::env::temp_dir().join(format!("phase-moe-unstacked-{}", std::process::id()));
 //! # std::fs::create_dir_all(&directory)?;
@@ -314,7 +314,8 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             write_tensors(&directory.path().join("model.safetensors"), tensors, None).unwrap();
             let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
-            let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
+            let vb =
+                unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
             (vb.contains_tensor("up_proj.weight"), vb.get((2, 5), "up_proj.weight").unwrap_err().to_string())
         };
         let gate_up = NamedTensor::f32("experts.gate_up_proj", [3, 4, 5], &[0.0; 60]);

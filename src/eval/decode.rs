@@ -25,7 +25,7 @@ use crate::offload::requests::Requests;
 use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
-use crate::routing::check::check;
+use crate::routing::check::check_assignment;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use crate::routing::scores::Scores;
 use crate::routing::topk::TopK;
@@ -226,7 +226,7 @@ impl Books {
         };
         let request = RouteRequest::new(scores, all.top_k(), capacity, context)?;
         router.route_into(&request, state, scratch, routed)?;
-        check(router, &request, routed)?;
+        check_assignment(router, &request, routed)?;
         if routed.width() != all.top_k() {
             return Err(Error::shape("experts of a token", all.top_k(), routed.width()));
         }

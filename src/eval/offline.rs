@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::routing::assignment::Assignment;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{Capacity, CapacityRule, Placement};
-use crate::routing::check::check;
+use crate::routing::check::check_assignment;
 use crate::routing::logits::Logits;
 use crate::routing::metrics::RouteMetrics;
 use crate::routing::phase::PhaseRouter;
@@ -153,7 +153,7 @@ impl OfflineRouter {
 
             let before = state.clone();
             let assignment = router.route(&request, &mut state)?;
-            check(router.as_ref(), &request, &assignment)?;
+            check_assignment(router.as_ref(), &request, &assignment)?;
             for _ in 0..TIMED_CALLS {
                 let mut again = before.clone();
                 let started = Instant::now();

@@ -17,7 +17,7 @@ use crate::offload::belady::RequestLog;
 use crate::offload::requests::Requests;
 use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
-use crate::routing::check::check;
+use crate::routing::check::check_assignment;
 use crate::routing::logits::Logits;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, Scratch};
 use crate::routing::topk::TopK;
@@ -132,7 +132,7 @@ impl Replay<'_> {
             };
             let request = RouteRequest::new(&scores, self.top_k, &capacity, context)?;
             self.router.route_into(&request, &mut state, &mut scratch, &mut assignment)?;
-            check(self.router, &request, &assignment)?;
+            check_assignment(self.router, &request, &assignment)?;
             TopK { drop: None }.route_into(&request, &mut plain_state, &mut scratch, &mut plain)?;
             for token in 0..tokens {
                 let gate = scores.gate(token);

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// An activation, and whether the expert has a gate projection.
 ///
 /// ```
-/// use phase_moe::experts::activation::Activation;
+/// use phase_moe::Activation;
 ///
 /// assert_eq!(Activation::relu_squared().apply(0.0, 3.0), 9.0);
 /// assert_eq!(Activation::swiglu().apply(0.0, 3.0), 0.0);

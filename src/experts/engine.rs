@@ -10,9 +10,8 @@
 //! `O(tokens · hidden + slots · width)`.
 //!
 //! ```
-//! use phase_moe::experts::activation::Activation;
-//! use phase_moe::experts::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
-//! use phase_moe::experts::matrix::Matrix;
+//! use phase_moe::{Activation, Engine, ExpertWeights, Matrix, Work};
+//! use phase_moe::experts::ProjectionWeights;
 //!
 //! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
 //! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
@@ -23,7 +22,7 @@
 //! let work = [Work { expert, tokens: &[0, 2], weights: &[1.0, 0.5] }];
 //! Engine::default().forward(Matrix::from_f32(3, 2, &input)?, &work, &mut output)?;
 //! assert_eq!(output, [2.0, 3.0, 0.0, 0.0, 9.0, 13.5]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of tensors, gates or where weights come from.
@@ -36,7 +35,7 @@ use crate::experts::activation::Activation;
 use crate::experts::fused::Activate;
 use crate::experts::matrix::{Dtype, Matrix, Widen};
 use crate::simd::multiply::Line;
-use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
+use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, LANES};
 
 /// Rows of activations that go through an expert together.
@@ -417,7 +416,7 @@ impl Engine {
             share_out(rows, &mut buffers.threads[..threads], |room, (row, lines)| {
                 room.values.resize(columns, 0.0);
                 self.isa.run(Widen { from: input, row, values: &mut room.values });
-                self.isa.run(Fill { form: *form, values: &room.values, row: lines });
+                self.isa.run(Convert { form: *form, values: &room.values, row: lines });
             });
         }
         forms
@@ -510,7 +509,7 @@ impl Engine {
         let values = &room.values;
         let stride = group.between.stride(CHUNK.min(expert.width()));
         for (values, row) in values.chunks_exact(columns.len()).zip(between.chunks_exact_mut(stride)) {
-            self.isa.run(Fill { form: group.between, values, row });
+            self.isa.run(Convert { form: group.between, values, row });
         }
     }
 

@@ -4,14 +4,14 @@
 //! same to the engine. Nothing is copied, widened or rearranged, and no alignment is asked for.
 //!
 //! ```
-//! use phase_moe::experts::matrix::Matrix;
+//! use phase_moe::Matrix;
 //!
 //! // Two experts of [3, 2] stacked in one slab; the second one's rows.
 //! let slab: Vec<f32> = (0..12).map(|value| value as f32).collect();
 //! let stacked = Matrix::from_f32(6, 2, &slab)?;
 //! let second = stacked.rows(3..6)?;
 //! assert_eq!(second.row(0), Matrix::from_f32(1, 2, &[6.0, 7.0])?.row(0));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 
 use std::ops::Range;

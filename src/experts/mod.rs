@@ -2,8 +2,12 @@
 //!
 //! Knows nothing of where weights come from, or of tensors.
 
-pub mod activation;
-pub mod engine;
+pub(crate) mod activation;
+pub(crate) mod engine;
 mod fused;
-pub mod matrix;
+pub(crate) mod matrix;
 pub(crate) mod mxfp4;
+
+pub use self::activation::{Activation, Function};
+pub use self::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
+pub use self::matrix::{Dtype, Matrix};

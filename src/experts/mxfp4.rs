@@ -5,13 +5,13 @@
 //! of four bytes are neighbours on both sides of a product.
 //!
 //! ```
-//! use phase_moe::experts::mxfp4::joined;
+//! use phase_moe::experts::joined;
 //!
 //! // Weights 0 to 15, twice.
 //! let blocks = [0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, 0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe];
 //! let joined = joined(&blocks, &[127])?;
 //! assert_eq!(joined[..4], [127, 0x00, 0x11, 0x22]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 
 use crate::error::{Error, Result};

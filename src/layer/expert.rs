@@ -3,7 +3,7 @@
 //!
 //! ```
 //! use candle_core::{Device, Module, Tensor};
-//! use phase_moe::layer::expert::Expert;
+//! use phase_moe::Expert;
 //!
 //! let random = |rows, columns| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu);
 //! let expert = Expert::new(random(32, 16)?, random(32, 16)?, random(16, 32)?);

@@ -7,9 +7,8 @@
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
-//! use phase_moe::layer::{LayerState, MoeLayer, loss::{LossFreeBias, load_balancing_loss, router_z_loss}};
-//! use phase_moe::routing::scores::Scoring;
-//! use phase_moe::spec::MoeSpec;
+//! use phase_moe::{LayerState, MoeLayer, MoeSpec, Scoring};
+//! use phase_moe::layer::{LossFreeBias, load_balancing_loss, router_z_loss};
 //!
 //! let spec = MoeSpec { scoring: Scoring::sigmoid(), selection_bias: true, ..MoeSpec::new(16, 8, 2, 32)? };
 //! let vars = VarMap::new();

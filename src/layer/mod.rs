@@ -8,9 +8,7 @@
 //!
 //! use candle_core::{DType, Device, Module, Tensor};
 //! use candle_nn::{VarBuilder, VarMap};
-//! use phase_moe::layer::{LayerState, MoeLayer};
-//! use phase_moe::routing::{capacity::CapacityRule, phase::PhaseRouter};
-//! use phase_moe::spec::MoeSpec;
+//! use phase_moe::{CapacityRule, LayerState, MoeLayer, MoeSpec, PhaseRouter};
 //!
 //! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
 //! let layer = MoeLayer::load(&MoeSpec::new(16, 8, 2, 32)?, vb)?;
@@ -24,7 +22,7 @@
 //!     let (output, routed) = layer.route(&hidden, &mut state)?; // the second time prices are warm
 //!     assert_eq!((output.dims(), routed.assignment.kept()), (hidden.dims(), 2 * 40 * 2));
 //! }
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! A layer runs in one of two ways. On the CPU its experts run on the [`Engine`], which reads the tensors' memory as it is. Under
@@ -37,20 +35,29 @@
 pub(crate) mod borrowed;
 mod by_candle;
 mod by_engine;
-pub mod cached;
+pub(crate) mod cached;
 mod check;
-pub mod expert;
+pub(crate) mod expert;
 mod experts;
-pub mod gate;
+pub(crate) mod gate;
 pub(crate) mod load;
-pub mod loss;
-pub mod packed;
-pub mod projection;
+pub(crate) mod loss;
+pub(crate) mod packed;
+pub(crate) mod projection;
 mod route;
 mod routed;
-pub mod shared;
+pub(crate) mod shared;
 mod state;
-pub mod worth;
+pub(crate) mod worth;
+
+pub use self::cached::{CachedExperts, ExpertBiases};
+pub use self::expert::Expert;
+pub use self::gate::Gate;
+pub use self::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
+pub use self::packed::Packed;
+pub use self::projection::{Projection, Weight};
+pub use self::shared::Shared;
+pub use self::worth::{OutputNorms, Probe, ProbeFit};
 
 pub use self::experts::Experts;
 pub use self::routed::Routed;
@@ -65,13 +72,8 @@ use candle_nn::VarBuilder;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
-use crate::layer::cached::CachedExperts;
-use crate::layer::expert::Expert;
-use crate::layer::gate::Gate;
 use crate::layer::route::{Gated, Routing};
 use crate::layer::routed::Pass;
-use crate::layer::shared::Shared;
-use crate::layer::worth::OutputNorms;
 use crate::offload::requests::Requests;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};

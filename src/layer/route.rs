@@ -12,7 +12,7 @@ use super::state::Buffers;
 use super::worth::OutputNorms;
 use crate::error::{Error, Result};
 use crate::routing::capacity::{Capacity, CapacityRule};
-use crate::routing::check::{check, check_token};
+use crate::routing::check::{check_assignment, check_token};
 use crate::routing::logits::Logits;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router, TokenRequest};
 use crate::routing::scores::Scoring;
@@ -84,7 +84,7 @@ impl Routing {
                 if cfg!(debug_assertions) {
                     gated.scoring.scores_into(&Logits::new(gated.logits, 1, gated.experts)?, None, scores)?;
                     let request = RouteRequest::new(scores, gated.top_k, capacity, context)?;
-                    check(self.router.as_ref(), &request, assignment)?;
+                    check_assignment(self.router.as_ref(), &request, assignment)?;
                 }
                 return Ok(time);
             }
@@ -98,7 +98,7 @@ impl Routing {
         let started = Instant::now();
         self.router.route_into(&request, state, scratch, assignment)?;
         let time = started.elapsed();
-        check(self.router.as_ref(), &request, assignment)?;
+        check_assignment(self.router.as_ref(), &request, assignment)?;
         Ok(time)
     }
 }

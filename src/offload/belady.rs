@@ -6,8 +6,8 @@
 //! 1970).
 //!
 //! ```
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::offload::belady::RequestLog;
+//! use phase_moe::{ExpertId, ExpertSet};
+//! use phase_moe::offload::RequestLog;
 //!
 //! let mut log = RequestLog::default();
 //! for id in [1, 2, 1, 3, 2] {
@@ -16,7 +16,7 @@
 //!     log.push(&step);
 //! }
 //! assert_eq!((log.requests(), log.most_hits(1), log.most_hits(2)), (5, 1, 2));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of how the requests came about; those of a memory-aware router depend on what was resident, and the bound is for

@@ -3,11 +3,19 @@
 //!
 //! Knows nothing of tensors: what is resident advances step by step, so that routing never depends on when a read arrives.
 
-pub mod admission;
-pub mod belady;
-pub mod cache;
+pub(crate) mod admission;
+pub(crate) mod belady;
+pub(crate) mod cache;
 mod policy;
-pub mod requests;
-pub mod residency;
-pub mod slab;
-pub mod store;
+pub(crate) mod requests;
+pub(crate) mod residency;
+pub(crate) mod slab;
+pub(crate) mod store;
+
+pub use self::admission::{Admission, Admitted};
+pub use self::belady::RequestLog;
+pub use self::cache::{CacheOptions, ExpertCache, Prefetch, PrefetchStatistics, Scope, Statistics, StreamWarning};
+pub use self::requests::Requests;
+pub use self::residency::{Paging, Policy, Residency, Step};
+pub use self::slab::Slab;
+pub use self::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};

@@ -3,8 +3,8 @@
 //! A **request** is one distinct expert of one layer in one step; `hits + misses = requests`. Shape: two sets of experts.
 //!
 //! ```
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::routing::{assignment::Assignment, requests::Requests};
+//! use phase_moe::{Assignment, ExpertId, ExpertSet};
+//! use phase_moe::routing::Requests;
 //!
 //! let assignment = Assignment::from_parts(8, 2, &[3, 5, 5, 1], &[0.6, 0.4, 0.9, 0.1])?;
 //! let mut resident = ExpertSet::new(8)?;
@@ -13,7 +13,7 @@
 //! assert_eq!((requests.len(), requests.hits(), requests.misses()), (3, 1, 2));
 //! let urgent = requests.urgent(&assignment).into_iter().map(ExpertId::index).collect::<Vec<_>>();
 //! assert_eq!(urgent, [5, 1]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of who keeps the experts or where they come from.

@@ -6,10 +6,9 @@
 //! ([`Residency::shared`]).
 //!
 //! ```
-//! use phase_moe::offload::residency::{Policy, Residency};
-//! use phase_moe::expert::{ExpertId, ExpertSet};
+//! use phase_moe::{ExpertId, ExpertSet, Policy, Residency};
 //!
-//! let set = |ids: &[usize]| -> phase_moe::error::Result<ExpertSet> {
+//! let set = |ids: &[usize]| -> phase_moe::Result<ExpertSet> {
 //!     let mut set = ExpertSet::new(8)?;
 //!     for &id in ids {
 //!         set.insert(ExpertId::new(id, 8)?);
@@ -21,7 +20,7 @@
 //! let step = cache.advance(&set(&[2, 5])?)?;
 //! assert_eq!((step.hits, step.misses, step.evictions), (1, 1, 1));
 //! assert_eq!(cache.resident(), &set(&[2, 5])?);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! A step costs O(experts it uses) beside a look at its set, whatever the policy. Knows nothing of bytes, reads or threads.

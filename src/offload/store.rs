@@ -11,8 +11,8 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use phase_moe::experts::matrix::Dtype;
-//! use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
+//! use phase_moe::{Dtype, ExpertStore};
+//! use phase_moe::offload::{Layout, Part, Piece};
 //!
 //! // Two experts of width 1 on a hidden width of 2: both up projections, then both down projections.
 //! static FILE: [f32; 8] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
@@ -27,7 +27,7 @@
 //! let loaded = store.load(0, 1, &mut slabs)?;
 //! let up = loaded.matrix(Part::Up).unwrap();
 //! assert_eq!((up.shape(), up.row(0)), ([1, 2], [3.0f32, 4.0].map(f32::to_le_bytes).as_flattened()));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of budgets, threads or which experts are worth keeping.
@@ -157,7 +157,7 @@ impl ExpertStore {
     }
 
     /// Type and shape `[rows, columns]` of a part of an expert; `None` where there is none.
-    pub fn piece(&self, layer: usize, expert: usize, part: Part) -> Option<(Dtype, [usize; 2])> {
+    pub(crate) fn piece(&self, layer: usize, expert: usize, part: Part) -> Option<(Dtype, [usize; 2])> {
         let placed = &self.experts[self.keys(layer).nth(expert)?].pieces;
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }

@@ -1,4 +1,4 @@
-//! Admission: who gets in where slots compete for room, the same whatever place in the batch they have.
+//! Admission: which slots get in where they compete for room, the same whatever place in the batch they have.
 //!
 //! The higher score goes first; equal scores go by the tokens' source mass, then by the content of their rows, then by
 //! expert. Only slots of identical rows are told apart by index.

@@ -4,8 +4,8 @@
 //! of use in `[0, 1]`, `[experts]`. It is decayed lazily from the step of the last use, so a token costs O(top_k), not O(experts).
 //!
 //! ```
-//! use phase_moe::expert::ExpertId;
-//! use phase_moe::routing::affinity::{Affinity, Decay};
+//! use phase_moe::ExpertId;
+//! use phase_moe::routing::{Affinity, Decay};
 //!
 //! let mut affinity = Affinity::new(64, Decay::new(0.9)?)?;
 //! let expert = ExpertId::new(7, 64)?;
@@ -13,7 +13,7 @@
 //! assert!((affinity.at(expert, 10) - 0.1).abs() < 1e-6);
 //! assert!((affinity.at(expert, 11) - 0.09).abs() < 1e-6);
 //! assert_eq!(affinity.at(expert, u64::MAX), 0.0);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of scores, residency or clocks: time is the step that the caller counts.
@@ -32,7 +32,7 @@ const TABLE: usize = 64;
 pub struct Decay(f32);
 
 impl Decay {
-    /// 0.98: half of it is forgotten after 34 steps. Who is to stay in memory is better told by long use than by the last few.
+    /// 0.98: half of it is forgotten after 34 steps. Which experts should stay in memory is better told by long use than by the last few.
     pub const SLOW: Self = Self(0.98);
 
     /// A decay per step.

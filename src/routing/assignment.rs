@@ -99,7 +99,7 @@ impl Assignment {
     /// The answer to `request` with this `selection` (`[tokens, width]` ids, −1 where empty; `width` is `top_k` or more), of which
     /// the slots that are not `kept` were dropped (none, if `None`). Combine weights are made here, of the selection before drops.
     ///
-    /// Masks, padding, distinct experts and limits are not looked at: see [`check`](crate::routing::check::check).
+    /// Masks, padding, distinct experts and limits are not looked at: see [`check_assignment`](crate::routing::check::check_assignment).
     ///
     /// # Errors
     /// [`Error::Shape`] when the selection is not as many rows of `top_k` or more as the request has tokens, or `kept` is of another

@@ -1,4 +1,4 @@
-//! Whether a router's answer is one: [`check`] holds an assignment against the request it answers and what the router says of
+//! Whether a router's answer is one: [`check_assignment`] holds an assignment against the request it answers and what the router says of
 //! itself. Every user of a router in this crate calls it before the answer is used, so that a router from outside gives an error
 //! and never a panic, zeros or figures of something else.
 //!
@@ -14,19 +14,15 @@
 //! (`cargo bench --bench plan` measures it).
 //!
 //! ```
-//! use phase_moe::routing::assignment::Assignment;
-//! use phase_moe::routing::capacity::Capacity;
-//! use phase_moe::routing::check::check;
-//! use phase_moe::routing::router::{RouteContext, RouteRequest};
-//! use phase_moe::routing::{logits::Logits, scores::Scoring, topk::TopK};
+//! use phase_moe::{Assignment, Capacity, Logits, RouteContext, RouteRequest, Scoring, TopK, check_assignment};
 //!
 //! let scores = Scoring::softmax().scores(&Logits::new(&[2.0, 1.0, f32::NEG_INFINITY], 1, 3)?, None)?;
 //! let capacity = Capacity::unlimited(3)?;
 //! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
 //! let masked = Assignment::from_parts(3, 1, &[2], &[0.0])?;
-//! let error = check(&TopK::default(), &request, &masked).unwrap_err();
+//! let error = check_assignment(&TopK::default(), &request, &masked).unwrap_err();
 //! assert_eq!(error.to_string(), "router top-k: token 0: expected experts that are not masked, got expert 2");
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of how good an answer is.
@@ -38,7 +34,7 @@ use crate::routing::router::{RouteRequest, Router, TokenRequest};
 use crate::routing::scores::Scores;
 use crate::routing::slots::EMPTY;
 
-/// Experts of a token up to which each is compared with those before it; above, a table says who was seen.
+/// Experts of a token up to which each is compared with those before it; above, a table says which were seen.
 const FEW: usize = 16;
 
 /// How far a weight may be from what the gate scores say: routers may round in another order, and in less than `f32`'s last bits.
@@ -51,7 +47,7 @@ const TINY: f64 = 1e-36;
 ///
 /// # Errors
 /// [`Error::Answer`] with the router, the token, expert or device, what was expected and what came: the first breach that is found.
-pub fn check(router: &dyn Router, request: &RouteRequest<'_>, assignment: &Assignment) -> Result<()> {
+pub fn check_assignment(router: &dyn Router, request: &RouteRequest<'_>, assignment: &Assignment) -> Result<()> {
     let found = check_table(router, request, assignment)
         .and_then(|()| check_limits(router, request, assignment))
         .and_then(|()| check_bound(request, assignment));
@@ -264,7 +260,7 @@ mod tests {
         let capacity = Capacity::per_device(Placement::contiguous(4, 2).unwrap(), vec![2, 1]).unwrap();
         let context = RouteContext { padding: Some(&[false, false, true]), ..RouteContext::default() };
         let request = RouteRequest::new(&scores, 2, &capacity, context).unwrap();
-        check(router, &request, &answer(&scores)).map_or_else(|error| error.to_string(), |()| "fine".into())
+        check_assignment(router, &request, &answer(&scores)).map_or_else(|error| error.to_string(), |()| "fine".into())
     }
 
     /// Ids with −1 in dropped slots, weighed as the trait wants it.
@@ -302,7 +298,7 @@ mod tests {
                 assert_eq!(message(router, normalize, of(2, ids.len() / 3, ids)), *wanted, "{ids:?} {normalize}");
             }
         }
-        // As wide as only a table of who was seen is asked.
+        // As wide as only a table of which were seen is asked.
         let mut wide = vec![-1; 3 * (FEW + 1)];
         (wide[0], wide[FEW]) = (1, 1);
         let wanted = "router says: token 0: expected distinct experts, got expert 1 twice";

@@ -6,15 +6,15 @@
 use crate::routing::router::RouteRequest;
 use crate::routing::slots::EMPTY;
 
-/// Who goes when an expert or a device is full.
+/// Which slots go when an expert or a device is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DropRule {
-    /// Who came last: slots are admitted token by token, as a buffer fills up (Switch, arXiv 2101.03961).
+    /// The last to come: slots are admitted token by token, as a buffer fills up (Switch, arXiv 2101.03961).
     Arrival,
-    /// Who came last within the lowest choices: all first choices by arrival, then all second ones, and so on (GShard,
+    /// The last to come within the lowest choices: all first choices by arrival, then all second ones, and so on (GShard,
     /// arXiv 2006.16668, algorithm 1).
     Rank,
-    /// Who wants it least: slots with the lowest gate score go first (ties: the later token).
+    /// The least wanted: slots with the lowest gate score go first (ties: the later token).
     Score,
 }
 
@@ -61,7 +61,7 @@ mod tests {
     use crate::routing::scores::Scoring;
 
     #[test]
-    fn each_rule_drops_whom_it_says() {
+    fn each_rule_drops_what_it_says() {
         // Three tokens choose experts 0 and 1 in both orders; expert 0 has room for one, expert 1 for two.
         let logits = [2.0, 1.0, 3.0, 1.0, 0.0, 1.0];
         let chosen = [0, 1, 0, 1, 1, 0];

@@ -4,7 +4,7 @@
 //! 1. Every token chooses its top-k; a full pool keeps the highest gate scores and lets the others overflow.
 //! 2. In rounds, every overflowed slot asks for the best expert *of its own device* that has room and that its
 //!    token does not hold; where a pool is asked by more slots than it has room for, the highest gate scores get in.
-//!    Who is in stays in.
+//!    What is in stays in.
 //! 3. A slot that finds no expert to ask is dropped.
 //!
 //! **Own device** means the device of the expert that the slot overflowed from, so that no token is sent anywhere it
@@ -15,26 +15,26 @@
 //! drop by score remains.
 //!
 //! The paper adds a stated number of local experts to every token's candidates and cuts back to top-k after the drop;
-//! here a slot may ask all local experts, and only slots that overflowed ask, so that nobody's own choice makes way
+//! here a slot may ask all local experts, and only slots that overflowed ask, so that no token's own choice makes way
 //! for another's substitute.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. Without limits it is top-k, bit for bit.
 //!
 //! ```
-//! use phase_moe::routing::{capacity::{Capacity, Placement}, expanded::ExpandedDrop, logits::Logits, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{Capacity, Logits, Placement, RouteContext, RouteRequest, RouteState, Router, Scoring};
+//! use phase_moe::routing::ExpandedDrop;
 //!
 //! // Both tokens like expert 0 best and expert 1 second; expert 0 has room for one, expert 1 for none.
 //! let logits = [3.0, 2.0, 0.0, 1.0, 4.0, 2.0, 0.0, 1.0];
 //! let scores = Scoring::softmax().scores(&Logits::new(&logits, 2, 4)?, None)?;
 //! let capacity = Capacity::per_expert(vec![1, 0, 2, 2])?;
 //! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
-//! let ids = |router: ExpandedDrop| Ok::<_, phase_moe::error::Error>(
+//! let ids = |router: ExpandedDrop| Ok::<_, phase_moe::Error>(
 //!     router.route(&request, &mut RouteState::default())?.ids().collect::<Vec<_>>());
 //! assert_eq!(ids(ExpandedDrop::default())?, [3, 0]);
 //! let placement = Some(Placement::contiguous(4, 2)?);
 //! assert_eq!(ids(ExpandedDrop { placement })?, [-1, 0]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of prices or chains of moves.
@@ -123,7 +123,7 @@ impl ExpandedDrop {
                     wishes.push(Wish { score: gate[usize::from(expert)], token: token as u32, expert, slot });
                 }
             }
-            // Each round fills at least one place, or nobody asks any more.
+            // Each round fills at least one place, or none asks any more.
             precedence.admit(&mut wishes, room, |wish| {
                 chosen[wish.slot] = wish.expert;
                 kept[wish.slot] = true;

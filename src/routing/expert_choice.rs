@@ -7,7 +7,7 @@
 //! - Without limits all experts share room for `tokens · top_k`, which goes to the highest scores of the whole
 //!   matrix: the paper's budget, without the equal shares that a limit would ask for. A single token so gets its own
 //!   top-k.
-//! - Who picks goes by selection scores. Combine weights are gate scores, normalised over what the token got where
+//! - Picks go by selection scores. Combine weights are gate scores, normalised over what the token got where
 //!   the model normalises.
 //! - **Not causal**: whether an expert picks a token depends on all tokens of the batch, later ones included, and
 //!   here that decides how *many* experts a token gets. The gate was trained for this, or it was not: with the gate
@@ -19,8 +19,8 @@
 //! `top_k`.
 //!
 //! ```
-//! use phase_moe::routing::{capacity::Capacity, expert_choice::ExpertChoice, logits::Logits, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{Capacity, Logits, RouteContext, RouteRequest, RouteState, Router, Scoring};
+//! use phase_moe::routing::ExpertChoice;
 //!
 //! // The first token is the best candidate of both experts, the last of none.
 //! let logits = [9.0, 9.0, 2.0, 0.0, 0.0, 1.0, 0.1, 0.0];
@@ -30,7 +30,7 @@
 //! let assignment = ExpertChoice.route(&request, &mut RouteState::default())?;
 //! assert_eq!((assignment.top_k(), assignment.width()), (1, 2));
 //! assert_eq!(assignment.ids().collect::<Vec<_>>(), [0, 1, 0, -1, 1, -1, -1, -1]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of what tokens would choose for themselves.

@@ -1,6 +1,6 @@
 //! Source mass: how much each token asks for, the share of its gate scores that its own top-k hold, in `[0, 1]`.
 //!
-//! `mass = Σ top-k gate scores / Σ all gate scores`. Where capacity falls short, the mass decides who loses.
+//! `mass = Σ top-k gate scores / Σ all gate scores`. Where capacity falls short, the mass decides which tokens lose.
 //!
 //! Knows nothing of capacities or routers.
 

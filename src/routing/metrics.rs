@@ -111,7 +111,7 @@ impl RouteMetrics {
     /// Measures `assignment` against the request it answers.
     ///
     /// # Panics
-    /// May do so where `assignment` is none to `request`: see [`check`](crate::routing::check::check).
+    /// May do so where `assignment` is none to `request`: see [`check_assignment`](crate::routing::check::check_assignment).
     pub fn new(request: &RouteRequest<'_>, assignment: &Assignment) -> Self {
         let (scores, capacity, top_k) = (request.scores(), request.capacity(), request.top_k());
         let choice = gate_choice(request);

@@ -4,14 +4,14 @@
 //! expert in token order. Knows nothing of weights of experts or hidden states.
 //!
 //! ```
-//! use phase_moe::routing::{assignment::Assignment, plan::DispatchPlan};
+//! use phase_moe::{Assignment, DispatchPlan};
 //!
 //! let assignment = Assignment::from_parts(3, 2, &[2, 0, 2, -1], &[0.6, 0.4, 0.9, 0.0])?;
 //! let plan = DispatchPlan::new(&assignment);
 //! assert_eq!(plan.offsets(), [0, 1, 1, 3]);
 //! assert_eq!(plan.tokens(), [0, 0, 1]);
 //! assert_eq!(plan.weights(), [0.4, 0.6, 0.9]);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 
 use std::ops::Range;

@@ -16,8 +16,8 @@
 //! written once, as its gate scores pass by. The first ring itself is never written: below position `p = round·N + B·q + v`,
 //! with v < B, block b has `round·n_b + q + [v > b]` slots, and s_bj is the difference of that over the arc of j.
 //!
-//! Where there is less room than slots the last round is the one cut short: every token has ⌊Σ S / N⌋ or one more, and who
-//! has one more is spread over the batch by the dealing, and random within a block.
+//! Where there is less room than slots the last round is the one cut short: every token has ⌊Σ S / N⌋ or one more, and which
+//! ones have one more is spread over the batch by the dealing, and random within a block.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. O(N·k + E) time (and a sort of the limits), O(E) memory
 //! beside the result: blocks are larger than 64 where E is more than 64·k. Arithmetic is in integers, so shares do not depend
@@ -41,7 +41,7 @@ use crate::routing::slots::EMPTY;
 use crate::routing::stream::{Stream, layer_seed};
 use crate::simd::Isa;
 
-/// Tokens in a block, about, where there are no more experts than slots in it.
+/// Tokens in a block, about, where there are no more experts than slots in it. Measured by `examples/router_table`.
 const BLOCK: usize = 64;
 
 /// Exact quotas on a ring, blind to the gate.
@@ -242,7 +242,7 @@ struct Rings {
     slots: usize,
 }
 
-/// Slots written at once: few runs are longer, and a copy of fixed length needs no loop.
+/// Slots written at once: few runs are longer, and a copy of fixed length needs no loop. Measured by `examples/router_table`.
 const WRITE: usize = 16;
 
 impl Rings {
@@ -449,7 +449,7 @@ mod tests {
             for (a, (&quota, &limit)) in quotas.iter().zip(&limits).enumerate() {
                 let most = u64::from(limit).min(tokens as u64);
                 prop_assert!(quota <= most);
-                // Nobody who could take more has less, by more than rounding, than anybody in proportion.
+                // No pool that could take more has less, by more than rounding, than any other in proportion.
                 for (&other, &other_limit) in quotas.iter().zip(&limits).skip(a + 1) {
                     if quota + 1 < most && other + 1 < u64::from(other_limit).min(tokens as u64) {
                         let gap = quota as f64 * f64::from(other_limit) - other as f64 * f64::from(limit);

@@ -1,11 +1,11 @@
 //! The routers by name: the one place where the names of the command line are compared.
 //!
 //! ```
-//! use phase_moe::routing::registry::RouterKind;
+//! use phase_moe::RouterKind;
 //!
 //! let router = "quota".parse::<RouterKind>()?.build(42);
 //! assert_eq!(router.name(), "quota");
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! What a router can be told beyond its scores is said here too ([`RouterKind::understands`]), for all commands.

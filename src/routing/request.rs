@@ -20,7 +20,7 @@ pub struct RouteContext<'a> {
     pub padding: Option<&'a [bool]>,
     /// Number of this forward pass, or of the token in decode: what recent use is measured in.
     pub step: u64,
-    /// Experts of this layer that are in fast memory, by the logical cache; `None` where nobody keeps one.
+    /// Experts of this layer that are in fast memory, by the logical cache; `None` where there is none.
     pub resident: Option<&'a ExpertSet>,
 }
 

@@ -10,7 +10,7 @@ pub use crate::routing::state::{RouteState, Scratch};
 
 /// Chooses experts for the tokens of a batch. A router of another crate can do all that those of this one do.
 ///
-/// What an answer must be, which [`check`](crate::routing::check::check) holds before any user of a router in this crate makes
+/// What an answer must be, which [`check_assignment`](crate::routing::check::check_assignment) holds before any user of a router in this crate makes
 /// something of it:
 ///
 /// 1. *Size.* A row per token, of `top_k` slots; of more where [`Router::keeps_top_k`] is false.
@@ -36,9 +36,7 @@ pub use crate::routing::state::{RouteState, Scratch};
 /// short way.
 ///
 /// ```
-/// use phase_moe::error::Result;
-/// use phase_moe::routing::assignment::Assignment;
-/// use phase_moe::routing::router::{RouteRequest, RouteState, Router, Scratch};
+/// use phase_moe::{Assignment, Result, RouteRequest, RouteState, Router, Scratch};
 ///
 /// /// Top-k that likes an expert less the more it was used of late; slots past the capacity are dropped by arrival.
 /// struct Fresh {
@@ -95,7 +93,7 @@ pub use crate::routing::state::{RouteState, Scratch};
 ///     }
 /// }
 ///
-/// use phase_moe::routing::{capacity::Capacity, check::check, logits::Logits, router::RouteContext, scores::Scoring};
+/// use phase_moe::{Capacity, Logits, RouteContext, Scoring, check_assignment};
 ///
 /// let scores = Scoring::softmax().scores(&Logits::new(&[2.0, 1.9, 0.0, 2.0, 1.9, 0.0], 2, 3)?, None)?;
 /// let capacity = Capacity::per_expert(vec![1, 2, 2])?;
@@ -103,10 +101,10 @@ pub use crate::routing::state::{RouteState, Scratch};
 /// let (router, mut state) = (Fresh { penalty: 1.0 }, RouteState::default());
 /// for wanted in [[0, -1], [1, 1]] {
 ///     let assignment = router.route(&request, &mut state)?;
-///     check(&router, &request, &assignment)?;
+///     check_assignment(&router, &request, &assignment)?;
 ///     assert_eq!(assignment.ids().collect::<Vec<_>>(), wanted);
 /// }
-/// # Ok::<(), phase_moe::error::Error>(())
+/// # Ok::<(), phase_moe::Error>(())
 /// ```
 pub trait Router: Send + Sync {
     /// Its name, as on the command line.

@@ -3,17 +3,17 @@
 //! softmax: `score = exp(logit − max) / Σ exp(logit − max)`, sigmoid: `score = 1 / (1 + exp(−logit))`, both the same bits on
 //! every CPU. A score below 2^−126 is 0. Sparse mixer: see [`ScoreFunction::SparseMixer`].
 //! Two numbers per pair matter: the **gate score** is what combine weights are made of; the **selection score** is what
-//! decides who is chosen. They differ in a sparse mixer, where a model adds a selection bias (DeepSeek-V3, arXiv 2408.15664) or limits a
+//! decides which experts are chosen. They differ in a sparse mixer, where a model adds a selection bias (DeepSeek-V3, arXiv 2408.15664) or limits a
 //! token to some groups of experts (DeepSeek-V2, arXiv 2405.04434): experts outside are masked with −∞.
 //!
 //! ```
-//! use phase_moe::routing::{logits::Logits, scores::Scoring};
+//! use phase_moe::{Logits, Scoring};
 //!
 //! let logits = Logits::new(&[0.0, 0.0, f32::NEG_INFINITY], 1, 3)?;
 //! let scores = Scoring::softmax().scores(&logits, None)?;
 //! assert_eq!(scores.gate(0), [0.5, 0.5, 0.0]);
 //! assert!(!scores.is_allowed(0, 2));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of capacities or routers.
@@ -24,51 +24,11 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::routing::logits::Logits;
+pub use crate::routing::score_function::{GroupLimit, GroupScore, ScoreFunction};
+use crate::routing::score_function::{MixRows, ScoreRows, mask_groups};
 use crate::routing::select::{Hint, Selector};
 use crate::routing::slots::check_top_k;
-use crate::simd::score::{any_masked, sigmoid, softmax};
-use crate::simd::{Isa, Kernel, Lanes};
-
-/// How a logit becomes a score.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum ScoreFunction {
-    /// Over all experts of the token; the scores of a row sum to 1.
-    Softmax,
-    /// Each expert by itself.
-    Sigmoid,
-    /// Two experts picked one after the other, each weighed by a softmax over those that are left and near it (SparseMixer at
-    /// inference, arXiv 2409.12136; Phi-3.5-MoE). An expert is near a pick with logit `m` where
-    /// `(m − logit) / max(|logit|, m) ≤ 2 · jitter`.
-    ///
-    /// The best expert's gate score is its share among those near it. Of every other it is the share in the second pick, so
-    /// 0 far from the second best: a router that gives a token another expert than these two weighs it as if it had been in
-    /// their place. The selection score is the softmax over all, since the weight of the second pick may be above that
-    /// of the first.
-    SparseMixer {
-        /// How near is near, at least 0.
-        jitter: f32,
-    },
-}
-
-/// What a group of experts is worth when a model limits a token to its best groups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GroupScore {
-    /// The best selection score of the group (DeepSeek-V2).
-    Max,
-    /// The sum of its two best (DeepSeek-V3).
-    TopTwo,
-}
-
-/// Experts in `groups` equal contiguous groups, of which a token may use its best `top_groups`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct GroupLimit {
-    /// Groups the experts are cut into.
-    pub groups: usize,
-    /// Groups a token may use.
-    pub top_groups: usize,
-    /// What ranks the groups.
-    pub score: GroupScore,
-}
+use crate::simd::Isa;
 
 /// How a model turns logits into scores and scores into combine weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,7 +43,7 @@ pub struct Scoring {
     pub groups: Option<GroupLimit>,
 }
 
-/// Below this many values the rows are scored on the calling thread: waking another costs more.
+/// Below this many values the rows are scored on the calling thread: waking another costs more. Measured by `examples/router_table`.
 const PARALLEL_VALUES: usize = 1 << 15;
 
 impl Scoring {
@@ -208,108 +168,6 @@ impl Scoring {
     }
 }
 
-/// Scores a run of rows; true when some logit is masked.
-struct ScoreRows<'a> {
-    function: ScoreFunction,
-    experts: usize,
-    logits: &'a [f32],
-    gate: &'a mut [f32],
-}
-
-impl Kernel for ScoreRows<'_> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) -> bool {
-        let mut masked = false;
-        for (logits, gate) in self.logits.chunks_exact(self.experts).zip(self.gate.chunks_exact_mut(self.experts)) {
-            masked |= any_masked(lanes, logits);
-            match self.function {
-                // A sparse mixer's selection scores are these; its gate scores are made of them.
-                ScoreFunction::Softmax | ScoreFunction::SparseMixer { .. } => softmax(lanes, logits, gate),
-                ScoreFunction::Sigmoid => sigmoid(lanes, logits, gate),
-            }
-        }
-        masked
-    }
-}
-
-/// Makes the gate scores of a sparse mixer of softmax scores.
-struct MixRows<'a> {
-    jitter: f32,
-    logits: &'a [f32],
-    /// Room for the logits of a row.
-    near: &'a mut [f32],
-    gate: &'a mut [f32],
-}
-
-impl Kernel for MixRows<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
-        let experts = self.near.len();
-        for (logits, gate) in self.logits.chunks_exact(experts).zip(self.gate.chunks_exact_mut(experts)) {
-            let Some(first) = best(logits, None) else { continue };
-            let second = best(logits, Some(first));
-            near(logits, logits[first], self.jitter, self.near);
-            softmax(lanes, self.near, gate);
-            let share = gate[first];
-            match second {
-                Some(second) => {
-                    near(logits, logits[second], self.jitter, self.near);
-                    self.near[first] = f32::NEG_INFINITY;
-                    softmax(lanes, self.near, gate);
-                }
-                None => gate.fill(0.0),
-            }
-            gate[first] = share;
-        }
-    }
-}
-
-/// The largest logit but that of `other`, the first of equals; `None` where all are masked.
-fn best(logits: &[f32], other: Option<usize>) -> Option<usize> {
-    let others = (0..logits.len()).filter(|&expert| Some(expert) != other && logits[expert] > f32::NEG_INFINITY);
-    others.reduce(|best, expert| if logits[expert] > logits[best] { expert } else { best })
-}
-
-/// The logits that are near the largest of those that count, −∞ for the others.
-fn near(logits: &[f32], largest: f32, jitter: f32, near: &mut [f32]) {
-    for (near, &logit) in near.iter_mut().zip(logits) {
-        let distance = (largest - logit) / logit.abs().max(largest);
-        *near = if distance > 2.0 * jitter { f32::NEG_INFINITY } else { logit };
-    }
-}
-
-/// Masks every group but the best `top_groups` (ties to the lower group).
-fn mask_groups(selection: &mut [f32], limit: GroupLimit, ranked: &mut Vec<(f32, usize)>) {
-    let width = selection.len() / limit.groups;
-    let scored = selection
-        .chunks_exact(width)
-        .map(|group| {
-            let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
-            for &score in group {
-                if score > first {
-                    (first, second) = (score, first);
-                } else if score > second {
-                    second = score;
-                }
-            }
-            match limit.score {
-                GroupScore::TopTwo if second > f32::NEG_INFINITY => first + second,
-                _ => first,
-            }
-        })
-        .zip(0..);
-    ranked.clear();
-    ranked.extend(scored);
-    ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    for &(_, group) in &ranked[limit.top_groups..] {
-        selection[group * width..(group + 1) * width].fill(f32::NEG_INFINITY);
-    }
-}
-
 /// Gate scores of a batch, with what selection and combine weights need to know beside them.
 ///
 /// The default holds none, and grows with the first [`Scoring::scores_into`].
@@ -373,7 +231,7 @@ impl Scores {
     }
 
     /// Multiplies the selection scores by `worth` (`[tokens, experts]`, row-major), but never lets an expert past the token's
-    /// own `top_k`: where nobody has to move, nothing changes. Combine weights and masks stay. A bound on gate mass found with
+    /// own `top_k`: where no expert has to move, nothing changes. Combine weights and masks stay. A bound on gate mass found with
     /// such scores is as valid as any, only looser.
     ///
     /// # Errors

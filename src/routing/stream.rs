@@ -1,6 +1,6 @@
 //! Reproducible random streams: one per (seed, key), and a seed per layer.
 //!
-//! Knows nothing of who draws from them.
+//! Knows nothing of what draws from them.
 
 /// SplitMix64's output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014; the
 /// constants are Stafford's variant 13): a bijection of the 64-bit integers in which every input bit moves every other.

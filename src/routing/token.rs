@@ -173,7 +173,7 @@ pub(super) fn best_of<L: Lanes, const RANGE: bool>(
     }
     let share = lanes.splat(share);
     let scores = lanes.mul(exp(lanes, lanes.sub(found.values, largest)), share);
-    let order = lanes.falling(found.values, found.count);
+    let order = lanes.argsort(found.values, found.count);
     let all = logits.len() <= LANES;
     if !is_same_by_score(lanes, (found.values, found.count), order, largest, top_k, all) {
         return None;

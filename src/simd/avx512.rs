@@ -1,4 +1,6 @@
 //! Sixteen lanes in one AVX-512 register.
+//!
+//! A long file because it is one table: each operation of `Lanes` and `Multiply` once, as the instructions of this set.
 
 #![allow(unsafe_code)]
 
@@ -117,7 +119,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
     }
 
     #[inline(always)]
-    fn append(self, mask: u16, from: __m512, into: __m512, at: usize) -> __m512 {
+    fn compress(self, mask: u16, from: __m512, into: __m512, at: usize) -> __m512 {
         let behind = (0xffff_u32 << at.min(LANES)) as u16;
         // In registers alone: a load right after stores that it overlaps in part has to wait for them.
         // SAFETY: see above.
@@ -125,7 +127,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
     }
 
     #[inline(always)]
-    fn falling(self, values: __m512, count: usize) -> u64 {
+    fn argsort(self, values: __m512, count: usize) -> u64 {
         // SAFETY: see above.
         unsafe {
             // As whole numbers with the same order (and one zero), of which one less makes room for equals.
@@ -163,7 +165,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
 
     #[inline(always)]
     fn ranked(self, values: __m512, rank: usize) -> __m512 {
-        let lane = self.falling(values, LANES) >> (4 * rank);
+        let lane = self.argsort(values, LANES) >> (4 * rank);
         // SAFETY: see above; only the lowest four bits of a lane count.
         unsafe { _mm512_permutexvar_ps(_mm512_set1_epi32(lane as i32), values) }
     }
@@ -300,7 +302,7 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
-    fn floats(self, integers: __m512) -> __m512 {
+    fn convert(self, integers: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(integers)) }
     }

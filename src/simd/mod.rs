@@ -86,7 +86,7 @@ pub(crate) trait Lanes: Copy {
     /// The first `at` lanes of `into`, then the lanes of the mask, first lane first, as far as there is room; what comes after
     /// them is not defined.
     #[inline(always)]
-    fn append(self, mask: u16, from: Self::Vector, into: Self::Vector, at: usize) -> Self::Vector {
+    fn compress(self, mask: u16, from: Self::Vector, into: Self::Vector, at: usize) -> Self::Vector {
         let (mut all, mut kept) = ([0.0; LANES], [0.0; LANES]);
         self.store(from, &mut all);
         self.store(into, &mut kept);
@@ -101,7 +101,7 @@ pub(crate) trait Lanes: Copy {
     /// The lanes by falling value, equals in the order they stand in: four bits each, the largest one's in the lowest. Without
     /// NaN, and with −∞ in the lanes from `count` on.
     #[inline(always)]
-    fn falling(self, values: Self::Vector, _count: usize) -> u64 {
+    fn argsort(self, values: Self::Vector, _count: usize) -> u64 {
         let (mut all, mut ranks) = ([0.0; LANES], [0; LANES]);
         self.store(values, &mut all);
         self.ranks(&all, &mut ranks);
@@ -115,7 +115,7 @@ pub(crate) trait Lanes: Copy {
         order
     }
 
-    /// The lanes in an order, as [`Lanes::falling`] gives one.
+    /// The lanes in an order, as [`Lanes::argsort`] gives one.
     #[inline(always)]
     fn permute(self, vector: Self::Vector, order: u64) -> Self::Vector {
         let (mut all, mut placed) = ([0.0; LANES], [0.0; LANES]);
@@ -131,7 +131,7 @@ pub(crate) trait Lanes: Copy {
     fn ranked(self, values: Self::Vector, rank: usize) -> Self::Vector {
         let mut all = [0.0; LANES];
         self.store(values, &mut all);
-        self.splat(all[(self.falling(values, LANES) >> (4 * rank)) as usize % LANES])
+        self.splat(all[(self.argsort(values, LANES) >> (4 * rank)) as usize % LANES])
     }
 
     /// The largest of all lanes.

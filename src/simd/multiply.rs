@@ -88,7 +88,7 @@ pub(crate) trait Multiply: Lanes {
 
     /// Floats of integers.
     #[inline(always)]
-    fn floats(self, integers: Self::Vector) -> Self::Vector {
+    fn convert(self, integers: Self::Vector) -> Self::Vector {
         let words = self.words(integers);
         self.load(&words.map(|word| word as i32 as f32))
     }
@@ -148,7 +148,7 @@ pub(crate) trait Multiply: Lanes {
     /// Floats of one byte of every word, without sign.
     #[inline(always)]
     fn byte_floats(self, a: Self::Vector, byte: usize) -> Self::Vector {
-        self.floats(self.and(self.shift_words(a, 8 * byte as u32), self.repeat(0xff)))
+        self.convert(self.and(self.shift_words(a, 8 * byte as u32), self.repeat(0xff)))
     }
 
     /// Floats of the halves in the lower bits of every word.

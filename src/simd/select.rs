@@ -179,16 +179,16 @@ pub(crate) fn at_least_of<L: Lanes>(lanes: L, row: &[f32], bits: Option<&[u64]>,
     for (at, part) in whole.iter().enumerate() {
         let part = lanes.load(part);
         let mask = lanes.ge(part, split) & sixteen(bits, at);
-        values = lanes.append(mask, part, values, count);
-        ids = lanes.append(mask, numbers, ids, count);
+        values = lanes.compress(mask, part, values, count);
+        ids = lanes.compress(mask, numbers, ids, count);
         numbers = lanes.add(numbers, step);
         count = (count + mask.count_ones() as usize).min(LANES + 1);
     }
     if !rest.is_empty() {
         let part = lanes.load_part(rest, f32::NEG_INFINITY);
         let mask = lanes.ge(part, split) & sixteen(bits, whole.len());
-        values = lanes.append(mask, part, values, count);
-        ids = lanes.append(mask, numbers, ids, count);
+        values = lanes.compress(mask, part, values, count);
+        ids = lanes.compress(mask, numbers, ids, count);
         count = (count + mask.count_ones() as usize).min(LANES + 1);
     }
     let behind = (0xffff_u32 << count.min(LANES)) as u16;
@@ -327,7 +327,7 @@ fn threshold<L: Lanes>(
 /// the order they stand in.
 #[inline(always)]
 pub(crate) fn order<L: Lanes>(lanes: L, values: L::Vector, ids: L::Vector, count: usize, best: &mut Best) {
-    let order = lanes.falling(values, count);
+    let order = lanes.argsort(values, count);
     lanes.store(lanes.permute(values, order), &mut best.values);
     let mut numbers = [0.0; LANES];
     lanes.store(lanes.permute(ids, order), &mut numbers);

@@ -45,9 +45,9 @@ impl Kernel for Registers {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Self::Output {
         let all = lanes.load(&self.values);
-        let order = lanes.falling(all, self.count);
+        let order = lanes.argsort(all, self.count);
         let made = [
-            lanes.append(self.mask, all, lanes.splat(-7.0), self.at),
+            lanes.compress(self.mask, all, lanes.splat(-7.0), self.at),
             lanes.permute(all, order),
             lanes.ranked(all, self.at),
         ];

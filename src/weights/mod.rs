@@ -1,13 +1,13 @@
 //! What is in a model's files, whichever their format: its configuration, and where each tensor and each expert lies.
 //!
 //! ```
-//! use phase_moe::weights::Weights;
+//! use phase_moe::Weights;
 //!
 //! let weights = Weights::open("models/tiny-moe".as_ref())?;
 //! let spec = weights.spec()?;
 //! let (first, store) = (weights.experts(0, 0)?, weights.expert_store()?);
 //! assert_eq!((first.len(), store.layers()), (3, spec.moe_layers()));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! `experts` says where an expert lies, `gguf` how a GGUF file says what Hugging Face's files say; files of another format would have

@@ -6,7 +6,7 @@
 //! let spec = phase_moe::zoo::parse_config(config, "config.json")?;
 //! assert_eq!((spec.ffn.as_str(), spec.moe.names.up_proj.as_str()), ("block_sparse_moe", "w3"));
 //! assert!(spec.moe.scoring.normalize);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! To add one: a file beside these, a line in each of the tables below, and a golden from `tests/goldens/make_zoo_goldens.py`.

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use phase_moe::decoder::unstacked::unstacked_var_builder;
-use phase_moe::spec::ExpertNames;
-use phase_moe::zoo;
+use phase_moe::decoder::unstacked_var_builder;
+use phase_moe::{ExpertNames, zoo};
 use serde_json::json;
 
 use super::*;

@@ -5,11 +5,8 @@ use std::io::{Error, ErrorKind, Result};
 use std::sync::{Arc, Condvar, Mutex};
 
 use phase_moe::checkpoint::ByteSource;
-use phase_moe::expert::{ExpertId, ExpertSet};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache};
-use phase_moe::offload::residency::Step;
-use phase_moe::offload::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};
+use phase_moe::offload::{Layout, LoadedExpert, Part, Piece, Step};
+use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore};
 
 /// What a read does beside reading.
 pub type Fault = Box<dyn Fn(u64) -> Result<()> + Send + Sync>;
@@ -177,7 +174,7 @@ impl Bed {
     }
 
     /// Runs a step, checks that it sees every expert once, in order and whole, and returns what it did and its groups.
-    pub fn run(&self, layer: usize, ids: &[usize]) -> phase_moe::error::Result<(Step, Vec<usize>)> {
+    pub fn run(&self, layer: usize, ids: &[usize]) -> phase_moe::Result<(Step, Vec<usize>)> {
         let (mut seen, mut groups) = (Vec::new(), Vec::new());
         let step = self.cache.run(layer, &self.set(ids.iter().copied()), |group| {
             groups.push(group.len());

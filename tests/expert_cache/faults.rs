@@ -4,11 +4,10 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use phase_moe::checkpoint::{Checkpoint, NamedTensor, write_tensors};
-use phase_moe::error::{Error, ExpertFault, Fault};
-use phase_moe::experts::matrix::Dtype;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache};
-use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
+use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::error::{ExpertFault, Fault};
+use phase_moe::offload::{Layout, Part, Piece};
+use phase_moe::{CacheOptions, Checkpoint, Dtype, Error, ExpertCache, ExpertStore};
 
 use crate::disk::{bed, bed_of, broken, set, wait_until};
 

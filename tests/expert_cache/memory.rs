@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use phase_moe::offload::cache::{ExpertCache, Scope};
-use phase_moe::offload::residency::Policy;
+use phase_moe::offload::Scope;
+use phase_moe::{ExpertCache, Policy};
 
 use crate::disk::bed_of;
 

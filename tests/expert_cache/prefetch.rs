@@ -1,6 +1,6 @@
 //! Reads ahead: what they save, who goes first, and how they are given up.
 
-use phase_moe::offload::cache::PrefetchStatistics;
+use phase_moe::offload::PrefetchStatistics;
 
 use crate::disk::{Bed, bed, bed_of, broken, wait_until};
 

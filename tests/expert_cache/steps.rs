@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use phase_moe::error::Error;
-use phase_moe::offload::cache::{CacheOptions, ExpertCache, Scope};
-use phase_moe::offload::residency::{Policy, Residency, Step};
+use phase_moe::offload::{Scope, Step};
+use phase_moe::{CacheOptions, Error, ExpertCache, Policy, Residency};
 use proptest::prelude::*;
 
 use crate::disk::{bed, set, store, wait_until};
@@ -137,8 +136,8 @@ fn layers_of_several_sizes_share_one_budget() {
     drop(small);
     // The same disk, cut into experts of two sizes.
     use phase_moe::checkpoint::NamedSource;
-    use phase_moe::experts::matrix::Dtype;
-    use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
+    use phase_moe::offload::{Layout, Part, Piece};
+    use phase_moe::{Dtype, ExpertStore};
     let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
     let piece = |offset, rows| Piece { part, source: 0, offset, dtype, rows, columns: 16, layout };
     let layers = vec![
@@ -210,7 +209,7 @@ proptest! {
                     let resident = naive[which].resident_in(inside).unwrap();
                     prop_assert_eq!(&bed.cache.resident(*layer).unwrap(), resident);
                     // Whatever fits is served at once.
-                    if ids.iter().all(|&id| resident.contains(phase_moe::expert::ExpertId::new(id, 6).unwrap())) {
+                    if ids.iter().all(|&id| resident.contains(phase_moe::ExpertId::new(id, 6).unwrap())) {
                         prop_assert!(groups.len() <= 1);
                     }
                     totals = (totals.0 + step.hits as u64, totals.1 + step.misses as u64, totals.2 + step.evictions as u64);

@@ -1,10 +1,10 @@
 //! Batches of any kind: a [`Case`] is a handful of numbers that shrink well, a [`Batch`] what they stand for.
 
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
-use phase_moe::routing::scores::{GroupLimit, GroupScore, ScoreFunction, Scores, Scoring};
+use phase_moe::routing::{GroupLimit, GroupScore, Profile, Rounding, ScoreFunction, Shares};
+use phase_moe::{
+    Assignment, Capacity, CapacityRule, Logits, Placement, RouteContext, RouteRequest, RouteState, Router, Scores,
+    Scoring,
+};
 use proptest::prelude::*;
 use proptest::sample::select;
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use phase_moe::routing::router::RouteRequest;
+use phase_moe::RouteRequest;
 
 /// A network; arc `a` and its reverse `a ^ 1` stand side by side.
 #[derive(Default)]

@@ -1,11 +1,10 @@
 //! Batches that mislead prices: rows that are all alike, a few experts that all want, scores in steps.
 
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::{PhaseRouter, gate_mass_bound};
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
-use phase_moe::routing::scores::{Scores, Scoring};
+use phase_moe::routing::gate_mass_bound;
+use phase_moe::{
+    Capacity, CapacityRule, Logits, PhaseRouter, RouteContext, RouteMetrics, RouteRequest, RouteState, Router, Scores,
+    Scoring,
+};
 
 use crate::case::{noise, unit};
 

@@ -1,9 +1,7 @@
 //! What comes in: scores from logits, limits from rules, and parts that do not fit together.
 
-use phase_moe::routing::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::router::{RouteContext, RouteRequest};
-use phase_moe::routing::scores::{GroupScore, ScoreFunction, Scoring};
+use phase_moe::routing::{GroupScore, Profile, Rounding, ScoreFunction, Shares};
+use phase_moe::{Capacity, CapacityRule, Logits, Placement, RouteContext, RouteRequest, Scoring};
 use proptest::prelude::*;
 use proptest::sample::select;
 

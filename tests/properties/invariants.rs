@@ -1,11 +1,7 @@
 //! What every answer of every router must satisfy. The fuzz targets include this file: it knows only the library.
 
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::check;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::gate_mass_bound;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::router::{RouteRequest, RouteState, Router};
+use phase_moe::routing::gate_mass_bound;
+use phase_moe::{Assignment, DispatchPlan, RouteMetrics, RouteRequest, RouteState, Router, check_assignment};
 
 /// Room for rounding in sums of `f32` scores.
 const RELATIVE: f64 = 1e-9;
@@ -34,7 +30,7 @@ pub fn pool_loads(request: &RouteRequest<'_>, assignment: &Assignment) -> Vec<u6
 /// for what that one has no time for.
 pub fn check(request: &RouteRequest<'_>, assignment: &Assignment, router: &dyn Router) {
     let (scores, top_k) = (request.scores(), request.top_k());
-    check::check(router, request, assignment).unwrap_or_else(|error| panic!("{error}"));
+    check_assignment(router, request, assignment).unwrap_or_else(|error| panic!("{error}"));
     let ids: Vec<i32> = assignment.ids().collect();
     let dropped = ids.iter().filter(|&&id| id == -1).count();
     let width = assignment.width();

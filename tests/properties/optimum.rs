@@ -2,10 +2,7 @@
 
 use std::cell::Cell;
 
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteRequest, RouteState, Router};
+use phase_moe::{PhaseRouter, RouteMetrics, RouteRequest, RouteState, Router, RouterKind};
 use proptest::prelude::*;
 
 use crate::case::{Bias, Case, cases, cold};

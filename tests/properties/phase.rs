@@ -1,13 +1,10 @@
 //! What `phase` promises beyond a valid answer: nothing moves without need, order and names do not matter, any prices bound.
 
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::{Capacity, Placement};
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::metrics::RouteMetrics;
-use phase_moe::routing::phase::{PhaseRouter, gate_mass_bound};
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteRequest, RouteState, Router};
-use phase_moe::routing::topk::TopK;
+use phase_moe::routing::gate_mass_bound;
+use phase_moe::{
+    Assignment, Capacity, Logits, PhaseRouter, Placement, RouteMetrics, RouteRequest, RouteState, Router, RouterKind,
+    TopK,
+};
 use proptest::prelude::*;
 use proptest::sample::select;
 

@@ -1,9 +1,6 @@
 //! Chance: nobody is favoured by place, and layers draw for themselves.
 
-use phase_moe::routing::capacity::{Capacity, CapacityRule};
-use phase_moe::routing::phase::PhaseRouter;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest};
+use phase_moe::{Capacity, CapacityRule, PhaseRouter, RouteContext, RouteRequest, RouterKind};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -54,8 +51,8 @@ fn layers_draw_differently() {
     let kinds = vec![RouterKind::Hash, RouterKind::WeightedHash, RouterKind::PhaseKernel, RouterKind::PhaseQuota];
     property("layers_draw_differently", (select(kinds), any::<u64>(), 0usize..1000), |(kind, seed, layer)| {
         let values = vec![0.0; 256 * 32];
-        let logits = phase_moe::routing::logits::Logits::new(&values, 256, 32).unwrap();
-        let scores = phase_moe::routing::scores::Scoring::softmax().scores(&logits, None).unwrap();
+        let logits = phase_moe::Logits::new(&values, 256, 32).unwrap();
+        let scores = phase_moe::Scoring::softmax().scores(&logits, None).unwrap();
         let capacity = Capacity::unlimited(32).unwrap();
         let at = |layer: usize| {
             let context = RouteContext { layer, ..RouteContext::default() };

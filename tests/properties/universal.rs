@@ -1,12 +1,8 @@
 //! What holds for every router, and for the plan of any assignment.
 
-use phase_moe::routing::assignment::Assignment;
-use phase_moe::routing::capacity::Capacity;
-use phase_moe::routing::logits::Logits;
-use phase_moe::routing::plan::DispatchPlan;
-use phase_moe::routing::registry::RouterKind;
-use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Scratch};
-use phase_moe::routing::scores::Scores;
+use phase_moe::{
+    Assignment, Capacity, DispatchPlan, Logits, RouteContext, RouteRequest, RouteState, RouterKind, Scores, Scratch,
+};
 use proptest::prelude::*;
 use proptest::sample::select;
 use rayon::ThreadPoolBuilder;

@@ -20,8 +20,8 @@ use anyhow::Result;
 use jiff::Zoned;
 use minijinja::value::Value;
 use minijinja::{Error, context};
+use phase_moe::Weights;
 use phase_moe::checkpoint::Metadata;
-use phase_moe::weights::Weights;
 use serde_json::Value as Json;
 
 use crate::options::UserMistake;

@@ -5,8 +5,8 @@ use std::fmt::{self, Display, Formatter};
 use serde::Serialize;
 
 use super::times;
-use phase_moe::eval::compare::{Dropless, RouterFigures};
-use phase_moe::spec::ModelSpec;
+use phase_moe::ModelSpec;
+use phase_moe::eval::{Dropless, RouterFigures};
 
 /// Which model was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::Serialize;
 
-use phase_moe::eval::replay::ReplayFigures;
+use phase_moe::eval::ReplayFigures;
 
 /// The whole result; as JSON it is the router's alone.
 #[derive(Clone, Debug, PartialEq, Serialize)]

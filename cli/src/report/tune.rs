@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::Serialize;
 
-use phase_moe::eval::tune::TuneRow;
+use phase_moe::eval::TuneRow;
 
 /// The whole result.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use phase_moe::checkpoint::{Checkpoint, ElementType};
+use phase_moe::Checkpoint;
+use phase_moe::checkpoint::ElementType;
 use serde_json::Value;
 
 use crate::runner::Ran;

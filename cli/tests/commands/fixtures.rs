@@ -1,6 +1,6 @@
 //! The models of `tests/goldens` and the bundled one, each in a directory of its own with a tokenizer and texts.
 
-use phase_moe::weights::Weights;
+use phase_moe::Weights;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::SystemTime;
 
-use phase_moe::routing::capacity::Profile;
-use phase_moe::routing::registry::RouterKind;
+use phase_moe::RouterKind;
+use phase_moe::routing::Profile;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

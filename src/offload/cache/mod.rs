@@ -16,13 +16,12 @@
 //! an error for those who need that expert, and for nobody else; the next request reads again.
 //!
 //! ```
-//! # use phase_moe::{checkpoint::{ByteSource, NamedSource}, error::Result};
+//! # use phase_moe::Result;
+//! # use phase_moe::checkpoint::{ByteSource, NamedSource};
 //! use std::sync::Arc;
 //!
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::offload::cache::{CacheOptions, ExpertCache};
-//! use phase_moe::experts::matrix::Dtype;
-//! use phase_moe::offload::store::{ExpertStore, Layout, Part, Piece};
+//! use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore};
+//! use phase_moe::offload::{Layout, Part, Piece};
 //!
 //! // One layer of four experts, each a row of four numbers, of which two have room.
 //! let file: &'static [u8] = bytemuck::cast_slice(&[0.0f32, 0., 0., 0., 1., 1., 1., 1., 2., 2., 2., 2., 3., 3., 3., 3.]);
@@ -44,7 +43,7 @@
 //! }
 //! let statistics = cache.statistics();
 //! assert_eq!((statistics.hits, statistics.misses, cache.resident(0)?), (2, 2, wanted));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of what experts compute, nor of which ones will be used next.

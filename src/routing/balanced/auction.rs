@@ -4,7 +4,7 @@
 //! A pool sells as many units as its limit; its price is that of its cheapest unit. A token bids for the experts that
 //! are worth most to it after their price, each time as much as it would rather pay than take the best it does not
 //! bid for: `bid = score − (best score − price elsewhere) + ε`. Where all units are sold the cheapest one changes
-//! hands, and who lost it bids again. When nobody bids any more, every token holds, within ε, what is best for it at
+//! hands, and the token that lost it bids again. When none bids any more, every token holds, within ε, what is best for it at
 //! the prices.
 //!
 //! - Several slots a token and units a pool as in Bertsekas and Castañon's auction for transportation (1989). A
@@ -17,7 +17,7 @@
 //!   the rest is handed out greedily wherever there is room.
 //! - Where all slots have room every slot is sold, as in BASE. Where they have not, or experts are masked, a slot
 //!   drops out when the price of everything exceeds its score.
-//! - Without limits everybody gets what it wants: the gate's own choice.
+//! - Without limits every token gets what it wants: the gate's own choice.
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. It is slow, it is exact up to ε, and it runs on
 //! one thread. Tokens bid in the order of their source mass and content, so their place in the batch does not matter.
@@ -102,9 +102,9 @@ impl Router for Auction {
 struct Pool {
     units: u32,
     free: u32,
-    /// Price of the units that nobody holds.
+    /// Price of the units that no token holds.
     asked: f64,
-    /// Units sold: price (its bits order as the price does, it is never negative) and who holds it. The cheapest is
+    /// Units sold: price (its bits order as the price does, it is never negative) and which row holds it. The cheapest is
     /// on top, among equals that of the row that loses first.
     sold: BinaryHeap<(Reverse<u64>, u32)>,
 }
@@ -119,7 +119,7 @@ impl Pool {
     }
 }
 
-/// Who holds what at which price. Rows are tokens in the order in which they bid, those who lose last first.
+/// Which row holds what at which price. Rows are tokens in the order in which they bid, those that lose last first.
 struct Market<'a> {
     request: &'a RouteRequest<'a>,
     rows: Vec<usize>,
@@ -316,7 +316,7 @@ impl<'a> Market<'a> {
         mark(&mut self.is_held, false);
     }
 
-    /// Gives `expert` to `row`, from who holds the cheapest unit if all are sold.
+    /// Gives `expert` to `row`, from the row that holds the cheapest unit if all are sold.
     fn buy(&mut self, row: usize, expert: u16, pool: usize, price: f64) {
         let top_k = self.request.top_k();
         if let Some(slot) = self.held[row * top_k..(row + 1) * top_k].iter_mut().find(|slot| **slot == EMPTY) {

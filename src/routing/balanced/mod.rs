@@ -9,8 +9,11 @@ use crate::routing::assignment::Assignment;
 use crate::routing::router::RouteRequest;
 use crate::routing::slots::EMPTY;
 
-pub mod auction;
-pub mod sinkhorn;
+pub(crate) mod auction;
+pub(crate) mod sinkhorn;
+
+pub use self::auction::Auction;
+pub use self::sinkhorn::Sinkhorn;
 
 /// The assignment of `chosen` (`[tokens, top_k]`), of which the slots in `kept` have room.
 ///

@@ -1,6 +1,6 @@
 //! Swaps on top of the phase router: within limits per expert or per device, the cheapest of the whole batch first.
 //!
-//! Every swap that could be is listed with its loss (gate score of whom it drops minus that of whom it takes); the list is gone
+//! Every swap that could be is listed with its loss (gate score of the expert it drops minus that of the one it takes); the list is gone
 //! through by rising loss, then by the token's gate mass and content, its index last. A swap is made if the newcomer's pool is
 //! the same or has room, and the token stays within its bound. Rooms that swaps free are offered again.
 //!

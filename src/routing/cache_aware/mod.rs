@@ -4,7 +4,7 @@
 //! it, plain top-k or the phase router (then `price` is that of the expert's pool). An expert that is not resident is swapped for
 //! a resident one with a higher adjusted score, cheapest first, as long as
 //! `gate mass after ≥ (1 − max_mass_loss) · gate mass of the inner choice`; the first `keep_top` experts always stay.
-//! Combine weights come from the unadjusted gate scores of whom it ends with.
+//! Combine weights come from the unadjusted gate scores of the experts it ends with.
 //!
 //! Shapes: scores `[tokens, experts]`, resident set `[experts]`, assignment `[tokens, top_k]`. Source: cache-conditional experts
 //! (arXiv 2412.00099), with the bound and in place of the logits' range that of the selection scores.
@@ -12,16 +12,14 @@
 //! - The **score range** is the best minus the worst allowed selection score of a token, the mean over the batch, a moving
 //!   average over batches, this one included. So the bonus means the same at any scale of the scores.
 //! - **Batch union.** In a batch of two tokens or more an expert within some token's first `keep_top` is loaded in any case, so
-//!   it counts as resident for all. So does, in a second pass, whatever is still not resident after the first one: nobody gives
+//!   it counts as resident for all. So does, in a second pass, whatever is still not resident after the first one: no token gives
 //!   up an expert that is loaded anyway. Without a resident set only this union counts; one token alone is left as it is.
 //! - With a limit, swaps stay within it: an expert of the same pool, or one of a pool with room; never a drop more. The
 //!   cheapest go first, wherever in the batch.
 //! - With a bonus of 0 or a bound of 0 swaps are off: bit-equal to the inner choice.
 //!
 //! ```
-//! use phase_moe::expert::{ExpertId, ExpertSet};
-//! use phase_moe::routing::{cache_aware::CacheRouter, capacity::Capacity, logits::Logits, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{CacheRouter, Capacity, ExpertId, ExpertSet, Logits, RouteContext, RouteRequest, RouteState, Router, Scoring};
 //!
 //! let scores = Scoring::softmax().scores(&Logits::new(&[2.0, 1.0, 0.9, -3.0], 1, 4)?, None)?;
 //! let (capacity, mut resident) = (Capacity::unlimited(4)?, ExpertSet::new(4)?);
@@ -30,7 +28,7 @@
 //! let request = RouteRequest::new(&scores, 2, &capacity, context)?;
 //! let assignment = CacheRouter::default().route(&request, &mut RouteState::default())?;
 //! assert_eq!(assignment.ids().collect::<Vec<_>>(), [0, 2]); // top-k says 0 and 1, which is hardly better
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of disks, bytes or eviction: it reads the resident set of the context.

@@ -1,7 +1,7 @@
 //! The swaps of one token where nothing limits an expert: most misses gone for the least gate mass.
 //!
 //! The j lowest misses give way to the j best resident experts that the token does not hold, for the largest j at which each
-//! newcomer can beat somebody who leaves and the gate mass stays within the bound. O(experts / 16 + top_k²) with few misses.
+//! newcomer can beat one that leaves and the gate mass stays within the bound. O(experts / 16 + top_k²) with few misses.
 //!
 //! Knows nothing of other tokens, limits or prices.
 
@@ -89,7 +89,7 @@ impl Swaps {
 
     /// The best experts in `near` with a score above `threshold` that are not in `chosen`, as many as there are misses.
     fn find_stand_ins(&mut self, chosen: &[u16], selection: &[f32], near: &[u64], threshold: f64) {
-        // A little lower, so that rounding loses nobody; −∞ stays out in any case.
+        // A little lower, so that rounding loses none; −∞ stays out in any case.
         let threshold = (threshold as f32).next_down();
         let (stand_ins, most) = (&mut self.stand_ins, self.misses.len());
         stand_ins.clear();

@@ -152,7 +152,7 @@ impl Kernel for SwapOne<'_> {
                     leading(lanes, buffers.logits.as_flattened(), most, wanted + 1, buffers.stand_in_ranks[wanted])?;
             }
             if wanted > 0 {
-                let order = lanes.falling(found.values, found.count);
+                let order = lanes.argsort(found.values, found.count);
                 if !is_same_by_score(lanes, (found.values, found.count), order, top.largest, wanted, all) {
                     return None;
                 }
@@ -209,7 +209,7 @@ fn free_of<'a>(resident: &[u64], chosen: &[u16], many: &'a mut [u64], few: &'a m
     many
 }
 
-/// Writes down the logits of those who are `free`, −∞ for the others; gives the largest of each lane.
+/// Writes down the logits of the experts that are `free`, −∞ for the others; gives the largest of each lane.
 #[inline(always)]
 fn gather<L: Lanes>(lanes: L, logits: &[f32], free: &[u64], row: &mut [[f32; LANES]]) -> L::Vector {
     let least = lanes.splat(f32::NEG_INFINITY);
@@ -242,7 +242,7 @@ fn ln_below(value: f32) -> f32 {
 fn sort_lanes<L: Lanes>(lanes: L, count: usize, scores: &mut [f32; LANES], chosen: &mut [u16; LANES]) {
     let behind = (0xffff_u32 << count) as u16;
     let values = lanes.blend(behind, lanes.splat(f32::NEG_INFINITY), lanes.load(scores));
-    let order = lanes.falling(values, count);
+    let order = lanes.argsort(values, count);
     let sorted = lanes.permute(values, order);
     let next = lanes.permute(values, order >> 4);
     lanes.store(sorted, scores);

@@ -4,7 +4,8 @@
 //! **pools**: a pool is one expert, or one device with all the experts [`Placement`] puts on it, anywhere.
 //!
 //! ```
-//! use phase_moe::routing::capacity::{CapacityRule, Placement, Rounding};
+//! use phase_moe::{CapacityRule, Placement};
+//! use phase_moe::routing::Rounding;
 //!
 //! // 100 tokens, 8 experts, top 2: 200 slots, 25 an expert at factor 1.0.
 //! let capacity = CapacityRule::per_expert(1.0).capacity(100, 8, 2)?;
@@ -20,7 +21,7 @@
 //! let dealt = Placement::new(vec![0, 1, 0, 1, 0, 1, 0, 1], 2)?;
 //! let placed = CapacityRule::placed(1.0, dealt, vec![1.0, 3.0]).capacity(100, 8, 2)?;
 //! assert_eq!((placed.limits(), placed.pool_of(7)), (Some(&[50, 150][..]), 1));
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of scores or routers.

@@ -1,4 +1,4 @@
-//! Claims: every row claims its best experts at the final prices, and over-full pools let go of those who lose least.
+//! Claims: every row claims its best experts at the final prices, and over-full pools let go of those that lose least.
 //!
 //! `loss = value held − value of the best expert that is not held and has room`, over all claimants of all over-full pools
 //! at once, least loss first: the pool keeps the claimants that lose most by leaving. Where room falls short, as many
@@ -20,13 +20,13 @@ use crate::simd::{Isa, Kernel, Lanes};
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
 
-/// Rows a thread takes at a time.
+/// Rows a thread takes at a time. Measured by `benches/phase`.
 const CHUNK: usize = 512;
 
-/// Claimants per slot too many that are looked at at a time.
+/// Claimants per slot too many that are looked at at a time. Measured by `benches/phase`.
 const NEAR: usize = 2;
 
-/// Who holds what, and the room that is left.
+/// Which row holds what, and the room that is left.
 pub(super) struct Holding<'a> {
     pub(super) problem: &'a Problem<'a>,
     /// Expert claimed by each slot, `[rows, top_k]`.
@@ -38,7 +38,7 @@ pub(super) struct Holding<'a> {
     price: Vec<f32>,
 }
 
-/// Losses, least first, and whose they are.
+/// Losses, least first, and the rows they are of.
 type Losses = BinaryHeap<Reverse<(u32, usize)>>;
 
 /// Takes all of the least loss off the heap, in the order in which their rows lose; returns the loss.

@@ -1,6 +1,6 @@
 //! Cycles in a graph given as a matrix of arc costs: one step of lowering labels, and the rings that the steps leave.
 //!
-//! `label_a ← min over b of (label_b + cost_ab)`; who follows whom last is kept, and a ring of followers is a cycle of negative
+//! `label_a ← min over b of (label_b + cost_ab)`; which pool each follows is kept, and a ring of followers is a cycle of negative
 //! cost (Bellman–Ford from any labels). Where no label can be lowered there is no such cycle.
 //!
 //! Knows nothing of what nodes and costs stand for.

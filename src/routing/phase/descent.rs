@@ -61,7 +61,7 @@ impl<'a> Descent<'a> {
         parts
             .map(|((&load, &room), &price)| {
                 let over = f64::from(load) - room;
-                // No price move helps a pool with room at price 0, or one nobody leaves at any price.
+                // No price move helps a pool with room at price 0, or one that no row leaves at any price.
                 let stuck = (price <= 0.0 && over < 0.0) || (price >= self.problem.ceiling && over > 0.0);
                 if stuck { 0.0 } else { over }
             })
@@ -91,7 +91,7 @@ impl<'a> Descent<'a> {
             let clipped: Vec<f64> = step.iter().map(|step| step.clamp(-radius, radius)).collect();
             let promised: f64 = overload.iter().zip(&clipped).map(|(over, step)| over * step).sum();
             let moved = best.prices.iter().zip(&clipped).map(|(&price, step)| (f64::from(price) + step) as f32);
-            let prices = self.settle(moved.collect());
+            let prices = self.within_range(moved.collect());
             let next = self.look(prices, Lens::after(best.tally.mean_gap(), longest.min(radius)), claims);
             made += 1;
             // A step that keeps what it promised may be longer next time; one that fails is tried shorter.
@@ -109,7 +109,7 @@ impl<'a> Descent<'a> {
                 // The counts mislead where values come in steps: go half-way to where each pool's own margin lies.
                 let margins = margins(self.problem, self.rows, &best.prices, &self.room, self.drops);
                 let halved = best.prices.iter().zip(&margins).map(|(&price, &margin)| 0.5 * (price + margin));
-                let prices = self.settle(halved.collect());
+                let prices = self.within_range(halved.collect());
                 let moved = prices.iter().zip(&best.prices).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
                 let next = self.look(prices, Lens::after(best.tally.mean_gap(), f64::from(moved)), claims);
                 made += 2;
@@ -131,7 +131,7 @@ impl<'a> Descent<'a> {
     }
 
     /// Prices as they must be: in `[0, ceiling]`, and the lowest 0 where the level is free.
-    fn settle(&self, mut prices: Vec<f32>) -> Vec<f32> {
+    fn within_range(&self, mut prices: Vec<f32>) -> Vec<f32> {
         if self.level_free {
             let lowest = prices.iter().copied().fold(f32::INFINITY, f32::min);
             prices.iter_mut().for_each(|price| *price -= lowest);

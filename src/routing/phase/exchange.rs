@@ -28,7 +28,7 @@ const NOWHERE: u32 = u32::MAX;
 /// Nodes past which a graph is not worth its square.
 const NODES: usize = 1 << 11;
 
-/// Who moves along an arc: `row` leaves `from` for `to`; [`EMPTY`] for none.
+/// Which row moves along an arc: `row` leaves `from` for `to`; [`EMPTY`] for none.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Mover {
     row: u32,
@@ -36,7 +36,7 @@ struct Mover {
     to: u16,
 }
 
-/// The arc is room of a pool, and nobody moves.
+/// The arc is room of a pool, and no row moves.
 const NOBODY: Mover = Mover { row: u32::MAX, from: EMPTY, to: EMPTY };
 
 /// An assignment, and the cheapest move between any two nodes.
@@ -103,7 +103,7 @@ impl<'p, 'a> Exchange<'p, 'a> {
         let label = prices.iter().map(|&price| (f64::from(price) * exchange.scale) as i64);
         exchange.label = label.chain([0, 0]).map(|label| label.clamp(-FAR, FAR)).collect();
         for row in 0..problem.rows() {
-            exchange.settle(row);
+            exchange.rearrange(row);
             for slot in exchange.holding.slots(row) {
                 if exchange.holding.kept[slot] {
                     exchange.join(problem.pool(exchange.holding.chosen[slot]), slot);
@@ -197,7 +197,7 @@ impl<'p, 'a> Exchange<'p, 'a> {
     }
 
     /// Within a pool a row holds the best it can: then the cheapest moves never meet in one expert.
-    fn settle(&mut self, row: usize) {
+    fn rearrange(&mut self, row: usize) {
         for slot in self.holding.slots(row) {
             let here = self.holding.chosen[slot];
             if !self.holding.kept[slot] || self.experts[self.problem.pool(here)].len() == 1 {
@@ -359,7 +359,7 @@ impl<'p, 'a> Exchange<'p, 'a> {
         rows.dedup();
         movers.iter().filter(|mover| **mover != NOBODY).for_each(|&mover| self.make(mover));
         for &row in &rows {
-            self.settle(row);
+            self.rearrange(row);
             self.queue(row);
             self.moved[row] = true;
         }

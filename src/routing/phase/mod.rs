@@ -19,10 +19,9 @@
 //!   bias the two aim at different things, so the bound is looser and the descent stops by its own forecast.
 //!
 //! ```
-//! use phase_moe::routing::{capacity::Capacity, logits::Logits, phase::PhaseRouter, scores::Scoring};
-//! use phase_moe::routing::router::{RouteContext, RouteRequest, RouteState, Router};
+//! use phase_moe::{Capacity, Logits, PhaseRouter, RouteContext, RouteRequest, RouteState, Router, Scoring};
 //!
-//! // Three tokens like expert 0 best; it has room for one: who likes it most in comparison stays.
+//! // Three tokens like expert 0 best; it has room for one: the one that likes it most in comparison stays.
 //! let logits = [3.0, 2.9, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 2.8];
 //! let scores = Scoring::softmax().scores(&Logits::new(&logits, 3, 3)?, None)?;
 //! let capacity = Capacity::per_expert(vec![1, 1, 1])?;
@@ -30,7 +29,7 @@
 //! let assignment = PhaseRouter::default().route(&request, &mut RouteState::default())?;
 //! assert_eq!(assignment.ids().collect::<Vec<_>>(), [1, 0, 2]);
 //! assert!(assignment.gate_mass_bound().is_some());
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of weights, devices' speeds or other layers; prices of the last batch come in and go out with the state.
@@ -65,7 +64,7 @@ use crate::routing::slots::{EMPTY, sort_slots};
 use crate::simd::select::{Best, NUMBERS, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
-/// One row in so many is in the sample that cold prices start from.
+/// One row in so many is in the sample that cold prices start from. Measured by `benches/phase`.
 const SAMPLE: usize = 8;
 
 /// Fewer slots per pool in the sample than this say too little about the batch.
@@ -74,7 +73,7 @@ const SAMPLE_MEAN: usize = 16;
 /// How far the sample's descent goes; the sample itself is no closer to the batch.
 const SAMPLE_TOLERANCE: f64 = 2e-3;
 
-/// Rows a thread takes at a time where nothing is added up.
+/// Rows a thread takes at a time where nothing is added up. Measured by `benches/phase`.
 const CHUNK: usize = 512;
 
 /// Old prices nearly fill the room when fewer than one slot in so many is too many.
@@ -173,7 +172,7 @@ impl<'a> Run<'a> {
         let limited = self.request.capacity().limits().is_some();
         let all = problem.rows() as u64 * problem.top_k as u64;
         if let Some(point) = self.warm(state, all) {
-            return self.settle(point, None, all, state, assignment);
+            return self.finish(point, None, all, state, assignment);
         }
         let nothing = Descent::new(problem, &self.rows, 0);
         let zero = nothing.look(vec![0.0; pools], Lens { bandwidth: 0.0, deep: false }, &mut self.claims);
@@ -191,7 +190,7 @@ impl<'a> Run<'a> {
         let rows = std::mem::take(&mut self.rows);
         let point = self.start(&Descent::new(problem, &rows, claimed), &zero, state, claimed);
         self.rows = rows;
-        self.settle(point, Some(&zero), claimed, state, assignment);
+        self.finish(point, Some(&zero), claimed, state, assignment);
     }
 
     /// The point at the last batch's prices, without a look at price 0, where that is sure to show nothing: some expert alone
@@ -220,7 +219,7 @@ impl<'a> Run<'a> {
     }
 
     /// From a first point to the assignment.
-    fn settle(
+    fn finish(
         mut self,
         mut point: Point,
         zero: Option<&Point>,
@@ -270,7 +269,7 @@ impl<'a> Run<'a> {
             tolerance *= if made < allowed { 0.1 } else { 1.0 };
         }
         let (most, mut chosen, mut kept) = best.unwrap_or_default();
-        let certified = most >= (1.0 - self.router.gap) * self.bound || self.settled(&chosen, &kept, point.value);
+        let certified = most >= (1.0 - self.router.gap) * self.bound || self.is_within_gap(&chosen, &kept, point.value);
         (state.prices, state.gap) = (point.prices, point.tally.mean_gap());
         if !certified && let Some(polished) = polish(problem, &chosen, &kept, &state.prices) {
             (chosen, kept) = (polished.chosen, polished.kept);
@@ -318,7 +317,7 @@ impl<'a> Run<'a> {
     }
 
     /// With a selection bias: whether the selection scores are within the gap of `value`, which none can exceed.
-    fn settled(&self, chosen: &[u16], kept: &[bool], value: f64) -> bool {
+    fn is_within_gap(&self, chosen: &[u16], kept: &[bool], value: f64) -> bool {
         let top_k = self.problem.top_k;
         let rows = chosen.chunks_exact(top_k).zip(kept.chunks_exact(top_k)).enumerate();
         let score = || kept_mass(rows.map(|(row, (chosen, kept))| (self.problem.selection(row), chosen, kept)));

@@ -96,7 +96,7 @@ impl<'e> Phase<'e> {
         }
         let order = problem.order();
         for members in &mut members {
-            // Who is worth least there goes first.
+            // The row worth least there goes first.
             members.sort_by(|&a, &b| {
                 let value = |slot: usize| holding.value(slot / problem.top_k, holding.chosen[slot]);
                 let rank = |slot: usize| (order[slot / problem.top_k], holding.chosen[slot]);

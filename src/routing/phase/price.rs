@@ -8,7 +8,7 @@
 //!
 //! Where room falls short, a score ≤ price claims nothing (the value of a dropped slot is 0).
 //!
-//! Knows nothing of who gets the room.
+//! Knows nothing of which rows get the room.
 
 use rayon::prelude::*;
 
@@ -23,10 +23,10 @@ pub(super) const BEYOND: usize = 3;
 /// Pools past which only the diagonal of the curvature is kept: the square of counts must stay small.
 const DENSE_POOLS: usize = 2048;
 
-/// Rows below which a part of a batch stays on the calling thread.
+/// Rows below which a part of a batch stays on the calling thread. Measured by `benches/phase`.
 const SMALL_PART: usize = 512;
 
-/// Runs of rows per thread: each has counts of its own to be added up.
+/// Runs of rows per thread: each has counts of its own to be added up. Measured by `benches/phase`.
 const CHUNKS: usize = 2;
 
 /// What one sweep counts. All integers: sums in any order are the same sums.
@@ -280,7 +280,7 @@ fn undecided(
             tally.pair(leaves, enters);
         }
         if lens.deep {
-            // Far from the goal the next step is long: count who would leave, or enter, along all of it.
+            // Far from the goal the next step is long: count the rows that would leave, or enter, along all of it.
             for at in (0..last).filter(|&at| values[at] - values[wanted] < bandwidth) {
                 let pool = problem.pool(ids[at]);
                 if pool != enters {

@@ -13,15 +13,14 @@
 //! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs); its draws are those of `draws`.
 //!
 //! ```
-//! use phase_moe::routing::phase_kernel::permutations;
-//! use phase_moe::routing::phase_kernel::{PhaseRing, PhaseSide};
+//! use phase_moe::routing::{PhaseRing, PhaseSide, permutations};
 //!
 //! let [source_order, target_order] = permutations(8, 42);
 //! let sources = PhaseSide::new(vec![4; 8], source_order)?;
 //! let targets = PhaseSide::new(vec![3; 8], target_order)?;
 //! let columns = PhaseRing::new(sources, targets)?.route(2, 42)?;
 //! assert_eq!(columns.len(), 8 * 2);
-//! # Ok::<(), phase_moe::error::Error>(())
+//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of gates, experts or capacities: degrees come from the caller.

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use super::{CHUNK, Fill, Form};
+use super::{CHUNK, Convert, Form};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES, quantized};
@@ -37,19 +37,19 @@ pub(super) trait Element {
 }
 
 /// `f32` as it is.
-pub(super) struct AsFloats;
+pub(super) struct F32AsF32;
 /// `f16` as floats.
-pub(super) struct AsHalves;
+pub(super) struct F16AsF32;
 /// `bf16` as floats.
-pub(super) struct AsBrains;
+pub(super) struct Bf16AsF32;
 /// `bf16` as pairs.
-pub(super) struct AsPairs;
+pub(super) struct Bf16Pairs;
 
-impl Element for AsFloats {
+impl Element for F32AsF32 {
     const FORM: Form = Form::Floats;
 }
 
-impl Element for AsHalves {
+impl Element for F16AsF32 {
     const FORM: Form = Form::Floats;
     const BYTES: usize = LINE_BYTES / 2;
 
@@ -60,7 +60,7 @@ impl Element for AsHalves {
     }
 }
 
-impl Element for AsBrains {
+impl Element for Bf16AsF32 {
     const FORM: Form = Form::Floats;
     const BYTES: usize = LINE_BYTES / 2;
 
@@ -71,7 +71,7 @@ impl Element for AsBrains {
     }
 }
 
-impl Element for AsPairs {
+impl Element for Bf16Pairs {
     const FORM: Form = Form::Pairs;
     const COLUMNS: usize = 2 * LANES;
 }
@@ -89,5 +89,5 @@ pub(super) fn decode<E: Element, L: Multiply>(
     let mut values = [0.0; CHUNK];
     let values = &mut values[..CHUNK.min(columns - chunk * CHUNK)];
     quantized::decode(lanes, dtype, row, chunk * CHUNK, values);
-    Fill { form: E::FORM, values, row: lines }.run(lanes);
+    Convert { form: E::FORM, values, row: lines }.run(lanes);
 }

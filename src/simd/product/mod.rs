@@ -15,7 +15,7 @@ mod tiles;
 use super::dtype::Dtype;
 use super::multiply::{Line, Multiply};
 use super::{Kernel, LANES};
-use element::{AsBrains, AsFloats, AsHalves, AsPairs};
+use element::{Bf16AsF32, Bf16Pairs, F16AsF32, F32AsF32};
 use panels::Panels;
 use tiles::{DecodedTiles, StoredTiles};
 
@@ -50,15 +50,15 @@ impl Form {
     }
 }
 
-/// Writes a row of activations in a form, zeros after its end.
-pub(crate) struct Fill<'a> {
+/// Converts a row of activations to a form, zeros after its end.
+pub(crate) struct Convert<'a> {
     pub(crate) form: Form,
     pub(crate) values: &'a [f32],
     /// At least [`Form::lines`] of them.
     pub(crate) row: &'a mut [Line],
 }
 
-impl Kernel for Fill<'_> {
+impl Kernel for Convert<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -76,7 +76,7 @@ impl Kernel for Fill<'_> {
                     lanes.store_line(pairs, line);
                 }
             }
-            Form::Bytes => bytes::fill(lanes, self.values, &mut self.row[..self.form.lines(self.values.len())]),
+            Form::Bytes => bytes::quantise(lanes, self.values, &mut self.row[..self.form.lines(self.values.len())]),
         }
     }
 }
@@ -202,13 +202,13 @@ impl Kernel for Product<'_> {
         }
         let tiles = self.fits_tiles::<L>();
         match (self.input.form, self.dtype) {
-            (Form::Floats, Dtype::F32) if tiles => lanes.call(StoredTiles(&mut self, AsFloats)),
-            (Form::Floats, Dtype::F16) if tiles => lanes.call(StoredTiles(&mut self, AsHalves)),
-            (Form::Floats, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, AsBrains)),
-            (Form::Pairs, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, AsPairs)),
-            (Form::Floats, _) if tiles => lanes.call(DecodedTiles(&mut self, AsFloats)),
-            (Form::Floats, _) => lanes.call(Panels(&mut self, AsFloats)),
-            (Form::Pairs, Dtype::Bf16) => lanes.call(Panels(&mut self, AsPairs)),
+            (Form::Floats, Dtype::F32) if tiles => lanes.call(StoredTiles(&mut self, F32AsF32)),
+            (Form::Floats, Dtype::F16) if tiles => lanes.call(StoredTiles(&mut self, F16AsF32)),
+            (Form::Floats, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, Bf16AsF32)),
+            (Form::Pairs, Dtype::Bf16) if tiles => lanes.call(StoredTiles(&mut self, Bf16Pairs)),
+            (Form::Floats, _) if tiles => lanes.call(DecodedTiles(&mut self, F32AsF32)),
+            (Form::Floats, _) => lanes.call(Panels(&mut self, F32AsF32)),
+            (Form::Pairs, Dtype::Bf16) => lanes.call(Panels(&mut self, Bf16Pairs)),
             // On other sets this is not compiled.
             (Form::Bytes, dtype) if L::DOTS && dtype.is_quantized() => bytes::product(lanes, &mut self),
             (form, dtype) => unreachable!("{dtype} meets {form:?}"),

@@ -1,4 +1,4 @@
-//! Many tokens: a piece of the weights is turned into a panel that stays in the cache, `panel[k][row]`, and one word of an activation
+//! Many tokens: a piece of the weights is packed into a panel that stays in the cache, `panel[k][row]`, and one word of an activation
 //! meets 32 weights in two instructions (the packing of Goto and van de Geijn 2008, of the weights alone).
 
 #![allow(unsafe_code)]
@@ -11,7 +11,7 @@ use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};
 
-/// Words of a panel's rows: two lines each, 256 KiB in all.
+/// Words of a panel's rows: two lines each, 256 KiB in all. Measured by `benches/engine`.
 const PANEL_WORDS: usize = 2048;
 /// Lines of a row of weights on their way into a panel.
 const STAGE_STRIDE: usize = CHUNK / LANES + 1;
@@ -44,7 +44,7 @@ fn panels<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             for half in 0..2 {
                 let rows = &product.weights[half * LANES..][..LANES];
                 stage_rows::<E, L>(lanes, product.dtype, rows, chunk, columns, stage);
-                turn::<E, L>(lanes, stage, (columns - chunk * CHUNK).min(CHUNK), half, &mut panel[at..]);
+                pack::<E, L>(lanes, stage, (columns - chunk * CHUNK).min(CHUNK), half, &mut panel[at..]);
             }
         }
         panel_tokens::<E, L>(lanes, product, panel, now);
@@ -78,14 +78,14 @@ fn stage_rows<E: Element, L: Multiply>(
 
 /// Staged rows into one half of a panel's rows.
 #[inline(always)]
-fn turn<E: Element, L: Multiply>(lanes: L, stage: &[Line], columns: usize, half: usize, panel: &mut [Line]) {
+fn pack<E: Element, L: Multiply>(lanes: L, stage: &[Line], columns: usize, half: usize, panel: &mut [Line]) {
     for step in 0..columns.div_ceil(E::COLUMNS) {
         let mut rows = [lanes.splat(0.0); LANES];
         for (row, lines) in rows.iter_mut().zip(stage.chunks_exact(STAGE_STRIDE)) {
             *row = lanes.line(&lines[step]);
         }
-        let turned = lanes.transpose(rows);
-        for (lines, vector) in panel[2 * LANES * step..].chunks_exact_mut(2).zip(turned) {
+        let packed = lanes.transpose(rows);
+        for (lines, vector) in panel[2 * LANES * step..].chunks_exact_mut(2).zip(packed) {
             lanes.store_line(vector, &mut lines[half]);
         }
     }
@@ -108,7 +108,7 @@ fn panel_tokens<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>, pa
         (tokens, sums) = (rest, behind);
         let ahead = ahead.filter(|_| is_first).map(|ahead| (ahead, per_step));
         is_first = false;
-        let part = PanelPart { panel, words: words.clone(), input: product.input, tokens: now, ahead };
+        let part = PanelTokens { panel, words: words.clone(), input: product.input, tokens: now, ahead };
         match count {
             1 => part.run::<E, L, 1>(lanes, into),
             2 => part.run::<E, L, 2>(lanes, into),
@@ -127,7 +127,7 @@ fn panel_tokens<E: Element, L: Multiply>(lanes: L, product: &mut Product<'_>, pa
 }
 
 /// A few tokens against one panel.
-struct PanelPart<'a> {
+struct PanelTokens<'a> {
     panel: &'a [Line],
     /// The words of a row that the panel holds.
     words: Range<usize>,
@@ -137,7 +137,7 @@ struct PanelPart<'a> {
     ahead: Option<([&'a [u8]; 2], usize)>,
 }
 
-impl PanelPart<'_> {
+impl PanelTokens<'_> {
     #[inline(always)]
     fn run<E: Element, L: Multiply, const T: usize>(&self, lanes: L, sums: &mut [f32]) {
         // The others are not compiled: with fewer tokens there are no panels.

@@ -49,7 +49,7 @@ impl Kernel for Exact<'_> {
         made.push(("bytes", lanes.words(lanes.bytes(bytes))));
         made.push(("repeat", lanes.words(lanes.repeat(a[3]))));
         made.push(("dot_bytes", lanes.words(lanes.dot_bytes(va, vb, vc))));
-        made.push(("floats", lanes.words(lanes.floats(va))));
+        made.push(("floats", lanes.words(lanes.convert(va))));
         made.push(("and", lanes.words(lanes.and(va, vb))));
         made.push(("xor", lanes.words(lanes.xor(va, vb))));
         made.push(("shift_right", lanes.words(lanes.shift_right(va, lanes.line(&Line(*by))))));

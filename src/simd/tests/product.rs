@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{Line, Multiply};
-use crate::simd::product::{BLOCK, CHUNK, Fill, Form, Product, Rows, Workspace};
+use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, Kernel, quantized};
 
 #[path = "../../../tests/naive/mod.rs"]
@@ -47,7 +47,7 @@ impl Case {
         let mut lines = vec![Line([DIRT; 16]); self.columns.div_ceil(segment) * ROWS * stride];
         for (at, lines) in lines.chunks_exact_mut(stride).enumerate() {
             let columns = at / ROWS * segment..self.columns.min((at / ROWS + 1) * segment);
-            isa.run(Fill { form, values: &self.input[at % ROWS][columns], row: lines });
+            isa.run(Convert { form, values: &self.input[at % ROWS][columns], row: lines });
         }
         lines
     }
@@ -460,7 +460,7 @@ fn bytes_are_the_same_on_every_instruction_set() {
         }
         let filled = |isa: Isa| {
             let mut lines = vec![Line([DIRT; 16]); Form::Bytes.lines(count)];
-            isa.run(Fill { form: Form::Bytes, values: &values, row: &mut lines });
+            isa.run(Convert { form: Form::Bytes, values: &values, row: &mut lines });
             lines
         };
         let expected = filled(Isa::scalar());
