@@ -2,6 +2,7 @@
 #![cfg_attr(not(feature = "model"), doc = "Mixture-of-Experts routing, without any tensor framework.")]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
+#![warn(unreachable_pub)]
 
 // Checkpoints are little-endian, and what lies in them is used as it lies.
 #[cfg(target_endian = "big")]
