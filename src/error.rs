@@ -314,7 +314,7 @@ impl Error {
     }
 
     /// A [`Error::Parameter`] from anything that prints.
-    pub fn parameter(name: &'static str, got: impl ToString, expected: impl ToString) -> Self {
+    pub(crate) fn parameter(name: &'static str, got: impl ToString, expected: impl ToString) -> Self {
         Self::Parameter { name, got: got.to_string(), expected: expected.to_string() }
     }
 

@@ -10,7 +10,7 @@ pub struct ExpertId(u16);
 
 impl ExpertId {
     /// The most experts a layer can have; the id after the last one marks an empty slot in compact tables.
-    pub const MAX_EXPERTS: usize = u16::MAX as usize;
+    pub(crate) const MAX_EXPERTS: usize = u16::MAX as usize;
 
     /// The id of expert `index` in a layer of `experts`.
     ///
@@ -81,7 +81,7 @@ impl ExpertSet {
     ///
     /// # Errors
     /// Those of [`ExpertSet::new`]; the set is then as it was.
-    pub fn reset(&mut self, experts: usize) -> Result<()> {
+    pub(crate) fn reset(&mut self, experts: usize) -> Result<()> {
         check_expert_count(experts)?;
         self.words.clear();
         self.words.resize(experts.div_ceil(64), 0);
@@ -90,7 +90,7 @@ impl ExpertSet {
     }
 
     /// Adds the experts of `all` that are not in `without`; those of another, larger layer are ignored.
-    pub fn insert_missing(&mut self, all: &Self, without: Option<&Self>) {
+    pub(crate) fn insert_missing(&mut self, all: &Self, without: Option<&Self>) {
         let spare = self.words.len() * 64 - self.experts;
         for (at, (word, all)) in self.words.iter_mut().zip(&all.words).enumerate() {
             *word |= all & !without.and_then(|set| set.words.get(at)).copied().unwrap_or(0);
@@ -154,7 +154,7 @@ impl ExpertSet {
     }
 
     /// Removes all experts.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.words.fill(0);
     }
 

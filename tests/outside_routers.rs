@@ -187,7 +187,8 @@ impl Router for Short {
 
 #[test]
 fn the_short_way_of_a_token_is_checked_too() {
-    let wrong: [(fn() -> Assignment, &str); 4] = [
+    type Case = (fn() -> Assignment, &'static str);
+    let wrong: [Case; 4] = [
         (Assignment::default, "tokens of the assignment: expected 1, got 0"),
         (|| Assignment::from_parts(9, 2, &[8, 0], &[0.5; 2]).unwrap(), "experts of the assignment: expected 8, got 9"),
         (|| Assignment::from_parts(8, 1, &[0], &[1.0]).unwrap(), "top_k of the assignment: expected 2, got 1"),

@@ -28,9 +28,6 @@ impl Default for Admission {
 }
 
 impl Admission {
-    /// Both, the default first.
-    pub const NAMES: [&str; 2] = ["affinity", "all"];
-
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -75,7 +72,7 @@ impl Admitted {
     ///
     /// # Errors
     /// [`Error::Shape`] for sets of other experts; nothing has changed then.
-    pub fn admit<'a>(
+    pub(crate) fn admit<'a>(
         &'a mut self,
         wanted: &'a ExpertSet,
         resident: &ExpertSet,

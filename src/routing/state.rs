@@ -50,8 +50,8 @@ impl RouteState {
 
     /// What a router of another crate remembers of the layer, one value for each type; the type's default at the first call.
     pub fn of<T: Any + Clone + fmt::Debug + Default + PartialEq + Send + Sync>(&mut self) -> &mut T {
-        let is_that = |memory: &Box<dyn Memory>| (memory.as_ref() as &dyn Any).is::<T>();
-        let at = self.others.iter().position(is_that).unwrap_or_else(|| {
+        let is_that = |memory: &dyn Memory| (memory as &dyn Any).is::<T>();
+        let at = self.others.iter().position(|memory| is_that(memory.as_ref())).unwrap_or_else(|| {
             self.others.push(Box::<T>::default());
             self.others.len() - 1
         });

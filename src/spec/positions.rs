@@ -18,7 +18,7 @@ pub enum RopeScaling {
 
 impl RopeScaling {
     /// What cosines and sines are multiplied by.
-    pub fn rotation_scale(&self) -> f64 {
+    pub(crate) fn rotation_scale(&self) -> f64 {
         match self {
             Self::Yarn(yarn) => yarn.rotation_scale,
             Self::Each(each) => each.rotation_scale,
@@ -27,7 +27,7 @@ impl RopeScaling {
     }
 
     /// What products of queries and keys are multiplied by, beside the usual.
-    pub fn score_scale(&self) -> f64 {
+    pub(crate) fn score_scale(&self) -> f64 {
         match self {
             Self::Yarn(yarn) => yarn.score_scale,
             _ => 1.0,
@@ -35,7 +35,7 @@ impl RopeScaling {
     }
 
     /// What the rate of each pair is multiplied by, where `dim` numbers are rotated, `dim / 2` pairs, to the base `theta`.
-    pub fn slowing(&self, theta: f64, dim: usize) -> Vec<f64> {
+    pub(crate) fn slowing(&self, theta: f64, dim: usize) -> Vec<f64> {
         let pairs = 0..dim / 2;
         match self {
             Self::None => pairs.map(|_| 1.0).collect(),

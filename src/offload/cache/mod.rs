@@ -259,7 +259,7 @@ impl ExpertCache {
     ///
     /// # Errors
     /// None that [`ExpertCache::new`] has not reported.
-    pub fn forget(&self) -> Result<()> {
+    pub(crate) fn forget(&self) -> Result<()> {
         let (store, CacheOptions { budget_bytes, spare_bytes, .. }) = (&self.shared.store, self.options);
         let logical = Logical::new(store, budget_bytes - spare_bytes, self.options)?;
         let mut state = self.shared.lock();

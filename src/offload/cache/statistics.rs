@@ -39,7 +39,7 @@ impl Statistics {
     }
 
     /// What was done since `earlier`, all but the bytes now and their peak.
-    pub fn since(&self, earlier: &Self) -> Self {
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
         let prefetch = PrefetchStatistics {
             issued: self.prefetch.issued - earlier.prefetch.issued,
             used: self.prefetch.used - earlier.prefetch.used,
