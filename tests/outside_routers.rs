@@ -192,7 +192,10 @@ fn the_short_way_of_a_token_is_checked_too() {
         (Assignment::default, "tokens of the assignment: expected 1, got 0"),
         (|| Assignment::from_parts(9, 2, &[8, 0], &[0.5; 2]).unwrap(), "experts of the assignment: expected 8, got 9"),
         (|| Assignment::from_parts(8, 1, &[0], &[1.0]).unwrap(), "top_k of the assignment: expected 2, got 1"),
-        (|| Assignment::from_parts(8, 2, &[0, 7], &[0.0; 2]).unwrap(), "token 0, expert 0: expected"),
+        (
+            || Assignment::from_parts(8, 2, &[0, 7], &[0.0; 2]).unwrap(),
+            "combine weights of token 0: expected a sum of 1",
+        ),
     ];
     // That a finite weight is not the gate's is seen in debug builds alone.
     let seen = if cfg!(debug_assertions) { wrong.len() } else { 3 };
