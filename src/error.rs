@@ -342,6 +342,13 @@ impl Error {
     }
 }
 
+/// For programs that read and write beside what they do here: an [`Error::Io`] that knows no file.
+impl From<std::io::Error> for Error {
+    fn from(reason: std::io::Error) -> Self {
+        reason.downcast().unwrap_or_else(|reason| Self::io("input or output", reason))
+    }
+}
+
 /// Lets a layer of this crate stand where Candle wants its own error (`Module::forward`, `VarBuilder` back ends). Converting
 /// back gives the same error again.
 #[cfg(feature = "layer")]

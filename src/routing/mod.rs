@@ -4,17 +4,17 @@
 //!
 //! | what | where |
 //! |---|---|
-//! | comes in, checked and scored | [`logits`], [`scores`], `mass` |
-//! | how much room there is, on which devices | [`capacity`] |
-//! | what a router is asked, what it keeps, the trait itself | [`router`] |
-//! | the gate's own choice, and what is dropped when a pool is full | [`topk`], [`drop`] |
-//! | exact under limits and aware of the gate: the default | [`phase`] |
-//! | exact under limits and blind to the gate | [`quota`] |
-//! | prefers experts in fast memory | [`cache_aware`], [`affinity`] |
-//! | published baselines | [`balanced`], [`expanded`], [`expert_choice`], [`hash`], [`phase_kernel`] |
-//! | comes out: experts and weights, and the order in which experts want them | [`assignment`], [`plan`] |
-//! | whether an answer is one, and how good it is | [`check`], [`metrics`] |
-//! | routers by name | [`registry`] |
+//! | comes in, checked and scored | `logits`, `scores`, `mass` |
+//! | how much room there is, on which devices | `capacity` |
+//! | what a router is asked, what it keeps, the trait itself | `router` |
+//! | the gate's own choice, and what is dropped when a pool is full | `topk`, `drop` |
+//! | exact under limits and aware of the gate: the default | `phase` |
+//! | exact under limits and blind to the gate | `quota` |
+//! | prefers experts in fast memory | `cache_aware`, `affinity` |
+//! | published baselines | `balanced`, `expanded`, `expert_choice`, `hash`, `phase_kernel` |
+//! | comes out: experts and weights, and the order in which experts want them | `assignment`, `plan` |
+//! | whether an answer is one, and how good it is | `check`, `metrics` |
+//! | routers by name | `registry` |
 
 mod admission;
 pub(crate) mod affinity;

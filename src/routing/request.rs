@@ -115,7 +115,7 @@ pub struct TokenRequest<'a> {
 
 impl<'a> TokenRequest<'a> {
     /// Checks that the parts belong together. The values of `logits` (`[experts]`) are not looked at: NaN and +∞ are no token
-    /// for [`Router::route_token`], which answers `false`, and [`Logits::new`](crate::routing::logits::Logits::new) names them.
+    /// for [`Router::route_token`](crate::routing::Router::route_token), which answers `false`, and [`Logits::new`](crate::routing::logits::Logits::new) names them.
     ///
     /// # Errors
     /// [`Error::ExpertCount`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`]; [`Error::Parameter`] for a scale that is not

@@ -36,7 +36,7 @@ pub enum Policy {
     /// experts go down into the unprivileged one; there the one that the fewest steps have used leaves, counted as in
     /// [`Policy::Lfu`]. Of the privileged half only those leave that no other room can be made for, least recently used first.
     Lfru,
-    /// The expert with the lowest affinity, the moving average of use of [`crate::routing::affinity`] with its default decay,
+    /// The expert with the lowest affinity, the moving average of use of [`Affinity`](crate::routing::Affinity) with its default decay,
     /// told apart to a 64th of a doubling (ties: longest ago, then lowest id).
     Affinity,
 }
