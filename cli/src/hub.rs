@@ -134,7 +134,7 @@ mod tests {
         for name in ["Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924", "a/b.c_d"] {
             assert!(is_name(Path::new(name)), "{name}");
         }
-        for path in ["models", "./models/x", "/models/x", "../x/y", "a/b/c", "a/", "a/..", "src/bin", "a b/c", "~/x"] {
+        for path in ["models", "./models/x", "/models/x", "../x/y", "a/b/c", "a/", "a/..", "src/chat", "a b/c", "~/x"] {
             assert!(!is_name(Path::new(path)), "{path}");
         }
     }

@@ -4,7 +4,7 @@
 //!
 //! ```
 //! use phase_moe::{Assignment, ExpertId, ExpertSet};
-//! use phase_moe::routing::Requests;
+//! use phase_moe::offload::Requests;
 //!
 //! let assignment = Assignment::from_parts(8, 2, &[3, 5, 5, 1], &[0.6, 0.4, 0.9, 0.1])?;
 //! let mut resident = ExpertSet::new(8)?;
