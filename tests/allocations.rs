@@ -8,10 +8,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use phase_moe::offload::Requests;
-#[cfg(feature = "layer")]
 use phase_moe::{
-    Assignment, CacheRouter, Capacity, DispatchPlan, ExpertId, ExpertSet, Gate, LayerState, Logits, MoeLayer,
-    RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
+    Assignment, CacheRouter, Capacity, DispatchPlan, ExpertId, ExpertSet, Logits, RouteContext, RouteRequest,
+    RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -168,6 +167,7 @@ fn the_stages_allocate_nothing_the_second_time() {
 fn a_layer_in_decode_routes_without_allocating() {
     use candle_core::{DType, Device, Tensor};
     use phase_moe::{Expert, MoeSpec};
+    use phase_moe::{Gate, LayerState, MoeLayer};
     use std::sync::Arc;
 
     let zeros = |rows: usize, columns: usize| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
