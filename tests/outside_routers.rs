@@ -117,6 +117,9 @@ fn layer(variables: bool, normalize: bool) -> MoeLayer {
     let spec = MoeSpec { scoring: Scoring::softmax().normalized(normalize), ..MoeSpec::new(16, 8, 2, 32).unwrap() };
     let vars = VarMap::new();
     let layer = MoeLayer::load(&spec, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)).unwrap();
+    // Not drawn: two best experts that weigh the same by chance would make equal weights right.
+    let gate: Vec<f32> = (0..8 * 16).map(|at| (at as f32 * 1.7).sin()).collect();
+    vars.data().lock().unwrap()["gate.weight"].set(&Tensor::from_vec(gate, (8, 16), &Device::Cpu).unwrap()).unwrap();
     if variables {
         return layer;
     }
