@@ -31,172 +31,22 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::experts::activation::Activation;
 use crate::experts::fused::Activate;
 use crate::experts::matrix::{Dtype, Matrix, Widen};
+use crate::experts::threads::{Buffers, ThreadBuffers, grow, in_columns, share_out};
+use crate::experts::work::{ExpertWeights, ProjectionWeights, Work, check, check_input};
 use crate::simd::multiply::Line;
 use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, LANES};
 
 /// Rows of activations that go through an expert together.
 const GROUP_ROWS: usize = 256;
-/// Bytes of weights and products with them, one as dear as the other, below which a second thread comes too late to help:
-/// about a tenth of a millisecond.
-const WORTH_THREADS: usize = 4 << 20;
-
-/// One linear layer, `y = W x + b`.
-#[derive(Clone, Copy, Debug)]
-pub struct ProjectionWeights<'a> {
-    /// `[out, in]`.
-    pub weight: Matrix<'a>,
-    /// `[out]`.
-    pub bias: Option<&'a [f32]>,
-}
-
-impl<'a> From<Matrix<'a>> for ProjectionWeights<'a> {
-    fn from(weight: Matrix<'a>) -> Self {
-        Self { weight, bias: None }
-    }
-}
-
-impl<'a> ProjectionWeights<'a> {
-    /// Sixteen biases from `first` on, as far as there are any.
-    fn biases(&self, first: usize) -> &'a [f32] {
-        let biases = self.bias.and_then(|biases| biases.get(first..)).unwrap_or_default();
-        &biases[..biases.len().min(LANES)]
-    }
-}
-
-/// One expert's weights, of sizes that fit each other.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpertWeights<'a> {
-    activation: Activation,
-    gate: Option<ProjectionWeights<'a>>,
-    up: ProjectionWeights<'a>,
-    down: ProjectionWeights<'a>,
-}
-
-impl<'a> ExpertWeights<'a> {
-    /// An expert with `gate` and `up` `[width, hidden]` and `down` `[hidden, width]`; the gate is there exactly where the
-    /// activation has one.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for sizes that do not fit, a gate too many or too few;
-    /// [`Error::Parameter`] for an activation that is none.
-    pub fn new(
-        activation: Activation,
-        gate: Option<ProjectionWeights<'a>>,
-        up: ProjectionWeights<'a>,
-        down: ProjectionWeights<'a>,
-    ) -> Result<Self> {
-        activation.check()?;
-        let [width, hidden] = up.weight.shape();
-        let named = [
-            ("gate projection", gate, [width, hidden]),
-            ("up projection", Some(up), [width, hidden]),
-            ("down projection", Some(down), [hidden, width]),
-        ];
-        for (name, projection, shape) in named {
-            let Some(projection) = projection else { continue };
-            if projection.weight.shape() != shape {
-                return Err(Error::shape(name, format!("{shape:?}"), format!("{:?}", projection.weight.shape())));
-            }
-            if let Some(bias) = projection.bias.filter(|bias| bias.len() != shape[0]) {
-                return Err(Error::shape(format!("bias of the {name}"), format!("{} values", shape[0]), bias.len()));
-            }
-        }
-        if gate.is_some() != activation.gated {
-            let word = |is_there: bool| if is_there { "one" } else { "none" };
-            return Err(Error::shape("gate projection", word(activation.gated), word(gate.is_some())));
-        }
-        Ok(Self { activation, gate, up, down })
-    }
-
-    /// Width of the hidden state.
-    pub fn hidden(&self) -> usize {
-        self.up.weight.shape()[1]
-    }
-
-    /// Width between the projections.
-    pub fn width(&self) -> usize {
-        self.up.weight.shape()[0]
-    }
-
-    /// Bytes of all projections' weights.
-    pub fn size_in_bytes(&self) -> usize {
-        let gate = self.gate.map_or(0, |gate| gate.weight.size_in_bytes());
-        gate + self.up.weight.size_in_bytes() + self.down.weight.size_in_bytes()
-    }
-
-    /// The gate where it is not of the up projection's dtype.
-    fn other_gate(&self) -> Option<ProjectionWeights<'a>> {
-        self.gate.filter(|gate| gate.weight.dtype() != self.up.weight.dtype())
-    }
-
-    /// Whether some of its weights are floats of one dtype and some of another: they multiply floats then, as they do where all were
-    /// brought to the widest dtype before.
-    fn mixes_floats(&self) -> bool {
-        let dtypes = [self.gate.unwrap_or(self.up), self.up, self.down].map(|projection| projection.weight.dtype());
-        let mut floats = dtypes.into_iter().filter(|dtype| !dtype.is_quantized());
-        floats.next().is_some_and(|first| floats.any(|dtype| dtype != first))
-    }
-
-    fn parameters(&self) -> usize {
-        (2 + usize::from(self.gate.is_some())) * self.hidden() * self.width()
-    }
-}
-
-/// Which tokens an expert works for.
-#[derive(Clone, Copy, Debug)]
-pub struct Work<'a> {
-    /// The expert.
-    pub expert: ExpertWeights<'a>,
-    /// Its tokens, rows of the input.
-    pub tokens: &'a [u32],
-    /// What its output counts for each of them.
-    pub weights: &'a [f32],
-}
-
 /// Runs experts on this CPU, on the threads of the Rayon pool that it is called in.
 #[derive(Debug, Default)]
 pub struct Engine {
     isa: Isa,
     /// What forward passes worked in, for those that come.
     buffers: Mutex<Vec<Buffers>>,
-}
-
-/// Memory of one forward pass.
-#[derive(Default)]
-struct Buffers {
-    input: Vec<Line>,
-    between: Vec<Line>,
-    sums: Vec<f32>,
-    threads: Vec<Room>,
-}
-
-impl Buffers {
-    /// How many threads so much work is worth, each with a room.
-    fn threads_for(&mut self, products: usize, bytes: usize) -> usize {
-        let threads = if products.saturating_add(bytes) < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
-        self.threads.resize_with(threads.max(self.threads.len()), Room::default);
-        threads
-    }
-}
-
-impl std::fmt::Debug for Buffers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Buffers").finish_non_exhaustive()
-    }
-}
-
-/// What one thread works in.
-#[derive(Default)]
-struct Room {
-    workspace: Workspace,
-    sums: Vec<f32>,
-    /// Products with a gate of another dtype.
-    gates: Vec<f32>,
-    values: Vec<f32>,
 }
 
 /// Some of an expert's tokens, and the forms in which its products want them.
@@ -317,7 +167,7 @@ impl Engine {
         let input = Rows::whole(lines, form, columns, tokens);
         let everyone: Vec<u32> = (0..tokens as u32).collect();
         in_columns(tokens, rows, output, false, sums, &mut rooms[..threads], |room, columns, sums| {
-            let Room { workspace, sums: products, .. } = room;
+            let ThreadBuffers { workspace, sums: products, .. } = room;
             for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
                 products.resize(tokens.len() * BLOCK, 0.0);
                 for first in columns.clone().step_by(BLOCK) {
@@ -423,9 +273,9 @@ impl Engine {
     }
 
     /// The products and activations of a first pass: a block holds rows of gate and up projection.
-    fn joined_products(&self, group: &Group<'_>, input: Rows<'_>, columns: Range<usize>, room: &mut Room) {
+    fn joined_products(&self, group: &Group<'_>, input: Rows<'_>, columns: Range<usize>, room: &mut ThreadBuffers) {
         let expert = group.expert;
-        let Room { workspace, sums, values, .. } = room;
+        let ThreadBuffers { workspace, sums, values, .. } = room;
         let at_once = if expert.gate.is_some() { BLOCK / 2 } else { BLOCK };
         for first in columns.clone().step_by(at_once) {
             // The first sixteen rows are the gate's, the others the up projection's of the same columns; past the last column the
@@ -464,10 +314,10 @@ impl Engine {
         gate: ProjectionWeights<'_>,
         [gate_input, input]: [Rows<'_>; 2],
         columns: Range<usize>,
-        room: &mut Room,
+        room: &mut ThreadBuffers,
     ) {
         let (activation, up, tokens) = (group.expert.activation, group.expert.up, group.tokens);
-        let Room { workspace, sums, gates, values } = room;
+        let ThreadBuffers { workspace, sums, gates, values } = room;
         gates.resize(tokens.len() * BLOCK, 0.0);
         for first in columns.clone().step_by(BLOCK) {
             self.block(gate.weight, Some(up.weight), &columns, first, gate_input, tokens, gates, workspace);
@@ -496,7 +346,7 @@ impl Engine {
         group: &Group<'_>,
         [gate_input, input]: [Rows<'_>; 2],
         columns: Range<usize>,
-        room: &mut Room,
+        room: &mut ThreadBuffers,
         between: &mut [Line],
     ) {
         let (expert, tokens, stride) = (group.expert, group.tokens.len(), columns.len());
@@ -520,11 +370,11 @@ impl Engine {
         next: Option<Matrix<'_>>,
         input: Rows<'_>,
         columns: Range<usize>,
-        room: &mut Room,
+        room: &mut ThreadBuffers,
         sums: &mut [f32],
     ) {
         let down = group.expert.down;
-        let Room { workspace, sums: products, .. } = room;
+        let ThreadBuffers { workspace, sums: products, .. } = room;
         products.resize(group.tokens.len() * BLOCK, 0.0);
         for first in columns.clone().step_by(BLOCK) {
             let tokens = &ROWS[..group.tokens.len()];
@@ -570,98 +420,4 @@ fn form(isa: Isa, dtype: Dtype) -> Form {
 /// A row, or the last one that there is to do.
 fn row_at(matrix: Matrix<'_>, row: usize, last: usize) -> &[u8] {
     matrix.row(row.min(last))
-}
-
-/// Makes room for at least `count`.
-fn grow<T: Clone + Default>(buffer: &mut Vec<T>, count: usize) {
-    if buffer.len() < count {
-        buffer.resize(count, T::default());
-    }
-}
-
-/// Does all items, each thread the next one that is left.
-fn share_out<T: Send>(items: impl Iterator<Item = T> + Send, rooms: &mut [Room], run: impl Fn(&mut Room, T) + Sync) {
-    let Some((mine, others)) = rooms.split_first_mut() else { return };
-    if others.is_empty() {
-        return items.for_each(|item| run(mine, item));
-    }
-    let items = Mutex::new(items);
-    // Held for the time of a step of an iterator.
-    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = |room: &mut Room| {
-        while let Some(item) = next() {
-            run(room, item);
-        }
-    };
-    // This thread works too, while the others wake up.
-    rayon::in_place_scope(|scope| {
-        for room in others {
-            scope.spawn(|_| work(room));
-        }
-        work(mine);
-    });
-}
-
-/// Changes `output`, `[tokens, width]`, in pieces of its columns: `run` gets which they are and `[tokens, columns]`,
-/// with what it holds where that is to be kept.
-fn in_columns(
-    tokens: usize,
-    width: usize,
-    output: &mut [f32],
-    keep: bool,
-    sums: &mut Vec<f32>,
-    rooms: &mut [Room],
-    run: impl Fn(&mut Room, Range<usize>, &mut [f32]) + Sync,
-) {
-    if width == 0 {
-        return; // No column to cut into pieces.
-    }
-    let piece = width.div_ceil(8 * rooms.len()).next_multiple_of(BLOCK);
-    grow(sums, tokens * width);
-    let starts = (0..width).step_by(piece);
-    for (row, output) in output.chunks_exact(width).enumerate().filter(|_| keep) {
-        for (first, output) in starts.clone().zip(output.chunks(piece)) {
-            sums[first * tokens + row * output.len()..][..output.len()].copy_from_slice(output);
-        }
-    }
-    let mut left = &mut sums[..tokens * width];
-    let pieces = starts.clone().map(|first| {
-        let columns = first..width.min(first + piece);
-        let (mine, rest) = std::mem::take(&mut left).split_at_mut(tokens * columns.len());
-        left = rest;
-        (columns, mine)
-    });
-    share_out(pieces, rooms, |room, (columns, sums)| run(room, columns, sums));
-    for (row, output) in output.chunks_exact_mut(width).enumerate() {
-        for (first, output) in starts.clone().zip(output.chunks_mut(piece)) {
-            output.copy_from_slice(&sums[first * tokens + row * output.len()..][..output.len()]);
-        }
-    }
-}
-
-fn check_input(input: Matrix<'_>) -> Result<()> {
-    match input.dtype().is_quantized() {
-        true => Err(Error::shape("input of experts", "f32, f16 or bf16", input.dtype())),
-        false => Ok(()),
-    }
-}
-
-fn check(input: Matrix<'_>, work: &[Work<'_>], output: &[f32]) -> Result<()> {
-    let [tokens, hidden] = input.shape();
-    check_input(input)?;
-    if output.len() != tokens * hidden {
-        return Err(Error::shape("output of experts", format!("{} values", tokens * hidden), output.len()));
-    }
-    for Work { expert, tokens: named, weights } in work {
-        if expert.hidden() != hidden {
-            return Err(Error::shape("hidden width of an expert", hidden, expert.hidden()));
-        }
-        if named.len() != weights.len() {
-            return Err(Error::shape("weights of an expert's tokens", named.len(), weights.len()));
-        }
-        if let Some(token) = named.iter().find(|&&token| token as usize >= tokens) {
-            return Err(Error::parameter("token of an expert", token, format!("below {tokens}")));
-        }
-    }
-    Ok(())
 }

@@ -7,7 +7,10 @@ pub(crate) mod engine;
 mod fused;
 pub(crate) mod matrix;
 pub(crate) mod mxfp4;
+mod threads;
+pub(crate) mod work;
 
 pub use self::activation::{Activation, Function};
-pub use self::engine::{Engine, ExpertWeights, ProjectionWeights, Work};
+pub use self::engine::Engine;
 pub use self::matrix::{Dtype, Matrix};
+pub use self::work::{ExpertWeights, ProjectionWeights, Work};

@@ -11,7 +11,8 @@ use super::experts::Experts;
 use super::projection::Projection;
 use super::shared::Shared;
 use crate::error::Result;
-use crate::experts::engine::{self, Engine, ExpertWeights, Work};
+use crate::experts::engine::Engine;
+use crate::experts::work::{ExpertWeights, ProjectionWeights, Work};
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
 
@@ -34,8 +35,8 @@ impl<'a> BorrowedProjection<'a> {
         Ok(Self { weight: Borrowed::weight(projection.weight())?, bias })
     }
 
-    fn view(&self) -> Result<engine::ProjectionWeights<'_>> {
-        Ok(engine::ProjectionWeights { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
+    fn view(&self) -> Result<ProjectionWeights<'_>> {
+        Ok(ProjectionWeights { weight: self.weight.matrix()?, bias: self.bias.as_deref() })
     }
 }
 

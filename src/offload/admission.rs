@@ -1,6 +1,6 @@
-//! Which misses enter fast memory, before any policy says who leaves it.
+//! Which misses enter fast memory, before any policy says which expert leaves it.
 //!
-//! One that is used once and not again would only drive out somebody better, so it is streamed: used and not kept. That is what
+//! One that is used once and not again would only drive out a better one, so it is streamed: used and not kept. That is what
 //! makes a memory smaller than one token's experts useful at all, and why the policy behind it matters little. The idea is
 //! TinyLFU's (Einziger et al., arXiv 1512.00727).
 //!
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::routing::affinity::{Affinity, Decay};
 
-/// Which misses may take somebody's room; the others are streamed: used and not kept.
+/// Which misses may take the room of others; the others are streamed: used and not kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Admission {
     /// All of them: the policy alone decides.

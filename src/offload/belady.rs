@@ -1,6 +1,6 @@
 //! Belady's bound: the most hits that any policy could have had on a known sequence of requests.
 //!
-//! All experts of a step must be served; whoever was resident before the step is a hit. After it any of the residents and of
+//! All experts of a step must be served; one that was resident before the step is a hit. After it any of the residents and of
 //! the step's experts may stay, as many as fit; none has to (bypass). So every stay of an expert from one of its uses to the next is
 //! an interval worth one hit, at most `cached` may overlap, and keeping those that end first is optimal (Belady 1966; Mattson et al.
 //! 1970).

@@ -48,7 +48,7 @@ pub struct Paging {
     pub urgent: ExpertSet,
     /// Those of them that there is no room to keep.
     pub streamed: ExpertSet,
-    /// Who left to make room: layer and expert.
+    /// Which left to make room: layer and expert.
     pub out: Vec<(usize, ExpertId)>,
 }
 
@@ -108,7 +108,7 @@ impl Residency {
     }
 
     /// The experts of a layer that a router should count as resident: those in fast memory, and all of them while there is room. For
-    /// then whoever is read stays, and to prefer another one would save nothing. `None` for a layer that is not there.
+    /// then each that is read stays, and to prefer another one would save nothing. `None` for a layer that is not there.
     pub fn counted_in(&self, layer: usize) -> Option<&ExpertSet> {
         let sets = if self.length < self.capacity { &self.all } else { &self.layers };
         sets.get(layer)
@@ -119,7 +119,7 @@ impl Residency {
         self.capacity
     }
 
-    /// Who leaves.
+    /// Which expert leaves.
     pub fn policy(&self) -> Policy {
         self.policy
     }

@@ -41,7 +41,7 @@ use crate::routing::slots::EMPTY;
 use crate::routing::stream::{Stream, layer_seed};
 use crate::simd::Isa;
 
-/// Tokens in a block, about, where there are no more experts than slots in it. Measured by `examples/router_table`.
+/// Tokens in a block, about, where there are no more experts than slots in it. Run by `examples/router_table`.
 const BLOCK: usize = 64;
 
 /// Exact quotas on a ring, blind to the gate.
@@ -242,7 +242,7 @@ struct Rings {
     slots: usize,
 }
 
-/// Slots written at once: few runs are longer, and a copy of fixed length needs no loop. Measured by `examples/router_table`.
+/// Slots written at once: few runs are longer, and a copy of fixed length needs no loop. Run by `examples/router_table`.
 const WRITE: usize = 16;
 
 impl Rings {

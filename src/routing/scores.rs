@@ -43,7 +43,7 @@ pub struct Scoring {
     pub groups: Option<GroupLimit>,
 }
 
-/// Below this many values the rows are scored on the calling thread: waking another costs more. Measured by `examples/router_table`.
+/// Below this many values the rows are scored on the calling thread: waking another costs more. Run by `examples/router_table`.
 const PARALLEL_VALUES: usize = 1 << 15;
 
 impl Scoring {

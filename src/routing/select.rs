@@ -9,7 +9,7 @@
 use crate::simd::select::{Best, Guess, best};
 use crate::simd::{Isa, Kernel, LANES, Lanes};
 
-/// How many ranks past the last wanted one a guess from the row before aims: towards the middle of what is enough. Measured by `benches/phase`.
+/// How many ranks past the last wanted one a guess from the row before aims: towards the middle of what is enough. Run by `benches/phase`.
 const AHEAD: f32 = 1.5;
 
 /// Thresholds tried before a row is sorted as it is.

@@ -13,10 +13,10 @@ use crate::routing::slots::EMPTY;
 use crate::routing::token::choose_one;
 use crate::simd::{Isa, Kernel, Lanes};
 
-/// Rows · experts below which a selection stays on the calling thread. Measured by `benches/topk`.
+/// Rows · experts below which a selection stays on the calling thread. Run by `benches/topk`.
 const PARALLEL_VALUES: usize = 1 << 16;
 
-/// Rows a thread takes at a time. Measured by `benches/topk`.
+/// Rows a thread takes at a time. Run by `benches/topk`.
 const CHUNK: usize = 256;
 
 /// The gate's own choice of every token, `[tokens, top_k]`; padding tokens choose nothing.

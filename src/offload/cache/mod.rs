@@ -184,7 +184,7 @@ impl ExpertCache {
     }
 
     /// The experts of a layer that a router should count as resident, in place of what `set` held: those that are, and all of them
-    /// while there is room. For then whoever is read stays, and to prefer another one would save nothing.
+    /// while there is room. For then each that is read stays, and to prefer another one would save nothing.
     ///
     /// # Errors
     /// Those of [`ExpertCache::resident`].

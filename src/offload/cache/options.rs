@@ -33,7 +33,7 @@ pub struct CacheOptions {
     pub budget_bytes: usize,
     /// Whose the room is.
     pub scope: Scope,
-    /// Who leaves.
+    /// Which expert leaves.
     pub policy: Policy,
     /// Which misses stay.
     pub admission: Admission,

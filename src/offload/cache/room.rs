@@ -1,4 +1,4 @@
-//! Where the bytes of experts are: which slabs exist, who is in them, who may leave, and that they are never more than the budget.
+//! Where the bytes of experts are: which slabs exist, which experts are in them, which may leave, and that they are never more than the budget.
 //!
 //! ```text
 //!            start                 all slabs are there
@@ -11,7 +11,7 @@
 //! being read.
 //!
 //! `held` bytes of slabs exist or are promised, `held ≤ budget`. Of them `locked` are being read or used and cannot be had; the rest
-//! goes when room is needed, in this order: slabs that nobody is in, experts that are no longer resident, experts read ahead and
+//! goes when room is needed, in this order: slabs that no expert is in, experts that are no longer resident, experts read ahead and
 //! never used, and at last residents, the most recently used first (what a stream lends; they are read again at their next use).
 //!
 //! Each operation takes constant time. Knows nothing of threads, files or what the logical resident set is made of.
@@ -74,7 +74,7 @@ pub(super) enum Found {
 /// Experts of the same sizes, whose slabs may become each other's.
 struct Size {
     slabs: Vec<usize>,
-    /// Slabs that nobody is in.
+    /// Slabs that no expert is in.
     spare: Vec<Vec<Slab>>,
 }
 
@@ -84,7 +84,7 @@ impl Size {
     }
 }
 
-/// Slabs, and who is in them.
+/// Slabs, and which experts are in them.
 pub(super) struct Room {
     budget: usize,
     held: usize,

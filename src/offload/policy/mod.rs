@@ -1,4 +1,4 @@
-//! Who leaves fast memory when room is needed: the policies, and the order in which each of them gives up experts.
+//! Which experts leave fast memory when room is needed: the policies, and the order in which each of them gives up experts.
 //!
 //! | policy | leaves first | kept as |
 //! |---|---|---|
@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::expert::ExpertId;
 use crate::routing::affinity::{Affinity, Decay};
 
-/// Who leaves when a miss needs room.
+/// Which expert leaves when a miss needs room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Policy {
     /// The expert whose last use is longest ago (ties: lowest id).

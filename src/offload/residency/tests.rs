@@ -62,7 +62,7 @@ fn mistakes_are_named() {
     );
 }
 
-/// The policies by their definitions: a list of residents, scanned for who leaves.
+/// The policies by their definitions: a list of residents, scanned for the one that leaves.
 struct Naive {
     policy: Policy,
     capacity: usize,

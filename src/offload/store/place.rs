@@ -54,7 +54,7 @@ pub(super) struct Stored {
 }
 
 /// A piece and where its bytes come from: one run where it is read to where it stays, else what is scattered into it.
-struct Found {
+struct Measured {
     slab: usize,
     piece: Piece,
     /// Where a piece that lies row by row ends.
@@ -108,7 +108,7 @@ pub(super) fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64]
             }
             slab_bytes.push(pages);
         }
-        found.push(Found { slab: at, piece: piece.clone(), end, scattered });
+        found.push(Measured { slab: at, piece: piece.clone(), end, scattered });
     }
     let total = slab_bytes.iter().sum();
     if total <= CHUNK_BYTES {
@@ -116,7 +116,7 @@ pub(super) fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64]
         found.iter_mut().for_each(|found| found.slab = 0);
     }
     // In the order of their bytes; those that are not read to where they stay come last.
-    found.sort_by_key(|Found { slab, piece, end, .. }| {
+    found.sort_by_key(|Measured { slab, piece, end, .. }| {
         (*slab, piece.layout != Layout::Rows, piece.source, piece.offset, *end)
     });
     let mut stored = Stored { pieces: Vec::new(), fillings: Vec::new(), slab_bytes };
@@ -127,11 +127,11 @@ pub(super) fn place(pieces: Vec<Piece>, sources: &[NamedSource], lengths: &[u64]
             stored.pieces.push(Placed { part: piece.part, dtype: piece.dtype, shape, slab, bytes, to_turn });
         };
         let (rows, others) = of_slab.split_at(of_slab.partition_point(|found| found.piece.layout == Layout::Rows));
-        for Found { piece, end, .. } in rows {
+        for Measured { piece, end, .. } in rows {
             place(piece, add(&mut runs, piece, *end, lengths[piece.source]));
         }
         let mut next = runs.last().map_or(0, |run| run.bytes.end.next_multiple_of(PAGE_BYTES));
-        for Found { piece, scattered, .. } in others {
+        for Measured { piece, scattered, .. } in others {
             let bytes = next..next + scattered.first().map_or(0, |(.., scatter)| scatter.into.len());
             next = bytes.end.next_multiple_of(PAGE_BYTES);
             for (source, offset, end, scatter) in scattered {

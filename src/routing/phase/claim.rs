@@ -20,10 +20,10 @@ use crate::simd::{Isa, Kernel, Lanes};
 /// Equal losses up to this many are put in order by themselves; more are worth ranking the whole batch for.
 const FEW: usize = 16;
 
-/// Rows a thread takes at a time. Measured by `benches/phase`.
+/// Rows a thread takes at a time. Run by `benches/phase`.
 const CHUNK: usize = 512;
 
-/// Claimants per slot too many that are looked at at a time. Measured by `benches/phase`.
+/// Claimants per slot too many that are looked at at a time. Run by `benches/phase`.
 const NEAR: usize = 2;
 
 /// Which row holds what, and the room that is left.

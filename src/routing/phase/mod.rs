@@ -64,7 +64,7 @@ use crate::routing::slots::{EMPTY, sort_slots};
 use crate::simd::select::{Best, NUMBERS, order, reached_in};
 use crate::simd::{Kernel, LANES, Lanes};
 
-/// One row in so many is in the sample that cold prices start from. Measured by `benches/phase`.
+/// One row in so many is in the sample that cold prices start from. Run by `benches/phase`.
 const SAMPLE: usize = 8;
 
 /// Fewer slots per pool in the sample than this say too little about the batch.
@@ -73,7 +73,7 @@ const SAMPLE_MEAN: usize = 16;
 /// How far the sample's descent goes; the sample itself is no closer to the batch.
 const SAMPLE_TOLERANCE: f64 = 2e-3;
 
-/// Rows a thread takes at a time where nothing is added up. Measured by `benches/phase`.
+/// Rows a thread takes at a time where nothing is added up. Run by `benches/phase`.
 const CHUNK: usize = 512;
 
 /// Old prices nearly fill the room when fewer than one slot in so many is too many.

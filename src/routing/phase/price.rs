@@ -23,10 +23,10 @@ pub(super) const BEYOND: usize = 3;
 /// Pools past which only the diagonal of the curvature is kept: the square of counts must stay small.
 const DENSE_POOLS: usize = 2048;
 
-/// Rows below which a part of a batch stays on the calling thread. Measured by `benches/phase`.
+/// Rows below which a part of a batch stays on the calling thread. Run by `benches/phase`.
 const SMALL_PART: usize = 512;
 
-/// Runs of rows per thread: each has counts of its own to be added up. Measured by `benches/phase`.
+/// Runs of rows per thread: each has counts of its own to be added up. Run by `benches/phase`.
 const CHUNKS: usize = 2;
 
 /// What one sweep counts. All integers: sums in any order are the same sums.

@@ -15,7 +15,7 @@ use crate::simd::Isa;
 /// Sums that decide something are kept in integers of this fraction, so that their order does not matter.
 pub(super) const UNIT: f64 = (1u64 << 40) as f64;
 
-/// Rows · experts below which all is done on the calling thread. Measured by `benches/phase`.
+/// Rows · experts below which all is done on the calling thread. Run by `benches/phase`.
 const PARALLEL_VALUES: usize = 1 << 15;
 
 /// A request under limits.

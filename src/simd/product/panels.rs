@@ -11,7 +11,7 @@ use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};
 
-/// Words of a panel's rows: two lines each, 256 KiB in all. Measured by `benches/engine`.
+/// Words of a panel's rows: two lines each, 256 KiB in all. Run by `benches/engine`.
 const PANEL_WORDS: usize = 2048;
 /// Lines of a row of weights on their way into a panel.
 const STAGE_STRIDE: usize = CHUNK / LANES + 1;

@@ -10,11 +10,11 @@ use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};
 
-/// Weight rows of a tile. Measured by `benches/engine`.
+/// Weight rows of a tile. Run by `benches/engine`.
 const TILE_ROWS: usize = 4;
-/// Tokens of such a tile. Measured by `benches/engine`.
+/// Tokens of such a tile. Run by `benches/engine`.
 const TILE_TOKENS: usize = 6;
-/// Bytes between a piece of a row and the one that is read ahead meanwhile: what comes while memory takes to answer. Measured by `benches/engine`.
+/// Bytes between a piece of a row and the one that is read ahead meanwhile: what comes while memory takes to answer. Run by `benches/engine`.
 const FAR: usize = 8 << 10;
 
 /// Rows to read ahead, whole tiles of them, where so many bytes of each row are read at a time.

@@ -29,10 +29,10 @@ use crate::simd::{Kernel, LANES};
 
 pub(super) use self::blocks::GROUP;
 
-/// Tokens that meet packed weights at a time: as many sums, and nine vectors of weights, fit the registers. Measured by `benches/engine`.
+/// Tokens that meet packed weights at a time: as many sums, and nine vectors of weights, fit the registers. Run by `benches/engine`.
 const TOKENS: usize = 8;
 
-/// How many chunks of weights are read ahead. Measured by `benches/engine`.
+/// How many chunks of weights are read ahead. Run by `benches/engine`.
 const AHEAD_CHUNKS: usize = 2;
 
 /// Lines of a chunk of a row of any dtype.
