@@ -10,10 +10,9 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::{Decoder, builder};
+use super::builder;
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
-use crate::layer::MoeLayer;
 use crate::spec::ModelSpec;
 
 /// A part of the decoder that gives a hidden state or logits.
@@ -41,61 +40,6 @@ impl std::fmt::Display for Place {
     }
 }
 
-impl Decoder {
-    /// Checks logits, `[.., vocab]`.
-    pub(super) fn check_logits(&self, logits: &Tensor) -> Result<()> {
-        match first_non_finite(logits, true)? {
-            None => Ok(()),
-            Some((at, value)) => {
-                let detail = format!(" of vocabulary id {}", at % self.spec.vocab);
-                Err(self.suspects(logits.dtype()).error(Place::Output, &detail, value))
-            }
-        }
-    }
-
-    /// Checks that what a part gave is finite, `[.., hidden]`.
-    pub(super) fn check_finite(&self, place: Place, hidden: &Tensor) -> Result<()> {
-        match first_non_finite(hidden, false)? {
-            None => Ok(()),
-            Some((at, value)) => {
-                let detail = format!(", token {} of the batch", at / self.spec.moe.hidden);
-                Err(self.suspects(hidden.dtype()).error(place, &detail, value))
-            }
-        }
-    }
-
-    /// Checks gate logits of an MoE layer, `[tokens, experts]`: −∞ masks an expert only where the gate's bias says so.
-    pub(super) fn check_gate(&self, block: usize, moe: &MoeLayer, logits: &Tensor, dtype: DType) -> Result<()> {
-        let Some((at, value)) = first_non_finite(logits, false)? else { return Ok(()) };
-        let experts = self.spec.moe.experts;
-        if let Some(bias) = moe.gate().bias() {
-            let bias = bias.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            let masked = |(at, value): (usize, &f32)| value.is_finite() || bias[at % experts] == f32::NEG_INFINITY;
-            if logits.flatten_all()?.to_vec1::<f32>()?.iter().enumerate().all(masked) {
-                return Ok(());
-            }
-        }
-        let detail = format!(", gate logit of token {}, expert {}", at / experts, at % experts);
-        Err(self.suspects(dtype).error(Place::Ffn(block), &detail, value))
-    }
-
-    fn suspects(&self, dtype: DType) -> Suspects<'_> {
-        let (checkpoint, tied) = (self.checkpoint.as_deref(), self.spec.tied_embeddings);
-        Suspects { checkpoint, ffn: &self.spec.ffn, tied, dtype }
-    }
-
-    /// An error of a block's MoE layer, with the block and what is to blame where its gate gave what is no number.
-    pub(super) fn named(&self, error: Error, block: usize, dtype: DType) -> Error {
-        match error {
-            Error::NonFiniteLogit { token, expert, value } => {
-                let detail = format!(", gate logit of token {token}, expert {expert}");
-                self.suspects(dtype).error(Place::Ffn(block), &detail, f64::from(value))
-            }
-            other => other,
-        }
-    }
-}
-
 /// An error of loading `spec` from `checkpoint`, with the tensor that is to blame where one is no number.
 pub(super) fn of_loading(error: Error, checkpoint: &Checkpoint, spec: &ModelSpec) -> Error {
     let suspects =
@@ -107,7 +51,7 @@ pub(super) fn of_loading(error: Error, checkpoint: &Checkpoint, spec: &ModelSpec
 }
 
 /// The first value that is no number, and where in the tensor it is. Where the tensor is on another device only `wait` says to look.
-fn first_non_finite(tensor: &Tensor, wait: bool) -> Result<Option<(usize, f64)>> {
+pub(super) fn first_non_finite(tensor: &Tensor, wait: bool) -> Result<Option<(usize, f64)>> {
     if !tensor.device().is_cpu() {
         if !wait {
             return Ok(None);
@@ -136,20 +80,20 @@ fn first<T: Copy>(values: &[T], wrong: impl Fn(T) -> bool, wide: impl Fn(T) -> f
 }
 
 /// Where an error looks for what is to blame.
-struct Suspects<'a> {
+pub(super) struct Suspects<'a> {
     /// The files; `None` where the decoder was not loaded from any.
-    checkpoint: Option<&'a Checkpoint>,
+    pub(super) checkpoint: Option<&'a Checkpoint>,
     /// Under which name a block has its FFN.
-    ffn: &'a str,
+    pub(super) ffn: &'a str,
     /// The embeddings are the output weights too.
-    tied: bool,
+    pub(super) tied: bool,
     /// Of the activations.
-    dtype: DType,
+    pub(super) dtype: DType,
 }
 
 impl Suspects<'_> {
     /// The error for a value at `place`, with `detail` of where in it, that names the tensor where one is to blame.
-    fn error(&self, place: Place, detail: &str, value: f64) -> Error {
+    pub(super) fn error(&self, place: Place, detail: &str, value: f64) -> Error {
         let cause = self.checkpoint.map_or(String::new(), |checkpoint| self.cause(checkpoint, place));
         Error::NonFinite { place: format!("{place}{detail}"), value, cause }
     }

@@ -7,6 +7,7 @@ mod attention;
 mod batch;
 mod block;
 mod builder;
+mod checked;
 mod finite;
 pub(crate) mod generate;
 mod latent;

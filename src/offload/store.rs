@@ -38,8 +38,9 @@ use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
 
+use self::piece::CHUNK_BYTES;
+pub use self::piece::{Layout, Part, Piece};
 use self::place::{Filling, Stored, place};
-pub use self::scatter::Layout;
 use crate::checkpoint::NamedSource;
 use crate::error::{Error, ExpertFault, Fault, Result};
 use crate::expert::check_expert_count;
@@ -47,52 +48,9 @@ use crate::experts::matrix::{Dtype, Matrix};
 use crate::experts::mxfp4;
 use crate::offload::slab::Slab;
 
+mod piece;
 mod place;
 mod scatter;
-
-/// Bytes of one read: long enough for the disk's full rate, short enough to let an urgent read go first.
-const CHUNK_BYTES: usize = 1 << 20;
-
-/// Which projections of an expert a matrix holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
-    /// The gate projection.
-    Gate,
-    /// The up projection.
-    Up,
-    /// Gate and up projection in one matrix, one after the other or row by row as the model has it.
-    GateUp,
-    /// The down projection.
-    Down,
-}
-
-/// One matrix of an expert, and where it lies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// What it holds.
-    pub part: Part,
-    /// Which of the store's sources it is in.
-    pub source: usize,
-    /// Where in the source it begins.
-    pub offset: u64,
-    /// Type of the weights.
-    pub dtype: Dtype,
-    /// Rows.
-    pub rows: usize,
-    /// Columns.
-    pub columns: usize,
-    /// How they lie there.
-    pub layout: Layout,
-}
-
-impl Piece {
-    fn row_bytes(&self) -> Result<usize> {
-        self.dtype.row_bytes(self.columns).ok_or_else(|| {
-            let expected = format!("a multiple of {} columns for {}", self.dtype.block(), self.dtype);
-            Error::shape("piece of an expert", expected, self.columns)
-        })
-    }
-}
 
 /// All experts of a model, in their files.
 #[derive(Debug)]

@@ -4,8 +4,8 @@
 
 use std::arch::x86_64::*;
 
-use super::multiply::{LINE_BYTES, Line, Multiply};
-use super::{Kernel, LANES, Lanes};
+use super::lanes::{LANES, Lanes};
+use super::multiply::{Kernel, LINE_BYTES, Line, Multiply};
 
 /// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

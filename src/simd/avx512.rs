@@ -6,8 +6,8 @@
 
 use std::arch::x86_64::*;
 
-use super::multiply::{LINE_BYTES, Line, Multiply, bytes_dot, narrowed, pairs_dot};
-use super::{Kernel, LANES, Lanes};
+use super::lanes::{LANES, Lanes};
+use super::multiply::{Kernel, LINE_BYTES, Line, Multiply, bytes_dot, narrowed, pairs_dot};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL and what came before them; with `DOTS` also BF16 and VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes};
+use super::lanes::{LANES, Lanes};
 
 /// Sixteen words, on a cache line of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +17,16 @@ pub(crate) struct Line(pub(crate) [u32; LANES]);
 
 /// Bytes of a [`Line`].
 pub(crate) const LINE_BYTES: usize = 64;
+
+/// Code that [`Isa::run`](super::Isa::run) compiles for every instruction set. `run` and all that touches lanes must be `#[inline(always)]`
+/// functions, not closures: what is not part of the compiled function has no vector instructions.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Runs on `lanes`.
+    fn run<L: Multiply>(self, lanes: L) -> Self::Output;
+}
 
 /// Lanes with products.
 pub(crate) trait Multiply: Lanes {

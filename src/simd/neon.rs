@@ -4,8 +4,8 @@
 
 use std::arch::aarch64::*;
 
-use super::multiply::Multiply;
-use super::{Kernel, LANES, Lanes};
+use super::lanes::{LANES, Lanes};
+use super::multiply::{Kernel, Multiply};
 
 /// Proof that the CPU has NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c).
 
-use super::LANES;
 use super::dtype::Dtype;
+use super::lanes::LANES;
 use super::multiply::{Line, Multiply};
-use super::product::CHUNK;
+use super::product::rows::CHUNK;
 
 /// Values that share a scale.
 const GROUP: usize = 32;

@@ -1,6 +1,6 @@
 //! Sixteen lanes in plain Rust: the twin that the others are tested against, and the path of CPUs without them.
 
-use super::{LANES, Lanes};
+use super::lanes::{LANES, Lanes};
 
 /// Plain Rust; every CPU has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

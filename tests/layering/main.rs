@@ -42,27 +42,6 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("lib", &[]),
 ];
 
-/// Imports that close a circle and stand all the same, each with its reason. One that no longer closes any has to go from here.
-const CIRCLES: [(&str, &str, &str); 15] = [
-    ("decoder/finite", "decoder", "it asks the decoder's weights which tensor the first NaN came from"),
-    ("offload/cache/reader", "offload/cache", "readers and steps share one state, which stands beside the cache"),
-    ("offload/store/place", "offload/store", "pieces stand beside the store that is made of them"),
-    ("offload/store/scatter", "offload/store", "pieces stand beside the store that is made of them"),
-    ("simd/avx2", "simd", LANES),
-    ("simd/avx512", "simd", LANES),
-    ("simd/neon", "simd", LANES),
-    ("simd/scalar", "simd", LANES),
-    ("simd/multiply", "simd", LANES),
-    ("simd/product/bytes", "simd/product", CHUNKS),
-    ("simd/product/bytes/blocks", "simd/product", CHUNKS),
-    ("simd/product/element", "simd/product", CHUNKS),
-    ("simd/product/panels", "simd/product", CHUNKS),
-    ("simd/product/tiles", "simd/product", CHUNKS),
-    ("simd/quantized", "simd/product", CHUNKS),
-];
-const LANES: &str = "the trait of lanes stands beside the choice among those that implement it";
-const CHUNKS: &str = "the sizes that all products share stand beside the choice among them";
-
 fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
@@ -111,21 +90,11 @@ fn every_import_is_one_the_architecture_allows() {
 #[test]
 fn no_files_import_each_other_in_a_circle() {
     let all = edges();
-    let allowed = |edge: &Edge| CIRCLES.iter().any(|(from, to, _)| (*from, *to) == (&edge.from, &edge.to));
-    let rest: BTreeSet<Edge> = all.iter().filter(|edge| !allowed(edge)).cloned().collect();
     let mut wrong = Vec::new();
-    for circle in circles(&rest) {
-        let inside = rest.iter().filter(|edge| circle.contains(&edge.from) && circle.contains(&edge.to));
+    for circle in circles(&all) {
+        let inside = all.iter().filter(|edge| circle.contains(&edge.from) && circle.contains(&edge.to));
         let lines: Vec<String> = inside.map(|edge| format!("  {} imports {}", edge.from, edge.to)).collect();
         wrong.push(format!("a circle of {} files:\n{}", circle.len(), lines.join("\n")));
-    }
-    let closed = circles(&all);
-    for (from, to, _) in CIRCLES {
-        let edge = Edge { from: from.to_owned(), to: to.to_owned() };
-        let needed = all.contains(&edge) && closed.iter().any(|c| c.contains(&edge.from) && c.contains(&edge.to));
-        if !needed {
-            wrong.push(format!("`{from}` and `{to}` are in no circle any more: take them out of `CIRCLES`"));
-        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -53,64 +53,24 @@ mod logical;
 mod options;
 mod reader;
 mod room;
+mod shared;
 mod statistics;
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::logical::Logical;
 pub use self::options::{CacheOptions, Prefetch, Scope};
 use self::room::{Found, Room};
+use self::shared::{CacheState, Shared};
 pub use self::statistics::{PrefetchStatistics, Statistics, StreamWarning};
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::offload::residency::{Paging, Step};
 use crate::offload::slab::Slab;
 use crate::offload::store::{ExpertStore, LoadedExpert};
-
-/// What requests and readers share.
-struct Shared {
-    store: Arc<ExpertStore>,
-    state: Mutex<State>,
-    /// There is something to read, or the cache goes.
-    work: Condvar,
-    /// A read is done.
-    done: Condvar,
-    /// There may be room, or another request's turn.
-    space: Condvar,
-}
-
-struct State {
-    logical: Logical,
-    room: Room,
-    paging: Paging,
-    statistics: Statistics,
-    warning: Option<StreamWarning>,
-    /// Requests for room so far, and how many of them have got it.
-    tickets: u64,
-    served: u64,
-    stop: bool,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No code of others runs under the lock, so that what a panic left there is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Tells a reader that there is something to read, if there is. It will tell the next one.
-    fn wake_reader(&self, state: &State) {
-        if state.room.is_work_queued() {
-            self.work.notify_one();
-        }
-    }
-
-    fn wait<'a>(&self, what: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        what.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Experts in memory, within a budget.
 pub struct ExpertCache {
@@ -138,7 +98,7 @@ impl ExpertCache {
         }
         let logical = Logical::new(&store, room, options)?;
         let keys = (0..store.layers()).flat_map(|layer| store.keys(layer));
-        let state = State {
+        let state = CacheState {
             logical,
             room: Room::new(budget_bytes, keys.map(|key| store.slab_bytes_of(key))),
             paging: Paging::default(),
@@ -290,7 +250,12 @@ impl ExpertCache {
     }
 
     /// Waits for room for as many of `keys` as a round can have, and for their reads.
-    fn pin<'a>(&'a self, state: MutexGuard<'a, State>, keys: &'a [usize], stream: Option<usize>) -> Result<Pinned<'a>> {
+    fn pin<'a>(
+        &'a self,
+        state: MutexGuard<'a, CacheState>,
+        keys: &'a [usize],
+        stream: Option<usize>,
+    ) -> Result<Pinned<'a>> {
         let shared = &*self.shared;
         let (mut state, count, mut waiting) = self.reserve(state, keys, stream);
         let mut pinned = Pinned { shared, keys: &keys[..count], slabs: Vec::with_capacity(count) };
@@ -326,10 +291,10 @@ impl ExpertCache {
     /// Waits for room, behind those who asked before; returns how many of `keys` have got it, and since when it waited.
     fn reserve<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, CacheState>,
         keys: &[usize],
         stream: Option<usize>,
-    ) -> (MutexGuard<'a, State>, usize, Option<Instant>) {
+    ) -> (MutexGuard<'a, CacheState>, usize, Option<Instant>) {
         let (ticket, mut since) = (state.tickets, None);
         state.tickets += 1;
         loop {
@@ -352,7 +317,7 @@ impl ExpertCache {
     }
 }
 
-impl State {
+impl CacheState {
     /// Advances the logical set, and tells the room; returns what the step did, and whether it has to be streamed.
     fn advance(&mut self, store: &ExpertStore, layer: usize, wanted: &ExpertSet) -> Result<(Step, bool)> {
         let Self { logical, room, paging, statistics, warning, .. } = self;

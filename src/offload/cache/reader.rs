@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, MutexGuard};
 
 use super::loading::Job;
-use super::{Shared, State};
+use super::shared::{CacheState, Shared};
 use crate::error::{ExpertFault, Fault};
 use crate::offload::slab::Slab;
 
@@ -26,7 +26,7 @@ pub(super) fn run(shared: &Shared) {
 }
 
 /// Reads a slab, until it is there, has failed or has to wait.
-pub(super) fn read(shared: &Shared, key: usize, mut job: Job) -> MutexGuard<'_, State> {
+pub(super) fn read(shared: &Shared, key: usize, mut job: Job) -> MutexGuard<'_, CacheState> {
     loop {
         let Job { at, slab, load } = &mut job;
         let slab = slab.get_or_insert_with(|| Slab::new(shared.store.slab_bytes_of(key)[*at]));

@@ -5,8 +5,8 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use super::piece::{CHUNK_BYTES, Layout, Part, Piece};
 use super::scatter::Scatter;
-use super::{CHUNK_BYTES, Layout, Part, Piece};
 use crate::checkpoint::{NamedSource, PAGE_BYTES};
 use crate::error::{Error, Result};
 use crate::experts::matrix::Dtype;

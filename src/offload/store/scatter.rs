@@ -4,25 +4,8 @@
 
 use std::ops::Range;
 
-use super::Piece;
+use super::piece::{Layout, Piece};
 use crate::experts::mxfp4;
-
-/// How a piece's numbers lie in its file; in memory they lie row by row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Layout {
-    /// Row by row, so that they are read to where they stay.
-    #[default]
-    Rows,
-    /// Column by column.
-    Columns,
-    /// `mxfp4` as Hugging Face writes it, row by row: blocks of sixteen bytes, and their scales by themselves.
-    Apart {
-        /// Which of the store's sources the scales are in.
-        source: usize,
-        /// Where in the source they begin.
-        scales: u64,
-    },
-}
 
 /// Where the numbers of a run of bytes go.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code)]
 
-use super::{CHUNK, Convert, Form};
+use super::convert::Convert;
+use super::rows::{CHUNK, Form};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES, quantized};

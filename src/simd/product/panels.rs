@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::element::{Element, decode};
-use super::{BLOCK, CHUNK, Form, Product, Rows};
+use super::rows::{BLOCK, CHUNK, Form, Product, Rows};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};

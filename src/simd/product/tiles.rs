@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::element::{Element, decode};
-use super::{BLOCK, CHUNK, Product, Rows};
+use super::rows::{BLOCK, CHUNK, Product, Rows};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};

@@ -5,11 +5,8 @@
 use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
-use crate::simd::product::CHUNK;
+use crate::simd::product::rows::{CHUNK, GROUP};
 use crate::simd::quantized::{TWICE, power_of_two};
-
-/// Activations of a line.
-pub(in crate::simd::product) const GROUP: usize = 32;
 
 /// Where the bytes of a line begin.
 pub(super) const BYTES_AT: usize = 28;

@@ -22,12 +22,10 @@
 mod blocks;
 
 use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q6K, Q8_0};
-use super::{BLOCK, CHUNK, Product, Rows};
+use super::rows::{BLOCK, CHUNK, GROUP, Product, Rows};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::{Kernel, LANES};
-
-pub(super) use self::blocks::GROUP;
 
 /// Tokens that meet packed weights at a time: as many sums, and nine vectors of weights, fit the registers. Run by `benches/engine`.
 const TOKENS: usize = 8;
