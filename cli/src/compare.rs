@@ -10,8 +10,9 @@ use phase_moe::eval::{Setting, compare, dropless};
 use phase_moe::routing::Knowledge;
 use phase_moe::{CacheRouter, CapacityRule, RouterKind};
 
+use crate::global::Global;
 use crate::options::{
-    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,
+    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,
     warn_streamed, warn_unlimited,
 };
 

@@ -12,10 +12,12 @@ use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, RouterKind, Sa
 use serde::Serialize;
 
 use crate::chat::Chat;
+use crate::global::Global;
+use crate::mistake::UserMistake;
 use crate::notice::notice;
 use crate::options::{
-    CacheOptions, CapacityOptions, Global, MemoryOptions, ModelOptions, UserMistake, parse, print_json, read_text,
-    set_routing, warn_streamed, warn_unlimited,
+    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, parse, print_json, read_text, set_routing,
+    warn_streamed, warn_unlimited,
 };
 
 /// Continues prompts with a chosen router and prints statistics at the end.

@@ -30,7 +30,7 @@ mod fetch {
     use phase_moe::checkpoint::parse_json;
     use serde_json::Value;
 
-    use crate::options::UserMistake;
+    use crate::mistake::UserMistake;
 
     const INDEX: &str = "model.safetensors.index.json";
     const SINGLE: &str = "model.safetensors";

@@ -8,7 +8,8 @@ use clap::Args;
 use phase_moe::Batch;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 
-use crate::options::{ModelOptions, UserMistake, read_text, warn_streamed};
+use crate::mistake::UserMistake;
+use crate::options::{ModelOptions, read_text, warn_streamed};
 use crate::output::{Destination, Inputs};
 
 /// Writes the model's logits for given token ids: one tensor `logits`, f32 [tokens, vocab].

@@ -7,9 +7,11 @@ mod bundled;
 mod chat;
 mod compare;
 mod generate;
+mod global;
 mod hub;
 mod inspect;
 mod logits;
+mod mistake;
 mod notice;
 mod options;
 mod output;
@@ -28,7 +30,7 @@ use clap::{Parser, Subcommand};
 #[command(name = "phase-moe", version, max_term_width = 100)]
 struct Cli {
     #[command(flatten)]
-    global: options::Global,
+    global: global::Global,
     #[command(subcommand)]
     command: Command,
 }
@@ -68,7 +70,7 @@ fn main() -> ExitCode {
                 return ExitCode::SUCCESS;
             }
             notice::notice(format_args!("phase-moe: {error:#}"));
-            ExitCode::from(if options::is_user_mistake(&error) { 2 } else { 1 })
+            ExitCode::from(if mistake::is_user_mistake(&error) { 2 } else { 1 })
         }
     }
 }

@@ -1,17 +1,14 @@
 //! Options that several commands share, and what they stand for in the library.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 #[cfg(feature = "hub")]
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use candle_core::DType;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phase_moe::checkpoint::text;
 use phase_moe::eval::{Batching, EvalText, Mixing};
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
@@ -20,99 +17,11 @@ use phase_moe::{
     Weights, offload,
 };
 
+#[cfg(feature = "hub")]
+use crate::global::QUIET;
+use crate::mistake::UserMistake;
 use crate::notice::notice;
 use crate::{bundled, hub};
-
-/// A mistake of the user that only the command line can see.
-#[derive(Debug)]
-pub struct UserMistake(pub String);
-
-impl std::fmt::Display for UserMistake {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for UserMistake {}
-
-/// True when the input is at fault, not the machine.
-pub fn is_user_mistake(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<UserMistake>().is_some() || error.downcast_ref::<Error>().is_some_and(Error::is_user_error)
-}
-
-/// What `--quiet` says, for downloads, which begin where the model is opened; nothing else is told by it, so any order will do.
-#[cfg(feature = "hub")]
-static QUIET: AtomicBool = AtomicBool::new(false);
-
-/// More than this is a typing error.
-const MAX_THREADS: usize = 1024;
-
-#[derive(Args)]
-pub struct Global {
-    /// Threads to compute with [default: one per core]
-    #[arg(long, global = true, value_name = "N")]
-    threads: Option<usize>,
-    /// No progress bars
-    #[arg(long, global = true)]
-    quiet: bool,
-}
-
-impl Global {
-    /// Sets how many threads compute.
-    ///
-    /// Candle takes its numbers of threads from the environment alone: matrix products from one variable, its spinning pool
-    /// for everything else from another. That pool stays off: on tensors of this size waiting costs more than it gains.
-    /// Setting variables of a running process is unsafe, so the process starts over with them set.
-    pub fn apply(&self) -> Result<()> {
-        #[cfg(feature = "hub")]
-        QUIET.store(self.quiet, Ordering::Relaxed);
-        if let Some(threads) = self.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
-            let message = format!("--threads is {threads}: expected at least 1 and at most {MAX_THREADS}");
-            return Err(UserMistake(message).into());
-        }
-        let (products, rest) = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS");
-        let wanted = self.threads.map(|threads| threads.to_string());
-        let set = std::env::var(products).ok();
-        if set.is_some() && (wanted.is_none() || wanted == set) {
-            return Ok(());
-        }
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from).to_string();
-        let mut again = Command::new(std::env::current_exe().context("own executable")?);
-        again.args(std::env::args_os().skip(1)).env(products, wanted.unwrap_or_else(cores)).env(rest, "1");
-        #[cfg(unix)]
-        return Err(std::os::unix::process::CommandExt::exec(&mut again)).context("starting over");
-        #[cfg(not(unix))]
-        std::process::exit(again.status().context("starting over")?.code().unwrap_or(1));
-    }
-
-    /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
-    pub fn progress(&self, length: u64) -> Progress {
-        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        let bar = ProgressBar::with_draw_target(Some(length), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:44} {wide_bar} {percent:>3} % {eta:>4}") {
-            bar.set_style(style);
-        }
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Progress(bar)
-    }
-}
-
-/// A progress bar that is gone when it is dropped, so also before an error is printed.
-pub struct Progress(ProgressBar);
-
-impl std::ops::Deref for Progress {
-    type Target = ProgressBar;
-
-    fn deref(&self) -> &ProgressBar {
-        &self.0
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Dtype {

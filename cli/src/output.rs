@@ -13,7 +13,7 @@ use anyhow::Result;
 use phase_moe::{Error, Weights};
 use tempfile::{Builder, NamedTempFile};
 
-use crate::options::UserMistake;
+use crate::mistake::UserMistake;
 
 /// A path that can be written to, as far as the system can tell beforehand.
 #[must_use]

@@ -11,9 +11,10 @@ use phase_moe::eval::{BatchCapacity, GateTrace, Replay as Replayer};
 use phase_moe::routing::Knowledge;
 use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, RouterKind};
 
+use crate::global::Global;
+use crate::mistake::UserMistake;
 use crate::options::{
-    Batches, CacheOptions, CapacityOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, parse,
-    print_json, warn_unlimited,
+    Batches, CacheOptions, CapacityOptions, MemoryOptions, ModelSource, TextOptions, parse, print_json, warn_unlimited,
 };
 
 /// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.

@@ -12,8 +12,9 @@ use phase_moe::routing::Knowledge;
 use phase_moe::{Capacity, Placement, RouterKind};
 use serde::Serialize;
 
+use crate::mistake::UserMistake;
 use crate::notice::notice;
-use crate::options::{CacheOptions, CapacityOptions, UserMistake, parse, print_json, refuse_unheard, warn_unlimited};
+use crate::options::{CacheOptions, CapacityOptions, parse, print_json, refuse_unheard, warn_unlimited};
 use crate::output::{Destination, Inputs};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.

@@ -6,7 +6,8 @@ use anyhow::Result;
 use clap::Args;
 use phase_moe::eval::GateTrace;
 
-use crate::options::{Global, ModelOptions, TextOptions, warn_streamed};
+use crate::global::Global;
+use crate::options::{ModelOptions, TextOptions, warn_streamed};
 use crate::output::{Destination, Inputs};
 
 /// Runs the model over text, dropless, and writes the gate logits of every MoE layer.

@@ -9,7 +9,9 @@ use clap::Args;
 use phase_moe::eval::{FastMemory, Sweep, TuneRow, dropless};
 use phase_moe::{LoadOptions, Model, RouterKind, offload};
 
-use crate::options::{CacheOptions, Global, MemoryOptions, ModelSource, TextOptions, UserMistake, print_json};
+use crate::global::Global;
+use crate::mistake::UserMistake;
+use crate::options::{CacheOptions, MemoryOptions, ModelSource, TextOptions, print_json};
 
 /// Sweeps cache bonus, experts per token and experts in fast memory over decode of real text; prints the front and one to take.
 ///

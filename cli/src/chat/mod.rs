@@ -24,7 +24,7 @@ use phase_moe::Weights;
 use phase_moe::checkpoint::Metadata;
 use serde_json::Value as Json;
 
-use crate::options::UserMistake;
+use crate::mistake::UserMistake;
 
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
