@@ -28,7 +28,7 @@ fn plan(criterion: &mut Criterion) {
         let name = format!("tokens={tokens},experts={experts},top_k={top_k}");
         group.throughput(Throughput::Elements(ids.len() as u64));
         group.bench_function(BenchmarkId::new("counting-sort", &name), |bencher| {
-            bencher.iter(|| DispatchPlan::new(black_box(&assignment)));
+            bencher.iter(|| DispatchPlan::from(black_box(&assignment)));
         });
         // The peer gives the order of the slots alone, without offsets, tokens and weights.
         group.bench_function(BenchmarkId::new("stable-sort", &name), |bencher| {

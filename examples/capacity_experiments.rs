@@ -11,11 +11,13 @@
 
 use std::process::ExitCode;
 
-use phase_moe::routing::{PhaseRing, PhaseSide, Profile, Rounding, Shares, permutations};
+use phase_moe::routing::{PhaseSide, Profile, Rounding, Shares, permutations, phase_ring};
 use phase_moe::{
     Assignment, Capacity, CapacityRule, Logits, Result, RouteContext, RouteRequest, RouteState, RouterKind, Scores,
     Scoring,
 };
+
+const PROFILES: [Profile; 4] = [Profile::Uniform, Profile::Mild, Profile::Strong, Profile::Extreme];
 
 /// Columns of the table; the kernel runs in its square form, the others through their routers.
 const METHODS: [RouterKind; 4] =
@@ -132,8 +134,8 @@ fn scenarios(rounding: Rounding) -> Vec<Scenario> {
     }
     let headrooms: &[f64] = if rounding == Rounding::Exact { &[1.0] } else { &[1.0, 1.2] };
     for &headroom in headrooms {
-        for profile in Profile::ALL {
-            let label = format!("{}, headroom {headroom:.1}", profile.name());
+        for profile in PROFILES {
+            let label = format!("{profile}, headroom {headroom:.1}");
             rows.push(Scenario { experiment: "profile", label, headroom, profile, ..usual.clone() });
         }
     }
@@ -157,7 +159,9 @@ fn measure(scenario: &Scenario, scores: &Scores, seeds: u64) -> Result<(f64, Vec
         };
         let capacity =
             rule(scenario.headroom, scenario.rounding).capacity(scenario.size, scenario.size, scenario.top_k)?;
-        room += capacity.total().unwrap_or(0) as f64 / slots / seeds as f64;
+        room += capacity.limits().unwrap_or_default().iter().map(|&limit| f64::from(limit)).sum::<f64>()
+            / slots
+            / seeds as f64;
         for (method, percent) in METHODS.iter().zip(&mut percent) {
             let kept = match method {
                 RouterKind::PhaseKernel => square_kernel_kept(scenario, &capacity, seed)?,
@@ -189,7 +193,7 @@ fn square_kernel_kept(scenario: &Scenario, capacity: &Capacity, seed: u64) -> Re
     let [source_order, target_order] = permutations(scenario.size as u32, seed);
     let sources = PhaseSide::new(vec![degree(1.0); scenario.size], source_order)?;
     let targets = PhaseSide::new(weights.iter().map(|weight| degree(weight / mean)).collect(), target_order)?;
-    let columns = PhaseRing::new(sources, targets)?.route(scenario.top_k, seed)?;
+    let columns = phase_ring(sources, targets, scenario.top_k, seed)?;
 
     let mut load = vec![0u32; scenario.size];
     columns.iter().filter_map(|&column| usize::try_from(column).ok()).for_each(|column| load[column] += 1);
@@ -231,7 +235,7 @@ fn json_line(scenario: &Scenario, seeds: u64, room: f64, survivals: &[Survival])
         scenario.size,
         scenario.top_k,
         scenario.headroom,
-        scenario.profile.name(),
+        scenario.profile,
         if scenario.rounding == Rounding::Exact { "exact" } else { "ceil" },
         methods.collect::<Vec<_>>().join(",")
     )

@@ -41,7 +41,7 @@ fn main() -> Result<()> {
         busy.sort_by_key(|&id| std::cmp::Reverse(affinity.activations(id)));
         let counts: Vec<u64> = busy[..4].iter().map(|&id| affinity.activations(id)).collect();
         println!("layer {layer}: busiest {} ({counts:?} activations)", ids(&busy[..4]));
-        let next = affinity.worth_fetching(state.steps(), memory.resident(layer), 4);
+        let next = affinity.worth_fetching(memory.resident(layer), 4);
         println!("         worth fetching next, of those not in memory: {}", ids(&next));
     }
     Ok(())

@@ -103,7 +103,7 @@ fn measure(decoder: &Decoder, orders: &[Vec<Batch>], decoding: &Decoding) -> Res
                     (0..ids.len()).filter(|at| batch.padding().is_none_or(|padding| !padding[first + at])).count();
                 let mut perplexity = Perplexity::default();
                 perplexity.add(&logits.narrow(0, row, 1)?.narrow(1, 0, live)?, &Batch::new(&[&ids[..live]])?)?;
-                let nats_of_sequence = perplexity.value()?.ln() * perplexity.tokens() as f64;
+                let nats_of_sequence = perplexity.value()?.ln() * (live - 1) as f64;
                 nats.entry(ids[..live].to_vec()).or_default().push(nats_of_sequence);
             }
             Ok(())
@@ -185,7 +185,7 @@ fn main() -> Result<()> {
                     let router = CacheRouter::new(bonus, loss)?.with_keep_top(keep);
                     let (nats, figures) = measure(decoder, &orders, &decoding(Arc::new(router), policy, admission))?;
                     let enters = if admission == Admission::All { "" } else { " + admission" };
-                    let name = format!("cache {bonus} within {loss}, keep {keep}, {}{enters}", policy.name());
+                    let name = format!("cache {bonus} within {loss}, keep {keep}, {policy}{enters}");
                     row(&name, &figures, paired(&nats, &reference), &plain);
                 }
             }

@@ -194,7 +194,7 @@ fn measure(decoder: &Decoder, batches: &[Batch], nats: &mut Nats) -> Result<f64>
             let live = (0..ids.len()).filter(|at| batch.padding().is_none_or(|padding| !padding[first + at])).count();
             let mut perplexity = Perplexity::default();
             perplexity.add(&logits.narrow(0, row, 1)?.narrow(1, 0, live)?, &Batch::new(&[&ids[..live]])?)?;
-            let sum = perplexity.value()?.ln() * perplexity.tokens() as f64;
+            let sum = perplexity.value()?.ln() * (live - 1) as f64;
             nats.entry(ids[..live].to_vec()).or_default().push(sum);
         }
     }
@@ -229,7 +229,7 @@ fn probes(decoder: &Decoder, batches: &[Batch]) -> Result<Vec<Arc<OutputNorms>>>
             fit.add(&routed.input, layer.experts())?;
         }
     }
-    Ok(fits.into_iter().map(|fit| Arc::new(OutputNorms::Probe(fit.probe()))).collect())
+    Ok(fits.into_iter().map(|fit| Arc::new(OutputNorms::from(fit))).collect())
 }
 
 /// The first or the second half of every text, cut between sequences.

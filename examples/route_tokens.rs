@@ -56,7 +56,7 @@ fn main() -> Result<()> {
     println!();
     let request = RouteRequest::new(&scores, TOP_K, &rooms[0].1, RouteContext::default())?;
     let assignment = RouterKind::TopKScore.build(42).route(&request, &mut RouteState::default())?;
-    let plan = DispatchPlan::new(&assignment);
+    let plan = DispatchPlan::from(&assignment);
     for (expert, slots) in plan.busy_experts().take(3) {
         println!("expert {expert} computes {} tokens, among them token {}", slots.len(), plan.tokens()[slots.start]);
     }

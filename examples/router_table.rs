@@ -14,11 +14,10 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use phase_moe::offload::Requests;
-use phase_moe::simd::Isa;
+use phase_moe::Isa;
 use phase_moe::{
-    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, ExpertId, ExpertSet, Logits, PhaseQuota,
-    PhaseRouter, RouteContext, RouteRequest, RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK,
+    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, ExpertId, ExpertSet, Logits, PhaseRouter,
+    RouteContext, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch, TokenRequest, TopK,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -55,6 +54,7 @@ const TURNS: usize = 64;
 
 /// Everything a cell works on, on one instruction set.
 struct Bed {
+    isa: Isa,
     inputs: Vec<Vec<f32>>,
     turn: usize,
     step: u64,
@@ -67,11 +67,12 @@ struct Bed {
     state: RouteState,
     scratch: Scratch,
     assignment: Assignment,
-    requests: Requests,
+    asked: ExpertSet,
     plan: DispatchPlan,
 }
 
 impl Bed {
+    /// On the instruction set that `isa` names.
     fn new(cell: &Cell, isa: Isa) -> Result<Self, Failure> {
         let Cell { what, experts, top_k, tokens, .. } = *cell;
         let capacity = match what {
@@ -80,7 +81,7 @@ impl Bed {
             _ => Capacity::unlimited(experts)?,
         };
         let router: Box<dyn Router> = match what {
-            "quota" => Box::new(PhaseQuota { seed: 1 }),
+            "quota" => RouterKind::PhaseQuota.build(1),
             "phase-cold" | "phase-warm" => Box::new(PhaseRouter::default()),
             "cache" | "cache-one" => Box::new(CacheRouter::default()),
             "cache+phase" => Box::new(CacheRouter::default().with_phase(PhaseRouter::default())),
@@ -91,19 +92,21 @@ impl Bed {
             resident.insert(ExpertId::new(expert, experts)?);
         }
         let turns = if tokens == 1 { TURNS } else { 2 };
+        isa.limit();
         let mut bed = Self {
+            isa,
             inputs: (0..turns).map(|turn| skewed(tokens, experts, turn as u64)).collect(),
             turn: 0,
             step: 0,
-            scores: Scores::on(isa),
+            scores: Scores::default(),
             capacity,
             resident,
             router,
             start: (what == "phase-cold").then(RouteState::default),
             state: RouteState::default(),
-            scratch: Scratch::on(isa),
+            scratch: Scratch::default(),
             assignment: Assignment::default(),
-            requests: Requests::default(),
+            asked: ExpertSet::default(),
             plan: DispatchPlan::default(),
         };
         for _ in 0..turns {
@@ -150,6 +153,8 @@ impl Bed {
 
     /// Nanoseconds of `calls` calls of what the cell times, each on the next input.
     fn time(&mut self, cell: &Cell, calls: usize) -> Result<f64, Failure> {
+        // What is scored on the way looks for the set anew.
+        self.isa.limit();
         let whole = matches!(cell.what, "select-batch" | "cache");
         if !whole && !matches!(cell.what, "plan" | "select-one" | "cache-one") {
             // From scores on; prices that are warm come from the other batch.
@@ -164,7 +169,7 @@ impl Bed {
                     self.score(cell)?;
                     self.route(cell)?;
                     if cell.what != "select-batch" {
-                        self.requests.refill(black_box(&self.assignment), Some(&self.resident))?;
+                        black_box(&self.assignment).used_experts(&mut self.asked)?;
                     }
                 }
                 _ => self.route(cell)?,
@@ -200,13 +205,13 @@ fn side_by_side(cell: &Cell, isa: Isa, budget: Duration) -> Result<f64, String> 
     Ok(1.0 / rates.into_iter().map(|nanos: f64| 1.0 / nanos).sum::<f64>())
 }
 
-fn measure(cell: &Cell, budget: Duration) -> Result<Times, Failure> {
+fn measure(cell: &Cell, [widest, scalar]: [Isa; 2], budget: Duration) -> Result<Times, Failure> {
     if cell.tokens == 1 && cell.threads > 1 {
-        let median = side_by_side(cell, Isa::detect(), budget)?;
-        return Ok(Times { median, p50: None, p99: None, scalar: side_by_side(cell, Isa::scalar(), budget)? });
+        let median = side_by_side(cell, widest, budget)?;
+        return Ok(Times { median, p50: None, p99: None, scalar: side_by_side(cell, scalar, budget)? });
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cell.threads).build()?;
-    let (mut ours, mut scalar) = (Bed::new(cell, Isa::detect())?, Bed::new(cell, Isa::scalar())?);
+    let (mut ours, mut scalar) = (Bed::new(cell, widest)?, Bed::new(cell, scalar)?);
     let single = cell.tokens == 1;
     let calls = if single { 16 } else { 1 };
     let (mut times, mut twins) = (Vec::new(), Vec::new());
@@ -280,14 +285,15 @@ fn main() -> Result<(), Failure> {
         return Err(format!("nothing is called {}", only.unwrap_or_default()).into());
     }
 
+    let sets = [Isa::default(), "scalar".parse()?];
     if !json {
-        println!("instructions: {}; nanoseconds per token", Isa::detect());
+        println!("instructions: {}; nanoseconds per token", sets[0]);
         println!("| what | experts | top_k | tokens | threads | median | p50 | p99 | scalar | scalar / median |");
         println!("|---|---|---|---|---|---|---|---|---|---|");
     }
     let mut rows = Vec::new();
     for cell in &cells {
-        let times = measure(cell, budget)?;
+        let times = measure(cell, sets, budget)?;
         let Cell { what, experts, top_k, tokens, threads } = cell;
         let shown = |time: Option<f64>| time.map_or("–".into(), |time| format!("{time:.1}"));
         if !json {

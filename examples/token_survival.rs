@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phase_moe::eval::{Batching, EvalText};
-use phase_moe::{CapacityRule, Error, LoadOptions, Model, Result, RouterKind};
+use phase_moe::{CapacityRule, LoadOptions, Model, Result, RouterKind};
 
 fn main() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-moe");
@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let mut texts = Vec::new();
     for name in ["scripture", "code", "reference"] {
         let path = directory.join("eval").join(name).with_extension("txt");
-        let text = std::fs::read_to_string(&path).map_err(|error| Error::io(path, error))?;
+        let text = std::fs::read_to_string(path)?;
         texts.push(EvalText { name: name.into(), ids: model.encode(&text)? });
     }
     let batches = Batching { tokens: Some(1536), ..Batching::default() }.batches(&[], &texts)?;

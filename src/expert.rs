@@ -101,7 +101,7 @@ impl ExpertSet {
     }
 
     /// Adds all experts of the layer.
-    pub fn fill(&mut self) {
+    pub(crate) fn fill(&mut self) {
         let spare = self.words.len() * 64 - self.experts;
         self.words.fill(u64::MAX);
         if let Some(last) = self.words.last_mut() {
@@ -110,7 +110,7 @@ impl ExpertSet {
     }
 
     /// Experts in the layer, in the set or not.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.experts
     }
 
@@ -125,7 +125,7 @@ impl ExpertSet {
     }
 
     /// Removes an expert; true when it was there.
-    pub fn remove(&mut self, expert: ExpertId) -> bool {
+    pub(crate) fn remove(&mut self, expert: ExpertId) -> bool {
         let was = self.contains(expert);
         if was {
             self.words[expert.index() / 64] &= !(1u64 << (expert.index() % 64));
@@ -149,7 +149,7 @@ impl ExpertSet {
     }
 
     /// The set as bits: expert `e` is bit `e % 64` of word `e / 64`; bits past the last expert are 0.
-    pub fn words(&self) -> &[u64] {
+    pub(crate) fn words(&self) -> &[u64] {
         &self.words
     }
 

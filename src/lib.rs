@@ -16,15 +16,15 @@ pub mod decoder;
 pub mod error;
 #[cfg(feature = "model")]
 pub mod eval;
-pub mod expert;
+pub(crate) mod expert;
 pub mod experts;
 #[cfg(feature = "layer")]
 pub mod layer;
 pub mod offload;
 pub mod routing;
-pub mod simd;
-pub mod spec;
-pub mod weights;
+pub(crate) mod simd;
+pub(crate) mod spec;
+pub(crate) mod weights;
 pub mod zoo;
 
 pub use checkpoint::Checkpoint;
@@ -35,14 +35,15 @@ pub use expert::{ExpertId, ExpertSet};
 pub use experts::{Activation, Dtype, Engine, ExpertWeights, Matrix, Work};
 #[cfg(feature = "layer")]
 pub use layer::{CachedExperts, Expert, Experts, Gate, LayerState, MoeLayer, Routed, Shared};
-pub use offload::{Admission, CacheOptions, ExpertCache, ExpertStore, Policy, Residency};
+pub use offload::{Admission, CacheOptions, ExpertCache, ExpertStore, Policy};
 pub use routing::{
-    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, DropRule, Logits, PhaseQuota, PhaseRouter,
-    Placement, RouteContext, RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch,
-    TokenRequest, TopK, check_assignment,
+    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, DropRule, Logits, PhaseRouter, Placement,
+    RouteContext, RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch, TokenRequest,
+    TopK, check_assignment,
 };
+pub use simd::Isa;
 pub use spec::{ExpertNames, ModelSpec, MoeSpec, SharedExperts};
-pub use weights::Weights;
+pub use weights::{ExpertSizes, Weights};
 
 /// The examples of README are tests.
 #[cfg(all(doctest, feature = "model"))]

@@ -8,7 +8,7 @@ use crate::experts::activation::Activation;
 use crate::routing::assignment::check_top_k;
 use crate::routing::scores::Scoring;
 
-pub use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
+pub(crate) use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
 
 mod positions;
 
@@ -128,7 +128,7 @@ impl MoeSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`] and [`Activation::check`].
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         check_expert_count(self.experts)?;
         check_top_k(self.top_k, self.experts)?;
         let shared = self.shared.map_or(1, |shared| shared.width);
@@ -143,13 +143,13 @@ impl MoeSpec {
     }
 
     /// Weights of one expert: its projections, and their biases where it has them.
-    pub fn parameters_per_expert(&self) -> usize {
+    pub(crate) fn parameters_per_expert(&self) -> usize {
         let biases = if self.expert_bias { self.inner_projections() * self.expert_width + self.hidden } else { 0 };
         self.projections(self.expert_width) + biases
     }
 
     /// Weights of the layer that every token meets: the gate, the shared expert and its gate.
-    pub fn shared_parameters(&self) -> usize {
+    pub(crate) fn shared_parameters(&self) -> usize {
         let gate = self.experts * (self.hidden + usize::from(self.gate_bias) + usize::from(self.selection_bias));
         let weigh = |shared: SharedExperts| if shared.gated { self.hidden } else { 0 };
         gate + self.shared.map_or(0, |shared| self.projections(shared.width) + weigh(shared))
@@ -167,7 +167,7 @@ impl MoeSpec {
 
 /// The norms around attention and FFN, and the last one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Norm {
+pub(crate) enum Norm {
     /// `x / √mean(x²) · weight` (arXiv 1910.07467).
     #[default]
     Rms,
@@ -177,7 +177,7 @@ pub enum Norm {
 
 /// RMS norm on queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QkNorm {
+pub(crate) enum QkNorm {
     /// Over the whole projection, before it is cut into heads (OLMoE).
     Whole,
     /// Over each head (Qwen3).
@@ -186,7 +186,7 @@ pub enum QkNorm {
 
 /// Which of attention's projections have a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttentionBias {
+pub(crate) enum AttentionBias {
     /// None of them.
     None,
     /// Those of queries, keys and values (Qwen2).
@@ -197,30 +197,30 @@ pub enum AttentionBias {
 
 /// Sizes of latent attention (DeepSeek-V2, arXiv 2405.04434), beside [`ModelSpec::rotary_dim`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LatentSpec {
+pub(crate) struct LatentSpec {
     /// Width of the vector that queries are made of; `None` where they are made of the hidden state.
-    pub query_rank: Option<usize>,
+    pub(crate) query_rank: Option<usize>,
     /// Width of the vector that keys and values are made of.
-    pub kv_rank: usize,
+    pub(crate) kv_rank: usize,
     /// Width of a head's key that is not rotated.
-    pub key_width: usize,
+    pub(crate) key_width: usize,
     /// Width of a head's value.
-    pub value_width: usize,
+    pub(crate) value_width: usize,
     /// Neighbours are rotated against each other, not the two halves.
-    pub pairs: bool,
+    pub(crate) pairs: bool,
 }
 
 /// Constants that Granite multiplies with.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Multipliers {
+pub(crate) struct Multipliers {
     /// Of the embeddings.
-    pub embedding: f64,
+    pub(crate) embedding: f64,
     /// Of what each attention and each FFN adds.
-    pub residual: f64,
+    pub(crate) residual: f64,
     /// Of queries times keys; `None` for `1 / √head_dim`.
-    pub attention: Option<f64>,
+    pub(crate) attention: Option<f64>,
     /// Of the logits.
-    pub logits: f64,
+    pub(crate) logits: f64,
 }
 
 impl Default for Multipliers {
@@ -232,20 +232,20 @@ impl Default for Multipliers {
 
 /// Blocks whose FFN is one for all tokens, without experts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DenseBlocks {
+pub(crate) struct DenseBlocks {
     /// Which blocks, ascending.
-    pub blocks: Vec<usize>,
+    pub(crate) blocks: Vec<usize>,
     /// Width between their up and down projection; their activation and names are those of the experts.
-    pub width: usize,
+    pub(crate) width: usize,
 }
 
 /// Blocks in which a position looks back only so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SlidingWindow {
+pub(crate) struct SlidingWindow {
     /// Which blocks, ascending.
-    pub blocks: Vec<usize>,
+    pub(crate) blocks: Vec<usize>,
     /// Positions that one sees there, itself among them.
-    pub positions: usize,
+    pub(crate) positions: usize,
 }
 
 /// A decoder-only transformer whose FFNs are MoE layers, but for some blocks.
@@ -266,41 +266,41 @@ pub struct ModelSpec {
     /// Longest sequence that it runs: what the model was made for, or less where nothing here rotates further positions.
     pub max_positions: usize,
     /// Which norms it has.
-    pub norm: Norm,
+    pub(crate) norm: Norm,
     /// Their epsilon.
-    pub norm_eps: f64,
+    pub(crate) norm_eps: f64,
     /// Base of the rotary embedding.
-    pub rope_theta: f64,
+    pub(crate) rope_theta: f64,
     /// Stretched positions.
-    pub rope_scaling: RopeScaling,
+    pub(crate) rope_scaling: RopeScaling,
     /// How much of a head is rotated, from its front on; even.
-    pub rotary_dim: usize,
+    pub(crate) rotary_dim: usize,
     /// RMS norm on queries and keys.
-    pub qk_norm: Option<QkNorm>,
+    pub(crate) qk_norm: Option<QkNorm>,
     /// Biases of attention.
-    pub attention_bias: AttentionBias,
+    pub(crate) attention_bias: AttentionBias,
     /// Every head has a number that takes its share of attention beside the positions, and gives nothing for it (gpt-oss).
-    pub sinks: bool,
+    pub(crate) sinks: bool,
     /// Blocks whose positions do not see all before them.
-    pub window: SlidingWindow,
+    pub(crate) window: SlidingWindow,
     /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
-    pub latent: Option<LatentSpec>,
+    pub(crate) latent: Option<LatentSpec>,
     /// Constants that it multiplies with.
-    pub multipliers: Multipliers,
+    pub(crate) multipliers: Multipliers,
     /// Queries, keys and values are clamped to ± this.
-    pub clip_qkv: Option<f64>,
+    pub(crate) clip_qkv: Option<f64>,
     /// Output weights are the embedding's.
-    pub tied_embeddings: bool,
+    pub(crate) tied_embeddings: bool,
     /// The output has a bias.
-    pub output_bias: bool,
+    pub(crate) output_bias: bool,
     /// Token ids that end a text.
-    pub end_of_text: Vec<u32>,
+    pub(crate) end_of_text: Vec<u32>,
     /// Blocks past the last one that a checkpoint may hold and no forward pass runs: they predict further tokens.
-    pub extra_blocks: usize,
+    pub(crate) extra_blocks: usize,
     /// What a block calls its FFN, with experts or without.
     pub ffn: String,
     /// Blocks that have no experts.
-    pub dense: DenseBlocks,
+    pub(crate) dense: DenseBlocks,
     /// The MoE layer of every other block.
     pub moe: MoeSpec,
 }
@@ -312,7 +312,7 @@ impl ModelSpec {
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
     /// odd rotary width or one above the head width, as many divisors of rotations as there are no pairs, dense blocks or blocks with a window that are not there or out of order, dense ones that
     /// are all there are, sinks or windows in latent attention, or more weights than can be counted.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
             ("vocabulary", self.vocab),
@@ -396,7 +396,7 @@ impl ModelSpec {
     }
 
     /// How many blocks have experts.
-    pub fn moe_layers(&self) -> usize {
+    pub(crate) fn moe_layers(&self) -> usize {
         self.layers - self.dense.blocks.len()
     }
 
@@ -411,7 +411,7 @@ impl ModelSpec {
     }
 
     /// Weights that every token meets: all but those of the experts it is routed to.
-    pub fn shared_parameters(&self) -> usize {
+    pub(crate) fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
         let norm = if self.norm == Norm::Layer { 2 * hidden } else { hidden };
         let block = self.attention_parameters() + 2 * norm;

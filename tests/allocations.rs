@@ -1,5 +1,5 @@
 //! The hot paths allocate nothing once their buffers exist: one token straight from its logits, scoring and top-k, the memory-aware router without
-//! the phase router, requests and plans.
+//! the phase router and plans.
 //!
 //! Counted by an allocator of this test, on the calling thread alone: batches are small, so that no other thread has a part.
 //! Left out are the phase router and its quota, whose buffers depend on what a batch needs.
@@ -7,7 +7,6 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use phase_moe::offload::Requests;
 use phase_moe::{
     Assignment, CacheRouter, Capacity, DispatchPlan, ExpertId, ExpertSet, Logits, RouteContext, RouteRequest,
     RouteState, Router, Scores, Scoring, Scratch, TokenRequest, TopK, check_assignment,
@@ -142,14 +141,13 @@ fn the_stages_allocate_nothing_the_second_time() {
         for router in &routers {
             let (mut scores, mut state, mut scratch) = (Scores::default(), RouteState::default(), Scratch::default());
             let mut assignment = Assignment::default();
-            let (mut requests, mut plan) = (Requests::default(), DispatchPlan::default());
+            let mut plan = DispatchPlan::default();
             let mut step = |at: usize, logits: &[f32]| {
                 let logits = Logits::new(logits, tokens, experts).unwrap();
                 Scoring::softmax().scores_into(&logits, None, &mut scores).unwrap();
                 let context = RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
                 let request = RouteRequest::new(&scores, top_k, &capacity, context).unwrap();
                 router.route_into(&request, &mut state, &mut scratch, &mut assignment).unwrap();
-                requests.refill(&assignment, Some(&resident)).unwrap();
                 plan.refill(&assignment);
             };
             inputs.iter().enumerate().for_each(|(at, logits)| step(at, logits));

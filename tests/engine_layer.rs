@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::VarBuilder;
+use phase_moe::experts::Function;
 use phase_moe::layer::Projection;
 use phase_moe::{Activation, Expert, Gate, LayerState, MoeLayer, MoeSpec, Shared, SharedExperts};
 
@@ -39,8 +40,8 @@ fn layer(spec: &MoeSpec, dtype: DType, make: Make) -> MoeLayer {
     };
     let expert = |seed: u32, width: usize, bias: bool| {
         let projection = |seed: u32, rows: usize, columns: usize| {
-            let bias = bias.then(|| make(drawn(seed + 50, &[rows], 0.1, dtype)));
-            Projection::new(matrix(seed, rows, columns), bias)
+            let weight = Projection::from(matrix(seed, rows, columns));
+            if bias { weight.with_bias(make(drawn(seed + 50, &[rows], 0.1, dtype))) } else { weight }
         };
         let gate = spec.activation.gated.then(|| projection(seed, width, spec.hidden));
         let (up, down) = (projection(seed + 1, width, spec.hidden), projection(seed + 2, spec.hidden, width));
@@ -83,14 +84,19 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
 }
 
 fn every_kind() -> Vec<MoeSpec> {
+    let clamped = Activation { function: Function::ClampedSilu { alpha: 1.702, limit: 7.0 }, gated: true };
     let base = || MoeSpec::new(48, 6, 2, 40).unwrap();
-    let gelu_tanh = Activation { function: phase_moe::experts::Function::GeluTanh, gated: true };
+    let gelu_tanh = Activation { function: Function::GeluTanh, gated: true };
     vec![
         base(),
-        MoeSpec { activation: Activation::geglu(), expert_bias: true, ..base() },
+        MoeSpec { activation: Activation { function: Function::Gelu, gated: true }, expert_bias: true, ..base() },
         MoeSpec { activation: gelu_tanh, ..base() },
-        MoeSpec { activation: Activation::relu_squared(), expert_bias: true, ..base() },
-        MoeSpec { activation: Activation::clamped_swiglu(1.702, 7.0), expert_bias: true, gate_bias: true, ..base() },
+        MoeSpec {
+            activation: Activation { function: Function::ReluSquared, gated: false },
+            expert_bias: true,
+            ..base()
+        },
+        MoeSpec { activation: clamped, expert_bias: true, gate_bias: true, ..base() },
         MoeSpec { shared: Some(SharedExperts { width: 56, gated: true }), ..base() },
         MoeSpec { shared: Some(SharedExperts { width: 33, gated: false }), ..base() },
         MoeSpec::new(37, 5, 3, 29).unwrap(),
@@ -151,7 +157,7 @@ fn quantised_weights_are_close_to_what_they_stand_for() {
         let parts: Vec<[Arc<QTensor>; 3]> = (1..=4)
             .map(|id| [quantize(3 * id, 512, 256), quantize(3 * id + 1, 512, 256), quantize(3 * id + 2, 256, 512)])
             .collect();
-        let quantized = parts.iter().map(|[gate, up, down]| Expert::quantized(gate.clone(), up.clone(), down.clone()));
+        let quantized = parts.iter().map(|[gate, up, down]| Expert::new(gate.clone(), up.clone(), down.clone()));
         let fast = MoeLayer::new(spec.clone(), gate(), quantized.collect::<Vec<_>>(), None).unwrap();
         let dense = parts.iter().map(|parts| {
             let [gate, up, down] = parts.each_ref().map(|part| variable(part.dequantize(&Device::Cpu).unwrap()));

@@ -6,8 +6,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use phase_moe::offload::{Part, Piece, Scope};
-use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore, offload};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
+use phase_moe::offload::Scope;
+use phase_moe::{CacheOptions, Checkpoint, ExpertCache, ExpertId, ExpertSet, ExpertStore, Weights};
 
 /// Bytes of slabs now, and the most since the last look.
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -98,22 +99,37 @@ fn set(ids: [usize; 3]) -> ExpertSet {
     set
 }
 
+/// The experts of a model in memory, three layers of eight, `width` wide.
+fn store(width: usize) -> Arc<ExpertStore> {
+    const HIDDEN: usize = 256;
+    let values = vec![0.5f32; width * HIDDEN];
+    let mut tensors = vec![NamedTensor::f32("model.embed_tokens.weight", [16, HIDDEN], &values[..16 * HIDDEN])];
+    for (layer, id) in (0..3).flat_map(|layer| (0..8).map(move |id| (layer, id))) {
+        let name = |projection| format!("model.layers.{layer}.mlp.experts.{id}.{projection}.weight");
+        for projection in ["gate_proj", "up_proj"] {
+            tensors.push(NamedTensor::f32(name(projection), [width, HIDDEN], &values));
+        }
+        tensors.push(NamedTensor::f32(name("down_proj"), [HIDDEN, width], &values));
+    }
+    let bytes: &'static [u8] = tensor_bytes(&tensors, None).unwrap().leak();
+    let config = format!(
+        r#"{{"model_type": "olmoe", "vocab_size": 16, "hidden_size": {HIDDEN}, "intermediate_size": {width},
+            "num_hidden_layers": 3, "num_attention_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
+            "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu"}}"#
+    );
+    let checkpoint = Checkpoint::from_sources(vec![("memory".into(), Box::new(bytes))]).unwrap();
+    Arc::new(Weights::from_parts("made", config, checkpoint).expert_store().unwrap())
+}
+
 #[test]
 fn slabs_never_take_more_than_the_budget() {
-    // Three layers of eight experts, each layer's of another size, in one file; the largest are mapped.
-    let file: &'static [u8] = vec![1u8; 3 << 20].leak();
-    let rows = |layer: usize| [20, 40, 2100][layer];
-    let piece = |layer: usize, id: usize| Piece {
-        part: Part::Up,
-        source: 0,
-        offset: (id * 64 * 1024 + 10 * layer) as u64,
-        dtype: Dtype::F32,
-        rows: rows(layer),
-        columns: 256,
-        layout: offload::Layout::Rows,
-    };
-    let layers = (0..3).map(|layer| (0..8).map(|id| vec![piece(layer, id)]).collect()).collect();
-    let store = Arc::new(ExpertStore::new(vec![("memory".into(), Arc::new(file))], layers).unwrap());
+    // Experts below and above the size from which a slab is mapped.
+    for (width, mapped) in [(20, false), (700, true)] {
+        within_budgets(&store(width), mapped);
+    }
+}
+
+fn within_budgets(store: &Arc<ExpertStore>, mapped: bool) {
     let largest = store.slab_bytes(2);
     for scope in [Scope::PerLayer, Scope::Global] {
         for budget_bytes in [largest, 3 * largest + 4095, 10 * largest] {
@@ -140,9 +156,8 @@ fn slabs_never_take_more_than_the_budget() {
             let most = MOST.load(Ordering::SeqCst);
             assert!(most > 0 && most <= budget_bytes, "{scope:?}: {most} of {budget_bytes}");
             drop(cache);
-            assert!(
-                MAPPINGS.swap(0, Ordering::SeqCst) > 0 || !cfg!(all(target_os = "linux", target_pointer_width = "64"))
-            );
+            let maps = mapped && cfg!(all(target_os = "linux", target_pointer_width = "64"));
+            assert_eq!(MAPPINGS.swap(0, Ordering::SeqCst) > 0, maps, "{scope:?}, {budget_bytes}");
             assert_eq!(NOW.load(Ordering::SeqCst), 0);
         }
     }

@@ -33,7 +33,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 
 /// The prompts of the goldens and their logits.
 fn prompts(goldens: &str) -> [(Vec<u32>, Vec<f32>); 2] {
-    let goldens = Checkpoint::open_files(&[fixture(goldens)]).unwrap();
+    let goldens = Checkpoint::open(fixture(goldens)).unwrap();
     [0, 1].map(|prompt| {
         let [ids, logits] = ["ids", "logits"].map(|part| goldens.read(&format!("prompt.{prompt}.{part}")).unwrap());
         let ids = ids.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
@@ -51,7 +51,7 @@ fn logits(decoder: &Decoder, ids: &[u32]) -> [Vec<f32>; 2] {
 
 fn cached(files: &Weights, experts: usize) -> Decoder {
     let store = files.expert_store().unwrap();
-    let largest = (0..store.layers()).map(|layer| store.slab_bytes(layer)).max().unwrap();
+    let largest = (0..files.spec().unwrap().moe_blocks().count()).map(|layer| store.slab_bytes(layer)).max().unwrap();
     let options = CacheOptions::new(experts * largest).sparing(&store);
     Decoder::load(files, &LoadOptions::default().with_expert_cache(options)).unwrap()
 }

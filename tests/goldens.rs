@@ -29,13 +29,13 @@ fn assert_close(stage: &str, ours: &[f32], golden: &[f32]) {
 
 fn compare(model: &Path, goldens: &Path) {
     let decoder = Decoder::load(&Weights::open(model).unwrap(), &LoadOptions::default()).unwrap();
-    let goldens = Checkpoint::open_files(&[goldens]).unwrap();
+    let goldens = Checkpoint::open(goldens).unwrap();
     let ids: Vec<u32> = golden_ids(&goldens, "ids").into_iter().map(|id| id as u32).collect();
 
     let batch = Batch::new(&[&ids]).unwrap();
     let mut state = decoder.batch_state().keeping_routed();
     let logits = decoder.forward(&batch, &mut state).unwrap();
-    assert_eq!(state.routed().len(), decoder.spec().moe_layers());
+    assert_eq!(state.routed().len(), decoder.spec().moe_blocks().count());
     for (layer, routed) in state.routed().iter().enumerate() {
         let router_logits = routed.logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_close(

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use half::bf16;
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Weights};
 use safetensors::SafeTensors;
 
@@ -25,7 +25,7 @@ fn widen(directory: &Path) {
         NamedTensor::f32(name.as_str(), entry.shape.as_slice(), &values)
     };
     let tensors: Vec<NamedTensor> = checkpoint.tensors().iter().map(wide).collect();
-    write_tensors(&directory.join("model.safetensors"), &tensors, None).unwrap();
+    std::fs::write(directory.join("model.safetensors"), tensor_bytes(&tensors, None).unwrap()).unwrap();
     std::fs::copy(bundled.join("config.json"), directory.join("config.json")).unwrap();
 }
 

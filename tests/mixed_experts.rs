@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::DType;
 use half::{bf16, f16};
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::{Batch, CacheOptions, Checkpoint, Decoder, LoadOptions, Weights};
 use safetensors::Dtype;
 
@@ -46,7 +46,7 @@ fn write(family: &str, mix: Mix, directory: &Path) {
         })
         .collect();
     std::fs::copy(golden.join("config.json"), directory.join("config.json")).unwrap();
-    write_tensors(&directory.join("model.safetensors"), &tensors, None).unwrap();
+    std::fs::write(directory.join("model.safetensors"), tensor_bytes(&tensors, None).unwrap()).unwrap();
 }
 
 fn logits(decoder: &Decoder) -> Vec<f32> {
@@ -107,7 +107,7 @@ fn what_a_cache_does_not_take_is_named_by_file_and_tensor() {
     let directory = tempfile::tempdir().unwrap();
     write("qwen3_moe", |_, _, _| Dtype::F32, directory.path());
     let path = directory.path().join("model.safetensors");
-    let checkpoint = Checkpoint::open_files(&[&path]).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
     let wide = "model.layers.1.mlp.experts.2.up_proj.weight";
     let tensors: Vec<NamedTensor> = checkpoint
         .tensors()
@@ -121,7 +121,7 @@ fn what_a_cache_does_not_take_is_named_by_file_and_tensor() {
             NamedTensor { name: name.clone(), dtype, shape: entry.shape.clone(), bytes }
         })
         .collect();
-    write_tensors(&path, &tensors, None).unwrap();
+    std::fs::write(&path, tensor_bytes(&tensors, None).unwrap()).unwrap();
     let files = Weights::open(directory.path()).unwrap();
     for budget in [None, Some(64 << 10)] {
         let error = Decoder::load(&files, &options(budget)).err().unwrap().to_string();

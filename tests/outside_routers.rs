@@ -143,10 +143,6 @@ fn layers_refuse_wrong_answers() {
             all_are_refused(&user, |router| {
                 layer.clone().with_router(Arc::new(router)).route(&hidden, &mut LayerState::default()).map(|_| ())
             });
-            all_are_refused(&format!("guess of a {user}"), |router| {
-                let layer = layer.clone().with_router(Arc::new(router));
-                layer.guess(&hidden, RouteContext::default(), &RouteState::default()).map(|_| ())
-            });
         }
         let plain = layer.route(&hidden(5), &mut LayerState::default()).unwrap();
         let right = layer
@@ -260,9 +256,6 @@ fn models_and_measurements_refuse_wrong_answers() {
     };
     all_are_refused("decoding in whole passes", |router| {
         decoding(router).run(MODEL.decoder(), &batches, |_, _| Ok(())).map(|_| ())
-    });
-    all_are_refused("decoding by token", |router| {
-        decoding(router).run_by_token(MODEL.decoder(), &batches, |_| ()).map(|_| ())
     });
 }
 

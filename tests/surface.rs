@@ -12,8 +12,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-/// The most items that count, never to be raised. The aim is 400: what tests alone use has still to move inside.
-const MOST: usize = 604;
+/// The most items that count: what comes in has to be worth what leaves for it.
+const MOST: usize = 400;
 
 const HEAD: &str = "\
 # The public surface of the library with default features: kind and path, sorted by path. Made and checked by tests/surface.rs.

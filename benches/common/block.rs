@@ -7,8 +7,7 @@ use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::Linear;
 use candle_nn::ops::softmax_last_dim;
-use phase_moe::layer::Projection;
-use phase_moe::{Activation, Expert, Gate, MoeLayer, MoeSpec};
+use phase_moe::{Expert, Gate, MoeLayer, MoeSpec};
 
 use super::fill::{Blocks, mxfp4, uniform};
 use super::shape::{Format, Shape};
@@ -168,11 +167,8 @@ impl Weights {
     fn expert(&self, seed: u64) -> Result<(Expert, CandleExpert)> {
         let Shape { hidden, width, .. } = self.shape;
         if self.format.dtype.is_none() {
-            let random =
-                |rows, columns, seed| -> Result<Projection> { Ok(Projection::new(mxfp4(rows, columns, seed)?, None)) };
-            let (gate, up) = (random(width, hidden, seed)?, random(width, hidden, seed + 1)?);
-            let ours =
-                Expert::from_projections(Activation::swiglu(), Some(gate), up, random(hidden, width, seed + 2)?)?;
+            let (gate, up) = (mxfp4(width, hidden, seed)?, mxfp4(width, hidden, seed + 1)?);
+            let ours = Expert::new(gate, up, mxfp4(hidden, width, seed + 2)?);
             let [gate, up, down] = [(); 3].map(|()| Box::new(Nothing) as Box<dyn Module>);
             return Ok((ours, CandleExpert { gate, up, down }));
         }
@@ -182,7 +178,7 @@ impl Weights {
             let product =
                 |weight: &Arc<QTensor>| Ok::<_, candle_core::Error>(Box::new(QMatMul::from_arc(weight.clone())?));
             let theirs = CandleExpert { gate: product(&gate)?, up: product(&up)?, down: product(&down)? };
-            return Ok((Expert::quantized(gate, up, down), theirs));
+            return Ok((Expert::new(gate, up, down), theirs));
         }
         let random =
             |rows, columns, seed| uniform(self.format.activations(), rows, columns, 1.0 / columns as f32, seed);

@@ -11,6 +11,8 @@ use phase_moe::Dtype;
 use phase_moe::layer::Packed;
 use rayon::prelude::*;
 
+use super::shape::MXFP4_BLOCK;
+
 /// SplitMix64's finaliser.
 fn hash(seed: u64, at: usize) -> u64 {
     let mut bits = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(at as u64 ^ seed << 32);
@@ -63,8 +65,8 @@ impl Blocks {
 pub fn mxfp4(rows: usize, columns: usize, seed: u64) -> Result<Packed> {
     // The root of the mean square of its numbers is 2.9.
     let exponent = (1.0 / (2.9 * (columns as f64).sqrt())).log2().round() as i32 + 127;
-    let mut bytes = vec![0; rows * columns / Dtype::Mxfp4.block() * Dtype::Mxfp4.block_bytes()];
-    bytes.par_chunks_mut(Dtype::Mxfp4.block_bytes()).with_min_len(1024).enumerate().for_each(|(at, block)| {
+    let mut bytes = vec![0; rows * columns / MXFP4_BLOCK.1 * MXFP4_BLOCK.0];
+    bytes.par_chunks_mut(MXFP4_BLOCK.0).with_min_len(1024).enumerate().for_each(|(at, block)| {
         block[0] = exponent as u8;
         for (half, weights) in block[1..].chunks_mut(8).enumerate() {
             weights.copy_from_slice(&hash(seed, 2 * at + half).to_le_bytes());

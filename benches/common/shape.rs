@@ -2,7 +2,9 @@
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
-use phase_moe::Dtype;
+
+/// Bytes and weights of a block of `mxfp4` (OCP Microscaling Formats 1.0).
+pub const MXFP4_BLOCK: (usize, usize) = (17, 32);
 
 /// Sizes of one MoE block.
 #[derive(Clone, Copy)]
@@ -95,7 +97,7 @@ impl Format {
     pub fn block(&self) -> (usize, usize) {
         match self.dtype {
             Some(dtype) => (dtype.type_size(), dtype.block_size()),
-            None => (Dtype::Mxfp4.block_bytes(), Dtype::Mxfp4.block()),
+            None => MXFP4_BLOCK,
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::{Continuation, ExpertMemory, generate_batch};
+use phase_moe::decoder::{Continuation, generate_batch};
 use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, RouterKind, Sampler};
 use serde::Serialize;
 
@@ -43,7 +43,7 @@ pub struct Generate {
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
     /// Tokens of the prompts in one forward pass; a limit is on each of them
-    #[arg(long, value_name = "N", default_value_t = GenerateOptions::CHUNK_TOKENS)]
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::new(0).chunk_tokens)]
     chunk_tokens: usize,
     /// Tokens to add at most, to each prompt
     #[arg(long, value_name = "N", default_value_t = 100)]
@@ -174,7 +174,7 @@ impl Generate {
             }
         };
         warn_streamed(model.decoder());
-        let hit_rate = state.memory().and_then(ExpertMemory::hit_rate);
+        let hit_rate = state.memory().and_then(|memory| rate(memory.hits(), memory.requests()));
         self.print(&model, &prompts, &ids, &generation, hit_rate)
     }
 
@@ -185,7 +185,7 @@ impl Generate {
             true => {
                 let mut bytes = Vec::new();
                 std::io::stdin().read_to_end(&mut bytes).context("standard input")?;
-                text(bytes).map_err(|error| Error::io("standard input", error))?
+                text(bytes).map_err(|error| Error::Io { path: "standard input".into(), reason: error })?
             }
             false => read_text(path)?,
         };
@@ -218,15 +218,18 @@ impl Generate {
         };
         let mut texts: Vec<Text> =
             prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
+        let decoded = generation.decode_tokens > 0;
         let mut output = Output {
             text: None,
             texts: None,
             prompt_tokens: texts.iter().map(|text| text.prompt_tokens).sum(),
             new_tokens: texts.iter().map(|text| text.new_tokens).sum(),
-            prefill_tokens_per_second: generation.prefill_tokens_per_second(),
-            decode_tokens_per_second: generation.decode_tokens_per_second(),
+            prefill_tokens_per_second: generation.prompt_tokens.iter().sum::<usize>() as f64
+                / generation.prefill_time.as_secs_f64(),
+            decode_tokens_per_second: decoded
+                .then(|| generation.decode_tokens as f64 / generation.decode_time.as_secs_f64()),
             survival: generation.slots.survival(),
-            hit_rate: cache.as_ref().map_or(hit_rate, |cache| cache.hit_rate()),
+            hit_rate: cache.as_ref().map_or(hit_rate, |cache| rate(cache.hits, cache.requests)),
             expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
             peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
         };
@@ -322,4 +325,9 @@ impl Screen {
         }
         Ok(())
     }
+}
+
+/// Hits of requests; `None` without any.
+fn rate(hits: u64, requests: u64) -> Option<f64> {
+    (requests > 0).then(|| hits as f64 / requests as f64)
 }

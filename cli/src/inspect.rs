@@ -47,7 +47,7 @@ impl Inspect {
         let output = Output {
             family: spec.family,
             layers: spec.layers,
-            moe_layers: spec.moe_layers(),
+            moe_layers: spec.moe_blocks().count(),
             hidden: spec.moe.hidden,
             experts: spec.moe.experts,
             top_k: spec.moe.top_k,

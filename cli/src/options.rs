@@ -409,7 +409,7 @@ pub fn set_routing(
 
 /// Reads text from a file, or from whatever else has a path.
 pub fn read_text(path: &Path) -> Result<String> {
-    Ok(std::fs::read(path).and_then(text).map_err(|error| Error::io(path, error))?)
+    Ok(std::fs::read(path).and_then(text).map_err(|error| Error::Io { path: path.into(), reason: error })?)
 }
 
 /// A clap parser from `FromStr` with our own error text.

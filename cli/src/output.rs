@@ -73,7 +73,7 @@ impl Destination {
             Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
                 Err(refused(format!("{error}: no file can be made in directory {directory_named}")).into())
             }
-            Err(error) => Err(Error::io(path, error).into()),
+            Err(error) => Err(Error::Io { path: path.into(), reason: error }.into()),
         }
     }
 
@@ -104,7 +104,7 @@ impl Output {
             Target::Stream => to(OpenOptions::new().write(true)),
             Target::Descriptor => to(OpenOptions::new().append(true)),
         };
-        Ok(written.map_err(|error| Error::io(&named, error))?)
+        Ok(written.map_err(|error| Error::Io { path: named.clone(), reason: error })?)
     }
 }
 

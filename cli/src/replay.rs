@@ -125,8 +125,8 @@ impl Replay {
                 trace.experts
             ),
             router: self.router.name(),
-            policy: self.memory.policy().name(),
-            admission: self.memory.admission().name(),
+            policy: self.memory.policy().to_string(),
+            admission: self.memory.admission().to_string(),
             cached_experts: replay.cached_experts,
             cache_bonus: aware.then(|| settings.bonus()),
             max_mass_loss: aware.then(|| settings.max_mass_loss()),

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use crate::report::times;
 use anyhow::Result;
 use clap::Args;
-use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
-use phase_moe::eval::{BatchCapacity, GateTrace, LayerFigures, OfflineRouter, RoutedLayer};
+use phase_moe::checkpoint::tensor_bytes;
+use phase_moe::eval::{BatchCapacity, GateTrace, LayerFigures, OfflineRouter};
 use phase_moe::routing::Knowledge;
 use phase_moe::{Capacity, Placement, RouterKind};
 use serde::Serialize;
@@ -97,7 +97,7 @@ impl Route {
         for layer in &trace.layers {
             let routed = router.route(&trace, layer)?;
             unlimited = unlimited.max(routed.batches_below_minimum);
-            tensors.extend(out.iter().flat_map(|_| named(&routed)));
+            tensors.extend(out.iter().flat_map(|_| routed.tensors()));
             layers.push(routed.figures);
         }
         if let BatchCapacity::Rule(rule) = &router.capacity {
@@ -159,14 +159,3 @@ impl Route {
 
 /// What sets a limit here.
 const LIMITS: &str = "--capacity-factor or --capacities";
-
-/// The tensors of a routed layer.
-fn named(routed: &RoutedLayer) -> [NamedTensor; 3] {
-    let LayerFigures { layer, tokens, .. } = routed.figures;
-    let capacities = if routed.per_device { "device_capacities" } else { "capacities" };
-    [
-        NamedTensor::i32(format!("layer.{layer}.experts"), [tokens, routed.width], &routed.experts),
-        NamedTensor::f32(format!("layer.{layer}.weights"), [tokens, routed.width], &routed.weights),
-        NamedTensor::u32(format!("layer.{layer}.{capacities}"), [routed.capacities.len()], &routed.capacities),
-    ]
-}

@@ -108,12 +108,10 @@ impl Tune {
         let most = plain_perplexity * (1.0 + self.max_perplexity_increase);
         let report = TuneReport {
             source: format!(
-                "{name}: {} layers of {} experts, top {}; {tokens} tokens, one a step; policy {}, admission {}",
-                decoder.spec().moe_layers(),
+                "{name}: {} layers of {} experts, top {}; {tokens} tokens, one a step; policy {policy}, admission {admission}",
+                decoder.spec().moe_blocks().count(),
                 moe.experts,
-                moe.top_k,
-                policy.name(),
-                admission.name()
+                moe.top_k
             ),
             plain_perplexity,
             recommended: recommended(&rows, most).cloned(),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use phase_moe::checkpoint::{NamedTensor, write_tensors};
+use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 use phase_moe::eval::{Batching, EvalText};
 use phase_moe::{Checkpoint, LoadOptions, Model, RouterKind};
 use serde_json::Value;
@@ -264,7 +264,7 @@ fn threads_change_no_result() {
         let path = directory.path().join(threads).to_str().unwrap().to_owned();
         let output = run(&["--threads", threads, "logits", "--ids", "5,6,7", "--out", &path]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Checkpoint::open_files(&[path]).unwrap().read("logits").unwrap()
+        Checkpoint::open(path).unwrap().read("logits").unwrap()
     };
     assert_eq!(logits("1"), logits("3"));
 }
@@ -329,10 +329,12 @@ fn a_trace_routes_offline_as_it_did_in_the_model() {
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let (trace, routes) = (path("trace.safetensors"), path("routes.safetensors"));
     assert!(run(&["trace", "--tokens", "1024", "--out", &trace]).status.success());
-    let traced = Checkpoint::open_files(&[&trace]).unwrap();
+    let traced = Checkpoint::open(&trace).unwrap();
     assert_eq!(traced.entry("layer.3").unwrap().shape, [1024, 32]);
     assert_eq!(traced.entry("tokens").unwrap().shape, [1024]);
-    let metadata = |key: &str| traced.metadata().get(key).map(String::as_str);
+    let bytes = std::fs::read(&trace).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = |key: &str| header.metadata().as_ref().and_then(|all| all.get(key)).map(String::as_str);
     assert_eq!((metadata("model"), metadata("experts"), metadata("top_k")), (Some("tiny-moe"), Some("32"), Some("4")));
     assert_eq!(
         (metadata("score"), metadata("normalize"), metadata("batch_tokens")),
@@ -341,7 +343,7 @@ fn a_trace_routes_offline_as_it_did_in_the_model() {
 
     let arguments = ["route", "--logits", &trace, "--router", "top-k", "--out", &routes, "--json"];
     assert!(json(&arguments)["layers"][0]["capacity_total"].is_null());
-    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    let routed = Checkpoint::open(&routes).unwrap();
     for (layer, expected) in forward_ids(1024).into_iter().enumerate() {
         assert_eq!(expected.len(), 1024 * 4);
         assert_eq!(integers(&routed, &format!("layer.{layer}.experts")), expected, "layer {layer}");
@@ -370,7 +372,7 @@ fn a_trace_routes_offline_as_it_did_in_the_model() {
         );
         assert!(number(layer, "gate_mass_vs_bound") > 0.999, "{layer}");
     }
-    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    let routed = Checkpoint::open(&routes).unwrap();
     for layer in 0..4 {
         let experts = integers(&routed, &format!("layer.{layer}.experts"));
         let limits = integers(&routed, &format!("layer.{layer}.capacities"));
@@ -395,7 +397,7 @@ fn routes_under_given_capacities_drop_what_has_no_room() {
         assert_eq!(layer["kept"].as_u64(), Some(600));
         assert_eq!((number(layer, "survival"), number(layer, "feasible_survival")), (0.25, 0.25));
     }
-    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    let routed = Checkpoint::open(&routes).unwrap();
     assert_eq!(integers(&routed, "layer.0.device_capacities"), [300, 200, 100, 0]);
     for (expert, weight) in words(&routed, "layer.0.experts").into_iter().zip(words(&routed, "layer.0.weights")) {
         assert_eq!(i32::from_le_bytes(expert) == -1, f32::from_le_bytes(weight) == 0.0);
@@ -423,7 +425,7 @@ fn a_batch_below_the_minimum_has_no_limit_and_its_room_is_counted() {
         "capacity factor 1.0 per device: no limit in 1 of 3 batches, which have fewer than 4 slots per device on average\n"
     );
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let routed = Checkpoint::open_files(&[&routes]).unwrap();
+    let routed = Checkpoint::open(&routes).unwrap();
     for layer in 0..4 {
         let limits = integers(&routed, &format!("layer.{layer}.device_capacities"));
         assert_eq!(limits, [300 + 300 + 12; 4]);
@@ -506,7 +508,11 @@ fn hash_says_when_a_trace_has_no_token_ids() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("trace.safetensors");
     let metadata = [("experts", "4"), ("top_k", "1")].map(|(key, value)| (key.to_owned(), value.to_owned()));
-    write_tensors(&path, &[NamedTensor::f32("layer.0", [2, 4], &[0.0; 8])], Some(metadata.into())).unwrap();
+    std::fs::write(
+        &path,
+        tensor_bytes(&[NamedTensor::f32("layer.0", [2, 4], &[0.0; 8])], Some(metadata.into())).unwrap(),
+    )
+    .unwrap();
     let message = |router: &str| {
         let output = run(&["route", "--logits", path.to_str().unwrap(), "--router", router]);
         assert!(output.status.success());
@@ -523,7 +529,7 @@ fn logits_go_to_a_file_from_ids_or_a_file_of_ids() {
     std::fs::write(path("ids"), "5, 6\n7").unwrap();
     assert!(run(&["logits", "--ids", "5,6,7", "--out", &path("a")]).status.success());
     assert!(run(&["logits", "--ids-file", &path("ids"), "--out", &path("b")]).status.success());
-    let [a, b] = ["a", "b"].map(|name| Checkpoint::open_files(&[path(name)]).unwrap());
+    let [a, b] = ["a", "b"].map(|name| Checkpoint::open(path(name)).unwrap());
     assert_eq!(a.entry("logits").unwrap().shape, [3, 2048]);
     assert_eq!(a.read("logits").unwrap(), b.read("logits").unwrap());
     std::fs::write(path("ids"), "5 x").unwrap();
@@ -534,7 +540,7 @@ fn logits_go_to_a_file_from_ids_or_a_file_of_ids() {
 fn inspect_counts_what_the_file_holds() {
     let report = json(&["inspect", "--json"]);
     let model = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("models/tiny-moe/model.safetensors");
-    let checkpoint = Checkpoint::open_files(&[model]).unwrap();
+    let checkpoint = Checkpoint::open(model).unwrap();
     let bytes: usize = checkpoint.tensors().values().map(|entry| entry.bytes).sum();
     let whole = report["expert_bytes"].as_u64().unwrap() + report["other_bytes"].as_u64().unwrap();
     assert_eq!(whole, bytes as u64);
@@ -727,7 +733,7 @@ fn logits_and_traces_of_an_expert_cache_are_those_of_the_model_in_memory() {
             let file = directory.path().join(format!("{number}-{}.safetensors", cache.len()));
             let said = stderr(&[command, cache, &["--out", file.to_str().unwrap()]].concat());
             assert_eq!(said.lines().count(), cache.len() / 2, "{said}");
-            Checkpoint::open_files(&[&file]).unwrap()
+            Checkpoint::open(&file).unwrap()
         });
         assert!(!files[0].tensors().is_empty());
         for name in files[0].tensors().keys() {

@@ -40,9 +40,8 @@ fn a_checkpoint_of_60_gb_is_inspected_by_its_headers() {
     let before = bytes_read();
     let model = Weights::open(directory.path()).unwrap();
     let (spec, store) = (model.spec().unwrap(), model.expert_store().unwrap());
-    let pieces = model.experts(47, 127).unwrap();
     let read = bytes_read() - before;
-    assert_eq!((store.layers(), spec.moe.experts, pieces.len()), (48, 128, 3));
+    assert_eq!((spec.layers, spec.moe.experts, store.slab_bytes(47) > 0), (48, 128, true));
     // The headers, the index, the configuration, and what else the process reads of itself.
     assert!(read <= headers + lengths(false) + 100_000, "{read} bytes read, headers have {headers}");
     assert!(headers + lengths(false) < 6_000_000);

@@ -220,7 +220,7 @@ fn faults(situation: &Situation) -> Vec<String> {
 
 fn tensor_fault(expected: &Expected, file: &Path) -> Option<String> {
     let values = |file: &Path, name: &str| -> Result<(Vec<usize>, Vec<f32>), String> {
-        let checkpoint = Checkpoint::open_files(&[file]).map_err(|error| error.to_string())?;
+        let checkpoint = Checkpoint::open(file).map_err(|error| error.to_string())?;
         let shape = checkpoint.entry(name).map_err(|error| error.to_string())?.shape.clone();
         let bytes = checkpoint.read(name).map_err(|error| error.to_string())?;
         Ok((shape, bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))

@@ -26,10 +26,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use mapped::Mapped;
+use mapped::{Mapped, Piece};
 use phase_moe::eval::{Batching, Decoding, EvalText};
 use phase_moe::experts::ProjectionWeights;
-use phase_moe::offload::{LoadedExpert, Part, Piece, RequestLog, Requests, Slab};
+use phase_moe::offload::{LoadedExpert, Part, RequestLog};
 use phase_moe::{
     Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, Capacity, Checkpoint, Decoder, DispatchPlan,
     Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec, Policy,
@@ -137,7 +137,7 @@ impl Subject {
             }
             Which::Olmoe => {
                 let store = files.expert_store()?;
-                let all: usize = (0..store.layers()).map(|layer| spec.moe.experts * store.slab_bytes(layer)).sum();
+                let all: usize = (0..spec.layers).map(|layer| spec.moe.experts * store.slab_bytes(layer)).sum();
                 let options = LoadOptions::default().with_expert_cache(CacheOptions::new(all));
                 let ids = (0..4096u32).map(|at| at.wrapping_mul(2_654_435_761) >> 22).collect();
                 (Decoder::load(&files, &options)?, ids, None)
@@ -155,8 +155,16 @@ impl Subject {
         Ok(Self { which, files, spec, logits, inputs, tokens, text })
     }
 
-    fn pieces(&self) -> Result<Vec<Vec<Vec<Piece>>>> {
-        let layer = |layer| (0..self.spec.moe.experts).map(|id| Ok(self.files.experts(layer, id)?)).collect();
+    /// Gate, up and down projection of every layer's experts, in files of both models.
+    fn pieces(&self) -> Result<Vec<Vec<[Piece; 3]>>> {
+        let piece = |layer: usize, id: usize, projection: &str| {
+            let name = format!("model.layers.{layer}.mlp.experts.{id}.{projection}.weight");
+            Piece::new(self.files.checkpoint().entry(&name)?)
+        };
+        let expert = |layer, id| {
+            Ok([piece(layer, id, "gate_proj")?, piece(layer, id, "up_proj")?, piece(layer, id, "down_proj")?])
+        };
+        let layer = |layer| (0..self.spec.moe.experts).map(|id| expert(layer, id)).collect();
         (0..self.spec.layers).map(layer).collect()
     }
 
@@ -182,7 +190,8 @@ impl Subject {
         };
         let (engine, capacity) = (Engine::default(), Capacity::unlimited(moe.experts)?);
         let (mut states, mut scratch) = (vec![RouteState::default(); layers], Scratch::default());
-        let (mut assignment, mut resident) = (Assignment::default(), ExpertSet::new(moe.experts)?);
+        let mut assignment = Assignment::default();
+        let (mut resident, mut wanted) = (ExpertSet::new(moe.experts)?, ExpertSet::default());
         let mut logs = vec![RequestLog::default(); layers];
         let mut cold_logs = logs.clone();
         let mut output = vec![0.0; moe.hidden];
@@ -207,12 +216,12 @@ impl Subject {
                     RouteContext { layer, step: token as u64, resident: Some(&resident), ..RouteContext::default() };
                 let request = RouteRequest::new(&scores, moe.top_k, &capacity, context)?;
                 router.route_into(&request, &mut states[layer], &mut scratch, &mut assignment)?;
-                let wanted = Requests::new(&assignment, None)?;
-                logs[layer].push(wanted.wanted());
-                let plan = DispatchPlan::new(&assignment);
+                assignment.used_experts(&mut wanted)?;
+                logs[layer].push(&wanted);
+                let plan = DispatchPlan::from(&assignment);
                 let input = &self.inputs[layer][token * moe.hidden..][..moe.hidden];
                 output.fill(0.0);
-                let step = experts.step(&engine, layer, input, wanted.wanted(), &plan, &mut output)?;
+                let step = experts.step(&engine, layer, input, &wanted, &plan, &mut output)?;
                 (hits, requests) = (hits + step.0, requests + step.1);
             }
         }
@@ -304,16 +313,19 @@ impl Source {
             engine.add(Matrix::from_f32(1, input.len(), input)?, &work, output)
         };
         let step = match self {
-            Self::Cached(cache) => cache.run(layer, wanted, |loaded| {
-                add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::Result<_>>()?)
-            })?,
+            Self::Cached(cache) => {
+                let step = cache.run(layer, wanted, |loaded| {
+                    add(loaded.iter().map(|(_, expert)| weights_of(expert)).collect::<phase_moe::Result<_>>()?)
+                })?;
+                (step.hits, step.hits + step.misses)
+            }
             Self::Mapped(mapped) => {
                 mapped.begin(layer, wanted)?;
                 add(wanted.iter().map(|expert| mapped.expert(layer, expert.index())).collect::<Result<_>>()?)?;
                 mapped.advance(layer, wanted)?
             }
         };
-        Ok((step.hits, step.hits + step.misses))
+        Ok(step)
     }
 }
 
@@ -329,10 +341,8 @@ fn weights_of<'a>(expert: &LoadedExpert<'a>) -> phase_moe::Result<ExpertWeights<
 /// slowly from the host, and the first mode to want it would pay for all.
 fn touch(subject: &Subject) -> Result<()> {
     let store = subject.files.expert_store()?;
-    let bytes: usize = (0..store.layers()).map(|layer| subject.spec.moe.experts * store.slab_bytes(layer)).sum();
-    let mut slab = Slab::new(bytes);
-    slab.bytes_mut().iter_mut().step_by(4096).for_each(|byte| *byte = 1);
-    std::hint::black_box(&slab);
+    let bytes: usize = (0..subject.spec.layers).map(|layer| subject.spec.moe.experts * store.slab_bytes(layer)).sum();
+    std::hint::black_box(vec![1u8; bytes]);
     Ok(())
 }
 
@@ -353,8 +363,10 @@ fn disk_rate(checkpoint: &Checkpoint) -> Result<f64> {
         chunks.extend((0..count).map(|at| (source, at * CHUNK as u64)));
     }
     chunks.truncate(1536);
-    let read = |(source, at): (usize, u64), slab: &mut Slab| {
-        sources[source].1.read_exact_at(&mut slab.bytes_mut()[..CHUNK], at)
+    // Pages of their own, which direct reads fill without a copy.
+    let read = |(source, at): (usize, u64), buffer: &mut [u8]| {
+        let start = buffer.as_ptr().align_offset(mapped::PAGE);
+        sources[source].1.read_exact_at(&mut buffer[start..start + CHUNK], at)
     };
     let mut best = 0f64;
     for third in chunks.chunks(chunks.len().div_ceil(3).max(1)) {
@@ -363,8 +375,8 @@ fn disk_rate(checkpoint: &Checkpoint) -> Result<f64> {
             let readers: Vec<_> = [0, 1]
                 .map(|reader| {
                     scope.spawn(move || {
-                        let mut slab = Slab::new(CHUNK);
-                        third.iter().skip(reader).step_by(2).try_for_each(|&chunk| read(chunk, &mut slab))
+                        let mut buffer = vec![0; CHUNK + mapped::PAGE];
+                        third.iter().skip(reader).step_by(2).try_for_each(|&chunk| read(chunk, &mut buffer))
                     })
                 })
                 .into_iter()

@@ -5,27 +5,48 @@
 //! pages that no resident expert has bytes in, from the process and from the page cache. That the system would drop pages of
 //! experts in use is not counted against it.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
-use phase_moe::experts::ProjectionWeights;
-use phase_moe::offload::{Part, Piece, Step};
-use phase_moe::{Activation, Checkpoint, ExpertSet, ExpertWeights, Matrix, Policy, Residency};
+use phase_moe::checkpoint::TensorEntry;
+use phase_moe::{Activation, Checkpoint, Dtype, ExpertId, ExpertSet, ExpertWeights, Matrix};
 use rustix::fs::{Advice as FileAdvice, fadvise};
 
-const PAGE: usize = 4096;
+pub const PAGE: usize = 4096;
 
 /// Pages that are asked for in one call.
 const ASKED: usize = 64;
 
 pub struct Mapped {
     files: Vec<MappedFile>,
-    experts: Vec<Vec<Vec<Piece>>>,
-    resident: Vec<Residency>,
+    experts: Vec<Vec<[Piece; 3]>>,
+    /// Experts of each layer in memory, those used last at the end.
+    resident: Vec<Vec<ExpertId>>,
+    /// The most of a layer.
+    cached: usize,
+}
+
+/// A matrix in a file.
+pub struct Piece {
+    file: usize,
+    offset: usize,
+    dtype: Dtype,
+    rows: usize,
+    columns: usize,
+}
+
+impl Piece {
+    pub fn new(entry: &TensorEntry) -> Result<Self> {
+        let stored = format!("{:?}", entry.dtype);
+        let mut dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter();
+        let dtype = dtypes.find(|dtype| dtype.to_string().eq_ignore_ascii_case(&stored));
+        let [rows, columns] = entry.shape[..] else { anyhow::bail!("expected a matrix, got {:?}", entry.shape) };
+        let (file, offset) = (entry.source, entry.offset as usize);
+        Ok(Self { file, offset, dtype: dtype.with_context(|| stored)?, rows, columns })
+    }
 }
 
 struct MappedFile {
@@ -38,22 +59,21 @@ struct MappedFile {
 /// Bytes of a piece.
 fn bytes_of(piece: &Piece) -> Result<Range<usize>> {
     let size = piece.rows * piece.dtype.row_bytes(piece.columns).context("whole blocks")?;
-    let start = piece.offset as usize;
-    Ok(start..start + size)
+    Ok(piece.offset..piece.offset + size)
 }
 
 /// The file and the pages of a piece, those that it shares with others included.
 fn pages_of(piece: &Piece) -> Result<(usize, Range<usize>)> {
     let bytes = bytes_of(piece)?;
-    Ok((piece.source, bytes.start / PAGE..bytes.end.div_ceil(PAGE)))
+    Ok((piece.file, bytes.start / PAGE..bytes.end.div_ceil(PAGE)))
 }
 
 /// The same of all pieces of an expert, those that touch in one.
 fn runs_of(pieces: &[Piece]) -> Result<Vec<(usize, Range<usize>)>> {
     let mut runs = pieces.iter().map(pages_of).collect::<Result<Vec<_>>>()?;
-    runs.sort_by_key(|(source, pages)| (*source, pages.start));
-    runs.dedup_by(|(source, next), (last, pages)| {
-        let touch = source == last && next.start <= pages.end;
+    runs.sort_by_key(|(file, pages)| (*file, pages.start));
+    runs.dedup_by(|(file, next), (last, pages)| {
+        let touch = file == last && next.start <= pages.end;
         pages.end = if touch { pages.end.max(next.end) } else { pages.end };
         touch
     });
@@ -100,7 +120,7 @@ impl Drop for Mapped {
 
 impl Mapped {
     /// Maps the files of a checkpoint; nothing of them is in memory.
-    pub fn new(checkpoint: &Checkpoint, experts: Vec<Vec<Vec<Piece>>>, cached: usize) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint, experts: Vec<Vec<[Piece; 3]>>, cached: usize) -> Result<Self> {
         let mut files = Vec::new();
         for (name, _) in checkpoint.sources() {
             let file = File::open(Path::new(name)).with_context(|| name.clone())?;
@@ -111,55 +131,55 @@ impl Mapped {
             let users = vec![0; map.len().div_ceil(PAGE)];
             files.push(MappedFile { file, map, users });
         }
-        let resident = experts.iter().map(|layer| Residency::new(layer.len(), cached.min(layer.len()), Policy::Lru));
-        let resident = resident.collect::<Result<_, _>>()?;
-        Ok(Self { files, experts, resident })
+        let resident = vec![Vec::new(); experts.len()];
+        Ok(Self { files, experts, resident, cached })
     }
 
     /// Has the experts of a step that are not in memory read, all at once.
     pub fn begin(&self, layer: usize, wanted: &ExpertSet) -> Result<()> {
-        let resident = self.resident[layer].resident();
-        for expert in wanted.iter().filter(|&expert| !resident.contains(expert)) {
-            for (source, pages) in runs_of(&self.experts[layer][expert.index()])? {
-                self.files[source].will_need(&pages)?;
+        let resident = &self.resident[layer];
+        for expert in wanted.iter().filter(|expert| !resident.contains(expert)) {
+            for (file, pages) in runs_of(&self.experts[layer][expert.index()])? {
+                self.files[file].will_need(&pages)?;
             }
         }
         Ok(())
     }
 
     pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertWeights<'_>> {
-        let mut parts = BTreeMap::new();
-        for piece in &self.experts[layer][expert] {
-            let bytes = &self.files[piece.source].map[bytes_of(piece)?];
-            let matrix = Matrix::new(piece.dtype, piece.rows, piece.columns, bytes)?;
-            parts.insert(format!("{:?}", piece.part), ProjectionWeights::from(matrix));
-        }
-        let mut take = |part: Part| parts.remove(&format!("{part:?}")).context("a part");
-        let (gate, up, down) = (take(Part::Gate)?, take(Part::Up)?, take(Part::Down)?);
+        let matrix = |piece: &Piece| -> Result<Matrix<'_>> {
+            let bytes = &self.files[piece.file].map[bytes_of(piece)?];
+            Ok(Matrix::new(piece.dtype, piece.rows, piece.columns, bytes)?)
+        };
+        let [gate, up, down] = &self.experts[layer][expert];
+        let (gate, up, down) = (matrix(gate)?.into(), matrix(up)?.into(), matrix(down)?.into());
         Ok(ExpertWeights::new(Activation::swiglu(), Some(gate), up, down)?)
     }
 
-    /// Ends a step that used these experts.
-    pub fn advance(&mut self, layer: usize, used: &ExpertSet) -> Result<Step> {
-        let before = self.resident[layer].resident().clone();
-        let step = self.resident[layer].advance(used)?;
-        let after = self.resident[layer].resident();
+    /// Ends a step that used these experts; returns its hits and its requests.
+    pub fn advance(&mut self, layer: usize, used: &ExpertSet) -> Result<(usize, usize)> {
+        let before = std::mem::take(&mut self.resident[layer]);
+        let hits = before.iter().filter(|&&expert| used.contains(expert)).count();
+        let mut after: Vec<_> = before.iter().copied().filter(|&expert| !used.contains(expert)).collect();
+        after.extend(used.iter());
+        after.drain(..after.len().saturating_sub(self.cached));
         let (experts, files) = (&self.experts[layer], &mut self.files);
-        for expert in after.iter().filter(|&expert| !before.contains(expert)) {
-            for (source, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
-                files[source].users[pages].iter_mut().for_each(|users| *users += 1);
+        for expert in after.iter().filter(|expert| !before.contains(expert)) {
+            for (file, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
+                files[file].users[pages].iter_mut().for_each(|users| *users += 1);
             }
         }
-        for expert in before.iter().filter(|&expert| !after.contains(expert)) {
-            for (source, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
-                files[source].users[pages].iter_mut().for_each(|users| *users -= 1);
+        for expert in before.iter().filter(|expert| !after.contains(expert)) {
+            for (file, pages) in experts[expert.index()].iter().map(pages_of).collect::<Result<Vec<_>>>()? {
+                files[file].users[pages].iter_mut().for_each(|users| *users -= 1);
             }
         }
-        for gone in before.iter().chain(used.iter()).filter(|&expert| !after.contains(expert)) {
-            for (source, pages) in runs_of(&experts[gone.index()])? {
-                files[source].drop_unused(pages)?;
+        for gone in before.iter().copied().chain(used.iter()).filter(|expert| !after.contains(expert)) {
+            for (file, pages) in runs_of(&experts[gone.index()])? {
+                files[file].drop_unused(pages)?;
             }
         }
-        Ok(step)
+        self.resident[layer] = after;
+        Ok((hits, used.len()))
     }
 }

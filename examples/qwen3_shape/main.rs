@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     let (after_prompt, started) = (peak_bytes()?, Instant::now());
     for _ in 0..options.new_tokens {
         let next = sampler.next(&logits.squeeze(0)?)?;
-        logits = decoder.forward_last(&Batch::new(&[&[next]])?, &mut state)?;
+        logits = decoder.prefill(&Batch::new(&[&[next]])?, 1, &mut state)?;
     }
     let decode = started.elapsed();
     let statistics = decoder.expert_cache().context("an expert cache")?.statistics();
@@ -111,7 +111,7 @@ fn main() -> Result<()> {
         options.chunk_tokens,
         options.new_tokens,
         options.new_tokens as f64 / decode.as_secs_f64(),
-        100.0 * statistics.hit_rate().unwrap_or(0.0),
+        100.0 * statistics.hits as f64 / statistics.requests.max(1) as f64,
         statistics.bytes_read as f64 / 1e9
     );
     Ok(())

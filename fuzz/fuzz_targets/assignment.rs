@@ -2,13 +2,15 @@
 
 #![no_main]
 
-#[path = "../../tests/properties/invariants.rs"]
+#[path = "../../src/routing/tests/properties/invariants.rs"]
 #[allow(dead_code)]
 mod invariants;
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::Assignment;
+// What `invariants` finds in its crate.
+#[rustfmt::skip]
+use phase_moe::{Assignment, DispatchPlan, RouteMetrics, RouteRequest, RouteState, Router, check_assignment, routing};
 
 fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     let (experts, top_k): (usize, usize) = (bytes.int_in_range(0..=70)?, bytes.int_in_range(0..=20)?);

@@ -45,6 +45,6 @@ fuzz_target!(|data: &[u8]| {
     });
     if let Ok(spec) = parse_config(&config.to_string(), "config.json") {
         // What follows from it takes no more than counting.
-        let _ = (spec.parameters(), spec.active_parameters(), spec.moe_layers());
+        let _ = (spec.parameters(), spec.active_parameters(), spec.moe_blocks().count());
     }
 });

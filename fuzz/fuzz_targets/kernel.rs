@@ -4,7 +4,7 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use phase_moe::routing::{PhaseKernel, PhaseRing, PhaseSide, permutations};
+use phase_moe::routing::{PhaseKernel, PhaseSide, permutations, phase_ring};
 
 fn side(bytes: &mut Unstructured<'_>, rows: usize, seed: u64) -> Result<Option<PhaseSide>> {
     let [mut order, _] = permutations(rows as u32, seed);
@@ -45,8 +45,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
         (bytes.int_in_range(0..=130)?, bytes.int_in_range(0..=140)?, bytes.arbitrary()?);
     let (sources, targets) = (side(bytes, rows, seed)?, side(bytes, rows, seed ^ 1)?);
     if let (Some(sources), Some(targets)) = (sources, targets) {
-        let kernel = PhaseRing::new(sources, targets).expect("sides of one size");
-        let routed = kernel.route(top_k, seed);
+        let routed = phase_ring(sources, targets, top_k, seed);
         assert_eq!(routed.is_ok(), top_k > 0);
         if let Ok(chosen) = routed {
             assert_eq!(chosen.len(), rows * top_k);
@@ -57,7 +56,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     let shares: Result<Vec<f64>> = (0..experts).map(|_| Ok(f64::from_bits(bytes.arbitrary()?))).collect();
     let shares = shares?;
     let density = f64::from_bits(bytes.arbitrary()?);
-    if let Ok(kernel) = PhaseKernel::new(seed).with_sampling(density, bytes.int_in_range(0..=9)?)
+    if let Ok(kernel) = PhaseKernel::new(density, bytes.int_in_range(0..=9)?, seed)
         && let Ok(chosen) = kernel.select(rows, &shares, top_k)
     {
         assert_eq!(chosen.len(), rows * top_k);

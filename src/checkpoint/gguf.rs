@@ -49,7 +49,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] as [`Checkpoint::open`].
-    pub fn from_gguf_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
+    pub(crate) fn from_gguf_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
         let files: Vec<NamedSource> = files.into_iter().map(|(name, source)| (name, Arc::from(source))).collect();
         let (mut tensors, mut first) = (BTreeMap::new(), None);
         for (index, (name, source)) in files.iter().enumerate() {
@@ -274,7 +274,7 @@ impl Reader<'_> {
             return Err(self.wrong(format!("{what}: expected rows of whole blocks, got {dtype:?} {shape:?}")));
         };
         let offset = self.u64(&what)?;
-        Ok((name, TensorEntry { dtype, shape, bytes, file, offset }))
+        Ok((name, TensorEntry { dtype, shape, bytes, source: file, offset }))
     }
 }
 

@@ -124,6 +124,12 @@ enum FileKind {
     Unknown,
 }
 
+/// Whether `path` is a safetensors file, by its name or by what it begins with.
+pub(super) fn is_safetensors(path: &Path) -> Result<bool> {
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"));
+    Ok(path.is_file() && (named || matches!(file_kind(path)?, FileKind::Safetensors)))
+}
+
 fn file_kind(path: &Path) -> Result<FileKind> {
     let io = |error| Error::io(path, error);
     let file = File::open(path).map_err(io)?;

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// One value.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Value {
+pub(crate) enum Value {
     /// Any integer.
     Integer(i64),
     /// Any float; of 32 bits the shortest decimal that stands for it, so that 1e-5 is 1e-5.
@@ -57,7 +57,7 @@ impl Metadata {
     }
 
     /// The value of a key.
-    pub fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key)
     }
 

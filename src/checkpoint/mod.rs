@@ -3,7 +3,7 @@
 //! A [`Checkpoint`] is one or more safetensors files (a directory with `model.safetensors` or an index of shards, or bytes
 //! in memory), or a GGUF file with its [`Metadata`]. Opening reads headers only, and checks them whole before
 //! anything in them is trusted; a tensor's bytes are read when asked for. Nothing is mapped: a file that shrinks while open gives an
-//! error, not a signal. Files are read past the page cache where that can be; a FIFO or a device is no file. [`tensor_bytes`] and [`write_tensors`] are the
+//! error, not a signal. Files are read past the page cache where that can be; a FIFO or a device is no file. [`tensor_bytes`] is the
 //! other direction: [`NamedTensor`]s to one safetensors file.
 //!
 //! Knows nothing of tensor frameworks or models.
@@ -16,13 +16,14 @@ use std::sync::Arc;
 
 pub(crate) use self::direct::{DirectFile, PAGE_BYTES};
 pub(crate) use self::file::{open_file, read_file, read_text};
+use self::locate::is_safetensors;
 pub(crate) use self::locate::{Located, locate, name_of};
 pub use self::{
     element::{BlockType, ElementType},
     file::text,
     json::parse as parse_json,
-    metadata::{Metadata, Value},
-    write::{NamedTensor, tensor_bytes, write_tensors},
+    metadata::Metadata,
+    write::{NamedTensor, tensor_bytes},
 };
 use crate::error::{Error, Result};
 
@@ -32,25 +33,18 @@ mod file;
 mod gguf;
 pub(crate) mod json;
 mod locate;
-mod metadata;
+pub(crate) mod metadata;
 mod safetensors;
 mod write;
 
 /// Bytes that can be read at a position: a file, or memory.
+#[allow(clippy::len_without_is_empty, reason = "a length that has to be asked of the system")]
 pub trait ByteSource: Send + Sync + Debug {
     /// Number of bytes there are.
     ///
     /// # Errors
     /// When the system cannot tell.
     fn len(&self) -> std::io::Result<u64>;
-
-    /// True when there are none.
-    ///
-    /// # Errors
-    /// When the system cannot tell.
-    fn is_empty(&self) -> std::io::Result<bool> {
-        Ok(self.len()? == 0)
-    }
 
     /// Fills `buffer` with the bytes from `offset`.
     ///
@@ -112,24 +106,14 @@ pub struct TensorEntry {
     pub shape: Vec<usize>,
     /// Length in bytes.
     pub bytes: usize,
-    file: usize,
-    offset: u64,
-}
-
-impl TensorEntry {
     /// Which of [`Checkpoint::sources`] its bytes are in.
-    pub fn source(&self) -> usize {
-        self.file
-    }
-
+    pub source: usize,
     /// Where in that source they begin.
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
+    pub offset: u64,
 }
 
 /// A named [`ByteSource`] that can be read by several.
-pub type NamedSource = (String, Arc<dyn ByteSource>);
+pub(crate) type NamedSource = (String, Arc<dyn ByteSource>);
 
 /// The tensors of a model and where their bytes are.
 #[derive(Debug)]
@@ -145,12 +129,16 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 impl Checkpoint {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `path`, or the one GGUF file that is
-    /// there where neither is; or the GGUF file that `path` is.
+    /// there where neither is; or the safetensors or GGUF file that `path` is.
     ///
     /// # Errors
     /// [`Error::Io`] when a file is missing or unreadable, [`Error::Checkpoint`] when it is not what it says: naming the file,
     /// the tensor, what was expected and what came.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if is_safetensors(path)? {
+            return Self::open_files(&[path]);
+        }
         let directory = match locate(path)? {
             Located::Gguf(file) => return Self::open_gguf(&file),
             Located::Directory(directory) => directory,
@@ -164,7 +152,7 @@ impl Checkpoint {
     }
 
     /// The files, or what stands for them.
-    pub fn sources(&self) -> &[NamedSource] {
+    pub fn sources(&self) -> &[(String, Arc<dyn ByteSource>)] {
         &self.files
     }
 
@@ -174,7 +162,7 @@ impl Checkpoint {
     }
 
     /// Free-form metadata of safetensors files.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub(crate) fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
@@ -194,8 +182,8 @@ impl Checkpoint {
     }
 
     /// The file a tensor is in.
-    pub fn file_of(&self, entry: &TensorEntry) -> &str {
-        &self.files[entry.file].0
+    pub(crate) fn file_of(&self, entry: &TensorEntry) -> &str {
+        &self.files[entry.source].0
     }
 
     /// Reads the bytes of a tensor.
@@ -212,7 +200,7 @@ impl Checkpoint {
     /// Reads some of a tensor's bytes, from byte `start` on; `name` is what an error calls it.
     pub(crate) fn read_part(&self, entry: &TensorEntry, name: &str, start: usize, bytes: &mut [u8]) -> Result<()> {
         let (offset, count) = (entry.offset + start as u64, bytes.len());
-        self.files[entry.file]
+        self.files[entry.source]
             .1
             .read_exact_at(bytes, offset)
             .map_err(|error| self.wrong(entry, name, format!("expected {count} bytes at {offset}, got {error}")))

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Metadata as SafetensorsHeader, TensorInfo};
 
+use super::gguf::MAGIC;
 use super::{ByteSource, Checkpoint, DirectFile, MAX_HEADER_BYTES, NamedSource, TensorEntry, json, read_text};
 use crate::error::{Error, Result};
 
@@ -42,7 +43,7 @@ impl Checkpoint {
         let checkpoint = Self::from_indexed(files(&paths)?, |tensor| places.get(tensor).map(String::as_str))?;
         for (tensor, shard) in map {
             let entry = checkpoint.tensors.get(tensor);
-            if entry.is_none_or(|entry| checkpoint.files[entry.file].0 != places[tensor.as_str()]) {
+            if entry.is_none_or(|entry| checkpoint.files[entry.source].0 != places[tensor.as_str()]) {
                 let shard = shard.as_str().unwrap_or_default();
                 return Err(wrong(format!("tensor `{tensor}`: expected in {shard}, got none")));
             }
@@ -54,16 +55,20 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
-    pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
-        Self::from_sources(files(paths)?)
+    pub(crate) fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        Self::from_indexed(files(paths)?, |_| None)
     }
 
-    /// Reads the headers of named sources.
+    /// Reads the headers of named sources: safetensors files, or the parts of one GGUF file in order, which begins with its name.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for a header that is not one, a tensor outside the file, a tensor in two files.
+    /// [`Error::Checkpoint`] for a header that is not one, a tensor outside the file, a tensor in two files, parts of several files.
     pub fn from_sources(files: Vec<(String, Box<dyn ByteSource>)>) -> Result<Self> {
-        Self::from_indexed(files, |_| None)
+        let mut start = [0; MAGIC.len()];
+        // A source that cannot be read says so where its header is.
+        let is_gguf =
+            files.first().is_some_and(|(_, file)| file.read_exact_at(&mut start, 0).is_ok() && start == MAGIC);
+        if is_gguf { Self::from_gguf_sources(files) } else { Self::from_indexed(files, |_| None) }
     }
 
     /// The same where an index may say which file a tensor is in that is in two.
@@ -82,14 +87,14 @@ impl Checkpoint {
                     dtype: info.dtype.into(),
                     shape: info.shape.clone(),
                     bytes: end - start,
-                    file: index,
+                    source: index,
                     offset: data_start + start as u64,
                 };
                 let place = place(&tensor);
                 match (tensors.entry(tensor), place) {
                     (Entry::Vacant(vacant), _) => drop(vacant.insert(entry)),
                     (Entry::Occupied(mut taken), Some(place)) if place == name => drop(taken.insert(entry)),
-                    (Entry::Occupied(taken), Some(place)) if place == files[taken.get().file].0 => {}
+                    (Entry::Occupied(taken), Some(place)) if place == files[taken.get().source].0 => {}
                     (Entry::Occupied(taken), _) => {
                         let detail = format!("tensor `{}`: expected in one file, got in two", taken.key());
                         return Err(Error::Checkpoint { file: name.clone(), detail });
@@ -179,7 +184,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::checkpoint::{NamedTensor, write_tensors};
+    use crate::checkpoint::{NamedTensor, tensor_bytes};
 
     fn file(header: &str, data: usize) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -213,7 +218,7 @@ mod tests {
     fn every_attack_on_the_header_is_refused() {
         let cases = [
             (vec![], "at least 8 bytes"),
-            (b"GGUF".to_vec(), "at least 8 bytes"),
+            (b"GGUF".to_vec(), "not a GGUF file"),
             (b"\x80\x02}q\x00(X\x05\x00\x00\x00state".to_vec(), "not a safetensors file"),
             (file(ONE, 7), "expected 70 bytes as the header says, got 69"),
             (file(ONE, 9), "expected 70 bytes as the header says, got 71"),
@@ -243,21 +248,19 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_written_and_what_cannot_be_is_an_error_with_its_path() {
+    fn tensors_are_written_and_what_cannot_be_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("t.safetensors");
-        let tensors = [NamedTensor::f32("a", [1, 2], &[1.0, -2.0]), NamedTensor::i32("b", [1], &[-1])];
-        write_tensors(&path, &tensors, None).unwrap();
+        let tensors = [NamedTensor::f32("a", [1, 2], &[1.0, -2.0]), NamedTensor::f32("b", [1], &[-1.0])];
+        std::fs::write(&path, tensor_bytes(&tensors, None).unwrap()).unwrap();
         let file = Checkpoint::open_files(&[&path]).unwrap();
         for tensor in &tensors {
             let entry = file.entry(&tensor.name).unwrap();
             assert_eq!((entry.dtype, &entry.shape), (tensor.dtype.into(), &tensor.shape));
             assert_eq!(file.read(&tensor.name).unwrap(), tensor.bytes);
         }
-        let nowhere = directory.path().join("no").join("t.safetensors");
-        let error = write_tensors(&nowhere, &tensors, None).unwrap_err();
-        assert!(matches!(&error, Error::Io { path, .. } if *path == nowhere), "{error}");
-        let short = write_tensors(&path, &[NamedTensor::u32("c", [2], &[1])], None).unwrap_err();
+        let short = NamedTensor { shape: vec![2], ..NamedTensor::f32("c", [1], &[1.0]) };
+        let short = tensor_bytes(&[short], None).unwrap_err();
         assert!(matches!(short, Error::Checkpoint { .. }), "{short}");
     }
 

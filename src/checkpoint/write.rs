@@ -1,7 +1,6 @@
 //! Tensors to one safetensors file, or to the bytes of one.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
@@ -29,13 +28,13 @@ impl NamedTensor {
     }
 
     /// From `i32` values.
-    pub fn i32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[i32]) -> Self {
+    pub(crate) fn i32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[i32]) -> Self {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Self { name: name.into(), dtype: Dtype::I32, shape: shape.into(), bytes }
     }
 
     /// From `u32` values.
-    pub fn u32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[u32]) -> Self {
+    pub(crate) fn u32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &[u32]) -> Self {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Self { name: name.into(), dtype: Dtype::U32, shape: shape.into(), bytes }
     }
@@ -56,13 +55,4 @@ pub fn tensor_bytes(tensors: &[NamedTensor], metadata: Option<HashMap<String, St
         views.push((name.as_str(), view));
     }
     safetensors::serialize(views, metadata).map_err(|error| wrong("*", error))
-}
-
-/// Writes tensors and free-form metadata to a safetensors file, over whatever `path` is.
-///
-/// # Errors
-/// [`Error::Io`] when the file cannot be written, which may then be there in part; as [`tensor_bytes`].
-pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: Option<HashMap<String, String>>) -> Result<()> {
-    // Not `serialize_to_file`, which renames a temporary file of mode 0600 over whatever `path` is, `/dev/null` included.
-    std::fs::write(path, tensor_bytes(tensors, metadata)?).map_err(|reason| Error::io(path, reason))
 }

@@ -44,7 +44,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Shape`] when all have.
-    pub fn step(tokens: &[Option<u32>]) -> Result<Self> {
+    pub(crate) fn step(tokens: &[Option<u32>]) -> Result<Self> {
         if tokens.iter().all(Option::is_none) {
             return Err(Error::shape("batch", "a token of at least one sequence", "none"));
         }
@@ -94,7 +94,7 @@ impl Batch {
     }
 
     /// Tokens of each sequence.
-    pub fn lengths(&self) -> &[usize] {
+    pub(crate) fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
@@ -104,7 +104,7 @@ impl Batch {
     }
 
     /// Rows.
-    pub fn sequences(&self) -> usize {
+    pub(crate) fn sequences(&self) -> usize {
         self.lengths.len()
     }
 

@@ -19,7 +19,7 @@
 //! assert_eq!(memory.advance(0, &often)?.hits, 2);
 //! assert_eq!(memory.advance(0, &once)?.misses, 1); // 7 is streamed: 5 is used more
 //! assert_eq!(memory.advance(0, &often)?.hits, 2);
-//! assert_eq!((memory.requests(), memory.hits(), memory.hit_rate()), (8, 5, Some(0.625)));
+//! assert_eq!((memory.requests(), memory.hits()), (8, 5));
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
@@ -28,7 +28,6 @@
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::offload::admission::{Admission, Admitted};
-use crate::offload::requests::Requests;
 use crate::offload::residency::{Policy, Residency, Step};
 use crate::routing::assignment::Assignment;
 
@@ -44,7 +43,7 @@ struct Layer {
 pub struct ExpertMemory {
     layers: Vec<Layer>,
     experts: usize,
-    asked: Requests,
+    asked: ExpertSet,
     requests: u64,
     hits: u64,
 }
@@ -53,11 +52,11 @@ impl ExpertMemory {
     /// Empty, with room for `cached` of the `experts` of each of `layers` layers.
     ///
     /// # Errors
-    /// Those of [`Residency::new`].
+    /// [`Error::ExpertCount`] for no or too many experts, [`Error::Parameter`] for an admission that cannot be.
     pub fn new(layers: usize, experts: usize, cached: usize, policy: Policy, admission: Admission) -> Result<Self> {
         let residency = Residency::new(experts, cached, policy)?;
         let layer = Layer { residency, admitted: Admitted::new(experts, admission)? };
-        Ok(Self { layers: vec![layer; layers], experts, asked: Requests::default(), requests: 0, hits: 0 })
+        Ok(Self { layers: vec![layer; layers], experts, asked: ExpertSet::default(), requests: 0, hits: 0 })
     }
 
     /// Layers.
@@ -85,7 +84,7 @@ impl ExpertMemory {
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer that there is not, or an assignment of other experts; nothing has changed then.
-    pub fn advance(&mut self, layer: usize, assignment: &Assignment) -> Result<Step> {
+    pub(crate) fn advance(&mut self, layer: usize, assignment: &Assignment) -> Result<Step> {
         let (layers, experts) = (self.layers.len(), self.experts());
         let Some(layer) = self.layers.get_mut(layer) else {
             return Err(Error::shape("layer", format!("one of {layers}"), layer));
@@ -94,14 +93,16 @@ impl ExpertMemory {
             let got = format!("one of {}", assignment.experts());
             return Err(Error::shape("assignment", format!("one of {experts} experts"), got));
         }
-        self.asked.refill(assignment, Some(layer.residency.resident()))?;
+        assignment.used_experts(&mut self.asked)?;
         let asked = &self.asked;
         let Layer { residency, admitted } = layer;
-        let used = admitted.admit(asked.wanted(), residency.resident(), residency.capacity())?;
+        let (requests, resident) = (asked.len(), residency.resident());
+        let hits = asked.iter().filter(|&expert| resident.contains(expert)).count();
+        let used = admitted.admit(asked, resident, residency.capacity())?;
         let evictions = residency.advance(used)?.evictions;
-        self.requests += asked.len() as u64;
-        self.hits += asked.hits() as u64;
-        Ok(Step { hits: asked.hits(), misses: asked.misses(), evictions })
+        self.requests += requests as u64;
+        self.hits += hits as u64;
+        Ok(Step { hits, misses: requests - hits, evictions })
     }
 
     /// Distinct experts per layer and step, summed.
@@ -117,11 +118,6 @@ impl ExpertMemory {
     /// Requests whose expert was not.
     pub(crate) fn misses(&self) -> u64 {
         self.requests - self.hits
-    }
-
-    /// Hits / requests; `None` before any.
-    pub fn hit_rate(&self) -> Option<f64> {
-        (self.requests > 0).then(|| self.hits as f64 / self.requests as f64)
     }
 }
 

@@ -9,7 +9,7 @@ mod block;
 mod builder;
 mod checked;
 mod finite;
-pub(crate) mod generate;
+pub(crate) mod generation;
 mod latent;
 mod linear;
 mod load;
@@ -22,10 +22,12 @@ mod rotary;
 pub(crate) mod sampling;
 mod seen;
 mod state;
+#[cfg(test)]
+mod tests;
 pub(crate) mod tokenizer;
 pub(crate) mod unstacked;
 
-pub use self::generate::{GenerateOptions, Generation, generate, generate_batch};
+pub use self::generation::{GenerateOptions, Generation, generate, generate_batch};
 pub use self::memory::ExpertMemory;
 pub use self::model::Model;
 pub use self::sampling::Sampler;
@@ -89,7 +91,7 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`MoeLayer::new`].
-    pub fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
+    pub(crate) fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
         let layers = self.moe_layers_mut().enumerate();
         layers.into_iter().try_for_each(|(at, layer)| layer.set_cached(CachedExperts::new(cache.clone(), at)))
     }
@@ -159,7 +161,7 @@ impl Decoder {
     }
 
     /// Logits `[sequences, positions, vocab]` of `batch`, all finite. A forward pass that failed on its way leaves keys and values of some
-    /// blocks alone: the state then refuses to go on until [`DecoderState::begin_text`]. What the routers saw and did is there afterwards
+    /// blocks alone: the state then refuses to go on. What the routers saw and did is there afterwards
     /// where the state [keeps it](DecoderState::keeping_routed).
     ///
     /// # Errors
@@ -177,7 +179,7 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::forward`].
-    pub fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+    pub(crate) fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
         let hidden = self.hidden_states(batch, state)?;
         let all = 0..batch.sequences();
@@ -187,7 +189,7 @@ impl Decoder {
     /// The same for prompts of any length: they go through in chunks of at most `chunk_tokens` tokens (padding counted, at least one
     /// position), so that memory beside weights, keys and values does not grow with their square.
     ///
-    /// Without a limit logits are those of [`Decoder::forward_last`]. A chunk is a batch: capacities are of its tokens, and it is a
+    /// Without a limit logits are those of one pass. A chunk is a batch: capacities are of its tokens, and it is a
     /// step of a memory of experts.
     ///
     /// # Errors

@@ -111,19 +111,11 @@ impl Model {
         self.tokenizer.before()
     }
 
-    /// Text of token ids.
-    ///
-    /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer cannot.
-    pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids)
-    }
-
     /// Text of token ids that come after those `before`: what all of them read beyond what those read alone, so that the first
     /// word keeps the space before it.
     ///
     /// # Errors
-    /// As [`Model::decode`].
+    /// [`Error::Tokenizer`] when the tokenizer cannot.
     pub fn decode_after(&self, before: &[u32], ids: &[u32]) -> Result<String> {
         let mut continuation = self.continuation(before)?;
         let mut text = String::new();
@@ -136,7 +128,7 @@ impl Model {
     /// The same token by token.
     ///
     /// # Errors
-    /// As [`Model::decode`].
+    /// As [`Model::decode_after`].
     pub fn continuation(&self, before: &[u32]) -> Result<Continuation> {
         Continuation::after(self.tokenizer.clone(), before)
     }

@@ -67,7 +67,7 @@ impl DecoderState {
     }
 
     /// Tokens seen so far, of each sequence; none before the first.
-    pub fn lengths(&self) -> &[usize] {
+    pub(crate) fn lengths(&self) -> &[usize] {
         self.seen.lengths()
     }
 
@@ -108,13 +108,8 @@ impl DecoderState {
         &self.routes
     }
 
-    /// Forward passes so far: the clock of affinities.
-    pub fn steps(&self) -> u64 {
-        self.step
-    }
-
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
-    pub fn begin_text(&mut self) {
+    pub(crate) fn begin_text(&mut self) {
         self.kv.iter_mut().flatten().for_each(KvCache::reset);
         (self.seen, self.torn) = (Seen::default(), false);
     }

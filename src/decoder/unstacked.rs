@@ -13,7 +13,7 @@
 //! use std::sync::Arc;
 //! use candle_core::{DType, Device};
 //! use phase_moe::{Checkpoint, ExpertNames};
-//! use phase_moe::checkpoint::{NamedTensor, write_tensors};
+//! use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 //! use phase_moe::decoder::unstacked_var_builder;
 //!
 //! # let directory = std::env::temp_dir().join(format!("phase-moe-unstacked-{}", std::process::id()));
@@ -23,7 +23,7 @@
 //!     NamedTensor::f32("mlp.experts.gate_up_proj", [2, 6, 4], &gate_up), // two experts of width 3 on a hidden state of 4
 //!     NamedTensor::f32("mlp.experts.down_proj", [2, 4, 3], &down),
 //! ];
-//! write_tensors(&directory.join("model.safetensors"), &stacks, None)?;
+//! std::fs::write(&directory.join("model.safetensors"), tensor_bytes(&stacks, None)?)?;
 //!
 //! let checkpoint = Arc::new(Checkpoint::open(&directory)?);
 //! let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
@@ -175,7 +175,7 @@ impl SimpleBackend for Unstacked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{NamedTensor, write_tensors};
+    use crate::checkpoint::{NamedTensor, tensor_bytes};
     use crate::weights::experts::Order;
 
     const EXPERTS: usize = 3;
@@ -221,7 +221,7 @@ mod tests {
             NamedTensor::f32("norm.weight", [2], &[1.0, 2.0]),
         ];
         let directory = tempfile::tempdir().unwrap();
-        write_tensors(&directory.path().join("model.safetensors"), &tensors, None).unwrap();
+        std::fs::write(directory.path().join("model.safetensors"), tensor_bytes(&tensors, None).unwrap()).unwrap();
         let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
         (directory, unstacked_var_builder(checkpoint, names, DType::F32, &Device::Cpu))
     }
@@ -312,7 +312,7 @@ mod tests {
     fn a_stack_without_its_other_half_or_of_another_shape_is_an_error() {
         let open = |tensors: &[NamedTensor]| {
             let directory = tempfile::tempdir().unwrap();
-            write_tensors(&directory.path().join("model.safetensors"), tensors, None).unwrap();
+            std::fs::write(directory.path().join("model.safetensors"), tensor_bytes(tensors, None).unwrap()).unwrap();
             let checkpoint = Arc::new(Checkpoint::open(directory.path()).unwrap());
             let vb =
                 unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu).pp("experts.0");
@@ -361,7 +361,7 @@ mod tests {
         let reads = Arc::new(Mutex::new(Vec::new()));
         let source = vec![("m".to_string(), Box::new(Watched(bytes, reads.clone())) as Box<dyn ByteSource>)];
         let checkpoint = Arc::new(Checkpoint::from_sources(source).unwrap());
-        let stack = checkpoint.entry("mlp.experts.gate_up_proj").unwrap().offset();
+        let stack = checkpoint.entry("mlp.experts.gate_up_proj").unwrap().offset;
         let vb = unstacked_var_builder(checkpoint, ExpertNames::default(), DType::F32, &Device::Cpu);
         reads.lock().unwrap().clear();
         assert!(vb.contains_tensor("mlp.experts.1.up_proj.weight"));

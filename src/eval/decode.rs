@@ -19,9 +19,9 @@ use super::perplexity::Perplexity;
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
+use crate::expert::ExpertSet;
 use crate::offload::admission::Admission;
 use crate::offload::belady::RequestLog;
-use crate::offload::requests::Requests;
 use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::Capacity;
@@ -134,7 +134,7 @@ impl Decoding {
     ///
     /// # Errors
     /// As [`Decoding::run`].
-    pub fn run_by_token(
+    pub(crate) fn run_by_token(
         &self,
         decoder: &Decoder,
         batches: &[Batch],
@@ -186,7 +186,7 @@ struct Books {
     capacity: Capacity,
     routed: Assignment,
     plain: Assignment,
-    asked: Requests,
+    asked: ExpertSet,
     log: RequestLog,
     step: u64,
     mass: f64,
@@ -204,7 +204,7 @@ impl Books {
             capacity: Capacity::unlimited(experts)?,
             routed: Assignment::default(),
             plain: Assignment::default(),
-            asked: Requests::default(),
+            asked: ExpertSet::default(),
             log: RequestLog::default(),
             step: 0,
             mass: 0.0,
@@ -236,8 +236,8 @@ impl Books {
             assignment.slots(0).map(|(expert, _)| f64::from(gate[expert.index()])).sum()
         };
         (*mass, *top_k_mass) = (*mass + sum(routed), *top_k_mass + sum(plain));
-        asked.refill(routed, None)?;
-        log.push(asked.wanted());
+        routed.used_experts(asked)?;
+        log.push(asked);
         memory.advance(0, routed)?;
         *step += 1;
         Ok(routed.raw())

@@ -5,6 +5,8 @@ mod decode;
 mod offline;
 mod perplexity;
 mod replay;
+#[cfg(test)]
+mod tests;
 mod text;
 mod trace;
 mod tune;

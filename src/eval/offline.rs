@@ -10,6 +10,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::trace::{GateTrace, LayerTrace};
+use crate::checkpoint::NamedTensor;
 use crate::error::{Error, Result};
 use crate::routing::assignment::Assignment;
 use crate::routing::cache_aware::CacheRouter;
@@ -85,6 +86,19 @@ pub struct RoutedLayer {
     pub batches_below_minimum: usize,
     /// What the routing did.
     pub figures: LayerFigures,
+}
+
+impl RoutedLayer {
+    /// `layer.{L}.experts`, `layer.{L}.weights` and `layer.{L}.capacities` or `layer.{L}.device_capacities`, to be written to a file.
+    pub fn tensors(&self) -> [NamedTensor; 3] {
+        let LayerFigures { layer, tokens, .. } = self.figures;
+        let capacities = if self.per_device { "device_capacities" } else { "capacities" };
+        [
+            NamedTensor::i32(format!("layer.{layer}.experts"), [tokens, self.width], &self.experts),
+            NamedTensor::f32(format!("layer.{layer}.weights"), [tokens, self.width], &self.weights),
+            NamedTensor::u32(format!("layer.{layer}.{capacities}"), [self.capacities.len()], &self.capacities),
+        ]
+    }
 }
 
 /// Figures of a routed layer: sums and shares over its batches; violation and spread are means over them.

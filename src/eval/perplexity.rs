@@ -52,11 +52,6 @@ impl Perplexity {
         Ok(())
     }
 
-    /// Tokens scored.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
-    }
-
     /// The perplexity.
     ///
     /// # Errors
@@ -90,7 +85,7 @@ mod tests {
         let batch = Batch::new(&[&[1, 2, 3], &[4, 0]]).unwrap();
         let mut perplexity = Perplexity::default();
         perplexity.add(&Tensor::zeros((2, 3, 5), DType::F32, &Device::Cpu).unwrap(), &batch).unwrap();
-        assert_eq!(perplexity.tokens(), 3);
+        assert_eq!(perplexity.tokens, 3);
         assert!((perplexity.value().unwrap() - 5.0).abs() < 1e-5);
     }
 

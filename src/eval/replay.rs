@@ -12,9 +12,9 @@ use super::offline::BatchCapacity;
 use super::trace::{GateTrace, LayerTrace};
 use crate::decoder::memory::ExpertMemory;
 use crate::error::{Error, Result};
+use crate::expert::ExpertSet;
 use crate::offload::admission::Admission;
 use crate::offload::belady::RequestLog;
-use crate::offload::requests::Requests;
 use crate::offload::residency::Policy;
 use crate::routing::assignment::Assignment;
 use crate::routing::check::check_assignment;
@@ -115,8 +115,8 @@ impl Replay<'_> {
         let mut memory = ExpertMemory::new(1, experts, self.cached_experts, self.policy, self.admission)?;
         let (mut state, mut plain_state, mut scratch) =
             (RouteState::default(), RouteState::default(), Scratch::default());
-        let (mut assignment, mut plain, mut log) =
-            (Assignment::default(), Assignment::default(), RequestLog::default());
+        let (mut assignment, mut plain) = (Assignment::default(), Assignment::default());
+        let (mut log, mut asked) = (RequestLog::default(), ExpertSet::default());
         // No step is larger than the trace, whatever was asked for.
         let step_tokens = self.batch_tokens.min(trace.tokens().max(1));
         for (step, rows) in layer.logits.chunks(step_tokens * experts).enumerate() {
@@ -145,7 +145,8 @@ impl Replay<'_> {
                 sums.slots += plain.slots(token).count() as u64;
                 sums.agreeing += plain.slots(token).filter(|&(expert, _)| has(expert)).count() as u64;
             }
-            log.push(Requests::new(&assignment, None)?.wanted());
+            assignment.used_experts(&mut asked)?;
+            log.push(&asked);
             memory.advance(0, &assignment)?;
             progress(tokens as u64);
         }

@@ -348,7 +348,7 @@ fn ids(file: &Checkpoint, name: &str, shape: &[Option<usize>]) -> Result<Vec<u32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::write_tensors;
+    use crate::checkpoint::tensor_bytes;
 
     fn trace() -> GateTrace {
         let layer = |layer: usize, bias: Option<Vec<f32>>| LayerTrace {
@@ -387,7 +387,11 @@ mod tests {
         }
         let metadata = [("experts", "2"), ("top_k", "1"), ("score", "sigmoid"), ("groups", "2"), ("top_groups", "1")];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-        write_tensors(&path, &[NamedTensor::f32("layer.0", [1, 2], &[0.0, 1.0])], Some(metadata)).unwrap();
+        std::fs::write(
+            &path,
+            tensor_bytes(&[NamedTensor::f32("layer.0", [1, 2], &[0.0, 1.0])], Some(metadata)).unwrap(),
+        )
+        .unwrap();
         assert_eq!(GateTrace::read(&path).unwrap().scoring.groups.unwrap().score, GroupScore::TopTwo);
     }
 
@@ -397,7 +401,7 @@ mod tests {
         let path = directory.path().join("t.safetensors");
         let error = |tensors: &[NamedTensor], metadata: &[(&str, &str)]| {
             let metadata = metadata.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
-            write_tensors(&path, tensors, Some(metadata)).unwrap();
+            std::fs::write(&path, tensor_bytes(tensors, Some(metadata)).unwrap()).unwrap();
             GateTrace::read(&path).unwrap_err().to_string().split_once(": ").unwrap().1.to_owned()
         };
         let good = [("experts", "2"), ("top_k", "1")];

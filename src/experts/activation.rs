@@ -7,13 +7,6 @@ use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 use crate::error::{Error, Result};
 
 /// An activation, and whether the expert has a gate projection.
-///
-/// ```
-/// use phase_moe::Activation;
-///
-/// assert_eq!(Activation::relu_squared().apply(0.0, 3.0), 9.0);
-/// assert_eq!(Activation::swiglu().apply(0.0, 3.0), 0.0);
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Activation {
     /// The function.
@@ -54,18 +47,8 @@ impl Activation {
         Self { function: Function::Silu, gated: true }
     }
 
-    /// `gelu(gate)·up` (arXiv 2002.05202), with the exact GELU.
-    pub const fn geglu() -> Self {
-        Self { function: Function::Gelu, gated: true }
-    }
-
-    /// `max(up, 0)²`, without a gate projection.
-    pub const fn relu_squared() -> Self {
-        Self { function: Function::ReluSquared, gated: false }
-    }
-
     /// The activation of gpt-oss; its models have `alpha` 1.702 and `limit` 7.
-    pub const fn clamped_swiglu(alpha: f32, limit: f32) -> Self {
+    pub(crate) const fn clamped_swiglu(alpha: f32, limit: f32) -> Self {
         Self { function: Function::ClampedSilu { alpha, limit }, gated: true }
     }
 
@@ -74,7 +57,7 @@ impl Activation {
     /// # Errors
     /// [`Error::Parameter`] for a clamped activation without a gate, an alpha that is not finite or a limit that is not
     /// positive and finite.
-    pub fn check(self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         let Function::ClampedSilu { alpha, limit } = self.function else { return Ok(()) };
         if !self.gated {
             return Err(Error::parameter(
@@ -93,7 +76,7 @@ impl Activation {
     }
 
     /// The activation of one element; `gate` counts only where there is one. NaN stays NaN.
-    pub fn apply(self, gate: f32, up: f32) -> f32 {
+    pub(crate) fn apply(self, gate: f32, up: f32) -> f32 {
         match (self.gated, self.function) {
             (false, function) => function.of(up),
             (true, Function::ClampedSilu { limit, .. }) => self.function.of(gate) * (clamp(up, -limit, limit) + 1.0),
@@ -139,9 +122,9 @@ mod tests {
 
     const KINDS: [Activation; 5] = [
         Activation::swiglu(),
-        Activation::geglu(),
+        Activation { function: Function::Gelu, gated: true },
         Activation { function: Function::GeluTanh, gated: true },
-        Activation::relu_squared(),
+        Activation { function: Function::ReluSquared, gated: false },
         Activation::clamped_swiglu(1.702, 7.0),
     ];
 

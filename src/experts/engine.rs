@@ -16,7 +16,7 @@
 //! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
 //! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
 //! let projection = |rows, columns, values| Matrix::from_f32(rows, columns, values).map(ProjectionWeights::from);
-//! let expert = ExpertWeights::new(Activation::relu_squared(), None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
+//! let expert = ExpertWeights::new(Activation { function: Function::ReluSquared, gated: false }, None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
 //! let input = [1.0, 9.0, 2.0, 9.0, 3.0, 9.0];
 //! let mut output = [0.0; 6];
 //! let work = [Work { expert, tokens: &[0, 2], weights: &[1.0, 0.5] }];
@@ -62,7 +62,8 @@ struct Group<'a> {
 
 impl Engine {
     /// An engine on another instruction set than the widest.
-    pub fn on(isa: Isa) -> Self {
+    #[cfg(test)]
+    pub(crate) fn on(isa: Isa) -> Self {
         Self { isa, ..Self::default() }
     }
 

@@ -64,7 +64,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// As [`Matrix::new`].
-    pub fn from_f16(rows: usize, columns: usize, values: &'a [f16]) -> Result<Self> {
+    pub(crate) fn from_f16(rows: usize, columns: usize, values: &'a [f16]) -> Result<Self> {
         Self::new(Dtype::F16, rows, columns, bytemuck::cast_slice(values))
     }
 
@@ -72,7 +72,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// As [`Matrix::new`].
-    pub fn from_bf16(rows: usize, columns: usize, values: &'a [bf16]) -> Result<Self> {
+    pub(crate) fn from_bf16(rows: usize, columns: usize, values: &'a [bf16]) -> Result<Self> {
         Self::new(Dtype::Bf16, rows, columns, bytemuck::cast_slice(values))
     }
 
@@ -80,7 +80,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`] for rows that are not there.
-    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Result<Self> {
         if rows.start > rows.end || rows.end > self.rows {
             return Err(Error::shape("rows of a matrix", format!("within 0..{}", self.rows), format!("{rows:?}")));
         }
@@ -92,7 +92,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`] for an odd number of rows, or a first row that is neither 0 nor 1.
-    pub fn interleaved(&self, first: usize) -> Result<Self> {
+    pub(crate) fn interleaved(&self, first: usize) -> Result<Self> {
         if first > 1 {
             return Err(Error::shape("first row of an interleaved matrix", "0 or 1", first));
         }
@@ -104,27 +104,27 @@ impl<'a> Matrix<'a> {
     }
 
     /// The numbers that it stands for, row by row.
-    pub fn to_f32(&self) -> Vec<f32> {
+    pub(crate) fn to_f32(self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows * self.columns];
         let isa = Isa::default();
         for (row, values) in values.chunks_exact_mut(self.columns.max(1)).enumerate() {
-            isa.run(Widen { from: *self, row, values });
+            isa.run(Widen { from: self, row, values });
         }
         values
     }
 
     /// Type of the weights.
-    pub fn dtype(&self) -> Dtype {
+    pub(crate) fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     /// Rows and columns.
-    pub fn shape(&self) -> [usize; 2] {
+    pub(crate) fn shape(&self) -> [usize; 2] {
         [self.rows, self.columns]
     }
 
     /// Bytes that the weights take.
-    pub fn size_in_bytes(&self) -> usize {
+    pub(crate) fn size_in_bytes(&self) -> usize {
         self.rows * self.row_bytes
     }
 
@@ -132,7 +132,7 @@ impl<'a> Matrix<'a> {
     ///
     /// # Panics
     /// When there is no such row.
-    pub fn row(&self, row: usize) -> &'a [u8] {
+    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         &self.bytes[row * self.stride..][..self.row_bytes]
     }

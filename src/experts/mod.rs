@@ -7,6 +7,8 @@ pub(crate) mod engine;
 mod fused;
 pub(crate) mod matrix;
 pub(crate) mod mxfp4;
+#[cfg(test)]
+mod tests;
 mod threads;
 pub(crate) mod work;
 

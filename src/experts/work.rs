@@ -76,17 +76,17 @@ impl<'a> ExpertWeights<'a> {
     }
 
     /// Width of the hidden state.
-    pub fn hidden(&self) -> usize {
+    pub(crate) fn hidden(&self) -> usize {
         self.up.weight.shape()[1]
     }
 
     /// Width between the projections.
-    pub fn width(&self) -> usize {
+    pub(crate) fn width(&self) -> usize {
         self.up.weight.shape()[0]
     }
 
     /// Bytes of all projections' weights.
-    pub fn size_in_bytes(&self) -> usize {
+    pub(crate) fn size_in_bytes(&self) -> usize {
         let gate = self.gate.map_or(0, |gate| gate.weight.size_in_bytes());
         gate + self.up.weight.size_in_bytes() + self.down.weight.size_in_bytes()
     }

@@ -27,13 +27,13 @@ pub struct CachedExperts {
 
 /// Biases of one expert's projections.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct ExpertBiases {
+pub(crate) struct ExpertBiases {
     /// Of the gate projection, `[width]`; none where the activation has no gate.
-    pub gate: Vec<f32>,
+    pub(crate) gate: Vec<f32>,
     /// Of the up projection, `[width]`.
-    pub up: Vec<f32>,
+    pub(crate) up: Vec<f32>,
     /// Of the down projection, `[hidden]`.
-    pub down: Vec<f32>,
+    pub(crate) down: Vec<f32>,
 }
 
 impl ExpertBiases {
@@ -54,7 +54,7 @@ impl CachedExperts {
     }
 
     /// The same with biases, of each expert by id.
-    pub fn with_biases(self, biases: Vec<ExpertBiases>) -> Self {
+    pub(crate) fn with_biases(self, biases: Vec<ExpertBiases>) -> Self {
         Self { biases: Some(biases.into()), ..self }
     }
 
@@ -70,7 +70,7 @@ impl CachedExperts {
     }
 
     /// The cache.
-    pub fn cache(&self) -> &Arc<ExpertCache> {
+    pub(crate) fn cache(&self) -> &Arc<ExpertCache> {
         &self.cache
     }
 

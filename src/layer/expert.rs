@@ -13,15 +13,12 @@
 //!
 //! Operations are Candle's, each with a backward pass. Where a weight is quantised the expert computes in `f32`.
 
-use std::sync::Arc;
-
-use candle_core::quantized::QTensor;
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
 use super::borrowed;
 use super::check::LikeGate;
-use super::projection::{Projection, Weight};
+use super::projection::Projection;
 use crate::error::{Error, Result};
 use crate::experts::activation::{Activation, Function};
 use crate::spec::{MoeSpec, SharedExperts};
@@ -54,19 +51,14 @@ impl<'a> ExpertShape<'a> {
 }
 
 impl Expert {
-    /// A SwiGLU expert from `gate_proj` and `up_proj` `[width, hidden]` and `down_proj` `[hidden, width]`.
-    pub fn new(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Self {
-        Self::swiglu(gate_proj, up_proj, down_proj)
-    }
-
-    /// A SwiGLU expert from quantised projections of the same shapes.
-    pub fn quantized(gate_proj: Arc<QTensor>, up_proj: Arc<QTensor>, down_proj: Arc<QTensor>) -> Self {
-        Self::swiglu(gate_proj, up_proj, down_proj)
-    }
-
-    fn swiglu(gate: impl Into<Weight>, up: impl Into<Weight>, down: impl Into<Weight>) -> Self {
-        let [gate, up, down] = [gate.into(), up.into(), down.into()].map(|weight| Projection::new(weight, None));
-        Self { gate_proj: Some(gate), up_proj: up, down_proj: down, activation: Activation::swiglu() }
+    /// A SwiGLU expert from `gate_proj` and `up_proj` `[width, hidden]` and `down_proj` `[hidden, width]`: tensors, quantised or not.
+    pub fn new(
+        gate_proj: impl Into<Projection>,
+        up_proj: impl Into<Projection>,
+        down_proj: impl Into<Projection>,
+    ) -> Self {
+        let (gate_proj, up_proj, down_proj) = (Some(gate_proj.into()), up_proj.into(), down_proj.into());
+        Self { gate_proj, up_proj, down_proj, activation: Activation::swiglu() }
     }
 
     /// An expert of any kind.
@@ -89,7 +81,7 @@ impl Expert {
     ///
     /// # Errors
     /// [`Error::Shape`] for a bias of a gate projection that the expert does not have, or none of one that it has.
-    pub fn with_biases(self, gate: Option<Tensor>, up: Tensor, down: Tensor) -> Result<Self> {
+    pub(crate) fn with_biases(self, gate: Option<Tensor>, up: Tensor, down: Tensor) -> Result<Self> {
         check_gated("gate_proj bias", self.activation, gate.is_some())?;
         Ok(Self {
             gate_proj: self.gate_proj.zip(gate).map(|(projection, bias)| projection.with_bias(bias)),
@@ -115,22 +107,22 @@ impl Expert {
     }
 
     /// The gate projection, `[width, hidden]`; `None` where the activation has none.
-    pub fn gate_proj(&self) -> Option<&Projection> {
+    pub(crate) fn gate_proj(&self) -> Option<&Projection> {
         self.gate_proj.as_ref()
     }
 
     /// The up projection, `[width, hidden]`.
-    pub fn up_proj(&self) -> &Projection {
+    pub(crate) fn up_proj(&self) -> &Projection {
         &self.up_proj
     }
 
     /// The down projection, `[hidden, width]`.
-    pub fn down_proj(&self) -> &Projection {
+    pub(crate) fn down_proj(&self) -> &Projection {
         &self.down_proj
     }
 
     /// What stands between the projections.
-    pub fn activation(&self) -> Activation {
+    pub(crate) fn activation(&self) -> Activation {
         self.activation
     }
 

@@ -109,7 +109,7 @@ impl Gate {
     }
 
     /// Bias that is part of the logits, `[experts]`.
-    pub fn bias(&self) -> Option<&Tensor> {
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
 

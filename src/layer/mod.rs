@@ -48,14 +48,16 @@ mod route;
 mod routed;
 pub(crate) mod shared;
 mod state;
+#[cfg(test)]
+mod tests;
 pub(crate) mod worth;
 
-pub use self::cached::{CachedExperts, ExpertBiases};
+pub use self::cached::CachedExperts;
 pub use self::expert::Expert;
 pub use self::gate::Gate;
 pub use self::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
 pub use self::packed::Packed;
-pub use self::projection::{Projection, Weight};
+pub use self::projection::Projection;
 pub use self::shared::Shared;
 pub use self::worth::{OutputNorms, Probe, ProbeFit};
 
@@ -74,7 +76,6 @@ use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
 use crate::layer::route::{Gated, Routing};
 use crate::layer::routed::Pass;
-use crate::offload::requests::Requests;
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
 use crate::routing::plan::DispatchPlan;
@@ -249,11 +250,6 @@ impl MoeLayer {
     pub(crate) fn cached(&self) -> Option<&CachedExperts> {
         self.experts.cached()
     }
-
-    /// The expert that all tokens share, if there is one.
-    pub fn shared(&self) -> Option<&Shared> {
-        self.shared.as_ref()
-    }
 }
 
 /// How it runs.
@@ -309,13 +305,15 @@ impl MoeLayer {
     ///
     /// # Errors
     /// As [`MoeLayer::route_with`].
-    pub fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
+    pub(crate) fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
         let values = self.logits(&self.tokens(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
         let bias = self.gate.selection_bias()?;
         let gated = Gated::new(&self.spec, &values, bias.as_deref())?;
         let (capacity, mut buffers) = (Capacity::unlimited(self.spec.experts)?, Buffers::default());
         self.decide(&gated, None, &capacity, context, &mut state.clone(), &mut buffers)?;
-        Ok(Requests::new(&buffers.assignment, None)?.wanted().clone())
+        let mut used = ExpertSet::default();
+        buffers.assignment.used_experts(&mut used)?;
+        Ok(used)
     }
 
     /// One forward pass: the output, and what was seen on the way; the assignment is in `buffers`.
@@ -338,7 +336,7 @@ impl MoeLayer {
         let route_time = self.decide(&gated, Some(&input), &capacity, context, state, buffers)?;
 
         let (assignment, scoring) = (&buffers.assignment, self.spec.scoring);
-        let (shared, plan) = (self.shared.as_ref(), DispatchPlan::new(assignment));
+        let (shared, plan) = (self.shared.as_ref(), DispatchPlan::from(assignment));
         let output = match by_engine {
             true => by_engine::forward(&self.engine, &input, &self.experts, &self.spec, shared, &plan)?,
             false => {

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 
 /// Numbers of a projection; clones share them.
 #[derive(Clone, Debug)]
-pub enum Weight {
+pub(crate) enum Weight {
     /// A matrix `[out, in]`, which may be a view of a larger tensor.
     Dense(Tensor),
     /// A quantised matrix `[out, in]`.
@@ -41,30 +41,37 @@ impl From<Arc<QTensor>> for Weight {
     }
 }
 
-/// Weight and bias of one linear layer.
+/// Weight `[out, in]` and bias `[out]` of one linear layer; from a tensor, a quantised one or [`Packed`] bytes without a bias.
 #[derive(Clone, Debug)]
 pub struct Projection {
     weight: Weight,
     bias: Option<Tensor>,
 }
 
+impl<W: Into<Weight>> From<W> for Projection {
+    fn from(weight: W) -> Self {
+        Self::new(weight, None)
+    }
+}
+
 impl Projection {
     /// From a weight `[out, in]` and, if there is one, a bias `[out]`.
-    pub fn new(weight: impl Into<Weight>, bias: Option<Tensor>) -> Self {
+    pub(crate) fn new(weight: impl Into<Weight>, bias: Option<Tensor>) -> Self {
         Self { weight: weight.into(), bias }
     }
 
     /// The weight.
-    pub fn weight(&self) -> &Weight {
+    pub(crate) fn weight(&self) -> &Weight {
         &self.weight
     }
 
     /// The bias, `[out]`.
-    pub fn bias(&self) -> Option<&Tensor> {
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
 
-    pub(super) fn with_bias(self, bias: Tensor) -> Self {
+    /// The same with a bias `[out]`, in `f32` beside a quantised weight.
+    pub fn with_bias(self, bias: Tensor) -> Self {
         Self { bias: Some(bias), ..self }
     }
 

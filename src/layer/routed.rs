@@ -58,7 +58,7 @@ impl Routed {
     ///
     /// # Errors
     /// [`Error::Candle`](crate::error::Error::Candle) when the logits cannot be read from their device.
-    pub fn scores(&self) -> Result<Scores> {
+    pub(crate) fn scores(&self) -> Result<Scores> {
         let (tokens, experts) = self.logits.dims2()?;
         let values = self.logits.flatten_all()?.to_vec1::<f32>()?;
         self.scoring.scores(&Logits::new(&values, tokens, experts)?, self.selection_bias.as_deref())
@@ -67,7 +67,7 @@ impl Routed {
     /// The figures of this routing.
     ///
     /// # Errors
-    /// Those of [`Routed::scores`].
+    /// [`Error::Candle`](crate::error::Error::Candle) when the logits cannot be read from their device.
     pub fn metrics(&self) -> Result<RouteMetrics> {
         let context = RouteContext { padding: self.padding.as_deref(), ..RouteContext::default() };
         let scores = self.scores()?;

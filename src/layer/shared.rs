@@ -36,12 +36,12 @@ impl Shared {
     }
 
     /// The expert.
-    pub fn expert(&self) -> &Expert {
+    pub(crate) fn expert(&self) -> &Expert {
         &self.expert
     }
 
     /// The weight of its gate, `[1, hidden]`.
-    pub fn gate(&self) -> Option<&Tensor> {
+    pub(crate) fn gate(&self) -> Option<&Tensor> {
         self.gate.as_ref()
     }
 

@@ -11,21 +11,10 @@ use crate::routing::scores::Scores;
 /// pass, and memory that is used again. Start with `LayerState::default()`; a state belongs to one layer.
 #[derive(Debug, Default)]
 pub struct LayerState {
-    pub(super) router: RouteState,
+    /// What the router has learnt.
+    pub router: RouteState,
     pub(super) step: u64,
     pub(super) buffers: Buffers,
-}
-
-impl LayerState {
-    /// What the router has learnt.
-    pub fn router(&self) -> &RouteState {
-        &self.router
-    }
-
-    /// The number of the next forward pass: the clock of affinities.
-    pub fn step(&self) -> u64 {
-        self.step
-    }
 }
 
 /// Memory of a routing that the next one uses again; one serves any number of layers, one after the other. The assignment is

@@ -28,7 +28,7 @@ impl OutputNorms {
     ///
     /// # Errors
     /// [`Error::Shape`] when a probe is of another layer and for exact norms without experts, [`Error::Candle`] when Candle refuses an operation.
-    pub fn norms(&self, tokens: &Tensor, experts: &[Expert]) -> Result<Vec<f32>> {
+    pub(crate) fn norms(&self, tokens: &Tensor, experts: &[Expert]) -> Result<Vec<f32>> {
         match self {
             Self::Exact if experts.is_empty() => {
                 Err(Error::shape("exact output norms", "experts held in memory", "experts in a cache: take a probe"))
@@ -85,6 +85,13 @@ impl Probe {
     }
 }
 
+impl From<ProbeFit> for OutputNorms {
+    /// Those that the probe of least squared error guesses.
+    fn from(fit: ProbeFit) -> Self {
+        Self::Probe(fit.solved())
+    }
+}
+
 /// Sums from which a [`Probe`] is fitted, over any number of batches.
 #[derive(Clone, Debug)]
 pub struct ProbeFit {
@@ -129,7 +136,7 @@ impl ProbeFit {
     }
 
     /// The probe with the least squared error so far.
-    pub fn probe(mut self) -> Probe {
+    fn solved(mut self) -> Probe {
         let (inputs, experts) = (self.hidden + 1, self.experts);
         let trace: f64 = (0..inputs).map(|at| self.square[at * inputs + at]).sum();
         let ridge = (RIDGE * trace / inputs as f64).max(f64::MIN_POSITIVE);
@@ -192,7 +199,7 @@ mod tests {
         };
         let mut fit = ProbeFit::new(8, 3);
         (0..3).for_each(|_| fit.add(&draw(), &experts).unwrap());
-        let probe = OutputNorms::Probe(fit.probe());
+        let probe = OutputNorms::Probe(fit.solved());
         let tokens = draw();
         let logs = |norms: OutputNorms| -> Vec<f32> {
             norms.norms(&tokens, &experts).unwrap().iter().map(|norm| norm.max(LEAST).ln()).collect()

@@ -29,11 +29,18 @@ impl Default for Admission {
 
 impl Admission {
     /// Its name on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Affinity(_) => "affinity",
             Self::All => "all",
         }
+    }
+}
+
+/// Its name on the command line.
+impl std::fmt::Display for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
     }
 }
 
@@ -47,7 +54,7 @@ impl std::str::FromStr for Admission {
 
 /// What an admission remembers of one layer.
 #[derive(Clone, Debug)]
-pub struct Admitted {
+pub(crate) struct Admitted {
     /// Use by steps; `None` where all misses are admitted.
     use_by_step: Option<Affinity>,
     step: u64,
@@ -60,7 +67,7 @@ impl Admitted {
     ///
     /// # Errors
     /// [`Error::ExpertCount`] for no or too many experts.
-    pub fn new(experts: usize, admission: Admission) -> Result<Self> {
+    pub(crate) fn new(experts: usize, admission: Admission) -> Result<Self> {
         let use_by_step = match admission {
             Admission::All => None,
             Admission::Affinity(decay) => Some(Affinity::new(experts, decay)?),

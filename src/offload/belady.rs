@@ -15,7 +15,7 @@
 //!     step.insert(ExpertId::new(id, 4)?);
 //!     log.push(&step);
 //! }
-//! assert_eq!((log.requests(), log.most_hits(1), log.most_hits(2)), (5, 1, 2));
+//! assert_eq!((log.most_hits(1), log.most_hits(2)), (1, 2));
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
@@ -40,16 +40,6 @@ impl RequestLog {
     pub fn push(&mut self, used: &ExpertSet) {
         self.experts.extend(used.iter().map(|expert| expert.index() as u16));
         self.ends.push(self.experts.len());
-    }
-
-    /// Steps.
-    pub fn steps(&self) -> usize {
-        self.ends.len()
-    }
-
-    /// Distinct experts, summed over the steps.
-    pub fn requests(&self) -> usize {
-        self.experts.len()
     }
 
     /// The most hits of any policy with room for `cached` experts, from an empty memory.
@@ -127,7 +117,7 @@ mod tests {
 
     #[test]
     fn nothing_asked_is_nothing_hit() {
-        assert_eq!((RequestLog::default().most_hits(3), RequestLog::default().steps()), (0, 0));
+        assert_eq!(RequestLog::default().most_hits(3), 0);
         assert_eq!(log(&[0, 0]).most_hits(1), 0);
         assert_eq!(log(&[1, 1]).most_hits(0), 0);
     }

@@ -7,15 +7,14 @@ pub(crate) mod admission;
 pub(crate) mod belady;
 pub(crate) mod cache;
 mod policy;
-pub(crate) mod requests;
 pub(crate) mod residency;
 pub(crate) mod slab;
 pub(crate) mod store;
+#[cfg(test)]
+mod tests;
 
-pub use self::admission::{Admission, Admitted};
+pub use self::admission::Admission;
 pub use self::belady::RequestLog;
 pub use self::cache::{CacheOptions, ExpertCache, Prefetch, PrefetchStatistics, Scope, Statistics, StreamWarning};
-pub use self::requests::Requests;
-pub use self::residency::{Paging, Policy, Residency, Step};
-pub use self::slab::Slab;
-pub use self::store::{ExpertStore, Layout, LoadedExpert, Part, Piece};
+pub use self::residency::{Policy, Step};
+pub use self::store::{ExpertStore, LoadedExpert, Part};

@@ -2,26 +2,8 @@
 //!
 //! `hits + misses = distinct experts of the step`. Experts that a step uses are pinned while it runs: a miss takes free room or that
 //! of an expert the step does not use, chosen by the [`Policy`]. Where a step needs more experts than fit, the rest are streamed:
-//! used and not kept, which counts as a miss. Room belongs to one layer ([`Residency::new`]) or to several that share it
-//! ([`Residency::shared`]).
-//!
-//! ```
-//! use phase_moe::{ExpertId, ExpertSet, Policy, Residency};
-//!
-//! let set = |ids: &[usize]| -> phase_moe::Result<ExpertSet> {
-//!     let mut set = ExpertSet::new(8)?;
-//!     for &id in ids {
-//!         set.insert(ExpertId::new(id, 8)?);
-//!     }
-//!     Ok(set)
-//! };
-//! let mut cache = Residency::new(8, 2, Policy::Lru)?;
-//! assert_eq!(cache.advance(&set(&[1, 2])?)?.misses, 2);
-//! let step = cache.advance(&set(&[2, 5])?)?;
-//! assert_eq!((step.hits, step.misses, step.evictions), (1, 1, 1));
-//! assert_eq!(cache.resident(), &set(&[2, 5])?);
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
+//! used and not kept, which counts as a miss. Room belongs to one layer (`Residency::new`) or to several that share it
+//! (`Residency::shared`).
 //!
 //! A step costs O(experts it uses) beside a look at its set, whatever the policy. Knows nothing of bytes, reads or threads.
 
@@ -43,7 +25,7 @@ pub struct Step {
 
 /// What a step asks of those who own the memory: read `urgent`, drop `streamed` after use, and `out` before the reads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Paging {
+pub(crate) struct Paging {
     /// Experts of the step that were not resident.
     pub urgent: ExpertSet,
     /// Those of them that there is no room to keep.
@@ -54,7 +36,7 @@ pub struct Paging {
 
 /// The experts that are in fast memory, of one layer or of several that share it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Residency {
+pub(crate) struct Residency {
     policy: Policy,
     capacity: usize,
     /// Experts resident, all layers together.
@@ -73,7 +55,7 @@ impl Residency {
     ///
     /// # Errors
     /// [`Error::ExpertCount`] for no or too many experts, [`Error::Parameter`] for a capacity above `experts`.
-    pub fn new(experts: usize, capacity: usize, policy: Policy) -> Result<Self> {
+    pub(crate) fn new(experts: usize, capacity: usize, policy: Policy) -> Result<Self> {
         Self::shared(&[experts], capacity, policy)
     }
 
@@ -82,7 +64,7 @@ impl Residency {
     /// # Errors
     /// [`Error::ExpertCount`] for a layer without experts, and for too many in one or all; [`Error::Parameter`] for a capacity above
     /// their sum.
-    pub fn shared(experts: &[usize], capacity: usize, policy: Policy) -> Result<Self> {
+    pub(crate) fn shared(experts: &[usize], capacity: usize, policy: Policy) -> Result<Self> {
         let all = experts.iter().fold(0usize, |sum, &experts| sum.saturating_add(experts));
         check_expert_count(all)?;
         if capacity > all {
@@ -98,37 +80,32 @@ impl Residency {
     }
 
     /// The experts of the first layer, or of the only one, in fast memory.
-    pub fn resident(&self) -> &ExpertSet {
+    pub(crate) fn resident(&self) -> &ExpertSet {
         &self.layers[0]
     }
 
     /// The experts of a layer in fast memory; `None` for a layer that is not there.
-    pub fn resident_in(&self, layer: usize) -> Option<&ExpertSet> {
+    pub(crate) fn resident_in(&self, layer: usize) -> Option<&ExpertSet> {
         self.layers.get(layer)
     }
 
     /// The experts of a layer that a router should count as resident: those in fast memory, and all of them while there is room. For
     /// then each that is read stays, and to prefer another one would save nothing. `None` for a layer that is not there.
-    pub fn counted_in(&self, layer: usize) -> Option<&ExpertSet> {
+    pub(crate) fn counted_in(&self, layer: usize) -> Option<&ExpertSet> {
         let sets = if self.length < self.capacity { &self.all } else { &self.layers };
         sets.get(layer)
     }
 
     /// Experts that fit.
-    pub fn capacity(&self) -> usize {
+    pub(crate) fn capacity(&self) -> usize {
         self.capacity
-    }
-
-    /// Which expert leaves.
-    pub fn policy(&self) -> Policy {
-        self.policy
     }
 
     /// Runs one step of the first layer, or of the only one: see [`Residency::advance_in`].
     ///
     /// # Errors
     /// Those of [`Residency::advance_in`].
-    pub fn advance(&mut self, used: &ExpertSet) -> Result<Step> {
+    pub(crate) fn advance(&mut self, used: &ExpertSet) -> Result<Step> {
         self.advance_in(0, used)
     }
 
@@ -137,7 +114,7 @@ impl Residency {
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer that is not there or a set of another one; nothing has changed then.
-    pub fn advance_in(&mut self, layer: usize, used: &ExpertSet) -> Result<Step> {
+    pub(crate) fn advance_in(&mut self, layer: usize, used: &ExpertSet) -> Result<Step> {
         self.check(layer, used)?;
         Ok(self.step(layer, used, |_, _| ()))
     }
@@ -146,7 +123,7 @@ impl Residency {
     ///
     /// # Errors
     /// Those of [`Residency::advance_in`]; then neither the memory nor `paging` has changed.
-    pub fn page(&mut self, layer: usize, used: &ExpertSet, paging: &mut Paging) -> Result<Step> {
+    pub(crate) fn page(&mut self, layer: usize, used: &ExpertSet, paging: &mut Paging) -> Result<Step> {
         self.check(layer, used)?;
         for set in [&mut paging.urgent, &mut paging.streamed] {
             set.reset(used.experts())?;

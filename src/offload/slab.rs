@@ -18,7 +18,7 @@ struct Page([u8; PAGE_BYTES]);
 const HUGE_BYTES: usize = 2 << 20;
 
 /// Some pages.
-pub struct Slab(Pages);
+pub(crate) struct Slab(Pages);
 
 enum Pages {
     Few(Vec<Page>),
@@ -27,7 +27,7 @@ enum Pages {
 
 impl Slab {
     /// Pages for at least so many bytes, all 0.
-    pub fn new(bytes: usize) -> Self {
+    pub(crate) fn new(bytes: usize) -> Self {
         // Pages that nobody has touched yet: the first read into them is what makes them.
         let few = || Pages::Few(zeroed_vec(bytes.div_ceil(PAGE_BYTES)));
         if bytes < HUGE_BYTES {
@@ -44,12 +44,12 @@ impl Slab {
     }
 
     /// Its size in bytes, whole pages.
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         self.bytes().len()
     }
 
     /// What is in it.
-    pub fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         match &self.0 {
             Pages::Few(pages) => bytemuck::cast_slice(pages),
             Pages::Many(map) => map,
@@ -57,7 +57,7 @@ impl Slab {
     }
 
     /// The same, to write to.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.0 {
             Pages::Few(pages) => bytemuck::cast_slice_mut(pages),
             Pages::Many(map) => map,

@@ -9,27 +9,6 @@
 //!
 //! A checksum of each slab's pieces is taken when it is first loaded, and every later load must give the same.
 //!
-//! ```
-//! use std::sync::Arc;
-//! use phase_moe::{Dtype, ExpertStore};
-//! use phase_moe::offload::{Layout, Part, Piece};
-//!
-//! // Two experts of width 1 on a hidden width of 2: both up projections, then both down projections.
-//! static FILE: [f32; 8] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
-//! let file: &'static [u8] = bytemuck::cast_slice(&FILE);
-//! let piece = |part: Part, offset: u64, [rows, columns]: [usize; 2]| {
-//!     Piece { part, source: 0, offset, dtype: Dtype::F32, rows, columns, layout: Layout::Rows }
-//! };
-//! let expert = |id: u64| vec![piece(Part::Up, 8 * id, [1, 2]), piece(Part::Down, 16 + 8 * id, [2, 1])];
-//! let store = ExpertStore::new(vec![("memory".into(), Arc::new(file))], vec![vec![expert(0), expert(1)]])?;
-//!
-//! let mut slabs = store.slabs(0, 1)?;
-//! let loaded = store.load(0, 1, &mut slabs)?;
-//! let up = loaded.matrix(Part::Up).unwrap();
-//! assert_eq!((up.shape(), up.row(0)), ([1, 2], [3.0f32, 4.0].map(f32::to_le_bytes).as_flattened()));
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
-//!
 //! Knows nothing of budgets, threads or which experts are worth keeping.
 
 use std::hash::Hasher;
@@ -39,7 +18,8 @@ use std::sync::Arc;
 use twox_hash::XxHash3_64;
 
 use self::piece::CHUNK_BYTES;
-pub use self::piece::{Layout, Part, Piece};
+pub use self::piece::Part;
+pub(crate) use self::piece::{Layout, Piece};
 use self::place::{Filling, Stored, place};
 use crate::checkpoint::NamedSource;
 use crate::error::{Error, ExpertFault, Fault, Result};
@@ -85,7 +65,7 @@ impl ExpertStore {
     /// # Errors
     /// [`Error::ExpertCount`] for a layer without experts or too many of them, [`Error::Shape`] for an expert without pieces or with two
     /// of the same part and for columns that are no whole number of blocks, [`Error::Checkpoint`] for a piece outside its source.
-    pub fn new(sources: Vec<NamedSource>, layers: Vec<Vec<Vec<Piece>>>) -> Result<Self> {
+    pub(crate) fn new(sources: Vec<NamedSource>, layers: Vec<Vec<Vec<Piece>>>) -> Result<Self> {
         let lengths = sources.iter().map(|(name, source)| source.len().map_err(|error| Error::io(name, error)));
         let lengths = lengths.collect::<Result<Vec<u64>>>()?;
         let (mut experts, mut first) = (Vec::new(), vec![0]);
@@ -100,7 +80,7 @@ impl ExpertStore {
     }
 
     /// Layers.
-    pub fn layers(&self) -> usize {
+    pub(crate) fn layers(&self) -> usize {
         self.first.len() - 1
     }
 
@@ -120,20 +100,22 @@ impl ExpertStore {
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }
 
+    #[cfg(test)]
     /// Memory for an expert, all 0.
     ///
     /// # Errors
     /// [`Error::ExpertOutOfRange`] for an expert that is not there.
-    pub fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
+    pub(crate) fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
         Ok(self.slab_bytes_of(self.key(layer, expert)?).iter().map(|&bytes| Slab::new(bytes)).collect())
     }
 
+    #[cfg(test)]
     /// Loads an expert into memory as [`ExpertStore::slabs`] makes it.
     ///
     /// # Errors
     /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
     /// not there, [`Error::Shape`] for slabs that are too few or too small.
-    pub fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
+    pub(crate) fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
         let key = self.key(layer, expert)?;
         let bytes = self.slab_bytes_of(key);
         let got: Vec<usize> = slabs.iter().map(Slab::size).collect();
@@ -147,6 +129,7 @@ impl ExpertStore {
         Ok(self.view(key, slabs))
     }
 
+    #[cfg(test)]
     fn key(&self, layer: usize, expert: usize) -> Result<usize> {
         self.keys(layer).nth(expert).ok_or_else(|| Error::ExpertOutOfRange {
             operand: format!("layer {layer}"),

@@ -110,7 +110,7 @@ impl Affinity {
     ///
     /// # Errors
     /// [`Error::ExpertCount`] when `experts` is 0 or too many.
-    pub fn new(experts: usize, decay: Decay) -> Result<Self> {
+    pub(crate) fn new(experts: usize, decay: Decay) -> Result<Self> {
         check_expert_count(experts)?;
         let powers = Powers {
             ones: std::array::from_fn(|steps| decay.power(steps as u64) as f32),
@@ -120,19 +120,19 @@ impl Affinity {
     }
 
     /// Experts of the layer.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.uses.len()
     }
 
     /// What is left after a step without use.
-    pub fn decay(&self) -> Decay {
+    pub(crate) fn decay(&self) -> Decay {
         self.decay
     }
 
     /// Notes that a token used `expert` in `step`. In one step an expert's affinity rises once, however many tokens use it, so
     /// the order of tokens does not matter; a step before the last one only counts. An expert of another layer is ignored.
     #[inline]
-    pub fn use_expert(&mut self, expert: ExpertId, step: u64) {
+    pub(crate) fn use_expert(&mut self, expert: ExpertId, step: u64) {
         let Some(entry) = self.uses.get_mut(expert.index()) else { return };
         entry.count = entry.count.saturating_add(1);
         if entry.value > 0.0 && step <= entry.last {
@@ -144,7 +144,7 @@ impl Affinity {
     }
 
     /// Affinity of an expert at `step`, in `[0, 1]`; 0 for an expert of another layer.
-    pub fn at(&self, expert: ExpertId, step: u64) -> f32 {
+    pub(crate) fn at(&self, expert: ExpertId, step: u64) -> f32 {
         self.uses.get(expert.index()).map_or(0.0, |entry| self.now(entry, step))
     }
 
@@ -153,9 +153,10 @@ impl Affinity {
         self.uses.get(expert.index()).map_or(0, |entry| entry.count)
     }
 
-    /// Look-ahead: the `most` experts with the most affinity at `step` that are not in `resident`, most worth fetching
-    /// first (ties: lowest id). Experts whose use is forgotten are not listed.
-    pub fn worth_fetching(&self, step: u64, resident: Option<&ExpertSet>, most: usize) -> Vec<ExpertId> {
+    /// Look-ahead: the `most` experts with the most affinity after the last use of any that are not in `resident`, most worth
+    /// fetching first (ties: lowest id). Experts whose use was forgotten by then are not listed.
+    pub fn worth_fetching(&self, resident: Option<&ExpertSet>, most: usize) -> Vec<ExpertId> {
+        let step = self.uses.iter().map(|entry| entry.last).max().unwrap_or(0);
         let mut ranked: Vec<(f32, u16)> =
             self.uses.iter().zip(0u16..).map(|(entry, expert)| (self.now(entry, step), expert)).collect();
         ranked.retain(|&(value, expert)| {
@@ -233,11 +234,12 @@ mod tests {
             affinity.use_expert(expert(used), step);
         }
         let ids = |list: Vec<ExpertId>| list.into_iter().map(ExpertId::index).collect::<Vec<_>>();
-        assert_eq!(ids(affinity.worth_fetching(4, None, 8)), [5, 2, 3]);
+        assert_eq!(ids(affinity.worth_fetching(None, 8)), [5, 2, 3]);
         let mut resident = ExpertSet::new(8).unwrap();
         resident.insert(expert(5));
-        assert_eq!(ids(affinity.worth_fetching(4, Some(&resident), 1)), [2]);
-        assert!(affinity.worth_fetching(1 << 30, None, 8).is_empty());
+        assert_eq!(ids(affinity.worth_fetching(Some(&resident), 1)), [2]);
+        affinity.use_expert(expert(7), 1 << 30);
+        assert_eq!(ids(affinity.worth_fetching(None, 8)), [7], "the others are forgotten");
     }
 
     proptest! {

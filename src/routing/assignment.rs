@@ -8,7 +8,7 @@
 //! Knows nothing of how the choice was made.
 
 use crate::error::{Error, Result};
-use crate::expert::{ExpertId, check_expert_count};
+use crate::expert::{ExpertId, ExpertSet, check_expert_count};
 use crate::routing::request::RouteRequest;
 use crate::routing::scores::Scores;
 use crate::routing::select::copy_few;
@@ -128,6 +128,18 @@ impl Assignment {
         Ok(Self::from_chosen(scores, top_k, chosen, kept))
     }
 
+    /// The distinct experts of the kept slots, in place of what `set` held before: what a step asks of an expert cache.
+    ///
+    /// # Errors
+    /// [`Error::ExpertCount`] for an assignment that was never filled.
+    pub fn used_experts(&self, set: &mut ExpertSet) -> Result<()> {
+        set.reset(self.experts)?;
+        for &expert in self.raw().iter().filter(|&&expert| expert != EMPTY) {
+            set.insert(ExpertId::from_raw(expert));
+        }
+        Ok(())
+    }
+
     /// From ids and weights of a caller, `[tokens, top_k]` each; id −1 is an empty slot.
     ///
     /// # Errors
@@ -184,7 +196,7 @@ impl Assignment {
     }
 
     /// Experts of the layer.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.experts
     }
 

@@ -20,23 +20,6 @@
 //!
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, top_k]`. Without limits it is top-k, bit for bit.
 //!
-//! ```
-//! use phase_moe::{Capacity, Logits, Placement, RouteContext, RouteRequest, RouteState, Router, Scoring};
-//! use phase_moe::routing::ExpandedDrop;
-//!
-//! // Both tokens like expert 0 best and expert 1 second; expert 0 has room for one, expert 1 for none.
-//! let logits = [3.0, 2.0, 0.0, 1.0, 4.0, 2.0, 0.0, 1.0];
-//! let scores = Scoring::softmax().scores(&Logits::new(&logits, 2, 4)?, None)?;
-//! let capacity = Capacity::per_expert(vec![1, 0, 2, 2])?;
-//! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
-//! let ids = |router: ExpandedDrop| Ok::<_, phase_moe::Error>(
-//!     router.route(&request, &mut RouteState::default())?.ids().collect::<Vec<_>>());
-//! assert_eq!(ids(ExpandedDrop::default())?, [3, 0]);
-//! let placement = Some(Placement::contiguous(4, 2)?);
-//! assert_eq!(ids(ExpandedDrop { placement })?, [-1, 0]);
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
-//!
 //! Knows nothing of prices or chains of moves.
 
 use crate::error::Result;
@@ -49,7 +32,7 @@ use crate::routing::topk::gate_choice;
 
 /// Top-k whose overflow goes to local experts with room.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct ExpandedDrop {
+pub(crate) struct ExpandedDrop {
     /// Which experts are local to each other; `None` where all are.
     pub placement: Option<Placement>,
 }

@@ -18,21 +18,6 @@
 //! Shapes: scores `[tokens, experts]` → assignment `[tokens, width]`, width the most experts of any token, at least
 //! `top_k`.
 //!
-//! ```
-//! use phase_moe::{Capacity, Logits, RouteContext, RouteRequest, RouteState, Router, Scoring};
-//! use phase_moe::routing::ExpertChoice;
-//!
-//! // The first token is the best candidate of both experts, the last of none.
-//! let logits = [9.0, 9.0, 2.0, 0.0, 0.0, 1.0, 0.1, 0.0];
-//! let scores = Scoring::sigmoid().scores(&Logits::new(&logits, 4, 2)?, None)?;
-//! let capacity = Capacity::per_expert(vec![2, 2])?;
-//! let request = RouteRequest::new(&scores, 1, &capacity, RouteContext::default())?;
-//! let assignment = ExpertChoice.route(&request, &mut RouteState::default())?;
-//! assert_eq!((assignment.top_k(), assignment.width()), (1, 2));
-//! assert_eq!(assignment.ids().collect::<Vec<_>>(), [0, 1, 0, -1, 1, -1, -1, -1]);
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
-//!
 //! Knows nothing of what tokens would choose for themselves.
 
 use crate::error::Result;
@@ -43,7 +28,7 @@ use crate::routing::slots::{EMPTY, check_slots};
 
 /// Each expert takes the tokens that score highest with it.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct ExpertChoice;
+pub(crate) struct ExpertChoice;
 
 impl Router for ExpertChoice {
     fn name(&self) -> &'static str {

@@ -104,7 +104,7 @@ fn capacity_weights(capacity: &Capacity) -> Vec<u64> {
 
 /// Uniform hash of the token id to k distinct experts, blind to capacity until it drops.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Hash {
+pub(crate) struct Hash {
     /// Which of the possible hashes; each layer derives its own.
     pub seed: u64,
 }
@@ -131,7 +131,7 @@ impl Router for Hash {
 ///
 /// Experts without room are never drawn. Where all shares are equal it chooses exactly what [`struct@Hash`] chooses.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct WeightedHash {
+pub(crate) struct WeightedHash {
     /// Which of the possible hashes; each layer derives its own.
     pub seed: u64,
 }

@@ -54,12 +54,12 @@ impl<'a> Logits<'a> {
     }
 
     /// Rows.
-    pub fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// Columns.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.experts
     }
 

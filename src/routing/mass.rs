@@ -8,16 +8,16 @@ use crate::routing::scores::Scores;
 
 /// Source mass of every token, `[tokens]`.
 #[derive(Clone, Debug)]
-pub struct Mass(Vec<f32>);
+pub(crate) struct Mass(Vec<f32>);
 
 impl Mass {
     /// The share of each token's gate scores that its `top_k` best selection scores hold; 0 where all are masked.
-    pub fn new(scores: &Scores, top_k: usize) -> Self {
+    pub(crate) fn new(scores: &Scores, top_k: usize) -> Self {
         Self((0..scores.tokens()).map(|token| row_mass(scores.gate(token), scores.selection(token), top_k)).collect())
     }
 
     /// Mass per token.
-    pub fn values(&self) -> &[f32] {
+    pub(crate) fn values(&self) -> &[f32] {
         &self.0
     }
 }

@@ -32,7 +32,7 @@ const LEAST_SHARE: (f64, f64) = (1e-100, 1e-200);
 impl Balance {
     /// The spread of `loads` where each should have had its part of `demand` slots in proportion to `fair` (any scale).
     /// No demand, or no load where none was fair, is balanced.
-    pub fn new(loads: &[u32], fair: &[f64], demand: u64) -> Self {
+    pub(crate) fn new(loads: &[u32], fair: &[f64], demand: u64) -> Self {
         let total: f64 = loads.iter().map(|&load| f64::from(load)).sum();
         let fair_total: f64 = fair.iter().sum();
         let violation = |(&load, &fair): (&u32, &f64)| match fair / fair_total * demand as f64 {

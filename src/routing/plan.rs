@@ -7,7 +7,7 @@
 //! use phase_moe::{Assignment, DispatchPlan};
 //!
 //! let assignment = Assignment::from_parts(3, 2, &[2, 0, 2, -1], &[0.6, 0.4, 0.9, 0.0])?;
-//! let plan = DispatchPlan::new(&assignment);
+//! let plan = DispatchPlan::from(&assignment);
 //! assert_eq!(plan.offsets(), [0, 1, 1, 3]);
 //! assert_eq!(plan.tokens(), [0, 0, 1]);
 //! assert_eq!(plan.weights(), [0.4, 0.6, 0.9]);
@@ -28,15 +28,16 @@ pub struct DispatchPlan {
     weights: Vec<f32>,
 }
 
-impl DispatchPlan {
-    /// Sorts the kept slots of `assignment` by expert, then by token.
-    pub fn new(assignment: &Assignment) -> Self {
+impl From<&Assignment> for DispatchPlan {
+    fn from(assignment: &Assignment) -> Self {
         let mut plan = Self::default();
         plan.refill(assignment);
         plan
     }
+}
 
-    /// The same in place of what the plan held before; nothing is allocated once it has held as many slots and experts.
+impl DispatchPlan {
+    /// Sorts the kept slots of `assignment` by expert, then by token, in place of what the plan held before; nothing is allocated once it has held as many slots and experts.
     pub fn refill(&mut self, assignment: &Assignment) {
         let Self { offsets, tokens, slots, weights } = self;
         let (chosen, width) = (assignment.raw(), assignment.width().max(1));

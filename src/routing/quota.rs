@@ -46,7 +46,7 @@ const BLOCK: usize = 64;
 
 /// Exact quotas on a ring, blind to the gate.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PhaseQuota {
+pub(crate) struct PhaseQuota {
     /// Order of experts and tokens in the blocks; each layer derives its own.
     pub seed: u64,
 }

@@ -120,7 +120,7 @@ impl RouterKind {
             Self::Auction => Box::new(Auction::default()),
             Self::Hash => Box::new(Hash { seed }),
             Self::WeightedHash => Box::new(WeightedHash { seed }),
-            Self::PhaseKernel => Box::new(PhaseKernel::new(seed)),
+            Self::PhaseKernel => Box::new(PhaseKernel::published(seed)),
             Self::PhaseQuota => Box::new(PhaseQuota { seed }),
             Self::Phase => Box::new(PhaseRouter::default()),
             Self::Cache => Box::new(cache.clone()),

@@ -53,7 +53,7 @@ impl Scoring {
     }
 
     /// A sparse mixer, weights as they are.
-    pub const fn sparse_mixer(jitter: f32) -> Self {
+    pub(crate) const fn sparse_mixer(jitter: f32) -> Self {
         Self { function: ScoreFunction::SparseMixer { jitter }, normalize: false, scale: 1.0, groups: None }
     }
 
@@ -190,11 +190,6 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// None yet, to be made on `isa` rather than on the widest instructions there are.
-    pub fn on(isa: Isa) -> Self {
-        Self { isa, ..Self::default() }
-    }
-
     /// Rows.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -293,17 +288,17 @@ impl Scores {
     }
 
     /// True when some expert is masked for some token.
-    pub fn has_masks(&self) -> bool {
+    pub(crate) fn has_masks(&self) -> bool {
         self.masked
     }
 
     /// Whether combine weights are divided by their sum over the selection.
-    pub fn normalize(&self) -> bool {
+    pub(crate) fn normalize(&self) -> bool {
         self.normalize
     }
 
     /// Constant factor on the combine weights.
-    pub fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         self.scale
     }
 }

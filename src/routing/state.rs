@@ -15,8 +15,10 @@ pub struct RouteState {
     pub(crate) prices: Vec<f32>,
     /// How far apart the last held and the first refused expert of its rows were, in the mean.
     pub(crate) gap: f64,
+    /// Sweeps over the whole batch that the phase router made for the last one: the fewer, the better its old prices were.
     pub(crate) sweeps: usize,
-    /// Running range of the selection scores; `None` before the first batch.
+    /// Running mean of the tokens' ranges of selection scores (best minus worst allowed one): the unit of the residency bonus. `None`
+    /// before a memory-aware router saw a batch.
     pub(crate) score_range: Option<f64>,
     /// Recent use of the experts; `None` before the first batch.
     pub(crate) affinity: Option<Affinity>,
@@ -27,20 +29,9 @@ pub struct RouteState {
 }
 
 impl RouteState {
-    /// Sweeps over the whole batch that the phase router made for the last one: the fewer, the better its old prices were.
-    pub fn sweeps(&self) -> usize {
-        self.sweeps
-    }
-
     /// Price per expert or device that the last batch ended with; empty before the first.
     pub fn prices(&self) -> &[f32] {
         &self.prices
-    }
-
-    /// Running mean of the tokens' ranges of selection scores (best minus worst allowed one): the unit of the residency
-    /// bonus. `None` before a memory-aware router saw a batch.
-    pub fn score_range(&self) -> Option<f64> {
-        self.score_range
     }
 
     /// How much each expert was used of late; `None` before a memory-aware router saw a batch.
@@ -61,7 +52,7 @@ impl RouteState {
         }
     }
 
-    /// The residency bonus that the controller has come to, in units of [`RouteState::score_range`]; `None` without one.
+    /// The residency bonus that the controller has come to, in units of the running score range; `None` without one.
     pub fn bonus(&self) -> Option<f64> {
         self.bonus
     }
@@ -105,12 +96,13 @@ pub struct Scratch {
 
 impl Scratch {
     /// Scratch of routers that are to run on `isa` rather than on the widest instructions there are.
-    pub fn on(isa: Isa) -> Self {
+    #[cfg(test)]
+    pub(crate) fn on(isa: Isa) -> Self {
         Self { isa, buffers: Vec::new() }
     }
 
     /// The instructions that routers run on.
-    pub fn isa(&self) -> Isa {
+    pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
 

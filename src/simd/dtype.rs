@@ -35,10 +35,11 @@ pub enum Dtype {
 
 impl Dtype {
     /// All of them.
-    pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K, Self::Mxfp4];
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K, Self::Mxfp4];
 
     /// Weights that share a block; a row holds whole blocks.
-    pub const fn block(self) -> usize {
+    pub(crate) const fn block(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Q8_0 | Self::Mxfp4 => 32,
@@ -47,7 +48,7 @@ impl Dtype {
     }
 
     /// Bytes of a block.
-    pub const fn block_bytes(self) -> usize {
+    pub(crate) const fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
@@ -67,12 +68,12 @@ impl Dtype {
     }
 
     /// Whether weights lie in blocks with shared scales.
-    pub const fn is_quantized(self) -> bool {
+    pub(crate) const fn is_quantized(self) -> bool {
         self.block() > 1
     }
 
     /// The name that people know: `f32`, `bf16`, `q4_K`.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",

@@ -30,7 +30,7 @@ macro_rules! features {
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub mod dtype;
+pub(crate) mod dtype;
 mod lanes;
 pub(crate) mod multiply;
 #[cfg(target_arch = "aarch64")]
@@ -41,7 +41,9 @@ mod scalar;
 pub(crate) mod score;
 pub(crate) mod select;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
@@ -58,10 +60,12 @@ use scalar::Scalar;
 /// experts' weights differ in their last bits.
 ///
 /// ```
-/// use phase_moe::simd::Isa;
+/// use phase_moe::Isa;
 ///
-/// assert!(Isa::all().any(|isa| isa == Isa::scalar()));
-/// println!("{}", Isa::detect());
+/// println!("{}", Isa::default());
+/// "scalar".parse::<Isa>()?.limit();
+/// assert_eq!(Isa::default().to_string(), "scalar");
+/// # Ok::<(), String>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa(Set);
@@ -79,21 +83,31 @@ enum Set {
     Neon(Neon),
 }
 
+/// How many of the sets of this CPU may be used, from plain Rust on.
+static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
+
 impl Isa {
-    /// The widest set there is.
-    pub fn detect() -> Self {
-        let mut widest = Self::scalar();
-        Self::all().for_each(|isa| widest = isa);
-        widest
+    /// The widest set there is, up to the [limit](Isa::limit).
+    pub(crate) fn detect() -> Self {
+        // Nothing else depends on what is written there.
+        let most = LIMIT.load(Ordering::Relaxed);
+        Self::all().take(most).last().unwrap_or(Self::scalar())
+    }
+
+    /// From here on nothing in this process is made for a wider set: to see what a narrower CPU would do. What there is already,
+    /// engines, scores and buffers, stays on its own.
+    pub fn limit(self) {
+        let sets = Self::all().take_while(|&isa| isa != self).count() + 1;
+        LIMIT.store(sets, Ordering::Relaxed);
     }
 
     /// Plain Rust, which every CPU has.
-    pub fn scalar() -> Self {
+    pub(crate) fn scalar() -> Self {
         Self(Set::Scalar(Scalar))
     }
 
     /// All sets of this CPU, plain Rust first, the widest last.
-    pub fn all() -> impl Iterator<Item = Self> {
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let wide = [Avx2::new().map(Set::Avx2), Avx512::new().map(Set::Avx512), Avx512::new().map(Set::Avx512Dots)]
             .into_iter()
@@ -134,6 +148,19 @@ impl Isa {
 impl Default for Isa {
     fn default() -> Self {
         Self::detect()
+    }
+}
+
+impl std::str::FromStr for Isa {
+    /// What was expected.
+    type Err = String;
+
+    /// The set of this name, if this CPU has it: `scalar`, `avx2`, `avx512`, `avx512+bf16+vnni`, `neon`.
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::all().find(|isa| isa.to_string() == name).ok_or_else(|| {
+            let there: Vec<String> = Self::all().map(|isa| isa.to_string()).collect();
+            format!("unknown instruction set `{name}`: expected one that this CPU has, {}", there.join(", "))
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod features;
 mod multiply;
+pub(crate) mod naive;
 mod product;
 
 use proptest::prelude::*;

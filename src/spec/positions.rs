@@ -2,7 +2,7 @@
 
 /// What becomes of the rates of a rotation.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub enum RopeScaling {
+pub(crate) enum RopeScaling {
     /// Nothing.
     #[default]
     None,
@@ -49,21 +49,21 @@ impl RopeScaling {
 
 /// Positions stretched past those that a model was first trained on (YaRN, arXiv 2309.00071).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Yarn {
+pub(crate) struct Yarn {
     /// How many times as far it now looks.
-    pub factor: f64,
+    pub(crate) factor: f64,
     /// Positions that it was first trained on.
-    pub original_positions: usize,
+    pub(crate) original_positions: usize,
     /// Turns over those positions above which a rotation stays as fast as it was.
-    pub beta_fast: f64,
+    pub(crate) beta_fast: f64,
     /// Turns below which it is slowed down by the whole factor; in between by a part.
-    pub beta_slow: f64,
+    pub(crate) beta_slow: f64,
     /// What cosines and sines are multiplied by.
-    pub rotation_scale: f64,
+    pub(crate) rotation_scale: f64,
     /// What products of queries and keys are multiplied by, beside the usual.
-    pub score_scale: f64,
+    pub(crate) score_scale: f64,
     /// The part in between begins and ends at whole rotations, as in the paper's code, or wherever it does (gpt-oss).
-    pub whole_rotations: bool,
+    pub(crate) whole_rotations: bool,
 }
 
 impl Yarn {
@@ -85,15 +85,15 @@ impl Yarn {
 
 /// Positions stretched as Llama 3.1's are (arXiv 2407.21783): by how long a wave is.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Llama3 {
+pub(crate) struct Llama3 {
     /// How many times slower the longest waves turn.
-    pub factor: f64,
+    pub(crate) factor: f64,
     /// Positions that the model was first trained on.
-    pub original_positions: usize,
+    pub(crate) original_positions: usize,
     /// Waves longer than the original positions over this are slowed down by the whole factor.
-    pub low_freq_factor: f64,
+    pub(crate) low_freq_factor: f64,
     /// Waves shorter than the original positions over this stay as they are; above `low_freq_factor`.
-    pub high_freq_factor: f64,
+    pub(crate) high_freq_factor: f64,
 }
 
 impl Llama3 {
@@ -113,9 +113,9 @@ impl Llama3 {
 
 /// A divisor for the rate of each pair.
 #[derive(Clone, Debug, PartialEq)]
-pub struct EachRate {
+pub(crate) struct EachRate {
     /// One for each pair that is rotated; positive.
-    pub divisors: Vec<f64>,
+    pub(crate) divisors: Vec<f64>,
     /// What cosines and sines are multiplied by.
-    pub rotation_scale: f64,
+    pub(crate) rotation_scale: f64,
 }

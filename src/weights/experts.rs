@@ -201,8 +201,8 @@ impl Slice {
             Order::Columns => (columns, rows, Layout::Columns),
             _ => (rows, columns, Layout::Rows),
         };
-        let offset = entry.offset() + bytes.start as u64;
-        Ok(Piece { part: self.part, source: entry.source(), offset, dtype, rows, columns, layout })
+        let offset = entry.offset + bytes.start as u64;
+        Ok(Piece { part: self.part, source: entry.source, offset, dtype, rows, columns, layout })
     }
 
     /// The same in MXFP4.
@@ -217,7 +217,7 @@ impl Slice {
                 return Err(checkpoint.wrong(entry, &name, detail));
             }
             let all: usize = self.shape.iter().rev().skip(1).product();
-            Ok((entry.source(), entry.offset() + (entry.bytes / all.max(1) * self.rows.start) as u64))
+            Ok((entry.source, entry.offset + (entry.bytes / all.max(1) * self.rows.start) as u64))
         };
         let (source, offset) = find(MXFP4[0], &[mxfp4::BLOCK_BYTES])?;
         let (of_scales, scales) = find(MXFP4[1], &[])?;

@@ -23,7 +23,7 @@ use std::sync::{Arc, OnceLock};
 
 use self::experts::Slice;
 use self::gguf::names::TensorNames;
-pub use self::gguf::names::TensorSource;
+pub(crate) use self::gguf::names::TensorSource;
 use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, text};
 use crate::error::{Error, Result};
 use crate::offload::store::{ExpertStore, Piece};
@@ -103,18 +103,14 @@ impl Weights {
         self
     }
 
-    /// The same by another name.
-    pub fn named(self, name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..self }
-    }
-
     /// What to call the model: the directory's or the file's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
     /// `config.json`, or what stands for it in a GGUF file.
-    pub fn config(&self) -> &str {
+    #[cfg(test)]
+    pub(crate) fn config(&self) -> &str {
         &self.config
     }
 
@@ -211,7 +207,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::UnknownName`] and [`Error::Config`] for a GGUF file of another architecture than those that are known.
-    pub fn source(&self, name: &str) -> Result<TensorSource> {
+    pub(crate) fn source(&self, name: &str) -> Result<TensorSource> {
         source(&self.checkpoint, name)
     }
 
@@ -220,7 +216,8 @@ impl Weights {
     /// # Errors
     /// As [`Weights::spec`]; [`Error::ExpertOutOfRange`] for an expert that is not there, [`Error::Checkpoint`] for a tensor that is not,
     /// or that has another shape or another type than [`Dtype`](crate::experts::matrix::Dtype) has.
-    pub fn experts(&self, layer: usize, id: usize) -> Result<Vec<Piece>> {
+    #[cfg(test)]
+    pub(crate) fn experts(&self, layer: usize, id: usize) -> Result<Vec<Piece>> {
         let spec = self.spec()?;
         let block = spec.moe_blocks().nth(layer).filter(|_| id < spec.moe.experts);
         let block = block.ok_or_else(|| Error::ExpertOutOfRange {
@@ -234,7 +231,8 @@ impl Weights {
     /// All experts as a store to load them from.
     ///
     /// # Errors
-    /// As [`Weights::experts`].
+    /// As [`Weights::spec`]; [`Error::ExpertOutOfRange`] for an expert that is not there, [`Error::Checkpoint`] for a tensor that is not,
+    /// or that has another shape or another type than [`Dtype`](crate::experts::matrix::Dtype) has.
     pub fn expert_store(&self) -> Result<ExpertStore> {
         let spec = self.spec()?;
         let expert = |block, id| -> Result<Vec<Piece>> {
@@ -247,7 +245,7 @@ impl Weights {
     /// Counts what the experts take, every one that the configuration names being there in the shape it says.
     ///
     /// # Errors
-    /// As [`Weights::experts`], but not for block types of a GGUF file that nothing here reads.
+    /// As [`Weights::expert_store`], but not for block types of a GGUF file that nothing here reads.
     pub fn expert_sizes(&self) -> Result<ExpertSizes> {
         let (spec, mut sizes) = (self.spec()?, ExpertSizes::default());
         for (index, (block, id)) in

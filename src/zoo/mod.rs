@@ -28,6 +28,8 @@ pub(crate) mod quantization;
 mod qwen2_moe;
 mod qwen3_moe;
 pub(crate) mod rope;
+#[cfg(test)]
+mod tests;
 mod transformer;
 
 use crate::error::{Error, Result};
@@ -49,7 +51,7 @@ pub const FAMILIES: [&str; 10] = [
 ];
 
 /// Families of which there is the MoE layer alone.
-pub const MOE_FAMILIES: [&str; 1] = ["lfm2_moe"];
+pub(crate) const MOE_FAMILIES: [&str; 1] = ["lfm2_moe"];
 
 /// Reads a `config.json`; `file` is its name in error messages.
 ///
@@ -78,7 +80,7 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
 /// The MoE layer alone, for a model of one's own around it; only keys that concern the layer are looked at.
 ///
 /// # Errors
-/// As [`parse_config`], for a family that is neither in [`FAMILIES`] nor in [`MOE_FAMILIES`].
+/// As [`parse_config`], for a family that is neither in [`FAMILIES`] nor `lfm2_moe`.
 pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
     let config = Config::parse(json, file)?;
     let spec = match config.string("model_type")? {

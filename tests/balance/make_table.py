@@ -1,4 +1,4 @@
-"""Balance figures of loads against shares, by their definitions, for tests/balance.rs.
+"""Balance figures of loads against shares, by their definitions, for src/routing/tests/balance.rs.
 
 numpy 2.4.6:    python tests/balance/make_table.py
 

@@ -16,10 +16,10 @@ pub struct ReplayReport {
     #[serde(skip)]
     pub router: &'static str,
     /// Name of the eviction policy.
-    pub policy: &'static str,
+    pub policy: String,
     /// Name of what lets experts in.
     #[serde(skip)]
-    pub admission: &'static str,
+    pub admission: String,
     /// Experts of a layer that fit.
     pub cached_experts: usize,
     /// Bonus of a resident expert, in score ranges; `None` for a router that is not memory-aware.
@@ -42,7 +42,7 @@ pub struct ReplayReport {
 impl Display for ReplayReport {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.source)?;
-        let (cached, policy, admission) = (self.cached_experts, self.policy, self.admission);
+        let (cached, policy, admission) = (self.cached_experts, &self.policy, &self.admission);
         writeln!(f, "{cached} experts a layer in fast memory, policy {policy}, admission {admission}")?;
         if let (Some(bonus), Some(loss)) = (self.cache_bonus, self.max_mass_loss) {
             let now = self.figures.bonus.map_or(String::new(), |now| format!(" at the start, {now:.3} at the end"));

@@ -88,7 +88,7 @@ pub fn table(ran: &Ran) -> Result<(), String> {
 
 /// The file's tensors, whose floats must all be finite.
 pub fn tensors(path: &Path) -> Result<Checkpoint, String> {
-    let file = Checkpoint::open_files(&[path.to_owned()]).map_err(|error| error.to_string())?;
+    let file = Checkpoint::open(path).map_err(|error| error.to_string())?;
     for (name, entry) in file.tensors() {
         let bytes = file.read(name).map_err(|error| error.to_string())?;
         if entry.dtype == ElementType::Plain(safetensors::Dtype::F32) {

@@ -114,9 +114,7 @@ impl Ready {
 }
 
 fn vocabulary(model: &Path) -> Option<usize> {
-    let files = Weights::open(model).ok()?;
-    let config: Value = serde_json::from_str(files.config()).unwrap();
-    config["vocab_size"].as_u64().map(|size| size as usize)
+    Some(Weights::open(model).ok()?.spec().ok()?.vocab)
 }
 
 /// A `tokenizer.json` of the words `w1`, `w2`, .. for ids of the same numbers, 0 standing for any other word.

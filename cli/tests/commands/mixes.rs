@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use phase_moe::RouterKind;
-use phase_moe::routing::Profile;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -217,7 +216,7 @@ fn value<R: Rng>(random: &mut R, kind: Kind) -> String {
         Kind::Router => pick(random, &RouterKind::ALL.map(RouterKind::name)),
         Kind::Routers if single(random) => value(random, Kind::Router),
         Kind::Routers => list(random, &RouterKind::ALL.map(RouterKind::name)),
-        Kind::Profile => pick(random, &Profile::ALL.map(Profile::name)),
+        Kind::Profile => pick(random, &["uniform", "mild", "strong", "extreme"]),
         Kind::One(names) => pick(random, names),
         Kind::Flag => String::new(),
     }

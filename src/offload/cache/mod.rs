@@ -121,12 +121,12 @@ impl ExpertCache {
     }
 
     /// Where the experts come from.
-    pub fn store(&self) -> &Arc<ExpertStore> {
+    pub(crate) fn store(&self) -> &Arc<ExpertStore> {
         &self.shared.store
     }
 
     /// How it was made.
-    pub fn options(&self) -> CacheOptions {
+    pub(crate) fn options(&self) -> CacheOptions {
         self.options
     }
 
@@ -139,7 +139,7 @@ impl ExpertCache {
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer that is not there.
-    pub fn resident(&self, layer: usize) -> Result<ExpertSet> {
+    pub(crate) fn resident(&self, layer: usize) -> Result<ExpertSet> {
         Ok(self.shared.lock().logical.resident(layer)?.clone())
     }
 
@@ -147,7 +147,7 @@ impl ExpertCache {
     /// while there is room. For then each that is read stays, and to prefer another one would save nothing.
     ///
     /// # Errors
-    /// Those of [`ExpertCache::resident`].
+    /// [`Error::Shape`] for a layer that there is not.
     pub fn counted_into(&self, layer: usize, set: &mut ExpertSet) -> Result<()> {
         let state = self.shared.lock();
         let counted = state.logical.counted(layer)?;
@@ -208,7 +208,7 @@ impl ExpertCache {
     }
 
     /// Gives up the reads ahead of a layer that are not done and that nobody waits for.
-    pub fn cancel_prefetch(&self, layer: usize) {
+    pub(crate) fn cancel_prefetch(&self, layer: usize) {
         let mut state = self.shared.lock();
         self.shared.store.keys(layer).for_each(|key| state.room.cancel(key));
         self.shared.space.notify_all();

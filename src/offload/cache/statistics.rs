@@ -33,11 +33,6 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Hits / requests; `None` before any.
-    pub fn hit_rate(&self) -> Option<f64> {
-        (self.requests > 0).then(|| self.hits as f64 / self.requests as f64)
-    }
-
     /// What was done since `earlier`, all but the bytes now and their peak.
     pub(crate) fn since(&self, earlier: &Self) -> Self {
         let prefetch = PrefetchStatistics {

@@ -43,16 +43,23 @@ pub enum Policy {
 
 impl Policy {
     /// All policies.
-    pub const ALL: [Self; 4] = [Self::Lru, Self::Lfu, Self::Lfru, Self::Affinity];
+    pub(crate) const ALL: [Self; 4] = [Self::Lru, Self::Lfu, Self::Lfru, Self::Affinity];
 
     /// Its name on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Lru => "lru",
             Self::Lfu => "lfu",
             Self::Lfru => "lfru",
             Self::Affinity => "affinity",
         }
+    }
+}
+
+/// Its name on the command line.
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
     }
 }
 

@@ -21,7 +21,7 @@ pub enum Part {
 
 /// One matrix of an expert, and where it lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// What it holds.
     pub part: Part,
     /// Which of the store's sources it is in.
@@ -49,7 +49,7 @@ impl Piece {
 
 /// How a piece's numbers lie in its file; in memory they lie row by row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// Row by row, so that they are read to where they stay.
     #[default]
     Rows,

@@ -12,9 +12,6 @@ use crate::routing::slots::EMPTY;
 pub(crate) mod auction;
 pub(crate) mod sinkhorn;
 
-pub use self::auction::Auction;
-pub use self::sinkhorn::Sinkhorn;
-
 /// The assignment of `chosen` (`[tokens, top_k]`), of which the slots in `kept` have room.
 ///
 /// A slot that got nothing counts in the combine weights with the best expert its token does not hold, so that what is

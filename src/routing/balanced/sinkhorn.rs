@@ -23,7 +23,7 @@
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routing::admission::{Precedence, keep_best};
 use crate::routing::assignment::Assignment;
 use crate::routing::router::{RouteRequest, RouteState, Router, Scratch};
@@ -41,25 +41,11 @@ const CHUNK: usize = 128;
 
 /// Top-k of the balanced scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sinkhorn {
+pub(crate) struct Sinkhorn {
+    /// It sweeps until every column is within this share of its marginal,
     tolerance: f64,
+    /// or so often.
     max_sweeps: usize,
-}
-
-impl Sinkhorn {
-    /// Sweeps until every column is within `tolerance` of its marginal (as a share of it), or `max_sweeps` times.
-    ///
-    /// # Errors
-    /// [`Error::Parameter`] for a tolerance that is not a positive finite number and for no sweeps.
-    pub fn new(tolerance: f64, max_sweeps: usize) -> Result<Self> {
-        if !(tolerance.is_finite() && tolerance > 0.0) {
-            return Err(Error::parameter("tolerance", tolerance, "a positive finite number"));
-        }
-        if max_sweeps == 0 {
-            return Err(Error::parameter("max_sweeps", max_sweeps, "at least 1"));
-        }
-        Ok(Self { tolerance, max_sweeps })
-    }
 }
 
 impl Default for Sinkhorn {
@@ -233,7 +219,7 @@ mod tests {
             let request = RouteRequest::new(&scores, 2, &capacity, RouteContext::default()).unwrap();
             let limits = capacity.limits().unwrap();
             let matrix = Matrix::new(&request, limits);
-            let router = Sinkhorn::new(1e-6, 5000).unwrap();
+            let router = Sinkhorn { tolerance: 1e-6, max_sweeps: 5000 };
             let scale = router.balance(&matrix);
             let total: u32 = limits.iter().sum();
             for ((&column, &marginal), &limit) in matrix.columns(&scale).iter().zip(&matrix.marginals).zip(limits) {
@@ -259,12 +245,5 @@ mod tests {
         let request = RouteRequest::new(&scores, 2, &capacity, RouteContext::default()).unwrap();
         let ours = Sinkhorn::default().route(&request, &mut RouteState::default()).unwrap();
         assert_eq!(ours, TopK::default().route(&request, &mut RouteState::default()).unwrap());
-    }
-
-    #[test]
-    fn settings_are_checked() {
-        let message = |tolerance, sweeps| Sinkhorn::new(tolerance, sweeps).unwrap_err().to_string();
-        assert_eq!(message(0.0, 1), "tolerance is 0: expected a positive finite number");
-        assert_eq!(message(1e-3, 0), "max_sweeps is 0: expected at least 1");
     }
 }

@@ -126,9 +126,12 @@ impl CacheRouter {
         Ok(Self { target_hit_rate: Some(target), ..self })
     }
 
-    /// The same with another decay of the affinity that it keeps in the state.
-    pub fn with_decay(self, decay: Decay) -> Self {
-        Self { decay, ..self }
+    /// The same with another decay of the affinity that it keeps in the state: what is left of it after a step without use.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for what is not above 0 and below 1 in 32 bits.
+    pub fn with_decay(self, decay: f64) -> Result<Self> {
+        Ok(Self { decay: Decay::new(decay)?, ..self })
     }
 
     /// The same on top of the phase router: bound and `keep_top` are then measured against what that gives a token.

@@ -52,7 +52,7 @@ impl Capacity {
     }
 
     /// Experts of the layer it is for.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         match &self.0 {
             Limits::Unlimited { experts } => *experts,
             Limits::PerExpert { limits } => limits.len(),
@@ -69,7 +69,7 @@ impl Capacity {
     }
 
     /// Where experts live, if the limits are per device.
-    pub fn placement(&self) -> Option<&Placement> {
+    pub(crate) fn placement(&self) -> Option<&Placement> {
         match &self.0 {
             Limits::PerDevice { placement, .. } => Some(placement),
             _ => None,
@@ -79,7 +79,7 @@ impl Capacity {
     /// Pool of an expert: its device, or itself.
     ///
     /// # Panics
-    /// When the limits are per device and `expert` is not below [`Capacity::experts`].
+    /// When the limits are per device and `expert` is not an expert of the layer.
     pub fn pool_of(&self, expert: u16) -> usize {
         match &self.0 {
             Limits::PerDevice { placement, .. } => usize::from(placement.device_of()[usize::from(expert)]),
@@ -88,7 +88,7 @@ impl Capacity {
     }
 
     /// Experts in each pool, `[pools]`.
-    pub fn pool_sizes(&self) -> Vec<usize> {
+    pub(crate) fn pool_sizes(&self) -> Vec<usize> {
         match &self.0 {
             Limits::PerDevice { placement, .. } => placement.sizes(),
             _ => vec![1; self.experts()],
@@ -96,12 +96,13 @@ impl Capacity {
     }
 
     /// Sum of the limits; `None` without limit.
-    pub fn total(&self) -> Option<u64> {
+    #[cfg(test)]
+    pub(crate) fn total(&self) -> Option<u64> {
         Some(self.limits()?.iter().map(|&limit| u64::from(limit)).sum())
     }
 
     /// Slots that can be kept when no expert is masked: `min(N·k, Σ_p min(C_p, N·experts of p))`, the maximum flow.
-    pub fn feasible_slots(&self, tokens: usize, top_k: usize) -> u64 {
+    pub(crate) fn feasible_slots(&self, tokens: usize, top_k: usize) -> u64 {
         let demand = tokens as u64 * top_k as u64;
         let Some(limits) = self.limits() else { return demand };
         let room = limits

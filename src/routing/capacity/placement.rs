@@ -55,24 +55,24 @@ impl Placement {
     }
 
     /// Experts placed.
-    pub fn experts(&self) -> usize {
+    pub(crate) fn experts(&self) -> usize {
         self.device_of.len()
     }
 
     /// Devices there are.
-    pub fn devices(&self) -> usize {
+    pub(crate) fn devices(&self) -> usize {
         self.devices
     }
 
     /// Experts on each device, `[devices]`.
-    pub fn sizes(&self) -> Vec<usize> {
+    pub(crate) fn sizes(&self) -> Vec<usize> {
         let mut sizes = vec![0; self.devices];
         self.device_of.iter().for_each(|&device| sizes[usize::from(device)] += 1);
         sizes
     }
 
     /// Device of each expert, `[experts]`.
-    pub fn device_of(&self) -> &[u16] {
+    pub(crate) fn device_of(&self) -> &[u16] {
         &self.device_of
     }
 }

@@ -37,10 +37,10 @@ pub enum Profile {
 
 impl Profile {
     /// All profiles, in order of rising skew.
-    pub const ALL: [Self; 4] = [Self::Uniform, Self::Mild, Self::Strong, Self::Extreme];
+    pub(crate) const ALL: [Self; 4] = [Self::Uniform, Self::Mild, Self::Strong, Self::Extreme];
 
     /// Its name on the command line.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
             Self::Mild => "mild",
@@ -64,6 +64,13 @@ impl Profile {
         }
         weights.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         weights
+    }
+}
+
+/// Its name on the command line.
+impl std::fmt::Display for Profile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
     }
 }
 
@@ -113,7 +120,7 @@ impl Shares {
     /// # Errors
     /// [`Error::Shape`] for a placement of another number of experts, [`Error::Parameter`] for no devices or more contiguous
     /// groups than experts; [`Error::ExpertCount`].
-    pub fn placement(&self, experts: usize) -> Result<Option<Placement>> {
+    pub(crate) fn placement(&self, experts: usize) -> Result<Option<Placement>> {
         match self {
             Self::PerExpert { .. } => Ok(None),
             Self::PerDevice { speeds } => Placement::contiguous(experts, speeds.len()).map(Some),

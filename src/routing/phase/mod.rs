@@ -91,7 +91,9 @@ const SMALL: usize = 1 << 17;
 /// Gate-aware routing under exact limits: price, claim, place, certify.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PhaseRouter {
-    gap: f64,
+    /// The certificate to stop at, as a share of the bound.
+    pub(crate) gap: f64,
+    /// The most sweeps over the batch, and over the sample of it that cold prices start from.
     max_sweeps: usize,
 }
 
@@ -109,16 +111,6 @@ impl PhaseRouter {
             return Err(Error::parameter("max_sweeps", max_sweeps, "at least 1"));
         }
         Ok(Self { gap, max_sweeps })
-    }
-
-    /// The certificate to stop at, as a share of the bound.
-    pub fn gap(&self) -> f64 {
-        self.gap
-    }
-
-    /// The most sweeps over the batch (and over the sample of it that cold prices start from).
-    pub fn max_sweeps(&self) -> usize {
-        self.max_sweeps
     }
 }
 

@@ -34,23 +34,24 @@ impl PhaseKernel {
     /// Oversampling of the published training runs.
     pub(crate) const DEFAULT_OVERSAMPLE: usize = 4;
 
-    /// The kernel with the published density and oversampling.
-    pub const fn new(seed: u64) -> Self {
-        Self { density: Self::DEFAULT_DENSITY, oversample: Self::DEFAULT_OVERSAMPLE, seed }
-    }
-
-    /// Another density (share of the ring that a row covers) and oversampling (sampled columns per slot).
+    /// A kernel of this density (share of the ring that a row covers; 0.3 in the published benchmarks and training runs) and
+    /// oversampling (sampled columns per slot; 4 there).
     ///
     /// # Errors
     /// [`Error::Parameter`] for a density outside `(0, 1]` or an oversampling of 0.
-    pub fn with_sampling(self, density: f64, oversample: usize) -> Result<Self> {
+    pub fn new(density: f64, oversample: usize, seed: u64) -> Result<Self> {
         if !(density > 0.0 && density <= 1.0) {
             return Err(Error::parameter("density", density, "above 0, at most 1"));
         }
         if oversample == 0 {
             return Err(Error::parameter("oversample", oversample, "at least 1"));
         }
-        Ok(Self { density, oversample, ..self })
+        Ok(Self { density, oversample, seed })
+    }
+
+    /// The kernel with the published density and oversampling.
+    pub(crate) const fn published(seed: u64) -> Self {
+        Self { density: Self::DEFAULT_DENSITY, oversample: Self::DEFAULT_OVERSAMPLE, seed }
     }
 
     /// Experts of every token, `[tokens, top_k]`, −1 where empty; `shares[expert]` are relative capacities.
@@ -194,7 +195,7 @@ mod tests {
             seed: u64,
         ) {
             let top_k = top_k.min(shares.len());
-            let kernel = PhaseKernel::new(seed).with_sampling(density, oversample).unwrap();
+            let kernel = PhaseKernel::new(density, oversample, seed).unwrap();
             prop_assert_eq!(kernel.select(tokens, &shares, top_k).unwrap(), naive_bands(kernel, tokens, &shares, top_k));
         }
     }
@@ -210,7 +211,7 @@ mod tests {
             (1, 8, 2, 42, 0x3cd0_2a86_2a57_4321),
         ];
         for (tokens, experts, top_k, seed, expected) in golden {
-            let chosen = PhaseKernel::new(seed).select(tokens, &vec![1.0; experts], top_k).unwrap();
+            let chosen = PhaseKernel::published(seed).select(tokens, &vec![1.0; experts], top_k).unwrap();
             let bytes = chosen.iter().flat_map(|expert| expert.to_le_bytes());
             let digest =
                 bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
@@ -221,7 +222,7 @@ mod tests {
     #[test]
     fn empty_slots_come_out_as_measured() {
         let empty = |experts: usize| {
-            let chosen = PhaseKernel::new(42).select(4096, &vec![1.0; experts], 8).unwrap();
+            let chosen = PhaseKernel::published(42).select(4096, &vec![1.0; experts], 8).unwrap();
             chosen.iter().filter(|&&expert| expert < 0).count() as f64 / chosen.len() as f64
         };
         assert!((empty(64) - 0.30).abs() < 0.01);
@@ -230,11 +231,11 @@ mod tests {
 
     #[test]
     fn settings_outside_their_domain_are_named() {
-        let kernel = PhaseKernel::new(0);
         for bad in [0.0, -0.1, 1.1, f64::NAN] {
-            assert!(kernel.with_sampling(bad, 4).unwrap_err().to_string().starts_with("density is "));
+            assert!(PhaseKernel::new(bad, 4, 0).unwrap_err().to_string().starts_with("density is "));
         }
-        assert_eq!(kernel.with_sampling(0.3, 0).unwrap_err().to_string(), "oversample is 0: expected at least 1");
+        assert_eq!(PhaseKernel::new(0.3, 0, 0).unwrap_err().to_string(), "oversample is 0: expected at least 1");
+        let kernel = PhaseKernel::published(0);
         let message = |shares: &[f64], top_k| kernel.select(4, shares, top_k).unwrap_err().to_string();
         assert_eq!(message(&[1.0, -1.0], 1), "share of an expert is -1: expected a finite number, at least 0");
         assert_eq!(message(&[1.0], 2), "top_k 2 exceeds experts 1");

@@ -2,7 +2,7 @@
 //!
 //! | file | what it is |
 //! |---|---|
-//! | `ring` | [`PhaseRing`]: n tokens against n columns on a ring, bit for bit |
+//! | `ring` | [`phase_ring`]: n tokens against n columns on a ring, bit for bit |
 //! | `draws` | its random draws |
 //! | `banded` | its form for many tokens and few experts, and the router made of it: [`PhaseKernel`] |
 //!
@@ -14,4 +14,4 @@ mod ring;
 
 pub use banded::PhaseKernel;
 pub use draws::permutations;
-pub use ring::{PhaseRing, PhaseSide};
+pub use ring::{PhaseSide, phase_ring};

@@ -13,12 +13,12 @@
 //! The reference is the crate `phase_router_rs` (github.com/TSltd/phase_router_rs); its draws are those of `draws`.
 //!
 //! ```
-//! use phase_moe::routing::{PhaseRing, PhaseSide, permutations};
+//! use phase_moe::routing::{PhaseSide, permutations, phase_ring};
 //!
 //! let [source_order, target_order] = permutations(8, 42);
 //! let sources = PhaseSide::new(vec![4; 8], source_order)?;
 //! let targets = PhaseSide::new(vec![3; 8], target_order)?;
-//! let columns = PhaseRing::new(sources, targets)?.route(2, 42)?;
+//! let columns = phase_ring(sources, targets, 2, 42)?;
 //! assert_eq!(columns.len(), 8 * 2);
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
@@ -123,8 +123,18 @@ struct Place {
     degree: u32,
 }
 
+/// The columns that every token of the sources is sent to: up to `top_k` accepted ones, `[n, top_k]`, −1 where there are none left.
+///
+/// # Errors
+/// [`Error::Shape`] when the two sides have different numbers of rows, [`Error::TopKZero`], and [`Error::Parameter`] where
+/// `n · top_k` columns do not fit in memory.
+pub fn phase_ring(sources: PhaseSide, targets: PhaseSide, top_k: usize, seed: u64) -> Result<Vec<i32>> {
+    let tokens = sources.rows();
+    PhaseRing::new(sources, targets)?.route_first(tokens, top_k, seed)
+}
+
 /// Two sides of the same size, ready to route.
-pub struct PhaseRing {
+pub(crate) struct PhaseRing {
     sources: PhaseSide,
     targets: PhaseSide,
     /// `offset_S`, `[n]`.
@@ -143,7 +153,7 @@ impl PhaseRing {
     ///
     /// # Errors
     /// [`Error::Shape`] when they have different numbers of rows.
-    pub fn new(sources: PhaseSide, targets: PhaseSide) -> Result<Self> {
+    pub(crate) fn new(sources: PhaseSide, targets: PhaseSide) -> Result<Self> {
         let rows = sources.rows();
         if targets.rows() != rows {
             return Err(Error::shape("target rows", rows, targets.rows()));
@@ -171,15 +181,10 @@ impl PhaseRing {
         Ok(Self { sources, targets, offsets, places, ends, buckets, bucket_bits })
     }
 
-    /// Up to `top_k` accepted columns for every token, `[n, top_k]`, −1 where there are none left.
+    /// Up to `top_k` accepted columns for each of the first `tokens` tokens.
     ///
     /// # Errors
-    /// [`Error::TopKZero`], and [`Error::Parameter`] where `n · top_k` columns do not fit in memory.
-    pub fn route(&self, top_k: usize, seed: u64) -> Result<Vec<i32>> {
-        self.route_first(self.sources.rows(), top_k, seed)
-    }
-
-    /// The same for the first `tokens` tokens only.
+    /// As [`phase_ring`] for `top_k`.
     pub(super) fn route_first(&self, tokens: usize, top_k: usize, seed: u64) -> Result<Vec<i32>> {
         if top_k == 0 {
             return Err(Error::TopKZero);
@@ -359,9 +364,9 @@ pub(super) mod tests {
             let sources = PhaseSide::new(source_degrees, source_order).unwrap();
             let targets = PhaseSide::new(target_degrees, target_order).unwrap();
             prop_assert_eq!((&source_bits, &target_bits), (&sources, &targets));
-            prop_assert_eq!(&PhaseRing::new(source_bits, target_bits).unwrap().route(top_k, seed).unwrap(), &oracle);
+            prop_assert_eq!(&phase_ring(source_bits, target_bits, top_k, seed).unwrap(), &oracle);
             let kernel = PhaseRing::new(sources, targets).unwrap();
-            prop_assert_eq!(kernel.route(top_k, seed).unwrap(), oracle);
+            prop_assert_eq!(kernel.route_first(kernel.sources.rows(), top_k, seed).unwrap(), oracle);
             // Both ways of listing columns, whichever the costs would have taken.
             let (mut walked, mut covered) = (Vec::new(), Vec::new());
             for token in 0..rows {
@@ -394,7 +399,7 @@ pub(super) mod tests {
             let degrees = |factor, plus| (0..rows).map(|row| (row * factor + plus) % (rows + 1)).collect();
             let sources = PhaseSide::new(degrees(7, 3), source_order).unwrap();
             let targets = PhaseSide::new(degrees(5, 1), target_order).unwrap();
-            let chosen = PhaseRing::new(sources, targets).unwrap().route(top_k, seed).unwrap();
+            let chosen = phase_ring(sources, targets, top_k, seed).unwrap();
             assert_eq!(digest(&chosen), expected, "{rows} rows");
         }
         assert_eq!(permutations(8, 42 + 7777)[0], [1, 6, 4, 2, 5, 0, 7, 3]);
@@ -426,8 +431,11 @@ pub(super) mod tests {
         let side = |rows: u32| PhaseSide::new(vec![1; rows as usize], (0..rows).collect()).unwrap();
         assert_eq!(PhaseRing::new(side(3), side(4)).err().unwrap().to_string(), "target rows: expected 3, got 4");
         let kernel = PhaseRing::new(side(3), side(3)).unwrap();
-        assert!(matches!(kernel.route(0, 1), Err(Error::TopKZero)));
-        assert!(matches!(kernel.route(usize::MAX, 1), Err(Error::Parameter { name: "top_k", .. })));
-        assert_eq!(PhaseRing::new(side(0), side(0)).unwrap().route(2, 1).unwrap(), [0i32; 0]);
+        assert!(matches!(kernel.route_first(kernel.sources.rows(), 0, 1), Err(Error::TopKZero)));
+        assert!(matches!(
+            kernel.route_first(kernel.sources.rows(), usize::MAX, 1),
+            Err(Error::Parameter { name: "top_k", .. })
+        ));
+        assert_eq!(phase_ring(side(0), side(0), 2, 1).unwrap(), [0i32; 0]);
     }
 }

@@ -8,13 +8,11 @@ use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::naive;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{Line, Multiply};
 use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, Kernel, quantized};
-
-#[path = "../../../tests/naive/mod.rs"]
-mod naive;
 
 /// Rows of activations; products take some of them, in another order and some twice.
 const ROWS: usize = if cfg!(miri) { 2 } else { 23 };

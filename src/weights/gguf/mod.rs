@@ -245,7 +245,7 @@ impl Architecture<'_> {
         let mut ends = Vec::new();
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
             // -1 is how some say that there is none.
-            let is_none = matches!(self.metadata.get(key), Some(checkpoint::Value::Integer(-1)));
+            let is_none = matches!(self.metadata.get(key), Some(checkpoint::metadata::Value::Integer(-1)));
             let id = if is_none { None } else { self.metadata.count(key)? };
             ends.extend(id.filter(|id| !ends.contains(id)));
         }

@@ -10,7 +10,7 @@ use crate::weights::experts::{Order, Slice, Tensors};
 
 /// Where the numbers of a tensor are, under the name that it has in its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TensorSource {
+pub(crate) enum TensorSource {
     /// In this one, as they are.
     Same(String),
     /// In this one, rows of a head's two halves in turns, so that neighbours are rotated against each other.

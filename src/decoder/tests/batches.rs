@@ -1,0 +1,303 @@
+//! Several sequences in a batch and prompts in chunks: the logits, the routing and the text are those of each sequence alone and of
+//! the prompt at once, and padding costs nobody anything.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use crate::decoder::{ExpertMemory, generate_batch};
+use crate::offload::Prefetch;
+use crate::{
+    Admission, Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
+    PhaseRouter, Policy, Router, Sampler, TopK, Weights, generate,
+};
+use candle_core::{DType, Tensor};
+
+/// A fixture of every kind of attention and of positions.
+const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+static MODEL: LazyLock<Model> =
+    LazyLock::new(|| Model::load(&root("models/tiny-moe"), &LoadOptions::default()).unwrap());
+
+fn decoders() -> Vec<(&'static str, Decoder)> {
+    let fixture = |family: &'static str| {
+        let files = Weights::open(&root("tests/goldens/zoo").join(family)).unwrap();
+        (family, Decoder::load(&files, &LoadOptions::default()).unwrap())
+    };
+    let mut all: Vec<_> = FAMILIES.into_iter().map(fixture).collect();
+    all.push(("tiny-moe", MODEL.decoder().clone()));
+    all
+}
+
+/// Ids that repeat in no short period.
+fn ids(decoder: &Decoder, seed: usize, count: usize) -> Vec<u32> {
+    (0..count).map(|at| ((seed * 7919 + at * at * 31 + at * 7) % decoder.spec().vocab) as u32).collect()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(what: &str, ours: &[f32], expected: &[f32]) {
+    assert_eq!(ours.len(), expected.len(), "{what}: length");
+    let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+    assert!(worst <= 1e-5, "{what}: off by {worst}");
+}
+
+#[test]
+fn a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once() {
+    for (family, decoder) in decoders() {
+        let prompt = ids(&decoder, 3, 23);
+        let batch = Batch::new(&[&prompt]).unwrap();
+        let mut state = decoder.generation_state();
+        let at_once = values(&decoder.forward_last(&batch, &mut state).unwrap());
+        let next = Batch::new(&[&[5]]).unwrap();
+        let after = values(&decoder.forward_last(&next, &mut state).unwrap());
+        for chunk in [1, 2, 7, 22, 23, 512] {
+            let mut state = decoder.generation_state().keeping_routed();
+            let logits = decoder.prefill(&batch, chunk, &mut state).unwrap();
+            assert_eq!(logits.dims(), [1, decoder.spec().vocab]);
+            assert_close(&format!("{family} in chunks of {chunk}"), &values(&logits), &at_once);
+            assert_eq!(state.routed().len(), decoder.spec().moe_layers() * 23usize.div_ceil(chunk));
+            assert_eq!((state.position(), state.step), (23, 23u64.div_ceil(chunk as u64)));
+            let logits = decoder.forward_last(&next, &mut state).unwrap();
+            assert_close(&format!("{family} after chunks of {chunk}"), &values(&logits), &after);
+        }
+    }
+}
+
+/// What a router has learnt and what is in memory goes from chunk to chunk as from one forward pass to the next.
+#[test]
+fn a_chunk_is_a_forward_pass_to_routers_and_memory() {
+    let mut decoder = MODEL.decoder().clone();
+    let prompt = ids(&decoder, 5, 300);
+    let routers: [(Arc<dyn Router>, Option<CapacityRule>); 3] = [
+        (Arc::new(CacheRouter::default()), None),
+        (Arc::new(PhaseRouter::default()), Some(CapacityRule::per_expert(1.0))),
+        (Arc::new(TopK { drop: Some(DropRule::Score) }), Some(CapacityRule::per_device(1.0, 4))),
+    ];
+    for (router, rule) in routers {
+        decoder.set_router(router);
+        decoder.set_capacity(rule.clone());
+        let memory = ExpertMemory::new(4, 32, 12, Policy::Lru, Admission::default()).unwrap();
+        let [mut ours, mut theirs] =
+            [memory.clone(), memory].map(|memory| decoder.generation_state().with_memory(memory).keeping_routed());
+        let logits = decoder.prefill(&Batch::new(&[&prompt]).unwrap(), 128, &mut ours).unwrap();
+        let capacities: Vec<_> = ours.routed().iter().map(|routed| routed.capacity.clone()).collect();
+        let (mut last, mut expected) = (None, Vec::new());
+        for part in prompt.chunks(128) {
+            last = Some(decoder.forward_last(&Batch::new(&[part]).unwrap(), &mut theirs).unwrap());
+            for routed in theirs.routed() {
+                let capacity = rule.as_ref().map(|rule| rule.capacity(part.len(), 32, 4).unwrap());
+                assert!(capacity.is_none_or(|capacity| capacity == routed.capacity), "of {} tokens", part.len());
+                expected.push(routed.capacity.clone());
+            }
+        }
+        assert_eq!(values(&logits), values(&last.unwrap()));
+        assert_eq!((ours.routes(), ours.step, capacities), (theirs.routes(), theirs.step, expected));
+        for layer in 0..4 {
+            let resident = |memory: Option<&ExpertMemory>| memory.unwrap().resident(layer).cloned();
+            assert_eq!(resident(ours.memory()), resident(theirs.memory()));
+        }
+    }
+}
+
+/// Sequences of different lengths, of which some end before others and one goes on by several tokens at a time.
+#[test]
+fn each_sequence_of_a_batch_is_as_it_is_alone() {
+    for (family, decoder) in decoders() {
+        let texts = [ids(&decoder, 1, 17), ids(&decoder, 2, 5), ids(&decoder, 3, 1), ids(&decoder, 4, 11)];
+        let alone: Vec<Vec<Vec<f32>>> = texts
+            .iter()
+            .map(|text| {
+                let logits = decoder.forward(&Batch::new(&[text]).unwrap(), &mut decoder.batch_state()).unwrap();
+                logits.squeeze(0).unwrap().to_vec2().unwrap()
+            })
+            .collect();
+        let parts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+        let batch = Batch::new(&parts).unwrap();
+        let logits = decoder.forward(&batch, &mut decoder.batch_state()).unwrap();
+        for (row, alone) in alone.iter().enumerate() {
+            let ours: Vec<Vec<f32>> = logits.get(row).unwrap().to_vec2().unwrap();
+            for (position, expected) in alone.iter().enumerate() {
+                assert_close(&format!("{family}, sequence {row} at {position}"), &ours[position], expected);
+            }
+        }
+        // In chunks, then the second half of each text a token a step, whoever has one left.
+        for (chunk, first) in [(512, [9, 2, 1, 6]), (7, [3, 5, 1, 10]), (4, [12, 1, 1, 1])] {
+            let mut state = decoder.generation_state();
+            let prompts: Vec<&[u32]> = texts.iter().zip(first).map(|(text, first)| &text[..first]).collect();
+            let logits = decoder.prefill(&Batch::new(&prompts).unwrap(), chunk, &mut state).unwrap();
+            let check = |logits: &Tensor, row: usize, position: usize| {
+                let what = format!("{family}, sequence {row} at {position} after {first:?}");
+                assert_close(&what, &values(&logits.get(row).unwrap()), &alone[row][position]);
+            };
+            (0..4).for_each(|row| check(&logits, row, first[row] - 1));
+            for step in 0.. {
+                let tokens: Vec<Option<u32>> =
+                    texts.iter().zip(first).map(|(text, first)| text.get(first + step).copied()).collect();
+                let Ok(batch) = Batch::step(&tokens) else { break };
+                let logits = decoder.forward_last(&batch, &mut state).unwrap();
+                (0..4).filter(|&row| tokens[row].is_some()).for_each(|row| check(&logits, row, first[row] + step));
+            }
+            assert_eq!(state.lengths(), [17, 5, 1, 11]);
+        }
+    }
+}
+
+#[test]
+fn padding_takes_no_room_counts_nowhere_and_has_no_expert_read() {
+    let mut decoder = MODEL.decoder().clone();
+    let (long, short) = (ids(&decoder, 1, 200), ids(&decoder, 2, 9));
+    let rule = CapacityRule::per_expert(1.0);
+    decoder.set_router(Arc::new(TopK { drop: Some(DropRule::Score) }));
+    decoder.set_capacity(Some(rule.clone()));
+    let mut state = decoder.batch_state().keeping_routed();
+    decoder.forward(&Batch::new(&[&long, &short]).unwrap(), &mut state).unwrap();
+    assert_eq!(state.routed().len(), 4);
+    for routed in state.routed() {
+        let padding = routed.padding.as_ref().unwrap();
+        assert_eq!(padding.iter().filter(|&&pad| !pad).count(), 209);
+        assert_eq!(routed.capacity, rule.capacity(209, 32, 4).unwrap());
+        let assignment = &routed.assignment;
+        let mut pads = (0..400).filter(|&token| padding[token]);
+        assert!(pads.all(|token| assignment.slots(token).next().is_none()));
+        assert!(assignment.kept() > 0 && assignment.kept() < 209 * 4);
+    }
+
+    // With the long one at its end, steps ask for the short one's experts alone.
+    let directory = root("models/tiny-moe");
+    let cache = CacheOptions { prefetch: Prefetch::Off, ..CacheOptions::new(64 << 20) };
+    let options = LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache);
+    let requests = |prompts: &[&[u32]], step: &[Option<u32>]| {
+        let model = Model::load(&directory, &options).unwrap();
+        let (decoder, mut state) = (model.decoder(), model.decoder().generation_state());
+        decoder.prefill(&Batch::new(prompts).unwrap(), 512, &mut state).unwrap();
+        let before = decoder.expert_cache().unwrap().statistics().requests;
+        decoder.forward_last(&Batch::step(step).unwrap(), &mut state).unwrap();
+        decoder.expert_cache().unwrap().statistics().requests - before
+    };
+    assert_eq!(requests(&[&short], &[Some(7)]), 16);
+    assert_eq!(requests(&[&long, &short], &[None, Some(7)]), 16);
+}
+
+#[test]
+fn texts_generated_side_by_side_are_those_generated_alone() {
+    let greedy = || Sampler::new(0.0, 1.0, 1).unwrap();
+    let drawn = || Sampler::new(0.8, 0.9, 7).unwrap();
+    let prompts =
+        ["And it came to pass", "fn main() {\n    let", "I", "abandon, to leave; to give up; as, to abandon a"];
+    let prompts = prompts.map(|prompt| MODEL.encode(prompt).unwrap());
+    let parts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    for sampler in [greedy(), drawn()] {
+        let alone = |prompt: &&[u32]| {
+            let (mut state, mut sampler) = (MODEL.decoder().generation_state(), sampler.clone());
+            let go_on = |_| ControlFlow::Continue(());
+            generate(&MODEL, prompt, GenerateOptions::new(24), &mut state, &mut sampler, go_on).unwrap()
+        };
+        let alone: Vec<_> = parts.iter().map(alone).collect();
+        for chunk_tokens in [512, 16] {
+            let mut seen = vec![Vec::new(); 4];
+            let mut state = MODEL.decoder().generation_state();
+            let mut samplers = vec![sampler.clone(); 4];
+            let options = GenerateOptions { chunk_tokens, ..GenerateOptions::new(24) };
+            let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id| {
+                seen[text].push(id);
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+            assert_eq!(seen, done.texts);
+            for (ours, alone) in done.texts.iter().zip(&alone) {
+                assert_eq!(*ours, alone.texts[0]);
+            }
+            let slots = alone.iter().map(|alone| alone.slots.asked).sum::<u64>();
+            assert_eq!((done.slots.asked, done.slots.survival()), (slots, 1.0), "padding has no slots");
+            assert_eq!(done.decode_tokens, alone.iter().map(|alone| alone.decode_steps).sum::<usize>());
+        }
+    }
+}
+
+#[test]
+fn texts_end_each_at_its_own_place() {
+    let positions = MODEL.decoder().spec().max_positions;
+    let (long, short) = (ids(MODEL.decoder(), 1, positions - 3), ids(MODEL.decoder(), 2, 4));
+    let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
+    let mut state = MODEL.decoder().generation_state();
+    let go_on = |_, _| ControlFlow::Continue(());
+    let done =
+        generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
+    assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
+    assert_eq!(state.lengths(), [positions, 12]);
+
+    let none = generate_batch(
+        &MODEL,
+        &[&short],
+        GenerateOptions::new(0),
+        &mut MODEL.decoder().generation_state(),
+        &mut samplers[..1],
+        go_on,
+    );
+    assert_eq!((none.as_ref().unwrap().texts[0].len(), none.unwrap().decode_steps), (0, 0));
+}
+
+#[test]
+fn a_generation_stops_when_it_is_told_to() {
+    let (mut state, mut sampler) = (MODEL.decoder().generation_state(), Sampler::new(0.0, 1.0, 1).unwrap());
+    let mut seen = Vec::new();
+    let on_token = |id| {
+        seen.push(id);
+        if seen.len() < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let prompt = MODEL.encode("And it came to pass").unwrap();
+    let done = generate(&MODEL, &prompt, GenerateOptions::new(24), &mut state, &mut sampler, on_token).unwrap();
+    assert_eq!((seen.len(), &done.texts[0], done.decode_steps), (3, &seen, 2));
+    assert_eq!(state.position(), prompt.len() + 2);
+}
+
+#[test]
+fn mistakes_are_named() {
+    let decoder = MODEL.decoder();
+    let error = |result: crate::Result<Tensor>| result.unwrap_err().to_string();
+    let prompts = Batch::new(&[&[1, 2, 3], &[4]]).unwrap();
+    let mut state = decoder.generation_state();
+    decoder.prefill(&prompts, 512, &mut state).unwrap();
+    assert_eq!(
+        error(decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state)),
+        "batch: expected the 2 sequences whose keys and values are kept, got 1"
+    );
+    state.begin_text();
+    decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
+    let mut limited = decoder.clone();
+    limited.set_capacity(Some(CapacityRule::per_expert(1.0)));
+    assert_eq!(
+        error(limited.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state)),
+        "capacity: expected a router that keeps within it, got top-k"
+    );
+    let torn = error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state));
+    assert!(torn.ends_with("(`begin_text` begins another), got one whose last forward pass failed"), "{torn}");
+    state.begin_text();
+    let again = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
+    let fresh = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut decoder.generation_state()).unwrap();
+    assert!(values(&again) == values(&fresh), "other bits");
+    let long = vec![1; decoder.spec().max_positions + 1];
+    let mut state = decoder.generation_state();
+    let batch = Batch::new(&[&long, &[1]]).unwrap();
+    assert_eq!(
+        error(decoder.prefill(&batch, 512, &mut state)),
+        "text length is 1025: expected at most the model's 1024"
+    );
+    assert_eq!((state.position(), state.step), (0, 0), "nothing went through");
+    assert_eq!(
+        error(decoder.prefill(&prompts, 2, &mut decoder.batch_state())),
+        "decoder state: expected one that keeps keys and values, got one that keeps none"
+    );
+    let mut sampler = [Sampler::new(0.0, 1.0, 1).unwrap()];
+    let wrong = generate_batch(&MODEL, &[&[1], &[2]], GenerateOptions::new(3), &mut state, &mut sampler, |_, _| {
+        ControlFlow::Continue(())
+    });
+    assert_eq!(wrong.unwrap_err().to_string(), "samplers: expected one for each of 2 prompts, got 1");
+}

@@ -1,0 +1,5 @@
+//! What holds for all routers, and figures of balance.
+
+mod balance;
+mod properties;
+mod routers;

@@ -1,8 +1,0 @@
-//! The expert cache over disks that do what a test says: right bytes, one resident set, one budget, and faults that harm only
-//! those who need what is broken.
-
-mod disk;
-mod faults;
-mod memory;
-mod prefetch;
-mod steps;
