@@ -104,6 +104,13 @@ fn store(width: usize) -> Arc<ExpertStore> {
     const HIDDEN: usize = 256;
     let values = vec![0.5f32; width * HIDDEN];
     let mut tensors = vec![NamedTensor::f32("model.embed_tokens.weight", [16, HIDDEN], &values[..16 * HIDDEN])];
+    for layer in 0..3 {
+        tensors.push(NamedTensor::f32(
+            format!("model.layers.{layer}.input_layernorm.weight"),
+            [HIDDEN],
+            &values[..HIDDEN],
+        ));
+    }
     for (layer, id) in (0..3).flat_map(|layer| (0..8).map(move |id| (layer, id))) {
         let name = |projection| format!("model.layers.{layer}.mlp.experts.{id}.{projection}.weight");
         for projection in ["gate_proj", "up_proj"] {
@@ -123,8 +130,8 @@ fn store(width: usize) -> Arc<ExpertStore> {
 
 #[test]
 fn slabs_never_take_more_than_the_budget() {
-    // Experts below and above the size from which a slab is mapped.
-    for (width, mapped) in [(20, false), (700, true)] {
+    // Matrices below and above the size from which a slab is mapped.
+    for (width, mapped) in [(20, false), (2100, true)] {
         within_budgets(&store(width), mapped);
     }
 }
@@ -140,7 +147,7 @@ fn within_budgets(store: &Arc<ExpertStore>, mapped: bool) {
                 for thread in 0..8usize {
                     let cache = &cache;
                     threads.spawn(move || {
-                        for turn in 0..25 {
+                        for turn in 0..if mapped { 5 } else { 25 } {
                             let at = 5 * thread + 3 * turn;
                             let wanted = set([at % 8, (at + 1) % 8, (at + 3) % 8]);
                             cache.prefetch((at + 1) % 3, &wanted).unwrap();
