@@ -125,7 +125,7 @@ enum FileKind {
 }
 
 /// Whether `path` is a safetensors file, by its name or by what it begins with.
-pub(super) fn is_safetensors(path: &Path) -> Result<bool> {
+pub(crate) fn is_safetensors(path: &Path) -> Result<bool> {
     let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"));
     Ok(path.is_file() && (named || matches!(file_kind(path)?, FileKind::Safetensors)))
 }

@@ -16,8 +16,7 @@ use std::sync::Arc;
 
 pub(crate) use self::direct::{DirectFile, PAGE_BYTES};
 pub(crate) use self::file::{open_file, read_file, read_text};
-use self::locate::is_safetensors;
-pub(crate) use self::locate::{Located, locate, name_of};
+pub(crate) use self::locate::{Located, is_safetensors, locate, name_of};
 pub use self::{
     element::{BlockType, ElementType},
     file::text,

@@ -8,9 +8,8 @@
 //! use phase_moe::Batch;
 //!
 //! let prompts = Batch::new(&[&[5, 6, 7], &[8]])?;
-//! assert_eq!((prompts.sequences(), prompts.positions(), prompts.live_tokens()), (2, 3, 4));
-//! let step = Batch::step(&[Some(9), None])?; // the second sequence has ended
-//! assert_eq!((step.lengths(), step.live_tokens()), (&[1, 0][..], 1));
+//! assert_eq!((prompts.positions(), prompts.live_tokens()), (3, 4));
+//! assert_eq!(prompts.padding(), Some(&[false, false, false, false, true, true][..]));
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!

@@ -8,21 +8,6 @@
 //! a better one, so it is streamed. That is what makes a memory smaller than one token's experts useful at all, and why the
 //! policy behind it matters little.
 //!
-//! ```
-//! use phase_moe::{Admission, Assignment, Policy};
-//! use phase_moe::decoder::ExpertMemory;
-//!
-//! let mut memory = ExpertMemory::new(1, 8, 2, Policy::Lru, Admission::default())?;
-//! let often = Assignment::from_parts(8, 2, &[3, 5], &[0.6, 0.4])?;
-//! let once = Assignment::from_parts(8, 2, &[3, 7], &[0.6, 0.4])?;
-//! assert_eq!(memory.advance(0, &often)?.misses, 2);
-//! assert_eq!(memory.advance(0, &often)?.hits, 2);
-//! assert_eq!(memory.advance(0, &once)?.misses, 1); // 7 is streamed: 5 is used more
-//! assert_eq!(memory.advance(0, &often)?.hits, 2);
-//! assert_eq!((memory.requests(), memory.hits()), (8, 5));
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
-//!
 //! Knows nothing of bytes, reads, scores or text.
 
 use crate::error::{Error, Result};
@@ -137,6 +122,18 @@ mod tests {
 
     fn ids(memory: &ExpertMemory) -> Vec<usize> {
         memory.resident(0).unwrap().iter().map(ExpertId::index).collect()
+    }
+
+    #[test]
+    fn a_miss_that_is_used_once_is_streamed() {
+        let mut memory = ExpertMemory::new(1, 8, 2, Policy::Lru, Admission::default()).unwrap();
+        let often = Assignment::from_parts(8, 2, &[3, 5], &[0.6, 0.4]).unwrap();
+        let once = Assignment::from_parts(8, 2, &[3, 7], &[0.6, 0.4]).unwrap();
+        assert_eq!(memory.advance(0, &often).unwrap().misses, 2);
+        assert_eq!(memory.advance(0, &often).unwrap().hits, 2);
+        assert_eq!(memory.advance(0, &once).unwrap().misses, 1); // 7 is streamed: 5 is used more
+        assert_eq!(memory.advance(0, &often).unwrap().hits, 2);
+        assert_eq!((memory.requests(), memory.hits()), (8, 5));
     }
 
     #[test]

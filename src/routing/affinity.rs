@@ -3,19 +3,6 @@
 //! `affinity(step) = affinity(last) · decay^(step − last)`, plus `1 − decay` at each step that uses the expert: a moving average
 //! of use in `[0, 1]`, `[experts]`. It is decayed lazily from the step of the last use, so a token costs O(top_k), not O(experts).
 //!
-//! ```
-//! use phase_moe::ExpertId;
-//! use phase_moe::routing::{Affinity, Decay};
-//!
-//! let mut affinity = Affinity::new(64, Decay::new(0.9)?)?;
-//! let expert = ExpertId::new(7, 64)?;
-//! affinity.use_expert(expert, 10);
-//! assert!((affinity.at(expert, 10) - 0.1).abs() < 1e-6);
-//! assert!((affinity.at(expert, 11) - 0.09).abs() < 1e-6);
-//! assert_eq!(affinity.at(expert, u64::MAX), 0.0);
-//! # Ok::<(), phase_moe::Error>(())
-//! ```
-//!
 //! Knows nothing of scores, residency or clocks: time is the step that the caller counts.
 
 use crate::error::{Error, Result};

@@ -6,12 +6,9 @@
 //! ```
 //! use phase_moe::Logits;
 //!
-//! let logits = Logits::new(&[0.5, 2.0, f32::NEG_INFINITY, 1.0, 0.0, -1.0], 2, 3)?;
-//! assert_eq!((logits.tokens(), logits.experts()), (2, 3));
-//!
+//! assert!(Logits::new(&[0.5, 2.0, f32::NEG_INFINITY, 1.0, 0.0, -1.0], 2, 3).is_ok());
 //! let error = Logits::new(&[0.5, f32::NAN], 1, 2).unwrap_err();
 //! assert_eq!(error.to_string(), "logit of token 0, expert 1 is NaN: expected a finite number or -inf (masked)");
-//! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
 //! Knows nothing of where the logits come from.

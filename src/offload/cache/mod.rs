@@ -17,33 +17,23 @@
 //!
 //! ```
 //! # use phase_moe::Result;
-//! # use phase_moe::checkpoint::{ByteSource, NamedSource};
+//! # fn run(weights: &phase_moe::Weights) -> Result<()> {
 //! use std::sync::Arc;
+//! use phase_moe::{CacheOptions, ExpertCache, ExpertId, ExpertSet};
+//! use phase_moe::offload::Part;
 //!
-//! use phase_moe::{CacheOptions, Dtype, ExpertCache, ExpertId, ExpertSet, ExpertStore};
-//! use phase_moe::offload::{Layout, Part, Piece};
-//!
-//! // One layer of four experts, each a row of four numbers, of which two have room.
-//! let file: &'static [u8] = bytemuck::cast_slice(&[0.0f32, 0., 0., 0., 1., 1., 1., 1., 2., 2., 2., 2., 3., 3., 3., 3.]);
-//! let (part, dtype, layout) = (Part::Up, Dtype::F32, Layout::Rows);
-//! let piece = |id: u64| Piece { part, source: 0, offset: 16 * id, dtype, rows: 1, columns: 4, layout };
-//! let layer = (0..4).map(|id| vec![piece(id)]).collect();
-//! let store = ExpertStore::new(vec![("memory".into(), Arc::new(file))], vec![layer])?;
-//! let cache = ExpertCache::new(Arc::new(store), CacheOptions::new(2 * 8192))?;
-//!
-//! let mut wanted = ExpertSet::new(4)?;
-//! wanted.insert(ExpertId::new(1, 4)?);
-//! wanted.insert(ExpertId::new(3, 4)?);
-//! for _ in 0..2 {
-//!     cache.run(0, &wanted, |experts| {
-//!         let first: Vec<&[u8]> = experts.iter().map(|(_, expert)| &expert.matrix(Part::Up).unwrap().row(0)[..4]).collect();
-//!         assert_eq!(first, [1.0f32.to_le_bytes(), 3.0f32.to_le_bytes()]);
-//!         Ok(())
-//!     })?;
-//! }
-//! let statistics = cache.statistics();
-//! assert_eq!((statistics.hits, statistics.misses, cache.resident(0)?), (2, 2, wanted));
-//! # Ok::<(), phase_moe::Error>(())
+//! let experts = weights.spec()?.moe.experts;
+//! let cache = ExpertCache::new(Arc::new(weights.expert_store()?), CacheOptions::new(1 << 30))?;
+//! let mut wanted = ExpertSet::new(experts)?;
+//! wanted.insert(ExpertId::new(3, experts)?);
+//! cache.run(0, &wanted, |loaded| {
+//!     for (id, expert) in loaded {
+//!         println!("{}: {:?}", id.index(), expert.matrix(Part::Up));
+//!     }
+//!     Ok(())
+//! })?;
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! Knows nothing of what experts compute, nor of which ones will be used next.
