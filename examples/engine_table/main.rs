@@ -13,6 +13,7 @@
 //! cargo run --release --example engine_table -- --json                        # one JSON document
 //! cargo run --release --example engine_table -- --shapes B --dtypes f32,bf16 --tokens 1,8
 //! cargo run --release --example engine_table -- --shapes mixtral --no-candle --threads 2
+//! cargo run --release --example engine_table -- --isa avx2                      # as on a CPU without what is wider
 //! ```
 //!
 //! Shapes: tiny, quarter, B (OLMoE's), C (Qwen3-30B-A3B's), mixtral, gpt-oss. Dtypes: f32, bf16, f16, q8_0, q4_K, q6_K, and mxfp4, of which

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use phase_moe::Isa;
+
 use crate::Failure;
 use crate::common::shape::{FORMATS, Format, Shape};
 
@@ -27,12 +29,14 @@ impl Options {
                 "--json" => json = true,
                 "--smoke" => smoke = true,
                 "--no-candle" => candle = false,
+                // Before anything is made.
+                "--isa" => value()?.parse::<Isa>()?.limit(),
                 "--threads" => threads = Some(value()?.parse().ok().filter(|&n| n > 0).ok_or("--threads: no number")?),
                 "--shapes" => shapes = Some(list(&value()?, Shape::named)?),
                 "--dtypes" => formats = Some(list(&value()?, Format::named)?),
                 "--tokens" => tokens = Some(list(&value()?, |word| word.parse().ok().filter(|&n| n > 0))?),
                 unknown => {
-                    let known = "--json, --smoke, --no-candle, --threads, --shapes, --dtypes, --tokens";
+                    let known = "--json, --smoke, --no-candle, --isa, --threads, --shapes, --dtypes, --tokens";
                     return Err(format!("unknown argument {unknown}: expected {known}").into());
                 }
             }

@@ -11,12 +11,13 @@
 //!
 //! ```
 //! use phase_moe::{Activation, Engine, ExpertWeights, Matrix, Work};
-//! use phase_moe::experts::ProjectionWeights;
+//! use phase_moe::experts::{Function, ProjectionWeights};
 //!
 //! // One expert of width 1 on a hidden width of 2, tokens 0 and 2 of three.
 //! let (up, down) = ([1.0, 0.0], [2.0, 3.0]);
 //! let projection = |rows, columns, values| Matrix::from_f32(rows, columns, values).map(ProjectionWeights::from);
-//! let expert = ExpertWeights::new(Activation { function: Function::ReluSquared, gated: false }, None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
+//! let activation = Activation { function: Function::ReluSquared, gated: false };
+//! let expert = ExpertWeights::new(activation, None, projection(1, 2, &up)?, projection(2, 1, &down)?)?;
 //! let input = [1.0, 9.0, 2.0, 9.0, 3.0, 9.0];
 //! let mut output = [0.0; 6];
 //! let work = [Work { expert, tokens: &[0, 2], weights: &[1.0, 0.5] }];
@@ -412,9 +413,9 @@ const ROWS: [u32; GROUP_ROWS] = {
 fn form(isa: Isa, dtype: Dtype) -> Form {
     match dtype {
         Dtype::F32 | Dtype::F16 => Form::Floats,
-        _ if !isa.has_dots() => Form::Floats,
-        Dtype::Bf16 => Form::Pairs,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => Form::Bytes,
+        Dtype::Bf16 if isa.has_dots() => Form::Pairs,
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 if isa.has_bytes() => Form::Bytes,
+        Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => Form::Floats,
     }
 }
 

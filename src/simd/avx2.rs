@@ -167,6 +167,8 @@ impl Lanes for Avx2 {
 
 // SAFETY of every block below: as above; the intrinsics that touch memory get references to as many bytes as they touch.
 impl Multiply for Avx2 {
+    const ALONG: bool = true;
+
     #[inline]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
         self.run(kernel)
@@ -204,6 +206,161 @@ impl Multiply for Avx2 {
     fn and(self, a: Pair, b: Pair) -> Pair {
         // SAFETY: see above.
         unsafe { (_mm256_and_ps(a.0, b.0), _mm256_and_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn xor(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_xor_ps(a.0, b.0), _mm256_xor_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn shift_words(self, a: Pair, by: u32) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let by = _mm_cvtsi32_si128(by as i32);
+            let of = |half| _mm256_castsi256_ps(_mm256_srl_epi32(_mm256_castps_si256(half), by));
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
+    fn shift_words_left(self, a: Pair, by: u32) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let by = _mm_cvtsi32_si128(by as i32);
+            let of = |half| _mm256_castsi256_ps(_mm256_sll_epi32(_mm256_castps_si256(half), by));
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
+    fn convert(self, integers: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |half| _mm256_cvtepi32_ps(_mm256_castps_si256(half));
+            (of(integers.0), of(integers.1))
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_loadu_ps(low.as_ptr().cast()), _mm256_loadu_ps(high.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn eights(self, first: f32, second: f32) -> Pair {
+        // SAFETY: see above.
+        unsafe { (_mm256_set1_ps(first), _mm256_set1_ps(second)) }
+    }
+
+    #[inline(always)]
+    fn quads(self, from: &[f32; 4]) -> Pair {
+        // SAFETY: see above; four numbers are read.
+        unsafe {
+            let all = _mm_loadu_ps(from.as_ptr());
+            let low = _mm256_set_m128(_mm_permute_ps::<0x55>(all), _mm_permute_ps::<0x00>(all));
+            (low, _mm256_set_m128(_mm_permute_ps::<0xff>(all), _mm_permute_ps::<0xaa>(all)))
+        }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 32]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let (all, mask) = (_mm256_loadu_si256(from.as_ptr().cast()), _mm256_set1_epi8(0x0f));
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(all), mask);
+            (_mm256_castsi256_ps(_mm256_and_si256(all, mask)), _mm256_castsi256_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn nibbles_of_two(self, first: &[u8; 16], second: &[u8; 16]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm256_set1_epi8(0x0f);
+            let of = |from: &[u8; 16]| {
+                let all = _mm_loadu_si128(from.as_ptr().cast());
+                _mm256_castsi256_ps(_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16::<4>(all), all), mask))
+            };
+            (of(first), of(second))
+        }
+    }
+
+    #[inline(always)]
+    fn sixes(self, low: &[u8; LINE_BYTES], high: &[u8; 32], second: bool) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let (four, two) = (_mm256_set1_epi8(0x0f), _mm256_set1_epi8(0x03));
+            let mut nibbles =
+                [_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(low.as_ptr().add(32).cast())];
+            let mut pairs = _mm256_loadu_si256(high.as_ptr().cast());
+            if second {
+                nibbles = [_mm256_srli_epi16::<4>(nibbles[0]), _mm256_srli_epi16::<4>(nibbles[1])];
+                pairs = _mm256_srli_epi16::<4>(pairs);
+            }
+            let join = |nibbles, pairs| {
+                let pairs = _mm256_slli_epi16::<4>(_mm256_and_si256(pairs, two));
+                _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(nibbles, four), pairs))
+            };
+            (join(nibbles[0], pairs), join(nibbles[1], _mm256_srli_epi16::<2>(pairs)))
+        }
+    }
+
+    #[inline(always)]
+    fn sizes(self, a: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |half| _mm256_castsi256_ps(_mm256_abs_epi8(_mm256_castps_si256(half)));
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
+    fn with_signs(self, a: Pair, by: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |a, by| _mm256_castsi256_ps(_mm256_sign_epi8(_mm256_castps_si256(a), _mm256_castps_si256(by)));
+            (of(a.0, by.0), of(a.1, by.1))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above. Two products of at most 128 · 127 fit sixteen bits.
+        unsafe {
+            let one = _mm256_set1_epi16(1);
+            let of = |a, b| {
+                let pairs = _mm256_maddubs_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b));
+                _mm256_castsi256_ps(_mm256_madd_epi16(pairs, one))
+            };
+            (of(a.0, b.0), of(a.1, b.1))
+        }
+    }
+
+    #[inline(always)]
+    fn widen_i8(self, from: [u8; LANES]) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().add(8).cast()));
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, bytes: Pair) -> [Pair; 4] {
+        // SAFETY: see above.
+        unsafe {
+            let of = |sixteen: __m128i| {
+                let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(sixteen));
+                (low, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(sixteen))))
+            };
+            let [low, high] = [_mm256_castps_si256(bytes.0), _mm256_castps_si256(bytes.1)];
+            let (first, third) = (of(_mm256_castsi256_si128(low)), of(_mm256_castsi256_si128(high)));
+            [first, of(_mm256_extracti128_si256::<1>(low)), third, of(_mm256_extracti128_si256::<1>(high))]
+        }
     }
 
     #[inline(always)]

@@ -230,6 +230,7 @@ impl<const DOTS: bool> Lanes for Avx512<DOTS> {
 impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     const WIDE: bool = true;
     const DOTS: bool = DOTS;
+    const ALONG: bool = !DOTS;
 
     #[inline]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -372,6 +373,49 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
         unsafe {
             let low = _mm512_castps256_ps512(_mm256_loadu_ps(low.as_ptr().cast()));
             _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(high.as_ptr().cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn eights(self, first: f32, second: f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)) }
+    }
+
+    #[inline(always)]
+    fn quads(self, from: &[f32; 4]) -> __m512 {
+        // SAFETY: see above; four numbers are read.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(from.as_ptr())))
+        }
+    }
+
+    #[inline(always)]
+    fn sizes(self, a: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_abs_epi8(_mm512_castps_si512(a))) }
+    }
+
+    #[inline(always)]
+    fn with_signs(self, a: __m512, by: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let (a, by) = (_mm512_castps_si512(a), _mm512_castps_si512(by));
+            let turned = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(by), _mm512_setzero_si512(), a);
+            _mm512_castsi512_ps(_mm512_maskz_mov_epi8(_mm512_test_epi8_mask(by, by), turned))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, a: __m512, b: __m512) -> __m512 {
+        if DOTS {
+            return self.dot_bytes(a, b, self.splat(0.0));
+        }
+        // SAFETY: see above. Two products of at most 128 · 127 fit sixteen bits.
+        unsafe {
+            let pairs = _mm512_maddubs_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b));
+            _mm512_castsi512_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
         }
     }
 

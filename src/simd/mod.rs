@@ -128,6 +128,15 @@ impl Isa {
         }
     }
 
+    /// Whether activations meet quantised weights as bytes.
+    pub(crate) fn has_bytes(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(_) | Set::Avx512(_) | Set::Avx512Dots(_) => true,
+            _ => false,
+        }
+    }
+
     /// Runs a kernel as compiled for this set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {

@@ -36,8 +36,10 @@ pub(crate) trait Multiply: Lanes {
 
     /// Whether there are registers for tiles of 24 vectors.
     const WIDE: bool = false;
-    /// Whether activations meet quantised weights as bytes.
+    /// Whether activations meet quantised weights as bytes, sixteen rows side by side.
     const DOTS: bool = false;
+    /// Whether they do so along each row.
+    const ALONG: bool = false;
 
     /// The words of a vector.
     #[inline(always)]
@@ -182,6 +184,90 @@ pub(crate) trait Multiply: Lanes {
         self.bytes(&both)
     }
 
+    /// Both numbers, eight times each.
+    #[inline(always)]
+    fn eights(self, first: f32, second: f32) -> Self::Vector {
+        self.of_words(eights(first.to_bits(), second.to_bits()))
+    }
+
+    /// Each of the numbers four times.
+    #[inline(always)]
+    fn quads(self, from: &[f32; 4]) -> Self::Vector {
+        self.load(&std::array::from_fn(|lane| from[lane / 4]))
+    }
+
+    /// The lower halves of the bytes, then the upper ones.
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 32]) -> Self::Vector {
+        const BY: Line = Line(eights(0, 0x0004_0004));
+        self.and(self.shift_right(self.halves(from, from), self.line(&BY)), self.repeat(0x0f0f_0f0f))
+    }
+
+    /// The lower halves of the bytes `first`, then the upper ones, then those of `second`.
+    #[inline(always)]
+    fn nibbles_of_two(self, first: &[u8; 16], second: &[u8; 16]) -> Self::Vector {
+        const BY: Line = Line([
+            0,
+            0,
+            0,
+            0,
+            0x0004_0004,
+            0x0004_0004,
+            0x0004_0004,
+            0x0004_0004,
+            0,
+            0,
+            0,
+            0,
+            0x0004_0004,
+            0x0004_0004,
+            0x0004_0004,
+            0x0004_0004,
+        ]);
+        let mut twice = [[0; 32]; 2];
+        for (twice, from) in twice.iter_mut().zip([first, second]) {
+            twice[..16].copy_from_slice(from);
+            twice[16..].copy_from_slice(from);
+        }
+        self.and(self.shift_right(self.halves(&twice[0], &twice[1]), self.line(&BY)), self.repeat(0x0f0f_0f0f))
+    }
+
+    /// Bytes of six bits: the lower four from halves of the bytes `low`, the lower halves or, where `second` says so, the upper ones; the
+    /// upper two from `high`, first for 32 bytes and then for 32 more the pairs of bits 0 and 2, or 4 and 6.
+    #[inline(always)]
+    fn sixes(self, low: &[u8; LINE_BYTES], high: &[u8; 32], second: bool) -> Self::Vector {
+        const BY: [Line; 2] = [Line(eights(0, 0x0002_0002)), Line(eights(0x0004_0004, 0x0006_0006))];
+        let low = self.bytes(low);
+        let nibbles = if second { self.shift_right(low, self.repeat(0x0004_0004)) } else { low };
+        let pairs = self.shift_right(self.halves(high, high), self.line(&BY[usize::from(second)]));
+        let pairs = self.shift_left_4(self.and(pairs, self.repeat(0x0303_0303)));
+        // The two have no bit in common.
+        self.xor(self.and(nibbles, self.repeat(0x0f0f_0f0f)), pairs)
+    }
+
+    /// Sizes of bytes with sign; of −128 it is 128.
+    #[inline(always)]
+    fn sizes(self, a: Self::Vector) -> Self::Vector {
+        let size = |byte: u8| (byte as i8).unsigned_abs();
+        self.of_words(self.words(a).map(|word| u32::from_le_bytes(word.to_le_bytes().map(size))))
+    }
+
+    /// The bytes `a`, which have signs and are not −128, times the signs of those of `by`: 0 where these are.
+    #[inline(always)]
+    fn with_signs(self, a: Self::Vector, by: Self::Vector) -> Self::Vector {
+        let (a, by) = (self.words(a), self.words(by));
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, by) = (a[lane].to_le_bytes(), by[lane].to_le_bytes());
+            u32::from_le_bytes(std::array::from_fn(|at| ((a[at] as i8).wrapping_mul((by[at] as i8).signum())) as u8))
+        }))
+    }
+
+    /// `Σ aᵢ · bᵢ`, the words of `a` four bytes without sign of at most 128, those of `b` four with sign and not −128: integers.
+    #[inline(always)]
+    fn dot_small(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        self.dot_bytes(a, b, self.splat(0.0))
+    }
+
     /// Floats of sixteen bytes, without sign.
     #[inline(always)]
     fn widen_u8(self, from: [u8; LANES]) -> Self::Vector {
@@ -281,6 +367,17 @@ impl Multiply for super::scalar::Scalar {
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)
     }
+}
+
+/// Two words, eight times each.
+const fn eights(first: u32, second: u32) -> [u32; LANES] {
+    let mut lanes = [first; LANES];
+    let mut lane = LANES / 2;
+    while lane < LANES {
+        lanes[lane] = second;
+        lane += 1;
+    }
+    lanes
 }
 
 /// [`Multiply::dot_pairs`] in plain Rust.

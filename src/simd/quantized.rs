@@ -2,7 +2,7 @@
 
 use super::dtype::Dtype;
 use super::lanes::LANES;
-use super::multiply::{Line, Multiply};
+use super::multiply::Multiply;
 use super::product::rows::CHUNK;
 
 /// Values that share a scale.
@@ -80,7 +80,7 @@ fn widen<L: Multiply, const IEEE: bool>(lanes: L, row: &[u8], values: &mut [f32]
 
 /// Six-bit scales and offsets of the eight groups of a `q4_K` block.
 #[inline(always)]
-fn scales_q4_k(block: &[u8; Dtype::Q4K.block_bytes()]) -> ([u8; 8], [u8; 8]) {
+pub(super) fn scales_q4_k(block: &[u8; Dtype::Q4K.block_bytes()]) -> ([u8; 8], [u8; 8]) {
     let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
     let (scales, offsets, both) = (word(4), word(8), word(12));
     let first = 0x3f3f_3f3f;
@@ -88,17 +88,6 @@ fn scales_q4_k(block: &[u8; Dtype::Q4K.block_bytes()]) -> ([u8; 8], [u8; 8]) {
     let join = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
     let (low, high) = (both & 0x0f0f_0f0f, both >> 4 & 0x0f0f_0f0f);
     (join(scales & first, low | upper(scales)), join(offsets & first, high | upper(offsets)))
-}
-
-/// Two lanes' numbers, eight times each.
-const fn eights(first: u32, second: u32) -> [u32; LANES] {
-    let mut lanes = [first; LANES];
-    let mut lane = LANES / 2;
-    while lane < LANES {
-        lanes[lane] = second;
-        lane += 1;
-    }
-    lanes
 }
 
 /// The bytes of a `q8_0` block after its scale.
@@ -110,25 +99,15 @@ fn last_32(block: &[u8; Dtype::Q8_0.block_bytes()]) -> &[u8; 32] {
 /// A quarter of a `q4_K` block, 64 weights in order, as bytes.
 #[inline(always)]
 fn unpack_q4_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q4K.block_bytes()], quarter: usize) -> L::Vector {
-    /// The upper eight words by 4 bits, the lower ones by none.
-    const BY: Line = Line(eights(0, 0x0004_0004));
-    let bytes: &[u8; 32] = block[16 + 32 * quarter..].first_chunk().expect("32 bytes");
-    lanes.and(lanes.shift_right(lanes.halves(bytes, bytes), lanes.line(&BY)), lanes.repeat(0x0f0f_0f0f))
+    lanes.nibbles(block[16 + 32 * quarter..].first_chunk().expect("32 bytes"))
 }
 
 /// A quarter of a `q6_K` block, 64 weights in order plus 32, as bytes.
 #[inline(always)]
 fn unpack_q6_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q6K.block_bytes()], quarter: usize) -> L::Vector {
-    /// Pairs of bits for the lower and the upper eight words: of the first two groups, of the last two.
-    const BY: [Line; 2] = [Line(eights(0, 0x0002_0002)), Line(eights(0x0004_0004, 0x0006_0006))];
-    let low: &[u8; 64] = block[64 * (quarter / 2)..].first_chunk().expect("64 bytes");
-    let high: &[u8; 32] = block[128 + 32 * (quarter / 2)..].first_chunk().expect("32 bytes");
-    let low = lanes.bytes(low);
-    let nibbles = if quarter.is_multiple_of(2) { low } else { lanes.shift_right(low, lanes.repeat(0x0004_0004)) };
-    let pairs = lanes.shift_right(lanes.halves(high, high), lanes.line(&BY[quarter % 2]));
-    let pairs = lanes.shift_left_4(lanes.and(pairs, lanes.repeat(0x0303_0303)));
-    // The two have no bit in common.
-    lanes.xor(lanes.and(nibbles, lanes.repeat(0x0f0f_0f0f)), pairs)
+    let low = block[64 * (quarter / 2)..].first_chunk().expect("64 bytes");
+    let high = block[128 + 32 * (quarter / 2)..].first_chunk().expect("32 bytes");
+    lanes.sixes(low, high, !quarter.is_multiple_of(2))
 }
 
 /// Twice the number that four bits of MXFP4 stand for, plus 128: sign, two bits of exponent, one of mantissa.
@@ -142,14 +121,20 @@ pub(super) fn power_of_two<L: Multiply>(lanes: L, exponents: L::Vector) -> L::Ve
     lanes.mul(lanes.add(power, lanes.sub(power, power)), lanes.splat(0.5))
 }
 
+/// The same with sign: without the 128.
+pub(super) const SIGNED_TWICE: [u8; 16] = {
+    let mut signed = TWICE;
+    let mut at = 0;
+    while at < signed.len() {
+        signed[at] = TWICE[at].wrapping_sub(128);
+        at += 1;
+    }
+    signed
+};
+
 /// The 32 weights of an `mxfp4` block in order, as bytes of [`TWICE`], then what does not count.
 #[inline(always)]
 fn unpack_mxfp4<L: Multiply>(lanes: L, block: &[u8; Dtype::Mxfp4.block_bytes()]) -> L::Vector {
-    /// The second four words by 4 bits.
-    const BY: Line = Line([0, 0, 0, 0, 0x0004_0004, 0x0004_0004, 0x0004_0004, 0x0004_0004, 0, 0, 0, 0, 0, 0, 0, 0]);
-    let mut twice = [0; 32];
-    twice[..16].copy_from_slice(&block[1..]);
-    twice[16..].copy_from_slice(&block[1..]);
-    let nibbles = lanes.shift_right(lanes.halves(&twice, &twice), lanes.line(&BY));
-    lanes.lookup(&TWICE, lanes.and(nibbles, lanes.repeat(0x0f0f_0f0f)))
+    let weights = block.last_chunk().expect("16 bytes");
+    lanes.lookup(&TWICE, lanes.nibbles_of_two(weights, weights))
 }

@@ -53,7 +53,7 @@ impl Kernel for Product<'_> {
             (Form::Floats, _) => lanes.call(Panels(&mut self, F32AsF32)),
             (Form::Pairs, Dtype::Bf16) => lanes.call(Panels(&mut self, Bf16Pairs)),
             // On other sets this is not compiled.
-            (Form::Bytes, dtype) if L::DOTS && dtype.is_quantized() => bytes::product(lanes, &mut self),
+            (Form::Bytes, dtype) if (L::DOTS || L::ALONG) && dtype.is_quantized() => bytes::product(lanes, &mut self),
             (form, dtype) => unreachable!("{dtype} meets {form:?}"),
         }
     }

@@ -79,6 +79,18 @@ impl Kernel for Exact<'_> {
             made.push(("transpose_4", lanes.words(column)));
         }
         made.push(("halves", lanes.words(lanes.halves(low, high))));
+        made.push(("eights", lanes.words(lanes.eights(floats[0][0], floats[0][1]))));
+        made.push(("quads", lanes.words(lanes.quads(floats[0].first_chunk().unwrap()))));
+        made.push(("nibbles", lanes.words(lanes.nibbles(low))));
+        let second_sixteen: [u8; LANES] = *memory[22..].first_chunk().unwrap();
+        made.push(("nibbles_of_two", lanes.words(lanes.nibbles_of_two(&sixteen, &second_sixteen))));
+        for second in [false, true] {
+            made.push(("sixes", lanes.words(lanes.sixes(bytes, high, second))));
+        }
+        let (sizes, plain) = (lanes.sizes(va), lanes.line(&Line(b.map(without_least))));
+        made.push(("sizes", lanes.words(sizes)));
+        made.push(("with_signs", lanes.words(lanes.with_signs(plain, va))));
+        made.push(("dot_small", lanes.words(lanes.dot_small(sizes, plain))));
         made.push(("widen_u8", lanes.words(lanes.widen_u8(sixteen))));
         made.push(("widen_i8", lanes.words(lanes.widen_i8(sixteen))));
         for part in lanes.widen_bytes(lanes.bytes(bytes)) {
@@ -104,6 +116,11 @@ impl Kernel for Exact<'_> {
         lanes.prefetch(std::ptr::null());
         made
     }
+}
+
+/// No byte of it is −128.
+fn without_least(word: u32) -> u32 {
+    u32::from_le_bytes(word.to_le_bytes().map(|byte| if byte == 0x80 { 0x81 } else { byte }))
 }
 
 /// A float with neither a small nor a NaN exponent; every eighth a tie of bf16.

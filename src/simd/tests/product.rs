@@ -136,16 +136,16 @@ fn forms_of(dtype: Dtype) -> &'static [Form] {
 
 /// Whether a set has products of this form.
 fn meets(isa: Isa, form: Form) -> bool {
-    form != Form::Bytes || isa.run(HasDots)
+    form != Form::Bytes || isa.run(MeetsBytes)
 }
 
-struct HasDots;
+struct MeetsBytes;
 
-impl Kernel for HasDots {
+impl Kernel for MeetsBytes {
     type Output = bool;
 
     fn run<L: Multiply>(self, _lanes: L) -> bool {
-        L::DOTS
+        L::DOTS || L::ALONG
     }
 }
 

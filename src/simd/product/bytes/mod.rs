@@ -19,6 +19,7 @@
 
 #![allow(unsafe_code)]
 
+mod along;
 mod blocks;
 
 use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q6K, Q8_0};
@@ -70,6 +71,9 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
+    if L::ALONG {
+        return along::product(lanes, product);
+    }
     match product.dtype {
         Dtype::Q4K => lanes.call(OfBlocks(product, Q4K)),
         Dtype::Q6K => lanes.call(OfBlocks(product, Q6K)),
