@@ -15,6 +15,9 @@ use crate::simd::{Kernel, LANES};
 /// Rows of activations that meet a weight row at a time: as many sums, and the weights, fit sixteen registers of half a vector.
 const TOKENS: usize = 4;
 
+/// How far ahead weights are asked for. Run by `benches/engine`.
+const AHEAD_BYTES: usize = 3072;
+
 /// Bytes of the largest chunk.
 const LARGEST: usize = Q8_0::BYTES;
 
@@ -273,12 +276,23 @@ impl Row<'_> {
         let tokens: &[u32; T] = product.tokens[first..].first_chunk().expect("as many tokens");
         let mut all = [lanes.splat(0.0); T];
         let mut factors = [0.0; LANES];
+        let (mut inputs, of_segment) = ([std::ptr::null(); T], product.input.segment / CHUNK);
+        let (mut segment, mut left) = (0, 0);
         for chunk in 0..self.chunks {
             let at = if chunk < self.whole { self.start.wrapping_add(chunk * Q::BYTES) } else { self.last.as_ptr() };
             let pairs = (columns - chunk * CHUNK).min(CHUNK).div_ceil(2 * GROUP);
-            let mut inputs = [std::ptr::null(); T];
-            for (input, &token) in inputs.iter_mut().zip(tokens) {
-                *input = product.input.column(token, chunk * CHUNK, GROUP);
+            if left == 0 {
+                for (input, &token) in inputs.iter_mut().zip(tokens) {
+                    *input = product.input.at(token, segment);
+                }
+                (segment, left) = (segment + 1, of_segment);
+            }
+            left -= 1;
+            if first == 0 {
+                // Rows follow each other.
+                for line in 0..Q::BYTES.div_ceil(LINE_BYTES) {
+                    lanes.prefetch(self.start.wrapping_add(chunk * Q::BYTES + AHEAD_BYTES + line * LINE_BYTES));
+                }
             }
             if Q::BESIDE != Beside::Nothing {
                 // SAFETY: a row has the bytes of a chunk at each of them.
@@ -292,8 +306,9 @@ impl Row<'_> {
                 // SAFETY: as above.
                 let (weights, scales) = unsafe { (Q::weights(lanes, at, pair), Q::scales(lanes, at, &factors, pair)) };
                 let sizes = if Q::SIGNED { lanes.sizes(weights) } else { weights };
-                for (all, input) in all.iter_mut().zip(&inputs) {
-                    let line = input.wrapping_add(2 * pair).cast::<u8>();
+                for (all, input) in all.iter_mut().zip(&mut inputs) {
+                    let line = input.cast::<u8>();
+                    *input = input.wrapping_add(2);
                     // SAFETY: a row has two lines for each pair, its scale in front of its bytes; `Rows` and `Product` have checked the
                     // numbers of both.
                     let (low, high, scale) = unsafe {
