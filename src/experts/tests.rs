@@ -154,9 +154,9 @@ fn limit(isa: Isa, dtypes: [Dtype; 2]) -> f64 {
     let of = |dtype: Dtype| -> f64 {
         match dtype {
             Dtype::F32 | Dtype::F16 => 2e-6,
-            _ if !isa.to_string().contains("bf16") => 2e-6,
-            Dtype::Bf16 => 6e-3,
-            Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => 1.5e-2,
+            Dtype::Bf16 if isa.has_dots() => 6e-3,
+            Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 if isa.has_bytes() => 1.5e-2,
+            _ => 2e-6,
         }
     };
     of(dtypes[0]).max(of(dtypes[1]))
