@@ -62,7 +62,7 @@ fn from_hub(name: &Path) -> Result<Weights> {
     let name = name.to_string_lossy();
     let directory = hub::directory(&name, !QUIET.load(Ordering::Relaxed))?;
     let files = Weights::open(&directory).with_context(|| format!("--model {name}, in {}", directory.display()))?;
-    Ok(files.named(name))
+    Ok(files)
 }
 
 #[cfg(not(feature = "hub"))]
