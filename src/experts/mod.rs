@@ -8,7 +8,7 @@ mod fused;
 pub(crate) mod matrix;
 pub(crate) mod mxfp4;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod threads;
 pub(crate) mod work;
 

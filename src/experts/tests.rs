@@ -81,7 +81,8 @@ fn project(weight: &[f64], x: &[f64], rows: usize, bias: &[f32]) -> Vec<f64> {
     (0..rows).map(|row| sum(row) + bias(row)).collect()
 }
 
-fn naive_activation(activation: Activation, gate: f64, up: f64) -> f64 {
+/// What stands between the projections, by the published formulas.
+pub(crate) fn naive_activation(activation: Activation, gate: f64, up: f64) -> f64 {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let act = |x: f64| match activation.function {
         Function::Silu => x * sigmoid(x),

@@ -100,21 +100,21 @@ impl ExpertStore {
         placed.iter().find(|placed| placed.part == part).map(|placed| (placed.dtype, placed.shape))
     }
 
-    #[cfg(test)]
     /// Memory for an expert, all 0.
     ///
     /// # Errors
     /// [`Error::ExpertOutOfRange`] for an expert that is not there.
+    #[cfg(test)]
     pub(crate) fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
         Ok(self.slab_bytes_of(self.key(layer, expert)?).iter().map(|&bytes| Slab::new(bytes)).collect())
     }
 
-    #[cfg(test)]
     /// Loads an expert into memory as [`ExpertStore::slabs`] makes it.
     ///
     /// # Errors
     /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
     /// not there, [`Error::Shape`] for slabs that are too few or too small.
+    #[cfg(test)]
     pub(crate) fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
         let key = self.key(layer, expert)?;
         let bytes = self.slab_bytes_of(key);

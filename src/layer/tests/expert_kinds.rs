@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::experts::Function;
+use crate::experts::tests::naive_activation;
 use crate::layer::projection::Weight;
 use crate::layer::{OutputNorms, Projection};
 use crate::{
@@ -58,27 +59,6 @@ fn naive_projection(projection: &Projection, x: &[f64]) -> Vec<f64> {
     let bias = projection.bias().map_or(vec![0.0; weight.dims()[0]], values);
     let row = |(row, bias): (Vec<f64>, f64)| row.iter().zip(x).map(|(w, x)| w * x).sum::<f64>() + bias;
     rows(weight).into_iter().zip(bias).map(row).collect()
-}
-
-fn naive_activation(activation: Activation, gate: f64, up: f64) -> f64 {
-    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-    let act = |x: f64| match activation.function {
-        Function::Silu => x * sigmoid(x),
-        Function::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2f64.sqrt())),
-        Function::GeluTanh => {
-            x * 0.5 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
-        }
-        Function::ReluSquared => x.max(0.0).powi(2),
-        Function::ClampedSilu { alpha, limit } => {
-            let x = x.min(f64::from(limit));
-            x * sigmoid(f64::from(alpha) * x)
-        }
-    };
-    let up_factor = match activation.function {
-        Function::ClampedSilu { limit, .. } => up.clamp(-f64::from(limit), f64::from(limit)) + 1.0,
-        _ => up,
-    };
-    if activation.gated { act(gate) * up_factor } else { act(up) }
 }
 
 fn naive_expert(expert: &Expert, x: &[f64]) -> Vec<f64> {

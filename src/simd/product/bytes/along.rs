@@ -1,7 +1,7 @@
 //! Products of quantised weights with bytes along the weight rows: 64 columns of one row at a time, integers first, then scales.
 //!
-//! For sets whose instructions add products of bytes in pairs of sixteen bits: to pack sixteen rows for them, as [`super`] does, costs
-//! more than it saves. A row is read where it lies, once for up to [`TOKENS`] rows of activations.
+//! For sets whose instructions add products of bytes in pairs of sixteen bits. Nothing is packed, as [`super`] does (which was not tried on
+//! these sets): a row is read where it lies, once for up to [`TOKENS`] rows of activations.
 
 #![allow(unsafe_code)]
 
@@ -15,7 +15,7 @@ use crate::simd::{Kernel, LANES};
 /// Rows of activations that meet a weight row at a time: as many sums, and the weights, fit sixteen registers of half a vector.
 const TOKENS: usize = 4;
 
-/// How far ahead weights are asked for. Run by `benches/engine`.
+/// How far ahead weights are asked for. No other distance was tried; `examples/engine_table --isa avx2` runs it.
 const AHEAD_BYTES: usize = 3072;
 
 /// Bytes of the largest chunk.
