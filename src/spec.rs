@@ -305,6 +305,11 @@ pub struct ModelSpec {
     pub moe: MoeSpec,
 }
 
+impl LatentSpec {
+    /// Epsilon of the norms in there, whatever the configuration says of the others.
+    pub(crate) const NORM_EPS: f64 = 1e-6;
+}
+
 impl ModelSpec {
     /// Checks the sizes against each other.
     ///

@@ -170,7 +170,7 @@ fn floats(
     }
 }
 
-fn unread(checkpoint: &Checkpoint, entry: &TensorEntry, name: &str) -> Error {
+pub(super) fn unread(checkpoint: &Checkpoint, entry: &TensorEntry, name: &str) -> Error {
     let expected = "F32, F16, BF16, or a quantised type that Candle reads (q4_0 to q8_0, q2_K to q6_K)";
     checkpoint.wrong(entry, name, format!("expected {expected}, got {:?}", entry.dtype))
 }
@@ -207,7 +207,8 @@ pub(super) fn quantized(
 /// Slices of a checkpoint: those of safetensors files as floats of one dtype, but for MXFP4, those of a GGUF file as they are stored.
 pub(super) struct FileRows<'a> {
     pub(super) checkpoint: &'a Checkpoint,
-    pub(super) dtype: DType,
+    /// What floats become; `None` for what they are.
+    pub(super) dtype: Option<DType>,
     pub(super) device: &'a Device,
     /// What errors call the tensors, where that is not their own name.
     pub(super) name: Option<&'a str>,
@@ -223,7 +224,7 @@ impl Rows for FileRows<'_> {
         let (name, columns) = (self.name.unwrap_or(&slice.tensor), slice.shape.last().copied().unwrap_or(0));
         if checkpoint.gguf().is_none() {
             let floats = floats(checkpoint, entry, name, bytes.start, &[rows, columns], self.device)?;
-            return Ok(floats.to_dtype(self.dtype)?.into());
+            return Ok(self.dtype.map_or(Ok(floats.clone()), |dtype| floats.to_dtype(dtype))?.into());
         }
         let mut stored = vec![0; bytes.len()];
         checkpoint.read_part(entry, name, bytes.start, &mut stored)?;

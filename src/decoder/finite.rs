@@ -71,6 +71,11 @@ pub(super) fn first_non_finite(tensor: &Tensor, wait: bool) -> Result<Option<(us
     })
 }
 
+/// The same of rows of floats.
+pub(super) fn first_of_rows(values: &[f32]) -> Option<(usize, f64)> {
+    first(values, |value| !value.is_finite(), f64::from)
+}
+
 fn first<T: Copy>(values: &[T], wrong: impl Fn(T) -> bool, wide: impl Fn(T) -> f64) -> Option<(usize, f64)> {
     // All of them without a branch, which is many at a time; nearly always nothing is found.
     if !values.iter().fold(false, |any, &value| any | wrong(value)) {

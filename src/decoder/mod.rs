@@ -3,22 +3,20 @@
 //! `[batch, positions]` token ids to `[batch, positions, vocab]` logits. What varies between families is data in
 //! [`ModelSpec`]. Knows nothing of `config.json` keys or of how logits are scored.
 
-mod attention;
 mod batch;
-mod block;
 mod builder;
+mod by_candle;
+mod by_engine;
 mod checked;
 mod finite;
 pub(crate) mod generation;
-mod latent;
-mod linear;
 mod load;
 mod lookahead;
 pub(crate) mod memory;
 pub(crate) mod model;
-mod norm;
+mod moe_step;
 mod options;
-mod rotary;
+mod positions;
 pub(crate) mod sampling;
 mod seen;
 mod state;
@@ -41,18 +39,17 @@ pub use self::state::{DecoderState, Slots};
 
 use std::sync::Arc;
 
-use candle_core::{Module, Tensor};
-use candle_nn::Embedding;
-use candle_nn::kv_cache::KvCache;
+use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::block::{Block, Ffn};
+use crate::decoder::by_candle::{ByCandle, last_states};
+use crate::decoder::by_engine::{Block, ByEngine};
+use crate::decoder::by_engine::scratch::Scratch;
+use crate::decoder::checked::Checks;
 use crate::decoder::finite::Place;
-use crate::decoder::linear::Linear;
 use crate::decoder::lookahead::{Lookahead, Pass};
-use crate::decoder::norm::Norm;
-use crate::decoder::rotary::Rotary;
 use crate::decoder::seen::Seen;
+use crate::decoder::state::Kept;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::layer::cached::CachedExperts;
@@ -61,19 +58,31 @@ use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
 use crate::offload::residency::Policy;
 use crate::routing::capacity::CapacityRule;
-use crate::routing::router::{RouteContext, RouteState, Router};
-use crate::spec::{ModelSpec, Multipliers};
+use crate::routing::router::{RouteState, Router};
+use crate::spec::ModelSpec;
 
 /// A decoder-only transformer with MoE layers; clones share weights.
 #[derive(Clone)]
 pub struct Decoder {
     spec: ModelSpec,
-    embedding: Embedding,
-    blocks: Vec<Block>,
-    norm: Norm,
-    output: Linear,
+    body: Body,
     /// Where the weights came from, for errors that name one.
     checkpoint: Option<Arc<Checkpoint>>,
+}
+
+/// Which way the blocks run.
+#[derive(Clone)]
+enum Body {
+    /// Candle's operations.
+    ByCandle(ByCandle),
+    /// The expert engine, on the CPU without gradients.
+    ByEngine(ByEngine),
+}
+
+/// Hidden states of a pass; those of the engine are in its scratch.
+enum Hidden {
+    Tensor(Tensor),
+    Rows,
 }
 
 impl Decoder {
@@ -98,12 +107,20 @@ impl Decoder {
 
     /// The MoE layers, of all blocks that have one.
     pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
-        self.blocks.iter().filter_map(Block::moe)
+        let (tensors, rows) = match &self.body {
+            Body::ByCandle(body) => (Some(body.moe_layers()), None),
+            Body::ByEngine(body) => (None, Some(body.blocks.iter().filter_map(Block::moe))),
+        };
+        tensors.into_iter().flatten().chain(rows.into_iter().flatten())
     }
 
     /// The MoE layers, to be changed.
     pub fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeLayer> {
-        self.blocks.iter_mut().filter_map(Block::moe_mut)
+        let (tensors, rows) = match &mut self.body {
+            Body::ByCandle(body) => (Some(body.moe_layers_mut()), None),
+            Body::ByEngine(body) => (None, Some(body.blocks.iter_mut().filter_map(Block::moe_mut))),
+        };
+        tensors.into_iter().flatten().chain(rows.into_iter().flatten())
     }
 
     /// Sets the router of every layer.
@@ -129,8 +146,11 @@ impl Decoder {
 
     /// A fresh state that keeps keys and values, for generating one text or a batch of them token by token.
     pub fn generation_state(&self) -> DecoderState {
-        let caches = self.blocks.iter().map(|_| KvCache::new(POSITION_DIM, KV_POSITIONS)).collect();
-        DecoderState { kv: Some(caches), ..self.batch_state() }
+        let kept = match &self.body {
+            Body::ByCandle(body) => Kept::Tensors(body.kept()),
+            Body::ByEngine(body) => Kept::Blocks(body.kept()),
+        };
+        DecoderState { kv: Some(kept), ..self.batch_state() }
     }
 
     /// An empty memory with room for `cached` experts of each MoE layer (blocks without experts have none), for
@@ -155,6 +175,7 @@ impl Decoder {
             lookahead: Lookahead::new(prefetch),
             step: 0,
             buffers: Buffers::default(),
+            scratch: Scratch::default(),
             slots: Slots::default(),
             routed: None,
         }
@@ -171,7 +192,10 @@ impl Decoder {
     /// whatever a layer reports.
     pub fn forward(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
-        self.logits(&self.hidden_states(batch, state)?)
+        let hidden = self.hidden_states(batch, state)?;
+        let rows = 0..batch.ids().len();
+        let logits = self.logits(&hidden, batch, rows, &state.scratch)?;
+        Ok(logits.reshape((batch.sequences(), batch.positions(), self.spec.vocab))?)
     }
 
     /// Logits `[sequences, vocab]` of each sequence's last token in `batch` alone: what generation needs. Those of a sequence without a
@@ -182,8 +206,8 @@ impl Decoder {
     pub(crate) fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
         let hidden = self.hidden_states(batch, state)?;
-        let all = 0..batch.sequences();
-        self.logits(&last_states(&hidden, batch, all.map(|row| (row, batch.lengths()[row].max(1))))?)
+        let rows = (0..batch.sequences()).map(|row| last_row(batch, row));
+        self.logits(&hidden, batch, rows, &state.scratch)
     }
 
     /// The same for prompts of any length: they go through in chunks of at most `chunk_tokens` tokens (padding counted, at least one
@@ -211,22 +235,59 @@ impl Decoder {
             let ends = start + 1..=start + chunk.positions();
             let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
             for row in (0..batch.sequences()).filter(ended) {
-                last[row] = Some(last_states(&hidden, &chunk, [(row, chunk.lengths()[row].max(1))])?);
+                last[row] = Some(self.logits(&hidden, &chunk, std::iter::once(last_row(&chunk, row)), &state.scratch)?);
             }
         }
         let last: Vec<Tensor> = last.into_iter().flatten().collect();
-        self.logits(&Tensor::cat(&last, 0)?)
+        Ok(Tensor::cat(&last, 0)?)
     }
 
-    /// What the output weights make of hidden states.
-    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = scaled(self.output.forward(hidden)?, self.spec.multipliers.logits)?;
-        self.check_logits(&logits)?;
-        Ok(logits)
+    /// What an error is made of.
+    fn checks(&self) -> Checks<'_> {
+        let dtype = match &self.body {
+            Body::ByCandle(body) => body.dtype(),
+            Body::ByEngine(_) => DType::F32,
+        };
+        Checks { spec: &self.spec, checkpoint: self.checkpoint.as_deref(), dtype }
     }
 
-    /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
-    fn hidden_states(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
+    /// What the output weights make of some rows of hidden states, `[rows, vocab]`.
+    fn logits(
+        &self,
+        hidden: &Hidden,
+        batch: &Batch,
+        rows: impl ExactSizeIterator<Item = usize>,
+        scratch: &Scratch,
+    ) -> Result<Tensor> {
+        let (scale, vocab, count) = (self.spec.multipliers.logits, self.spec.vocab, rows.len());
+        match (&self.body, hidden) {
+            (Body::ByEngine(body), Hidden::Rows) => {
+                let (width, all) = (self.spec.moe.hidden, scratch.hidden());
+                let logits = match count == batch.ids().len() {
+                    true => body.logits(all, scale, vocab)?,
+                    false => {
+                        let some: Vec<f32> = rows.flat_map(|row| &all[row * width..][..width]).copied().collect();
+                        body.logits(&some, scale, vocab)?
+                    }
+                };
+                self.checks().check_rows(Place::Output, &logits)?;
+                Ok(Tensor::from_vec(logits, (count, vocab), &Device::Cpu)?)
+            }
+            (Body::ByCandle(body), Hidden::Tensor(hidden)) => {
+                let hidden = match count == batch.ids().len() {
+                    true => hidden.flatten_to(1)?,
+                    false => last_states(hidden, rows)?,
+                };
+                let logits = body.logits(&hidden, scale)?;
+                self.checks().check_logits(&logits)?;
+                Ok(logits)
+            }
+            _ => Err(Error::shape("hidden states", "those of the decoder's own blocks", "others")),
+        }
+    }
+
+    /// The hidden states that the output weights see.
+    fn hidden_states(&self, batch: &Batch, state: &mut DecoderState) -> Result<Hidden> {
         if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= self.spec.vocab) {
             return Err(Error::parameter("token id", id, format!("below the vocabulary's {}", self.spec.vocab)));
         }
@@ -235,9 +296,15 @@ impl Decoder {
             let layers = |count: usize| format!("{count} layers");
             return Err(Error::shape("decoder state", layers(moe_layers), layers(state.routes.len())));
         }
-        if let Some(caches) = state.kv.as_ref().filter(|caches| caches.len() != self.blocks.len()) {
+        if let Some(kept) = &state.kv {
             let blocks = |count: usize| format!("keys and values of {count} blocks");
-            return Err(Error::shape("decoder state", blocks(self.blocks.len()), blocks(caches.len())));
+            if kept.layers() != self.spec.layers {
+                return Err(Error::shape("decoder state", blocks(self.spec.layers), blocks(kept.layers())));
+            }
+            if matches!(kept, Kept::Blocks(_)) != matches!(self.body, Body::ByEngine(_)) {
+                let expected = "keys and values of a decoder that runs as this one does";
+                return Err(Error::shape("decoder state", expected, "those of one on tensors, or of one loaded on the CPU"));
+            }
         }
         if state.memory.is_some() && self.expert_cache().is_some() {
             return Err(Error::shape("expert memory", "none beside an expert cache, which keeps its own", "one"));
@@ -254,96 +321,29 @@ impl Decoder {
         }
         let starts = state.seen.starts(batch, self.spec.max_positions)?;
         state.torn = state.kv.is_some();
-        let device = self.embedding.embeddings().device();
-        let ids = Tensor::from_slice(batch.ids(), (batch.sequences(), batch.positions()), device)?;
-        let Multipliers { embedding, residual, .. } = self.spec.multipliers;
-        let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
-        self.check_finite(Place::Embedding, &hidden)?;
-        let rotary = Rotary::new(&self.spec, &starts, batch.positions(), hidden.dtype(), device)?;
-        let mask = |window: Option<usize>| state.seen.mask(batch, window, hidden.dtype(), device);
-        let window = Some(self.spec.window.positions).filter(|_| !self.spec.window.blocks.is_empty());
-        let (whole_mask, window_mask) = (mask(None)?, window.map(|_| mask(window)).transpose()?.flatten());
         // A batch uses most experts anyway.
         let is_decode = state.kv.is_some() && batch.ids().len() <= DECODE_TOKENS;
         let pass = if is_decode { state.lookahead.begin() } else { Pass::PLAIN };
-        // MoE layers are counted by themselves: blocks without experts have no router.
-        let mut moe_layer = 0;
-        for (index, block) in self.blocks.iter().enumerate() {
-            let cache = state.kv.as_mut().map(|caches| &mut caches[index]);
-            let mask = if block.windowed { &window_mask } else { &whole_mask };
-            let normed = block.attention_norm.forward(&hidden)?;
-            hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
-            self.check_finite(Place::Attention(index), &hidden)?;
-            let normed = block.ffn_norm.forward(&hidden)?;
-            let moe = match &block.ffn {
-                Ffn::Dense(ffn) => {
-                    hidden = (hidden + scaled(ffn.forward(&normed)?, residual)?)?;
-                    self.check_finite(Place::Ffn(index), &hidden)?;
-                    continue;
-                }
-                Ffn::Moe(moe) => moe,
-            };
-            let layer = moe_layer;
-            moe_layer += 1;
-            if pass.ahead {
-                self.read_ahead(layer + 1, batch, &hidden, state);
+        let checks = self.checks();
+        let hidden = match &self.body {
+            Body::ByCandle(body) => Hidden::Tensor(body.hidden_states(checks, batch, &starts, pass, state)?),
+            Body::ByEngine(body) => {
+                let mut scratch = std::mem::take(&mut state.scratch);
+                let done = body.hidden_states(checks, batch, &starts, pass, state, &mut scratch);
+                state.scratch = scratch;
+                done?;
+                Hidden::Rows
             }
-            let resident = match (&state.memory, moe.cached()) {
-                (Some(memory), _) => memory.counted(layer),
-                (None, Some(experts)) => {
-                    experts.counted_into(&mut state.resident)?;
-                    Some(&state.resident)
-                }
-                (None, None) => None,
-            };
-            let context = RouteContext { step: state.step, resident, ..batch.context() };
-            let done = moe.pass(&normed, context, &mut state.routes[layer], &mut state.buffers);
-            let (output, routed) = done.map_err(|error| self.named(error, index, normed.dtype()))?;
-            self.check_gate(index, moe, &routed.logits, normed.dtype())?;
-            if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
-                experts.cache().cancel_prefetch(experts.layer());
-            }
-            if let Some(memory) = &mut state.memory {
-                memory.advance(layer, state.buffers.assignment())?;
-            }
-            state.slots.count(state.buffers.assignment(), batch.live_tokens());
-            if let Some(all) = &mut state.routed {
-                all.push(routed.routed(state.buffers.assignment(), batch.padding()));
-            }
-            hidden = (hidden + scaled(output, residual)?)?;
-            self.check_finite(Place::Ffn(index), &hidden)?;
-        }
+        };
         state.step = state.step.saturating_add(1);
         if state.kv.is_some() {
             state.seen.add(batch);
         }
         state.torn = false;
-        let hidden = self.norm.forward(&hidden)?;
-        self.check_finite(Place::Norm, &hidden)?;
         if is_decode {
             state.lookahead.end(pass);
         }
         Ok(hidden)
-    }
-
-    /// Has what `layer` will use of its cache read, as far as its gate can tell from the hidden state before the layer before it.
-    fn read_ahead(&self, layer: usize, batch: &Batch, hidden: &Tensor, state: &DecoderState) {
-        let mut with_experts = self.blocks.iter().filter_map(|block| Some((block, block.moe()?)));
-        let Some((block, moe)) = with_experts.nth(layer) else { return };
-        let Some(experts) = moe.cached() else { return };
-        let (cache, at) = (experts.cache(), experts.layer());
-        let guess = || -> Result<usize> {
-            let mut resident = cache.resident(at)?;
-            if resident.len() == resident.experts() {
-                return Ok(0);
-            }
-            cache.counted_into(at, &mut resident)?;
-            let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
-            let normed = block.ffn_norm.forward(hidden)?;
-            cache.prefetch(at, &moe.guess(&normed, context, &state.routes[layer])?)
-        };
-        // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
-        let _ = guess();
     }
 }
 
@@ -361,20 +361,7 @@ const DECODE_TOKENS: usize = 4;
 /// What a state needs to go on with its text.
 const TORN_NEEDS: &str = "a text that all blocks have seen (`begin_text` begins another)";
 
-/// `tensor` times a constant that most models do not have.
-fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {
-    if by == 1.0 { Ok(tensor) } else { Ok((tensor * by)?) }
-}
-
-/// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
-const POSITION_DIM: usize = 2;
-
-/// Positions that a cache of keys and values grows by.
-const KV_POSITIONS: usize = 256;
-
-/// The hidden state of token `length` of each of `rows`, `[rows, hidden]`.
-fn last_states(hidden: &Tensor, batch: &Batch, rows: impl IntoIterator<Item = (usize, usize)>) -> Result<Tensor> {
-    let at: Vec<u32> = rows.into_iter().map(|(row, length)| (row * batch.positions() + length - 1) as u32).collect();
-    let at = Tensor::new(at, hidden.device())?;
-    Ok(hidden.flatten_to(1)?.index_select(&at, 0)?)
+/// The row of a sequence's last token in `batch`.
+fn last_row(batch: &Batch, sequence: usize) -> usize {
+    sequence * batch.positions() + batch.lengths()[sequence].max(1) - 1
 }

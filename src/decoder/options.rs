@@ -8,8 +8,11 @@ use crate::offload::cache::CacheOptions;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct LoadOptions {
-    /// Dtype of the weights in memory, whatever the checkpoint's; experts of a GGUF file stay as they are stored.
+    /// Dtype of activations. On the CPU weights stay as they are stored and activations are floats, which products with bf16 weights may round
+    /// to bf16 where this is `BF16`; on other devices weights become tensors of it, but for experts of a GGUF file.
     pub dtype: DType,
+    /// Dtype in which keys and values are kept on the CPU, `F32`, `F16` or `BF16`; `None` for that of activations.
+    pub kv_dtype: Option<DType>,
     /// Device of the weights.
     pub device: Device,
     /// Experts stay in their files, in their dtype there, and come into memory within a budget; `None` loads all of them.
@@ -19,7 +22,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     /// `f32` on the CPU, all experts in memory.
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu, expert_cache: None }
+        Self { dtype: DType::F32, kv_dtype: None, device: Device::Cpu, expert_cache: None }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use candle_nn::kv_cache::KvCache;
 
+use super::by_engine::kv::KeptBlocks;
+use super::by_engine::scratch::Scratch;
 use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
 use super::seen::Seen;
@@ -14,7 +16,7 @@ use crate::routing::router::RouteState;
 #[derive(Debug)]
 pub struct DecoderState {
     /// `None` keeps no keys and values: each forward pass is a text of its own.
-    pub(super) kv: Option<Vec<KvCache>>,
+    pub(super) kv: Option<Kept>,
     /// Whose they are.
     pub(super) seen: Seen,
     /// A forward pass began to add to them and did not end.
@@ -29,9 +31,27 @@ pub struct DecoderState {
     pub(super) step: u64,
     /// Of all layers, one after the other.
     pub(super) buffers: Buffers,
+    pub(super) scratch: Scratch,
     pub(super) slots: Slots,
     /// What routers saw and did; `None` keeps none.
     pub(super) routed: Option<Vec<Routed>>,
+}
+
+/// Keys and values of all blocks, as the way that these run wants them.
+#[derive(Debug)]
+pub(super) enum Kept {
+    Tensors(Vec<KvCache>),
+    Blocks(KeptBlocks),
+}
+
+impl Kept {
+    /// How many blocks of a decoder it is for.
+    pub(super) fn layers(&self) -> usize {
+        match self {
+            Self::Tensors(caches) => caches.len(),
+            Self::Blocks(kept) => kept.layers(),
+        }
+    }
 }
 
 /// Slots of all layers and forward passes, padding not counted.
@@ -110,7 +130,9 @@ impl DecoderState {
 
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
     pub(crate) fn begin_text(&mut self) {
-        self.kv.iter_mut().flatten().for_each(KvCache::reset);
+        if let Some(Kept::Tensors(caches)) = &mut self.kv {
+            caches.iter_mut().for_each(KvCache::reset);
+        }
         (self.seen, self.torn) = (Seen::default(), false);
     }
 }

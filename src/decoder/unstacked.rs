@@ -123,7 +123,7 @@ impl Unstacked {
     /// The projection, `[out, in]`, contiguous.
     fn projection(&self, request: &Request<'_>, layer: &MoeSpec, dtype: DType, device: &Device) -> Result<Tensor> {
         let slices = slices(layer, request.prefix, request.expert, self.checkpoint.as_ref())?;
-        let rows = FileRows { checkpoint: &self.checkpoint, dtype, device, name: Some(request.name) };
+        let rows = FileRows { checkpoint: &self.checkpoint, dtype: Some(dtype), device, name: Some(request.name) };
         let holds = |part: Part| part == request.part || (part == Part::GateUp && request.part != Part::Down);
         let slice = slices.iter().find(|slice| holds(slice.part));
         let held = slice.map(|slice| projections(slice, self.names.stacked_in_turns, &rows)).transpose()?;

@@ -31,11 +31,11 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::experts::fused::Activate;
 use crate::experts::matrix::{Dtype, Matrix, Widen};
 use crate::experts::threads::{Buffers, ThreadBuffers, grow, in_columns, share_out};
-use crate::experts::work::{ExpertWeights, ProjectionWeights, Work, check, check_input};
+use crate::experts::work::{ExpertWeights, Linear, ProjectionWeights, Work, check};
 use crate::simd::multiply::Line;
 use crate::simd::product::{BLOCK, CHUNK, Convert, Form, Product, Rows, Workspace};
 use crate::simd::{Isa, LANES};
@@ -46,6 +46,8 @@ const GROUP_ROWS: usize = 256;
 #[derive(Debug, Default)]
 pub struct Engine {
     isa: Isa,
+    /// Activations are not rounded to bf16, whatever meets them.
+    exact: bool,
     /// What forward passes worked in, for those that come.
     buffers: Mutex<Vec<Buffers>>,
 }
@@ -66,6 +68,16 @@ impl Engine {
     #[cfg(test)]
     pub(crate) fn on(isa: Isa) -> Self {
         Self { isa, ..Self::default() }
+    }
+
+    /// An engine that multiplies weights in bf16 with floats where the CPU has products of bf16 pairs too.
+    pub(crate) fn exact() -> Self {
+        Self { exact: true, ..Self::default() }
+    }
+
+    /// The instruction set that it runs on.
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// `output[t, :] = Σ weight · expert(input[t, :])` over all `work` that names `t`, `[tokens, hidden]` each; zeros for tokens that
@@ -153,44 +165,117 @@ impl Engine {
     /// [`Error::Shape`] for a weight of another number of columns, an output that is not `[tokens, rows]` or an input that is
     /// quantised.
     pub fn product(&self, input: Matrix<'_>, weight: Matrix<'_>, output: &mut [f32]) -> Result<()> {
-        let ([tokens, columns], [rows, inner]) = (input.shape(), weight.shape());
-        check_input(input)?;
-        if inner != columns {
-            return Err(Error::shape("weight of a product", format!("{columns} columns"), inner));
-        }
-        if output.len() != tokens * rows {
-            return Err(Error::shape("output of a product", format!("{} values", tokens * rows), output.len()));
-        }
-        let form = form(self.isa, weight.dtype());
+        self.products(&mut [Linear { input, projection: weight.into(), output }])
+    }
+
+    /// The same of several linear layers, with their biases, at once: threads wake up for all of them together, and an input that some
+    /// share is brought into each form once.
+    ///
+    /// # Errors
+    /// As [`Engine::product`], for any of them.
+    pub(crate) fn products(&self, layers: &mut [Linear<'_>]) -> Result<()> {
+        layers.iter().try_for_each(Linear::check)?;
         let mut buffers = self.take_buffers();
-        let threads = buffers.threads_for(tokens * rows * columns, weight.size_in_bytes());
-        self.inputs(input, std::iter::once(form), threads, &mut buffers);
+        let products = layers.iter().map(|layer| layer.tokens() * layer.rows() * layer.input.shape()[1]).sum();
+        let bytes = layers.iter().map(|layer| layer.projection.weight.size_in_bytes()).sum();
+        let threads = buffers.threads_for(products, bytes);
+        let mut forms: Vec<(Matrix<'_>, Form, Range<usize>)> = Vec::with_capacity(layers.len());
+        for layer in layers.iter() {
+            let (input, form) = (layer.input, self.form(layer.projection.weight.dtype()));
+            if !forms.iter().any(|(other, made, _)| input.is_same(other) && form == *made) {
+                let end = forms.last().map_or(0, |(.., lines)| lines.end);
+                forms.push((input, form, end..end + layer.tokens() * form.stride(input.shape()[1])));
+            }
+        }
+        grow(&mut buffers.input, forms.last().map_or(0, |(.., lines)| lines.end));
+        for (input, form, lines) in &forms {
+            self.convert(*input, *form, &mut buffers.input[lines.clone()], &mut buffers.threads[..threads]);
+        }
         let Buffers { input: lines, sums, threads: rooms, .. } = &mut buffers;
-        let input = Rows::whole(lines, form, columns, tokens);
-        let everyone: Vec<u32> = (0..tokens as u32).collect();
-        in_columns(tokens, rows, output, false, sums, &mut rooms[..threads], |room, columns, sums| {
-            let ThreadBuffers { workspace, sums: products, .. } = room;
-            for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
-                products.resize(tokens.len() * BLOCK, 0.0);
-                for first in columns.clone().step_by(BLOCK) {
-                    self.block(weight, None, &columns, first, input, tokens, products, workspace);
-                    let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
-                    for (row, products) in products.as_chunks::<BLOCK>().0.iter().enumerate() {
-                        let sums = &mut sums[(group * GROUP_ROWS + row) * columns.len()..][at.clone()];
-                        sums.copy_from_slice(&products[..at.len()]);
-                    }
+        let total = layers.iter().filter(|layer| layer.tokens() > 1).map(|layer| layer.output.len()).sum();
+        grow(sums, total);
+        let mut left = &mut sums[..total];
+        let mut items = Vec::new();
+        let most = layers.iter().map(Linear::tokens).max().unwrap_or(0);
+        let everyone: Vec<u32> = (0..most as u32).collect();
+        for layer in layers.iter_mut() {
+            let (weight, tokens, piece) = (layer.projection.weight, layer.tokens(), layer.piece(threads));
+            let (input, form) = (layer.input, self.form(weight.dtype()));
+            let made = forms.iter().find(|(other, made, _)| input.is_same(other) && form == *made);
+            let Some((.., made)) = made else { continue };
+            let input = Rows::whole(&lines[made.clone()], form, input.shape()[1], tokens);
+            // Of one token a piece of sums is a piece of the output.
+            let mut sums = match tokens {
+                1 => &mut *layer.output,
+                _ => left.split_off_mut(..layer.output.len()).unwrap_or_default(),
+            };
+            for first in (0..weight.shape()[0]).step_by(piece) {
+                let columns = first..weight.shape()[0].min(first + piece);
+                if let Some(mine) = sums.split_off_mut(..tokens * columns.len()) {
+                    items.push((weight, input, &everyone[..tokens], columns, mine));
                 }
             }
+        }
+        share_out(items.into_iter(), &mut rooms[..threads], |room, (weight, input, everyone, columns, sums)| {
+            self.linear(weight, input, everyone, columns, room, sums);
         });
+        let mut done = &sums[..total];
+        for layer in layers.iter_mut() {
+            let (tokens, rows, piece, bias) = (layer.tokens(), layer.rows(), layer.piece(threads), layer.projection.bias);
+            let of_layer = if tokens == 1 { &[] } else { done.split_off(..layer.output.len()).unwrap_or_default() };
+            for (row, output) in layer.output.chunks_exact_mut(rows.max(1)).enumerate() {
+                if tokens > 1 {
+                    for (first, output) in (0..rows).step_by(piece).zip(output.chunks_mut(piece)) {
+                        output.copy_from_slice(&of_layer[first * tokens + row * output.len()..][..output.len()]);
+                    }
+                }
+                if let Some(bias) = bias {
+                    output.iter_mut().zip(bias).for_each(|(output, bias)| *output += bias);
+                }
+            }
+        }
         self.give_back(buffers);
         Ok(())
     }
 
-    fn take_buffers(&self) -> Buffers {
+    /// Some of a linear layer's columns, `[tokens, columns]`, of all tokens.
+    fn linear(
+        &self,
+        weight: Matrix<'_>,
+        input: Rows<'_>,
+        everyone: &[u32],
+        columns: Range<usize>,
+        room: &mut ThreadBuffers,
+        sums: &mut [f32],
+    ) {
+        let ThreadBuffers { workspace, sums: products, .. } = room;
+        for (group, tokens) in everyone.chunks(GROUP_ROWS).enumerate() {
+            products.resize(tokens.len() * BLOCK, 0.0);
+            for first in columns.clone().step_by(BLOCK) {
+                self.block(weight, None, &columns, first, input, tokens, products, workspace);
+                let at = first - columns.start..(first - columns.start + BLOCK).min(columns.len());
+                for (row, products) in products.as_chunks::<BLOCK>().0.iter().enumerate() {
+                    let sums = &mut sums[(group * GROUP_ROWS + row) * columns.len()..][at.clone()];
+                    sums.copy_from_slice(&products[..at.len()]);
+                }
+            }
+        }
+    }
+
+    /// The form of activations that products with a dtype want.
+    fn form(&self, dtype: Dtype) -> Form {
+        match dtype {
+            Dtype::Bf16 if self.isa.has_dots() && !self.exact => Form::Pairs,
+            dtype if dtype.is_quantized() && self.isa.has_bytes() => Form::Bytes,
+            _ => Form::Floats,
+        }
+    }
+
+    pub(super) fn take_buffers(&self) -> Buffers {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
-    fn give_back(&self, buffers: Buffers) {
+    pub(super) fn give_back(&self, buffers: Buffers) {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
     }
 
@@ -232,7 +317,7 @@ impl Engine {
                 let floats = expert.mixes_floats();
                 let form = |weight: Matrix<'_>| match floats && !weight.dtype().is_quantized() {
                     true => Form::Floats,
-                    false => form(self.isa, weight.dtype()),
+                    false => self.form(weight.dtype()),
                 };
                 let (input, between) = (form(expert.up.weight), form(expert.down.weight));
                 let gate_input = form(expert.gate.unwrap_or(expert.up).weight);
@@ -261,17 +346,23 @@ impl Engine {
             }
         }
         grow(&mut buffers.input, end);
-        // A few rows are not worth a second thread.
-        let threads = threads.min(tokens.div_ceil(8)).max(1);
         for (form, lines) in &forms {
-            let rows = buffers.input[lines.clone()].chunks_exact_mut(form.stride(columns)).enumerate();
-            share_out(rows, &mut buffers.threads[..threads], |room, (row, lines)| {
-                room.values.resize(columns, 0.0);
-                self.isa.run(Widen { from: input, row, values: &mut room.values });
-                self.isa.run(Convert { form: *form, values: &room.values, row: lines });
-            });
+            self.convert(input, *form, &mut buffers.input[lines.clone()], &mut buffers.threads[..threads]);
         }
         forms
+    }
+
+    /// Rows of activations in a form.
+    fn convert(&self, input: Matrix<'_>, form: Form, lines: &mut [Line], rooms: &mut [ThreadBuffers]) {
+        let [tokens, columns] = input.shape();
+        // A few rows are not worth a second thread.
+        let threads = rooms.len().min(tokens.div_ceil(8)).max(1);
+        let rows = lines.chunks_exact_mut(form.stride(columns)).enumerate();
+        share_out(rows, &mut rooms[..threads], |room, (row, lines)| {
+            room.values.resize(columns, 0.0);
+            self.isa.run(Widen { from: input, row, values: &mut room.values });
+            self.isa.run(Convert { form, values: &room.values, row: lines });
+        });
     }
 
     /// The products and activations of a first pass: a block holds rows of gate and up projection.
@@ -408,16 +499,6 @@ const ROWS: [u32; GROUP_ROWS] = {
     }
     rows
 };
-
-/// The form of activations that products with a dtype want.
-fn form(isa: Isa, dtype: Dtype) -> Form {
-    match dtype {
-        Dtype::F32 | Dtype::F16 => Form::Floats,
-        Dtype::Bf16 if isa.has_dots() => Form::Pairs,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 if isa.has_bytes() => Form::Bytes,
-        Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => Form::Floats,
-    }
-}
 
 /// A row, or the last one that there is to do.
 fn row_at(matrix: Matrix<'_>, row: usize, last: usize) -> &[u8] {

@@ -123,6 +123,21 @@ impl<'a> Matrix<'a> {
         [self.rows, self.columns]
     }
 
+    /// Whether it is the same memory, read in the same way.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let of = |matrix: &Self| (matrix.dtype, matrix.rows, matrix.columns, matrix.stride, matrix.bytes.as_ptr());
+        of(self) == of(other)
+    }
+
+    /// A row as floats.
+    ///
+    /// # Panics
+    /// When there is no such row or `values` are not as many as columns.
+    pub(crate) fn widen(self, isa: Isa, row: usize, values: &mut [f32]) {
+        assert!(values.len() == self.columns, "{} values for {} columns", values.len(), self.columns);
+        isa.run(Widen { from: self, row, values });
+    }
+
     /// Bytes that the weights take.
     pub(crate) fn size_in_bytes(&self) -> usize {
         self.rows * self.row_bytes

@@ -3,6 +3,7 @@
 //! Knows nothing of where weights come from, or of tensors.
 
 pub(crate) mod activation;
+pub(crate) mod attention;
 pub(crate) mod engine;
 mod fused;
 pub(crate) mod matrix;

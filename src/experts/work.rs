@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::experts::activation::Activation;
 use crate::experts::matrix::Matrix;
 use crate::simd::LANES;
+use crate::simd::product::BLOCK;
 
 /// One linear layer, `y = W x + b`.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,46 @@ impl<'a> ProjectionWeights<'a> {
     pub(super) fn biases(&self, first: usize) -> &'a [f32] {
         let biases = self.bias.and_then(|biases| biases.get(first..)).unwrap_or_default();
         &biases[..biases.len().min(LANES)]
+    }
+}
+
+/// One linear layer at work: `output[t, r] = Σ_k weight[r, k] · input[t, k] + bias[r]`.
+pub(crate) struct Linear<'a> {
+    /// `[tokens, columns]`.
+    pub(crate) input: Matrix<'a>,
+    /// `[rows, columns]`, and `[rows]` of a bias.
+    pub(crate) projection: ProjectionWeights<'a>,
+    /// `[tokens, rows]`.
+    pub(crate) output: &'a mut [f32],
+}
+
+impl Linear<'_> {
+    pub(super) fn tokens(&self) -> usize {
+        self.input.shape()[0]
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.projection.weight.shape()[0]
+    }
+
+    /// Rows of weights that one thread does at a time.
+    pub(super) fn piece(&self, threads: usize) -> usize {
+        self.rows().div_ceil(8 * threads).next_multiple_of(BLOCK).max(BLOCK)
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let ([tokens, columns], [rows, inner]) = (self.input.shape(), self.projection.weight.shape());
+        check_input(self.input)?;
+        if inner != columns {
+            return Err(Error::shape("weight of a product", format!("{columns} columns"), inner));
+        }
+        if self.output.len() != tokens * rows {
+            return Err(Error::shape("output of a product", format!("{} values", tokens * rows), self.output.len()));
+        }
+        match self.projection.bias.filter(|bias| bias.len() != rows) {
+            Some(bias) => Err(Error::shape("bias of a product", format!("{rows} values"), bias.len())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -120,7 +161,7 @@ pub struct Work<'a> {
     pub weights: &'a [f32],
 }
 
-pub(super) fn check_input(input: Matrix<'_>) -> Result<()> {
+fn check_input(input: Matrix<'_>) -> Result<()> {
     match input.dtype().is_quantized() {
         true => Err(Error::shape("input of experts", "f32, f16 or bf16", input.dtype())),
         false => Ok(()),

@@ -2,8 +2,6 @@
 //!
 //! Knows nothing of gradients: a layer comes here only where nothing has to be differentiated.
 
-use candle_core::Tensor;
-
 use super::borrowed::Borrowed;
 use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
@@ -12,12 +10,13 @@ use super::projection::Projection;
 use super::shared::Shared;
 use crate::error::Result;
 use crate::experts::engine::Engine;
+use crate::experts::matrix::Matrix;
 use crate::experts::work::{ExpertWeights, ProjectionWeights, Work};
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
 
 /// An expert's matrices, held.
-struct BorrowedExpert<'a> {
+pub(crate) struct BorrowedExpert<'a> {
     expert: &'a Expert,
     gate: Option<BorrowedProjection<'a>>,
     up: BorrowedProjection<'a>,
@@ -41,7 +40,7 @@ impl<'a> BorrowedProjection<'a> {
 }
 
 impl<'a> BorrowedExpert<'a> {
-    fn new(expert: &'a Expert) -> Result<Self> {
+    pub(crate) fn new(expert: &'a Expert) -> Result<Self> {
         Ok(Self {
             expert,
             gate: expert.gate_proj().map(BorrowedProjection::new).transpose()?,
@@ -50,33 +49,30 @@ impl<'a> BorrowedExpert<'a> {
         })
     }
 
-    fn view(&self) -> Result<ExpertWeights<'_>> {
+    pub(crate) fn view(&self) -> Result<ExpertWeights<'_>> {
         let gate = self.gate.as_ref().map(BorrowedProjection::view).transpose()?;
         ExpertWeights::new(self.expert.activation(), gate, self.up.view()?, self.down.view()?)
     }
 }
 
-/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
+/// The weighted sum over slots and what the shared expert adds, of rows `[tokens, hidden]` into `output` of the same shape.
 pub(super) fn forward(
     engine: &Engine,
-    tokens: &Tensor,
+    input: Matrix<'_>,
     experts: &Experts,
     spec: &MoeSpec,
     shared: Option<&Shared>,
     plan: &DispatchPlan,
-) -> Result<Tensor> {
-    let (rows, hidden) = tokens.dims2()?;
-    let tokens = tokens.contiguous()?;
+    output: &mut [f32],
+) -> Result<()> {
+    let rows = input.shape()[0];
     let shared_expert = shared.map(|shared| BorrowedExpert::new(shared.expert())).transpose()?;
     let (everyone, shares): (Vec<u32>, Vec<f32>) = match shared {
-        Some(shared) => ((0..rows as u32).collect(), shared.weights(&tokens)?),
+        Some(shared) => ((0..rows as u32).collect(), shared.weights(engine, input)?),
         None => Default::default(),
     };
     let shared = shared_expert.as_ref().map(BorrowedExpert::view).transpose()?;
     let shared = shared.map(|expert| Work { expert, tokens: &everyone, weights: &shares });
-    let borrowed = Borrowed::tensor(&tokens)?;
-    let input = borrowed.matrix()?;
-    let mut output = vec![0.0; rows * hidden];
     match experts {
         Experts::Held(experts) => {
             let busy: Vec<_> = plan.busy_experts().collect();
@@ -88,12 +84,13 @@ pub(super) fn forward(
                 work.push(Work { expert: held.view()?, tokens, weights });
             }
             work.extend(shared);
-            engine.forward(input, &work, &mut output)?;
+            engine.forward(input, &work, output)?;
         }
         Experts::Cached(experts) => {
+            output.fill(0.0);
             let mut busy = plan.busy_experts().peekable();
             if busy.peek().is_none() {
-                engine.add(input, shared.as_slice(), &mut output)?;
+                engine.add(input, shared.as_slice(), output)?;
             }
             experts.run(spec, plan, |group| {
                 let mut work: Vec<_> = group
@@ -107,9 +104,9 @@ pub(super) fn forward(
                     .collect();
                 // After all others, as where they are held.
                 work.extend(shared.filter(|_| busy.peek().is_none()));
-                engine.add(input, &work, &mut output)
+                engine.add(input, &work, output)
             })?;
         }
     }
-    Ok(Tensor::from_vec(output, (rows, hidden), tokens.device())?)
+    Ok(())
 }

@@ -14,11 +14,11 @@
 //! Operations are Candle's, each with a backward pass. Where a weight is quantised the expert computes in `f32`.
 
 use candle_core::{DType, Module, Tensor};
-use candle_nn::{Init, VarBuilder, ops::sigmoid};
+use candle_nn::{VarBuilder, ops::sigmoid};
 
 use super::borrowed;
 use super::check::LikeGate;
-use super::projection::Projection;
+use super::projection::{Linears, Projection};
 use crate::error::{Error, Result};
 use crate::experts::activation::{Activation, Function};
 use crate::spec::{MoeSpec, SharedExperts};
@@ -95,11 +95,15 @@ impl Expert {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub(crate) fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(crate) fn load_dense(
+        spec: &MoeSpec,
+        width: usize,
+        vb: VarBuilder<'_>,
+        linears: &dyn Linears,
+    ) -> Result<Self> {
         let names = &spec.names;
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
-            let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
-            Ok(Projection::new(vb.pp(name).get_with_hints((rows, columns), "weight", init)?, None))
+            Ok(Projection::new(linears.weight(&vb.pp(name), [rows, columns])?, None))
         };
         let gate = spec.activation.gated.then(|| load(&names.gate_proj, width, spec.hidden)).transpose()?;
         let up = load(&names.up_proj, width, spec.hidden)?;

@@ -3,10 +3,11 @@
 use candle_core::{Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
-use super::borrowed;
+use super::borrowed::{self, Borrowed};
 use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
+use crate::experts::matrix::Matrix;
 use crate::spec::MoeSpec;
 
 /// Gate weights `[experts, hidden]` and, where the model has them, the bias of the logits and the one that counts for
@@ -133,6 +134,20 @@ impl Gate {
     /// The same by the expert engine, for what [`Gate::fits_engine`] and a `tokens` of its dtype on the CPU.
     pub(super) fn logits_by(&self, engine: &Engine, tokens: &Tensor) -> Result<Tensor> {
         self.biased(borrowed::product(engine, tokens, &self.weight)?.to_dtype(ROUTING_DTYPE)?)
+    }
+
+    /// The same of rows `[tokens, hidden]`, into `logits`.
+    pub(super) fn logits_of_rows(&self, engine: &Engine, rows: Matrix<'_>, logits: &mut Vec<f32>) -> Result<()> {
+        let experts = self.weight.dim(0)?;
+        logits.resize(rows.shape()[0] * experts, 0.0);
+        engine.product(rows, Borrowed::tensor(&self.weight)?.matrix()?, logits)?;
+        if let Some(bias) = &self.bias {
+            let bias = bias.to_dtype(ROUTING_DTYPE)?.to_vec1::<f32>()?;
+            for logits in logits.chunks_exact_mut(experts) {
+                logits.iter_mut().zip(&bias).for_each(|(logit, bias)| *logit += bias);
+            }
+        }
+        Ok(())
     }
 
     /// Whether the engine can read the weights and nothing has to be differentiated.

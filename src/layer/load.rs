@@ -25,6 +25,11 @@ use crate::weights::experts::{MXFP4, Order, Slice, Tensors, slices};
 pub(crate) trait Rows {
     /// Those of a slice as they lie; in MXFP4 joined.
     fn rows(&self, slice: &Slice) -> Result<Weight>;
+
+    /// A projection in the form that it is kept in.
+    fn kept(&self, weight: Weight) -> Result<Weight> {
+        Ok(weight)
+    }
 }
 
 /// Loads the experts of `moe` under `vb`, the layer's own builder, however they are stored there.
@@ -61,15 +66,16 @@ fn expert(moe: &MoeSpec, slices: &[Slice], rows: &impl Rows) -> Result<Expert> {
     }
     let mut take = |wanted: Part| {
         let at = weights.iter().position(|(part, _)| *part == wanted)?;
-        Some(Projection::new(weights.swap_remove(at).1, None))
+        Some(weights.swap_remove(at).1)
     };
-    let gate = take(Part::Gate);
+    let (gate, up, down) = (take(Part::Gate), take(Part::Up), take(Part::Down));
+    let kept = |weight: Weight| Ok::<_, Error>(Projection::new(rows.kept(weight)?, None));
     let missing = || Error::shape("parts of an expert", "up and down projection", "others");
     Expert::from_projections(
         moe.activation,
-        gate,
-        take(Part::Up).ok_or_else(missing)?,
-        take(Part::Down).ok_or_else(missing)?,
+        gate.map(kept).transpose()?,
+        kept(up.ok_or_else(missing)?)?,
+        kept(down.ok_or_else(missing)?)?,
     )
 }
 

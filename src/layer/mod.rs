@@ -34,7 +34,7 @@
 
 pub(crate) mod borrowed;
 mod by_candle;
-mod by_engine;
+pub(crate) mod by_engine;
 pub(crate) mod cached;
 mod check;
 pub(crate) mod expert;
@@ -45,7 +45,7 @@ pub(crate) mod loss;
 pub(crate) mod packed;
 pub(crate) mod projection;
 mod route;
-mod routed;
+pub(crate) mod routed;
 pub(crate) mod shared;
 mod state;
 #[cfg(test)]
@@ -68,14 +68,16 @@ pub use self::state::LayerState;
 
 use std::sync::Arc;
 
-use candle_core::{Module, Tensor};
+use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
 use crate::layer::route::{Gated, Routing};
-use crate::layer::routed::Pass;
+use crate::experts::matrix::Matrix;
+use crate::layer::borrowed::Borrowed;
+use crate::layer::routed::{Pass, Seen};
 use crate::routing::assignment::Assignment;
 use crate::routing::capacity::{Capacity, CapacityRule};
 use crate::routing::plan::DispatchPlan;
@@ -138,21 +140,26 @@ impl MoeLayer {
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = load::from_builder(spec, &vb)?;
-        Self::load_with(spec, vb, experts)
+        Self::load_with(spec, vb, experts, &projection::Built)
     }
 
     /// Loads the same but for the experts, which are these; the biases of those in a cache are loaded.
     ///
     /// # Errors
     /// As [`MoeLayer::load`] and [`MoeLayer::new`].
-    pub(crate) fn load_with(spec: &MoeSpec, vb: VarBuilder<'_>, experts: impl Into<Experts>) -> Result<Self> {
+    pub(crate) fn load_with(
+        spec: &MoeSpec,
+        vb: VarBuilder<'_>,
+        experts: impl Into<Experts>,
+        linears: &dyn projection::Linears,
+    ) -> Result<Self> {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
         let experts = match experts.into() {
             Experts::Cached(experts) if spec.expert_bias => experts.with_biases(load::cached_biases(spec, &vb)?).into(),
             experts => experts,
         };
-        Self::new(spec.clone(), gate, experts, Shared::load(spec, vb)?)
+        Self::new(spec.clone(), gate, experts, Shared::load(spec, vb, linears)?)
     }
 
     /// The same layer with this router.
@@ -338,7 +345,16 @@ impl MoeLayer {
         let (assignment, scoring) = (&buffers.assignment, self.spec.scoring);
         let (shared, plan) = (self.shared.as_ref(), DispatchPlan::from(assignment));
         let output = match by_engine {
-            true => by_engine::forward(&self.engine, &input, &self.experts, &self.spec, shared, &plan)?,
+            true => {
+                let (rows, input) = (input.dim(0)?, input.contiguous()?);
+                let mut output = vec![0.0; rows * self.spec.hidden];
+                {
+                    let borrowed = Borrowed::tensor(&input)?;
+                    let input = borrowed.matrix()?;
+                    by_engine::forward(&self.engine, input, &self.experts, &self.spec, shared, &plan, &mut output)?;
+                }
+                Tensor::from_vec(output, (rows, self.spec.hidden), input.device())?
+            }
             false => {
                 let weights = by_candle::slot_weights(&logits, assignment, &plan, scoring)?;
                 by_candle::forward(&input, self.experts(), shared, &plan, &weights)?
@@ -346,6 +362,45 @@ impl MoeLayer {
         };
         let output = output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?;
         Ok((output, Pass { input, logits, capacity, route_time, scoring, selection_bias }))
+    }
+
+    /// The same over rows `[tokens, hidden]` in `f32` into `output` of the same shape, without a tensor where the layer runs on the engine; the
+    /// logits are in `buffers` too.
+    pub(crate) fn pass_rows(
+        &self,
+        rows: &[f32],
+        context: RouteContext<'_>,
+        state: &mut RouteState,
+        buffers: &mut Buffers,
+        output: &mut [f32],
+    ) -> Result<Seen> {
+        let (hidden, scoring) = (self.spec.hidden, self.spec.scoring);
+        let tokens = rows.len() / hidden;
+        let tensor = || Tensor::from_slice(rows, (tokens, hidden), &Device::Cpu);
+        if !self.fits_engine {
+            let (values, pass) = self.pass(&tensor()?, context, state, buffers)?;
+            output.copy_from_slice(&values.flatten_all()?.to_vec1::<f32>()?);
+            buffers.logits = pass.logits.flatten_all()?.to_vec1()?;
+            let Pass { capacity, route_time, selection_bias, .. } = pass;
+            return Ok(Seen { capacity, route_time, scoring, selection_bias });
+        }
+        let input = Matrix::from_f32(tokens, hidden, rows)?;
+        let mut logits = std::mem::take(&mut buffers.logits);
+        self.gate.logits_of_rows(&self.engine, input, &mut logits)?;
+        let selection_bias = self.gate.selection_bias()?;
+        let gated = Gated::new(&self.spec, &logits, selection_bias.as_deref())?;
+        let capacity = self.routing.capacity(&gated, context.padding)?;
+        let tensor = self.routing.norms.is_some().then(tensor).transpose()?;
+        let route_time = self.decide(&gated, tensor.as_ref(), &capacity, context, state, buffers);
+        buffers.logits = logits;
+        let route_time = route_time?;
+        let mut plan = std::mem::take(&mut buffers.plan);
+        plan.refill(&buffers.assignment);
+        let shared = self.shared.as_ref();
+        let done = by_engine::forward(&self.engine, input, &self.experts, &self.spec, shared, &plan, output);
+        buffers.plan = plan;
+        done?;
+        Ok(Seen { capacity, route_time, scoring, selection_bias })
     }
 
     /// Routes into `buffers`; `tokens` are needed where output norms count. Returns the time in the router.

@@ -6,7 +6,9 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use half::{bf16, f16};
 
+use super::borrowed::Borrowed;
 use crate::error::{Error, Result};
 use crate::experts::matrix::{Dtype, Matrix};
 
@@ -27,6 +29,40 @@ impl Packed {
     pub fn new(dtype: Dtype, rows: usize, columns: usize, bytes: Vec<u8>) -> Result<Self> {
         Matrix::new(dtype, rows, columns, &bytes)?;
         Ok(Self { dtype, rows, columns, bytes: Arc::new(bytes) })
+    }
+
+    /// The same of a tensor of floats on the CPU, as they are there.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a tensor of another rank, dtype or device.
+    pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.contiguous()?;
+        let borrowed = Borrowed::tensor(&tensor)?;
+        let matrix = borrowed.matrix()?;
+        let [rows, columns] = matrix.shape();
+        Self::new(matrix.dtype(), rows, columns, (0..rows).flat_map(|row| matrix.row(row)).copied().collect())
+    }
+
+    /// Numbers `[rows, columns]` in a dtype of floats.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for as many numbers as are not there.
+    pub(crate) fn from_floats(dtype: Dtype, rows: usize, columns: usize, numbers: &[f32]) -> Result<Self> {
+        let bytes = match dtype {
+            Dtype::F16 => numbers.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes()).collect(),
+            Dtype::Bf16 => numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes()).collect(),
+            _ => numbers.iter().flat_map(|number| number.to_le_bytes()).collect(),
+        };
+        Self::new(if dtype.is_quantized() { Dtype::F32 } else { dtype }, rows, columns, bytes)
+    }
+
+    /// Some of these rows, in any order.
+    ///
+    /// # Errors
+    /// None, where all of them are there.
+    pub(crate) fn pick(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Self> {
+        let (matrix, count) = (self.matrix()?, rows.len());
+        Self::new(self.dtype, count, self.columns, rows.flat_map(|row| matrix.row(row)).copied().collect())
     }
 
     /// The first and the second half of the rows or, where they take turns, every second row from the first and from the second on.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_nn::{Init, VarBuilder};
 
 use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use super::packed::Packed;
@@ -38,6 +39,22 @@ impl From<Tensor> for Weight {
 impl From<Arc<QTensor>> for Weight {
     fn from(tensor: Arc<QTensor>) -> Self {
         Self::Quantized(tensor)
+    }
+}
+
+/// Where the weights of linear layers come from.
+pub(crate) trait Linears {
+    /// `weight` under a builder, `[rows, columns]`.
+    fn weight(&self, vb: &VarBuilder<'_>, shape: [usize; 2]) -> Result<Weight>;
+}
+
+/// The builder itself.
+pub(crate) struct Built;
+
+impl Linears for Built {
+    fn weight(&self, vb: &VarBuilder<'_>, [rows, columns]: [usize; 2]) -> Result<Weight> {
+        let init = Init::Randn { mean: 0.0, stdev: (columns as f64).powf(-0.5) };
+        Ok(vb.get_with_hints((rows, columns), "weight", init)?.into())
     }
 }
 

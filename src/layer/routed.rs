@@ -34,6 +34,22 @@ pub struct Routed {
     pub(super) selection_bias: Option<Vec<f32>>,
 }
 
+/// What was seen in a pass over rows beside logits and assignment.
+pub(crate) struct Seen {
+    pub(super) capacity: Capacity,
+    pub(super) route_time: Duration,
+    pub(super) scoring: Scoring,
+    pub(super) selection_bias: Option<Vec<f32>>,
+}
+
+impl Seen {
+    /// With what the layer got, `[tokens, hidden]`, and its gate logits, `[tokens, experts]`.
+    pub(crate) fn pass(self, input: Tensor, logits: Tensor) -> Pass {
+        let Self { capacity, route_time, scoring, selection_bias } = self;
+        Pass { input, logits, capacity, route_time, scoring, selection_bias }
+    }
+}
+
 /// What was seen in a forward pass beside the assignment.
 pub(crate) struct Pass {
     pub(super) input: Tensor,

@@ -5,9 +5,13 @@
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder, ops::sigmoid};
 
+use super::borrowed::Borrowed;
 use super::check::{LikeGate, ROUTING_DTYPE, check_shape};
 use super::expert::{Expert, ExpertShape};
+use super::projection::Linears;
 use crate::error::{Error, Result};
+use crate::experts::engine::Engine;
+use crate::experts::matrix::Matrix;
 use crate::spec::{MoeSpec, SharedExperts};
 
 /// An expert for all tokens and, if there is one, the weight of its gate `[1, hidden]`.
@@ -27,9 +31,9 @@ impl Shared {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Option<Self>> {
+    pub(crate) fn load(spec: &MoeSpec, vb: VarBuilder<'_>, linears: &dyn Linears) -> Result<Option<Self>> {
         let Some(shared) = spec.shared else { return Ok(None) };
-        let expert = Expert::load_dense(spec, shared.width, vb.pp(&spec.names.shared))?;
+        let expert = Expert::load_dense(spec, shared.width, vb.pp(&spec.names.shared), linears)?;
         let init = Init::Randn { mean: 0.0, stdev: (spec.hidden as f64).powf(-0.5) };
         let gate = || vb.pp(&spec.names.shared_gate).get_with_hints((1, spec.hidden), "weight", init);
         Ok(Some(Self { expert, gate: shared.gated.then(gate).transpose()? }))
@@ -68,12 +72,14 @@ impl Shared {
         }
     }
 
-    /// What the output counts for each of `tokens`.
-    pub(super) fn weights(&self, tokens: &Tensor) -> Result<Vec<f32>> {
-        match &self.gate {
-            Some(gate) => Ok(share(gate, tokens)?.flatten_all()?.to_vec1()?),
-            None => Ok(vec![1.0; tokens.dim(0)?]),
+    /// What the output counts for each of `rows`, `[tokens, hidden]`.
+    pub(super) fn weights(&self, engine: &Engine, rows: Matrix<'_>) -> Result<Vec<f32>> {
+        let mut shares = vec![1.0; rows.shape()[0]];
+        if let Some(gate) = &self.gate {
+            engine.product(rows, Borrowed::tensor(gate)?.matrix()?, &mut shares)?;
+            shares.iter_mut().for_each(|share| *share = 1.0 / (1.0 + (-*share).exp()));
         }
+        Ok(shares)
     }
 }
 

@@ -4,6 +4,7 @@
 
 use crate::expert::ExpertSet;
 use crate::routing::assignment::Assignment;
+use crate::routing::plan::DispatchPlan;
 use crate::routing::router::{RouteState, Scratch};
 use crate::routing::scores::Scores;
 
@@ -25,9 +26,17 @@ pub(crate) struct Buffers {
     pub(super) scratch: Scratch,
     pub(super) assignment: Assignment,
     pub(super) resident: ExpertSet,
+    /// Gate logits of the last pass over rows, `[tokens, experts]`.
+    pub(super) logits: Vec<f32>,
+    pub(super) plan: DispatchPlan,
 }
 
 impl Buffers {
+    /// The gate logits of the last [`pass_rows`](super::MoeLayer::pass_rows).
+    pub(crate) fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
     /// The last routing's answer.
     pub(crate) fn assignment(&self) -> &Assignment {
         &self.assignment

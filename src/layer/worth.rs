@@ -171,11 +171,12 @@ mod tests {
     use candle_nn::{VarBuilder, VarMap};
 
     use super::*;
+    use crate::layer::projection::Built;
     use crate::spec::MoeSpec;
 
     fn experts(spec: &MoeSpec) -> Vec<Expert> {
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        (0..spec.experts).map(|expert| Expert::load_dense(spec, spec.expert_width, vb.pp(expert)).unwrap()).collect()
+        (0..spec.experts).map(|expert| Expert::load_dense(spec, spec.expert_width, vb.pp(expert), &Built).unwrap()).collect()
     }
 
     #[test]

@@ -26,6 +26,7 @@ macro_rules! features {
     };
 }
 
+pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -35,6 +36,7 @@ mod lanes;
 pub(crate) mod multiply;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod norm;
 pub(crate) mod product;
 pub(crate) mod quantized;
 mod scalar;

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use super::lanes::{LANES, Lanes};
 
 /// Sixteen words, on a cache line of their own.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u32; LANES]);
 

@@ -146,6 +146,20 @@ pub(crate) fn stack_order(moe: &MoeSpec, gate_up: &[usize], down: &[usize]) -> R
     }
 }
 
+/// What the expert engine calls a type of a file; `None` for one that it does not read.
+pub(crate) fn dtype(stored: ElementType) -> Option<Dtype> {
+    Some(match stored {
+        ElementType::Plain(Plain::F32) => Dtype::F32,
+        ElementType::Plain(Plain::F16) => Dtype::F16,
+        ElementType::Plain(Plain::BF16) => Dtype::Bf16,
+        ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
+        ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
+        ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
+        ElementType::Blocks(BlockType { name: "mxfp4", .. }) => Dtype::Mxfp4,
+        _ => return None,
+    })
+}
+
 impl Slice {
     /// The tensor in a checkpoint, of the shape that it has to have, and which of its bytes the slice is; not for MXFP4 apart.
     ///
@@ -185,17 +199,10 @@ impl Slice {
         let wrong = |expected: &str| {
             checkpoint.wrong(entry, &self.tensor, format!("expected dtype {expected}, got {:?}", entry.dtype))
         };
-        let dtype = match entry.dtype {
-            ElementType::Plain(Plain::F32) => Dtype::F32,
-            ElementType::Plain(Plain::F16) => Dtype::F16,
-            ElementType::Plain(Plain::BF16) => Dtype::Bf16,
-            ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
-            ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
-            ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
-            ElementType::Blocks(BlockType { name: "mxfp4", .. }) => Dtype::Mxfp4,
-            ElementType::Plain(_) => return Err(wrong("F32, BF16 or F16")),
-            ElementType::Blocks(_) => return Err(wrong("q8_0, q4_K, q6_K or mxfp4")),
-        };
+        let dtype = dtype(entry.dtype).ok_or_else(|| match entry.dtype {
+            ElementType::Plain(_) => wrong("F32, BF16 or F16"),
+            ElementType::Blocks(_) => wrong("q8_0, q4_K, q6_K or mxfp4"),
+        })?;
         let (rows, columns) = (self.rows.len(), self.shape.last().copied().unwrap_or(0));
         let (rows, columns, layout) = match self.order {
             Order::Columns => (columns, rows, Layout::Columns),

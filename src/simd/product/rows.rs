@@ -92,7 +92,7 @@ pub(crate) struct Workspace {
 impl Workspace {
     /// At least `count` lines, taken out until they are given back.
     #[inline(always)]
-    pub(super) fn take(&mut self, count: usize) -> Vec<Line> {
+    pub(in crate::simd) fn take(&mut self, count: usize) -> Vec<Line> {
         let mut lines = std::mem::take(&mut self.lines);
         if lines.len() < count {
             lines.resize(count, Line::default());
@@ -102,7 +102,7 @@ impl Workspace {
 
     /// Keeps lines for the next product.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, lines: Vec<Line>) {
+    pub(in crate::simd) fn give_back(&mut self, lines: Vec<Line>) {
         self.lines = lines;
     }
 }

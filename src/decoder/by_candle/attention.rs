@@ -13,6 +13,7 @@ use candle_nn::{Init, VarBuilder};
 use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
+use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::spec::{AttentionBias, ModelSpec, QkNorm};
@@ -109,12 +110,6 @@ impl Attention {
         let wide = heads.unsqueeze(2)?.expand((batch, kv_heads, group, positions, head_dim))?;
         Ok(wide.reshape((batch, self.heads, positions, head_dim))?)
     }
-}
-
-/// What products of queries and keys of `width` are multiplied by.
-pub(super) fn score_scale(spec: &ModelSpec, width: usize) -> f64 {
-    let usual = spec.multipliers.attention.unwrap_or((width as f64).powf(-0.5));
-    usual * spec.rope_scaling.score_scale()
 }
 
 /// Scores of all heads that are there at a time, at most: a long prompt in chunks needs memory in proportion to its length alone.

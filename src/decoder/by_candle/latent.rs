@@ -12,16 +12,14 @@ use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::kv_cache::KvCache;
 
-use super::attention::{attend, score_scale};
+use super::attention::attend;
 use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
+use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::spec::{LatentSpec, ModelSpec};
-
-/// Epsilon of the norms in here, whatever the configuration says of the others.
-const NORM_EPS: f64 = 1e-6;
 
 #[derive(Clone, Debug)]
 pub(super) struct LatentAttention {
@@ -53,14 +51,14 @@ impl LatentAttention {
             None => Query::Direct(linear("q_proj", queries, hidden)?),
             Some(rank) => Query::Narrow(
                 linear("q_a_proj", rank, hidden)?,
-                RmsNorm::load(rank, NORM_EPS, vb.pp("q_a_layernorm"))?,
+                RmsNorm::load(rank, LatentSpec::NORM_EPS, vb.pp("q_a_layernorm"))?,
                 linear("q_b_proj", queries, rank)?,
             ),
         };
         Ok(Self {
             query,
             kv_down: linear("kv_a_proj_with_mqa", sizes.kv_rank + rotated, hidden)?,
-            kv_norm: RmsNorm::load(sizes.kv_rank, NORM_EPS, vb.pp("kv_a_layernorm"))?,
+            kv_norm: RmsNorm::load(sizes.kv_rank, LatentSpec::NORM_EPS, vb.pp("kv_a_layernorm"))?,
             kv_up: linear("kv_b_proj", heads * (sizes.key_width + sizes.value_width), sizes.kv_rank)?,
             output: linear("o_proj", hidden, heads * sizes.value_width)?,
             sizes,

@@ -4,6 +4,7 @@
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 
+use crate::decoder::positions::rates;
 use crate::error::Result;
 use crate::spec::ModelSpec;
 
@@ -25,11 +26,7 @@ impl Rotary {
         device: &Device,
     ) -> Result<Self> {
         let half = spec.rotary_dim / 2;
-        let slowing = spec.rope_scaling.slowing(spec.rope_theta, spec.rotary_dim);
-        let rate = |(pair, slowed): (usize, f64)| {
-            slowed as f32 / (spec.rope_theta as f32).powf((2 * pair) as f32 / spec.rotary_dim as f32)
-        };
-        let rates: Vec<f32> = slowing.into_iter().enumerate().map(rate).collect();
+        let rates = rates(spec);
         let alike = starts.windows(2).all(|pair| pair[0] == pair[1]);
         let starts = if alike { &starts[..starts.len().min(1)] } else { starts };
         let angles: Vec<f32> = starts

@@ -1,0 +1,66 @@
+//! Loading the blocks of a decoder as tensors under a builder.
+
+use std::sync::Arc;
+
+use candle_nn::{Embedding, Init, VarBuilder};
+
+use super::ByCandle;
+use super::block::{Block, Ffn, Mixer};
+use super::linear::Linear;
+use super::norm::Norm;
+use crate::error::Result;
+use crate::experts::engine::Engine;
+use crate::layer::MoeLayer;
+use crate::layer::expert::Expert;
+use crate::layer::projection::Built;
+use crate::spec::ModelSpec;
+
+impl ByCandle {
+    /// Of the tensors under `vb`, the MoE layers as `moe` makes them of their number and builder.
+    pub(in crate::decoder) fn build(
+        spec: &ModelSpec,
+        vb: VarBuilder<'_>,
+        moe: impl Fn(usize, VarBuilder<'_>) -> Result<MoeLayer>,
+    ) -> Result<Self> {
+        spec.check()?;
+        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
+        let table = |vb: VarBuilder<'_>, stdev| {
+            vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
+        };
+        let embeddings = table(model.pp("embed_tokens"), 0.02)?;
+        let output = match spec.tied_embeddings {
+            true => embeddings.clone(),
+            false => table(vb.pp("lm_head"), 0.02)?,
+        };
+        let output_bias = match spec.output_bias {
+            true => Some(vb.pp("lm_head").get_with_hints(spec.vocab, "bias", Init::Const(0.0))?),
+            false => None,
+        };
+        // One layer runs at a time: all work in the same memory.
+        let engine = Arc::new(Engine::default());
+        let mut moe_layers = 0;
+        let blocks = (0..spec.layers).map(|block| {
+            let vb = model.pp("layers").pp(block);
+            Ok(Block {
+                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
+                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
+                windowed: spec.window.blocks.binary_search(&block).is_ok(),
+                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
+                ffn: match spec.dense.blocks.binary_search(&block) {
+                    Ok(_) => Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn), &Built)?)),
+                    Err(_) => {
+                        let layer = moe_layers;
+                        moe_layers += 1;
+                        Ffn::Moe(Box::new(moe(layer, vb.pp(&spec.ffn))?.with_index(layer).with_engine(engine.clone())))
+                    }
+                },
+            })
+        });
+        Ok(Self {
+            embedding: Embedding::new(embeddings, hidden),
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: Norm::load(spec, model.pp("norm"))?,
+            output: Linear::new(output, output_bias, engine),
+        })
+    }
+}

@@ -1,0 +1,147 @@
+//! The decoder's blocks as Candle's operations: for training, for other devices than the CPU, and the definition of what
+//! [`by_engine`](super::by_engine) does.
+//!
+//! Hidden states are `[sequences, positions, hidden]` in the dtype of the weights. Everything has its backward pass.
+
+mod attention;
+mod block;
+mod latent;
+mod linear;
+mod load;
+mod norm;
+mod rotary;
+
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::Embedding;
+use candle_nn::kv_cache::KvCache;
+
+use self::block::{Block, Ffn};
+use self::linear::Linear;
+use self::norm::Norm;
+use self::rotary::Rotary;
+use super::batch::Batch;
+use super::checked::Checks;
+use super::finite::Place;
+use super::lookahead::Pass;
+use super::moe_step::{guess_ahead, moe_step};
+use super::state::{DecoderState, Kept};
+use crate::error::Result;
+use crate::layer::MoeLayer;
+use crate::spec::Multipliers;
+
+/// All blocks and what stands around them; clones share weights.
+#[derive(Clone)]
+pub(super) struct ByCandle {
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    norm: Norm,
+    output: Linear,
+}
+
+impl ByCandle {
+    /// Keys and values of no text yet.
+    pub(super) fn kept(&self) -> Vec<KvCache> {
+        self.blocks.iter().map(|_| KvCache::new(POSITION_DIM, KV_POSITIONS)).collect()
+    }
+
+    /// The MoE layers, of all blocks that have one.
+    pub(super) fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
+        self.blocks.iter().filter_map(Block::moe)
+    }
+
+    /// The MoE layers, to be changed.
+    pub(super) fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeLayer> {
+        self.blocks.iter_mut().filter_map(Block::moe_mut)
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.embedding.embeddings().device()
+    }
+
+    /// Of weights and activations.
+    pub(super) fn dtype(&self) -> DType {
+        self.embedding.embeddings().dtype()
+    }
+
+    /// What the output weights make of hidden states, times `scale`.
+    pub(super) fn logits(&self, hidden: &Tensor, scale: f64) -> Result<Tensor> {
+        scaled(self.output.forward(hidden)?, scale)
+    }
+
+    /// The hidden states that the output weights see, `[sequences, positions, hidden]`.
+    pub(super) fn hidden_states(
+        &self,
+        checks: Checks<'_>,
+        batch: &Batch,
+        starts: &[usize],
+        pass: Pass,
+        state: &mut DecoderState,
+    ) -> Result<Tensor> {
+        let device = self.device();
+        let ids = Tensor::from_slice(batch.ids(), (batch.sequences(), batch.positions()), device)?;
+        let Multipliers { embedding, residual, .. } = checks.spec.multipliers;
+        let mut hidden = scaled(self.embedding.forward(&ids)?, embedding)?;
+        checks.check_finite(Place::Embedding, &hidden)?;
+        let rotary = Rotary::new(checks.spec, starts, batch.positions(), hidden.dtype(), device)?;
+        let mask = |window: Option<usize>| state.seen.mask(batch, window, hidden.dtype(), device);
+        let window = Some(checks.spec.window.positions).filter(|_| !checks.spec.window.blocks.is_empty());
+        let (whole_mask, window_mask) = (mask(None)?, window.map(|_| mask(window)).transpose()?.flatten());
+        // MoE layers are counted by themselves: blocks without experts have no router.
+        let mut moe_layer = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let cache = match &mut state.kv {
+                Some(Kept::Tensors(caches)) => Some(&mut caches[index]),
+                _ => None,
+            };
+            let mask = if block.windowed { &window_mask } else { &whole_mask };
+            let normed = block.attention_norm.forward(&hidden)?;
+            hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
+            checks.check_finite(Place::Attention(index), &hidden)?;
+            let normed = block.ffn_norm.forward(&hidden)?;
+            let output = match &block.ffn {
+                Ffn::Dense(ffn) => ffn.forward(&normed)?,
+                Ffn::Moe(moe) => {
+                    let layer = moe_layer;
+                    moe_layer += 1;
+                    if pass.ahead {
+                        self.read_ahead(layer + 1, batch, &hidden, state);
+                    }
+                    moe_step(checks, [index, layer], moe, batch, pass, state, |context, route, buffers, _| {
+                        let (output, seen) = moe.pass(&normed, context, route, buffers)?;
+                        checks.check_gate(index, moe, &seen.logits)?;
+                        Ok((output, Some(seen)))
+                    })?
+                }
+            };
+            hidden = (hidden + scaled(output, residual)?)?;
+            checks.check_finite(Place::Ffn(index), &hidden)?;
+        }
+        let hidden = self.norm.forward(&hidden)?;
+        checks.check_finite(Place::Norm, &hidden)?;
+        Ok(hidden)
+    }
+
+    /// Has what `layer` will use of its cache read, as far as its gate can tell from the hidden state before the layer before it.
+    fn read_ahead(&self, layer: usize, batch: &Batch, hidden: &Tensor, state: &DecoderState) {
+        let mut with_experts = self.blocks.iter().filter_map(|block| Some((block, block.moe()?)));
+        let Some((block, moe)) = with_experts.nth(layer) else { return };
+        guess_ahead(moe, batch, state, || Ok(block.ffn_norm.forward(hidden)?));
+    }
+}
+
+/// `tensor` times a constant that most models do not have.
+fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {
+    if by == 1.0 { Ok(tensor) } else { Ok((tensor * by)?) }
+}
+
+/// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
+const POSITION_DIM: usize = 2;
+
+/// Positions that a cache of keys and values grows by.
+const KV_POSITIONS: usize = 256;
+
+/// Some rows of hidden states, `[rows, hidden]`.
+pub(super) fn last_states(hidden: &Tensor, rows: impl Iterator<Item = usize>) -> Result<Tensor> {
+    let at = Tensor::new(rows.map(|row| row as u32).collect::<Vec<_>>(), hidden.device())?;
+    Ok(hidden.flatten_to(1)?.index_select(&at, 0)?)
+}

@@ -1,0 +1,44 @@
+//! Keys and values that a text goes on with: blocks of positions that stay where they are, and one more where they are full.
+//!
+//! A sequence of each layer has blocks of its own, so that no padding is kept and nothing is ever copied. A text that ends leaves its
+//! blocks to the next one. Knows nothing of what keys and values mean.
+
+use crate::simd::attention::{HeadLayout, POSITIONS};
+use crate::simd::multiply::Line;
+
+/// The blocks of one sequence in one layer.
+pub(in crate::decoder) type Blocks = Vec<Box<[Line]>>;
+
+/// Blocks of all layers and sequences.
+#[derive(Debug)]
+pub(in crate::decoder) struct KeptBlocks {
+    layout: HeadLayout,
+    kv_heads: usize,
+    layers: Vec<Vec<Blocks>>,
+}
+
+impl KeptBlocks {
+    /// None yet, of `layers` layers.
+    pub(super) fn new(layout: HeadLayout, kv_heads: usize, layers: usize) -> Self {
+        Self { layout, kv_heads, layers: vec![Vec::new(); layers] }
+    }
+
+    /// How many layers it is for.
+    pub(in crate::decoder) fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The blocks of a layer's sequences, with room for so many positions of each.
+    pub(super) fn layer(&mut self, layer: usize, ends: impl ExactSizeIterator<Item = usize>) -> &mut [Blocks] {
+        let (lines, sequences) = (self.kv_heads * self.layout.lines(), &mut self.layers[layer]);
+        if sequences.len() < ends.len() {
+            sequences.resize(ends.len(), Blocks::new());
+        }
+        for (blocks, end) in sequences.iter_mut().zip(ends) {
+            while blocks.len() * POSITIONS < end {
+                blocks.push(bytemuck::zeroed_slice_box(lines));
+            }
+        }
+        sequences
+    }
+}

@@ -1,0 +1,114 @@
+//! Loading the blocks of a decoder for the engine: matrices as they are stored, everything small in `f32`.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+
+use super::attention::Attention;
+use super::latent::LatentAttention;
+use super::parts::{Linear, Norm, Rates, numbers};
+use super::stored::Stored;
+use super::{Block, Ffn, Mixer, ByEngine};
+use crate::decoder::builder::var_builder;
+use crate::error::{Error, Result};
+use crate::experts::engine::Engine;
+use crate::experts::matrix::Dtype;
+use crate::layer::MoeLayer;
+use crate::layer::cached::CachedExperts;
+use crate::layer::expert::Expert;
+use crate::layer::load::experts;
+use crate::offload::cache::ExpertCache;
+use crate::simd::attention::HeadLayout;
+use crate::spec::ModelSpec;
+use crate::weights::Weights;
+
+impl ByEngine {
+    /// Of a model's files, its experts in memory or in `cache`; activations may be rounded to bf16 where `dtype` is that, keys and values are
+    /// kept in `kv_dtype`.
+    pub(in crate::decoder) fn load(
+        weights: &Weights,
+        spec: &ModelSpec,
+        cache: Option<&Arc<ExpertCache>>,
+        [dtype, kv_dtype]: [DType; 2],
+    ) -> Result<Self> {
+        spec.check()?;
+        let vb = var_builder(weights, DType::F32, &Device::Cpu);
+        let stored = Stored { checkpoint: weights.checkpoint(), dtype };
+        // One layer runs at a time: all work in the same memory.
+        let engine = Arc::new(if dtype == DType::BF16 { Engine::default() } else { Engine::exact() });
+        let layout = layout(spec, kv_dtype)?;
+        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
+        let embedding = stored.linear(&model.pp("embed_tokens"), [spec.vocab, hidden])?;
+        let lm_head = vb.pp("lm_head");
+        let output = Linear {
+            weight: match spec.tied_embeddings {
+                true => embedding.clone(),
+                false => stored.linear(&lm_head, [spec.vocab, hidden])?,
+            },
+            bias: spec.output_bias.then(|| numbers(&lm_head, "bias", spec.vocab)).transpose()?,
+        };
+        let moe = |layer: usize, block: usize, vb: VarBuilder<'_>| -> Result<MoeLayer> {
+            let layer = match cache {
+                Some(cache) => {
+                    MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &stored)?
+                }
+                None => {
+                    let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, block, id), &stored)?;
+                    MoeLayer::load_with(&spec.moe, vb, experts, &stored)?.with_index(layer)
+                }
+            };
+            Ok(layer.with_engine(engine.clone()))
+        };
+        let mut moe_layers = 0;
+        let blocks = (0..spec.layers).map(|block| {
+            let vb = model.pp("layers").pp(block);
+            let attention = vb.pp("self_attn");
+            Ok(Block {
+                attention_norm: Norm::load(spec, &vb.pp("input_layernorm"))?,
+                mixer: match spec.latent {
+                    Some(sizes) => Mixer::Latent(LatentAttention::load(spec, sizes, layout, &attention, &stored)?),
+                    None => Mixer::Grouped(Attention::load(spec, layout, &attention, &stored)?),
+                },
+                windowed: spec.window.blocks.binary_search(&block).is_ok(),
+                ffn_norm: Norm::load(spec, &vb.pp("post_attention_layernorm"))?,
+                ffn: match spec.dense.blocks.binary_search(&block) {
+                    Ok(_) => {
+                        let vb = vb.pp(&spec.ffn);
+                        Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb, &stored)?))
+                    }
+                    Err(_) => {
+                        moe_layers += 1;
+                        Ffn::Moe(Box::new(moe(moe_layers - 1, block, vb.pp(&spec.ffn))?))
+                    }
+                },
+            })
+        });
+        Ok(Self {
+            embedding,
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: Norm::load(spec, &model.pp("norm"))?,
+            output,
+            engine,
+            rates: Rates::new(spec),
+            layout,
+            kv_heads: if spec.latent.is_some() { 1 } else { spec.kv_heads },
+        })
+    }
+}
+
+/// How keys and values are kept.
+fn layout(spec: &ModelSpec, kv_dtype: DType) -> Result<HeadLayout> {
+    let dtype = match kv_dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::Bf16,
+        other => return Err(Error::parameter("dtype of keys and values", format!("{other:?}"), "F32, F16 or BF16")),
+    };
+    Ok(match spec.latent {
+        Some(latent) => {
+            HeadLayout { dtype, key: latent.kv_rank + spec.rotary_dim, value: latent.kv_rank, shared: true }
+        }
+        None => HeadLayout { dtype, key: spec.head_dim, value: spec.head_dim, shared: false },
+    })
+}

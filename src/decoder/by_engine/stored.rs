@@ -1,0 +1,138 @@
+//! Weights of a model's files as they are stored there, for the engine: nothing is widened but what it does not read.
+//!
+//! What was done to a tensor on its way into a GGUF file is undone on whole rows: those of queries and keys that take turns, keys and values of
+//! latent attention that were joined. Which tensor is which is for [`weights`](crate::weights) to say.
+
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+
+use crate::checkpoint::{Checkpoint, ElementType};
+use crate::decoder::builder::{self, FileRows, quantized};
+use crate::error::{Error, Result};
+use crate::experts::matrix::Dtype;
+use crate::layer::Packed;
+use crate::layer::load::Rows;
+use crate::layer::projection::{Linears, Weight};
+use crate::spec::LatentSpec;
+use crate::weights::experts::{Order, Slice, dtype};
+use crate::weights::{TensorSource, source};
+
+/// The files of a model.
+pub(in crate::decoder) struct Stored<'a> {
+    pub(in crate::decoder) checkpoint: &'a Checkpoint,
+    /// Of activations; weights of a type that the engine does not read become floats of it.
+    pub(in crate::decoder) dtype: DType,
+}
+
+impl Stored<'_> {
+    /// The weight of a linear layer under a builder, `[rows, columns]`.
+    pub(super) fn linear(&self, vb: &VarBuilder<'_>, shape: [usize; 2]) -> Result<Packed> {
+        match source(self.checkpoint, &vb.pp("weight").prefix())? {
+            TensorSource::Same(name) => self.tensor(&name, &shape),
+            TensorSource::KeysAndValues { joined, .. } => self.tensor(&joined, &shape),
+            TensorSource::InTurns { name, heads } => {
+                let stored = self.tensor(&name, &shape)?;
+                let (rows, pairs) = (shape[0], shape[0] / heads.max(1) / 2);
+                if heads == 0 || pairs * 2 * heads != rows {
+                    return Err(Error::shape("rows of queries or keys", format!("{heads} heads of even width"), rows));
+                }
+                stored.pick((0..rows).map(|row| {
+                    let (head, within) = (row / (2 * pairs), row % (2 * pairs));
+                    head * 2 * pairs + 2 * (within % pairs) + within / pairs
+                }))
+            }
+        }
+    }
+
+    /// What makes the keys of all heads of the latent's, transposed `[heads · rank, key width]`, and their values, `[heads · value width, rank]`.
+    pub(super) fn keys_and_values(&self, vb: &VarBuilder<'_>, heads: usize, sizes: LatentSpec) -> Result<[Packed; 2]> {
+        let LatentSpec { kv_rank, key_width, value_width, .. } = sizes;
+        let name = vb.pp("weight").prefix();
+        if let TensorSource::KeysAndValues { joined, keys, values } = source(self.checkpoint, &name)? {
+            let has = |name: &str| self.checkpoint.tensors().contains_key(name);
+            if !has(&joined) && has(&keys) {
+                let keys = self.tensor(&keys, &[heads, kv_rank, key_width])?;
+                return Ok([keys, self.tensor(&values, &[heads, value_width, kv_rank])?]);
+            }
+        }
+        let both = key_width + value_width;
+        let joined = self.linear(vb, [heads * both, kv_rank])?;
+        let values = (0..heads * value_width).map(|row| row / value_width * both + key_width + row % value_width);
+        let values = joined.pick(values)?;
+        // Transposed they are other rows; blocks along the old ones mean nothing then.
+        let (matrix, mut keys) = (joined.matrix()?, vec![0.0; heads * kv_rank * key_width]);
+        let mut row = vec![0.0; kv_rank];
+        for (head, keys) in keys.chunks_exact_mut(kv_rank * key_width).enumerate() {
+            for at in 0..key_width {
+                matrix.widen(crate::simd::Isa::default(), head * both + at, &mut row);
+                keys[at..].iter_mut().step_by(key_width).zip(&row).for_each(|(key, number)| *key = *number);
+            }
+        }
+        let dtype = if matrix.dtype().is_quantized() { self.floats() } else { matrix.dtype() };
+        Ok([Packed::from_floats(dtype, heads * kv_rank, key_width, &keys)?, values])
+    }
+
+    /// A tensor by its name in the file, all its dimensions but the last as rows.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Packed> {
+        let entry = self.checkpoint.entry(name)?;
+        // Dimensions of 1 are not in a GGUF file.
+        let long = |dims: &[usize]| dims.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
+        let fits = match self.checkpoint.gguf() {
+            Some(_) => long(&entry.shape) == long(shape),
+            None => entry.shape == shape,
+        };
+        if !fits {
+            let detail = format!("expected shape {shape:?}, got {:?}", entry.shape);
+            return Err(self.checkpoint.wrong(entry, name, detail));
+        }
+        let columns = shape.last().copied().unwrap_or(0);
+        let rows = shape.iter().product::<usize>() / columns.max(1);
+        if let Some(dtype) = dtype(entry.dtype) {
+            return Packed::new(dtype, rows, columns, self.checkpoint.read(name)?);
+        }
+        let wrong = || builder::unread(self.checkpoint, entry, name);
+        let ElementType::Blocks(_) = entry.dtype else {
+            let detail = format!("expected dtype F32, BF16 or F16, got {:?}", entry.dtype);
+            return Err(self.checkpoint.wrong(entry, name, detail));
+        };
+        let blocks = quantized(entry.dtype, self.checkpoint.read(name)?, &[rows, columns], &Device::Cpu)?;
+        let floats = blocks.ok_or_else(wrong)?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        Packed::from_floats(self.floats(), rows, columns, &floats)
+    }
+
+    fn floats(&self) -> Dtype {
+        match self.dtype {
+            DType::BF16 => Dtype::Bf16,
+            DType::F16 => Dtype::F16,
+            _ => Dtype::F32,
+        }
+    }
+}
+
+impl Linears for Stored<'_> {
+    fn weight(&self, vb: &VarBuilder<'_>, shape: [usize; 2]) -> Result<Weight> {
+        Ok(self.linear(vb, shape)?.into())
+    }
+}
+
+impl Rows for Stored<'_> {
+    fn rows(&self, slice: &Slice) -> Result<Weight> {
+        let in_file = FileRows { checkpoint: self.checkpoint, dtype: None, device: &Device::Cpu, name: None };
+        if slice.order != Order::Rows {
+            return in_file.rows(slice);
+        }
+        let (entry, bytes) = slice.find(self.checkpoint)?;
+        let Some(dtype) = dtype(entry.dtype) else { return in_file.rows(slice) };
+        let columns = slice.shape.last().copied().unwrap_or(0);
+        let mut stored = vec![0; bytes.len()];
+        self.checkpoint.read_part(entry, &slice.tensor, bytes.start, &mut stored)?;
+        Ok(Packed::new(dtype, slice.rows.len(), columns, stored)?.into())
+    }
+
+    fn kept(&self, weight: Weight) -> Result<Weight> {
+        match weight {
+            Weight::Dense(tensor) => Ok(Packed::of(&tensor)?.into()),
+            weight => Ok(weight),
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! One MoE layer of a forward pass, whichever way its blocks run: what is in fast memory, the layer, and what account is kept of it.
+//!
+//! Knows nothing of how hidden states are held.
+
+use candle_core::Tensor;
+
+use super::batch::Batch;
+use super::checked::Checks;
+use super::lookahead::Pass;
+use super::state::DecoderState;
+use crate::error::Result;
+use crate::layer::routed::Pass as LayerPass;
+use crate::layer::{Buffers, MoeLayer};
+use crate::routing::router::{RouteContext, RouteState};
+
+/// Runs MoE layer `layer` of block `block`: `run` gets what its router is to know and whether what that saw is kept, and gives it then.
+pub(super) fn moe_step<T>(
+    checks: Checks<'_>,
+    [block, layer]: [usize; 2],
+    moe: &MoeLayer,
+    batch: &Batch,
+    pass: Pass,
+    state: &mut DecoderState,
+    run: impl FnOnce(RouteContext<'_>, &mut RouteState, &mut Buffers, bool) -> Result<(T, Option<LayerPass>)>,
+) -> Result<T> {
+    let resident = match (&state.memory, moe.cached()) {
+        (Some(memory), _) => memory.counted(layer),
+        (None, Some(experts)) => {
+            experts.counted_into(&mut state.resident)?;
+            Some(&state.resident)
+        }
+        (None, None) => None,
+    };
+    let context = RouteContext { step: state.step, resident, ..batch.context() };
+    let done = run(context, &mut state.routes[layer], &mut state.buffers, state.routed.is_some());
+    let (output, routed) = done.map_err(|error| checks.named(error, block))?;
+    if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
+        experts.cache().cancel_prefetch(experts.layer());
+    }
+    if let Some(memory) = &mut state.memory {
+        memory.advance(layer, state.buffers.assignment())?;
+    }
+    state.slots.count(state.buffers.assignment(), batch.live_tokens());
+    if let (Some(all), Some(routed)) = (&mut state.routed, routed) {
+        all.push(routed.routed(state.buffers.assignment(), batch.padding()));
+    }
+    Ok(output)
+}
+
+/// Has what a layer will use of its cache read, as far as its gate can tell from `normed`, the hidden state before the layer before it.
+pub(super) fn guess_ahead(moe: &MoeLayer, batch: &Batch, state: &DecoderState, normed: impl FnOnce() -> Result<Tensor>) {
+    let Some(experts) = moe.cached() else { return };
+    let (cache, at) = (experts.cache(), experts.layer());
+    let guess = || -> Result<usize> {
+        let mut resident = cache.resident(at)?;
+        if resident.len() == resident.experts() {
+            return Ok(0);
+        }
+        cache.counted_into(at, &mut resident)?;
+        let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
+        cache.prefetch(at, &moe.guess(&normed()?, context, &state.routes[at])?)
+    };
+    // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
+    let _ = guess();
+}
