@@ -38,8 +38,7 @@ impl Decoder {
         let checkpoint = weights.checkpoint();
         let body = match options.device.is_cpu() {
             true => {
-                let dtypes = [options.dtype, options.kv_dtype.unwrap_or(options.dtype)];
-                ByEngine::load(weights, spec, cache.as_ref(), dtypes).map(Body::ByEngine)
+                ByEngine::load(weights, spec, cache.as_ref(), [options.dtype, options.kept_dtype()]).map(Body::ByEngine)
             }
             false => Self::tensors(weights, spec, cache.as_ref(), options).map(Body::ByCandle),
         };

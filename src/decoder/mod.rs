@@ -43,8 +43,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::by_candle::{ByCandle, last_states};
-use crate::decoder::by_engine::{Block, ByEngine};
 use crate::decoder::by_engine::scratch::Scratch;
+use crate::decoder::by_engine::{Block, ByEngine};
 use crate::decoder::checked::Checks;
 use crate::decoder::finite::Place;
 use crate::decoder::lookahead::{Lookahead, Pass};
@@ -235,7 +235,8 @@ impl Decoder {
             let ends = start + 1..=start + chunk.positions();
             let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
             for row in (0..batch.sequences()).filter(ended) {
-                last[row] = Some(self.logits(&hidden, &chunk, std::iter::once(last_row(&chunk, row)), &state.scratch)?);
+                last[row] =
+                    Some(self.logits(&hidden, &chunk, std::iter::once(last_row(&chunk, row)), &state.scratch)?);
             }
         }
         let last: Vec<Tensor> = last.into_iter().flatten().collect();
@@ -303,7 +304,11 @@ impl Decoder {
             }
             if matches!(kept, Kept::Blocks(_)) != matches!(self.body, Body::ByEngine(_)) {
                 let expected = "keys and values of a decoder that runs as this one does";
-                return Err(Error::shape("decoder state", expected, "those of one on tensors, or of one loaded on the CPU"));
+                return Err(Error::shape(
+                    "decoder state",
+                    expected,
+                    "those of one on tensors, or of one loaded on the CPU",
+                ));
             }
         }
         if state.memory.is_some() && self.expert_cache().is_some() {

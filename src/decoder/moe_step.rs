@@ -48,7 +48,12 @@ pub(super) fn moe_step<T>(
 }
 
 /// Has what a layer will use of its cache read, as far as its gate can tell from `normed`, the hidden state before the layer before it.
-pub(super) fn guess_ahead(moe: &MoeLayer, batch: &Batch, state: &DecoderState, normed: impl FnOnce() -> Result<Tensor>) {
+pub(super) fn guess_ahead(
+    moe: &MoeLayer,
+    batch: &Batch,
+    state: &DecoderState,
+    normed: impl FnOnce() -> Result<Tensor>,
+) {
     let Some(experts) = moe.cached() else { return };
     let (cache, at) = (experts.cache(), experts.layer());
     let guess = || -> Result<usize> {

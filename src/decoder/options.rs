@@ -11,7 +11,8 @@ pub struct LoadOptions {
     /// Dtype of activations. On the CPU weights stay as they are stored and activations are floats, which products with bf16 weights may round
     /// to bf16 where this is `BF16`; on other devices weights become tensors of it, but for experts of a GGUF file.
     pub dtype: DType,
-    /// Dtype in which keys and values are kept on the CPU, `F32`, `F16` or `BF16`; `None` for that of activations.
+    /// Dtype in which keys and values are kept on the CPU, `F32`, `F16` or `BF16`; `None` for `F32` beside
+    /// activations in `F32` and `F16` beside others.
     pub kv_dtype: Option<DType>,
     /// Device of the weights.
     pub device: Device,
@@ -27,6 +28,12 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
+    /// The dtype of keys and values.
+    pub(super) fn kept_dtype(&self) -> DType {
+        let usual = if self.dtype == DType::F32 { DType::F32 } else { DType::F16 };
+        self.kv_dtype.unwrap_or(usual)
+    }
+
     /// The same in another dtype.
     pub fn with_dtype(self, dtype: DType) -> Self {
         Self { dtype, ..self }

@@ -141,7 +141,8 @@ impl Engine {
             let (parts, rest) = done.split_at(tile.pieces.len() * size);
             done = rest;
             for at in 0..rows {
-                let (position, head) = (tile.rows.start + at / tile.heads.len(), tile.heads.start + at % tile.heads.len());
+                let (position, head) =
+                    (tile.rows.start + at / tile.heads.len(), tile.heads.start + at % tile.heads.len());
                 let into = ((tile.sequence.row + position) * heads + head) * layout.value;
                 let sink = attention.sinks.map(|sinks| sinks[head]);
                 join(parts, size, rows, row, at, sink, &mut mixed[into..][..layout.value]);

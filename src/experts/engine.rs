@@ -221,7 +221,8 @@ impl Engine {
         });
         let mut done = &sums[..total];
         for layer in layers.iter_mut() {
-            let (tokens, rows, piece, bias) = (layer.tokens(), layer.rows(), layer.piece(threads), layer.projection.bias);
+            let (tokens, rows, piece, bias) =
+                (layer.tokens(), layer.rows(), layer.piece(threads), layer.projection.bias);
             let of_layer = if tokens == 1 { &[] } else { done.split_off(..layer.output.len()).unwrap_or_default() };
             for (row, output) in layer.output.chunks_exact_mut(rows.max(1)).enumerate() {
                 if tokens > 1 {

@@ -77,6 +77,18 @@ fn dtype(dtype: GgmlDType) -> Option<Dtype> {
     }
 }
 
+/// The bytes of a tensor of floats on the CPU, as they are there.
+///
+/// # Errors
+/// [`Error::Shape`] for a tensor of another rank, dtype or device.
+pub(crate) fn packed(tensor: &Tensor) -> Result<Packed> {
+    let tensor = tensor.contiguous()?;
+    let borrowed = Borrowed::tensor(&tensor)?;
+    let matrix = borrowed.matrix()?;
+    let [rows, columns] = matrix.shape();
+    Packed::new(matrix.dtype(), rows, columns, (0..rows).flat_map(|row| matrix.row(row)).copied().collect())
+}
+
 /// Whether the engine can read a tensor, which needs no gradient.
 pub(crate) fn fits(tensor: &Tensor) -> bool {
     let is_float = matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16);

@@ -95,12 +95,7 @@ impl Expert {
     ///
     /// # Errors
     /// What the builder reports for missing tensors and wrong shapes.
-    pub(crate) fn load_dense(
-        spec: &MoeSpec,
-        width: usize,
-        vb: VarBuilder<'_>,
-        linears: &dyn Linears,
-    ) -> Result<Self> {
+    pub(crate) fn load_dense(spec: &MoeSpec, width: usize, vb: VarBuilder<'_>, linears: &dyn Linears) -> Result<Self> {
         let names = &spec.names;
         let load = |name: &str, rows: usize, columns: usize| -> Result<Projection> {
             Ok(Projection::new(linears.weight(&vb.pp(name), [rows, columns])?, None))

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
-use super::borrowed::Borrowed;
 use crate::error::{Error, Result};
 use crate::experts::matrix::{Dtype, Matrix};
 
@@ -29,18 +28,6 @@ impl Packed {
     pub fn new(dtype: Dtype, rows: usize, columns: usize, bytes: Vec<u8>) -> Result<Self> {
         Matrix::new(dtype, rows, columns, &bytes)?;
         Ok(Self { dtype, rows, columns, bytes: Arc::new(bytes) })
-    }
-
-    /// The same of a tensor of floats on the CPU, as they are there.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a tensor of another rank, dtype or device.
-    pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
-        let tensor = tensor.contiguous()?;
-        let borrowed = Borrowed::tensor(&tensor)?;
-        let matrix = borrowed.matrix()?;
-        let [rows, columns] = matrix.shape();
-        Self::new(matrix.dtype(), rows, columns, (0..rows).flat_map(|row| matrix.row(row)).copied().collect())
     }
 
     /// Numbers `[rows, columns]` in a dtype of floats.

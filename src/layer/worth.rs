@@ -176,7 +176,9 @@ mod tests {
 
     fn experts(spec: &MoeSpec) -> Vec<Expert> {
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        (0..spec.experts).map(|expert| Expert::load_dense(spec, spec.expert_width, vb.pp(expert), &Built).unwrap()).collect()
+        (0..spec.experts)
+            .map(|expert| Expert::load_dense(spec, spec.expert_width, vb.pp(expert), &Built).unwrap())
+            .collect()
     }
 
     #[test]

@@ -45,6 +45,12 @@ impl HeadLayout {
         self.value.next_multiple_of(LANES)
     }
 
+    /// Whether a number can be kept: what becomes infinite, or is no number, would make scores that mean nothing.
+    pub(crate) fn holds(self, number: f32) -> bool {
+        let largest = if self.dtype == Dtype::F16 { half::f16::MAX.to_f32() } else { f32::MAX };
+        number.abs() <= largest
+    }
+
     /// Keeps the key and value of a position of the block that `lines` are.
     pub(crate) fn keep(self, lines: &mut [Line], position: usize, key: &[f32], value: &[f32]) {
         let (group, lane, row) = (position / LANES, position % LANES, self.row());
@@ -336,9 +342,7 @@ mod tests {
 
     /// What a row has to be, in double precision.
     fn naive(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], sees: Range<usize>) -> Vec<f64> {
-        let score = |key: &Vec<f32>| -> f64 {
-            query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-        };
+        let score = |key: &Vec<f32>| -> f64 { query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
         let scores: Vec<f64> = keys[sees.clone()].iter().map(score).collect();
         let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let total: f64 = scores.iter().map(|score| (score - top).exp()).sum();

@@ -87,19 +87,22 @@ mod tests {
                 let (mut rms, mut layer) = (from.clone(), from.clone());
                 isa.run(RmsNorm { rows: &mut rms, weight: &weight, eps: 1e-5 });
                 isa.run(LayerNorm { rows: &mut layer, weight: &weight, bias: &bias, eps: 1e-5 });
-                for ((from, rms), layer) in
-                    from.chunks(width).zip(rms.chunks(width)).zip(layer.chunks(width))
-                {
+                for ((from, rms), layer) in from.chunks(width).zip(rms.chunks(width)).zip(layer.chunks(width)) {
                     let wide: Vec<f64> = from.iter().map(|&number| f64::from(number)).collect();
                     let mean = wide.iter().sum::<f64>() / width as f64;
-                    let power = |about: f64| wide.iter().map(|x| (x - about).powi(2)).sum::<f64>() / width as f64 + 1e-5;
+                    let power =
+                        |about: f64| wide.iter().map(|x| (x - about).powi(2)).sum::<f64>() / width as f64 + 1e-5;
                     let (of_rms, of_layer) = (power(0.0).sqrt(), power(mean).sqrt());
                     for at in 0..width {
                         let weight = f64::from(weight[at]);
-                        let expected = [wide[at] / of_rms * weight, (wide[at] - mean) / of_layer * weight + f64::from(bias[at])];
+                        let expected =
+                            [wide[at] / of_rms * weight, (wide[at] - mean) / of_layer * weight + f64::from(bias[at])];
                         let got = [rms[at], layer[at]].map(f64::from);
                         for (got, expected) in got.into_iter().zip(expected) {
-                            assert!((got - expected).abs() <= 2e-4 * expected.abs().max(1.0), "{isa} {width}: {got} {expected}");
+                            assert!(
+                                (got - expected).abs() <= 2e-4 * expected.abs().max(1.0),
+                                "{isa} {width}: {got} {expected}"
+                            );
                         }
                     }
                 }

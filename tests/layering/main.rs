@@ -22,7 +22,10 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("zoo", &["checkpoint", "error", "experts", "routing", "spec"]),
     ("weights", &["checkpoint", "error", "expert", "experts", "offload", "spec", "zoo"]),
     ("layer", &["error", "expert", "experts", "offload", "routing", "spec", "weights"]),
-    ("decoder", &["checkpoint", "error", "expert", "experts", "layer", "offload", "routing", "spec", "weights", "zoo"]),
+    (
+        "decoder",
+        &["checkpoint", "error", "expert", "experts", "layer", "offload", "routing", "simd", "spec", "weights", "zoo"],
+    ),
     (
         "eval",
         &[

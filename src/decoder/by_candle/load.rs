@@ -47,7 +47,9 @@ impl ByCandle {
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
                 ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
-                    Ok(_) => Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn), &Built)?)),
+                    Ok(_) => {
+                        Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn), &Built)?))
+                    }
                     Err(_) => {
                         let layer = moe_layers;
                         moe_layers += 1;

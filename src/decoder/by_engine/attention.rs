@@ -67,6 +67,20 @@ impl Rows<'_> {
         }
     }
 
+    /// Makes what was added to rows no number where their query or key is none: scores of such may still look like shares.
+    pub(super) fn poison(&self, layout: HeadLayout, queries: &[f32], keys: &[f32], added: &mut [f32]) {
+        let count = self.count().max(1);
+        let widths = [queries.len() / count, keys.len() / count, added.len() / count];
+        let rows = queries.chunks_exact(widths[0]).zip(keys.chunks_exact(widths[1]));
+        for ((query, key), added) in rows.zip(added.chunks_exact_mut(widths[2])) {
+            // All of them without a branch, which is many at a time.
+            let sound = |ok: bool, number: &f32| ok & layout.holds(*number);
+            if !(query.iter().fold(true, |ok, number| ok & number.is_finite()) && key.iter().fold(true, sound)) {
+                added.fill(f32::NAN);
+            }
+        }
+    }
+
     /// What every row's heads attend to, `[rows, heads · value]`; zeros for padding.
     #[expect(clippy::too_many_arguments, reason = "what attention is of")]
     pub(super) fn attend(
@@ -178,6 +192,8 @@ impl Attention {
         let heads = [self.kv_heads, self.heads / self.kv_heads];
         rows.attend(self.layout, heads, blocks, query, window, self.sinks.as_deref(), mixed);
         let mixed = Matrix::from_f32(count, self.heads * self.layout.value, mixed)?;
-        rows.engine.products(&mut [self.output.of(mixed, output)?])
+        rows.engine.products(&mut [self.output.of(mixed, output)?])?;
+        rows.poison(self.layout, query, key, output);
+        Ok(())
     }
 }

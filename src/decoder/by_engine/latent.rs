@@ -152,7 +152,9 @@ impl LatentAttention {
             mixed.copy_from_slice(&made[(head * count + row) * value_width..][..value_width]);
         }
         let mixed = Matrix::from_f32(count, heads * value_width, mixed)?;
-        rows.engine.products(&mut [self.output.of(mixed, output)?])
+        rows.engine.products(&mut [self.output.of(mixed, output)?])?;
+        rows.poison(self.layout, value, key, output);
+        Ok(())
     }
 
     /// A product for each head, `[heads, rows, from]` to `[heads, rows, to]`.

@@ -9,7 +9,7 @@ use super::attention::Attention;
 use super::latent::LatentAttention;
 use super::parts::{Linear, Norm, Rates, numbers};
 use super::stored::Stored;
-use super::{Block, Ffn, Mixer, ByEngine};
+use super::{Block, ByEngine, Ffn, Mixer};
 use crate::decoder::builder::var_builder;
 use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
@@ -50,9 +50,7 @@ impl ByEngine {
         };
         let moe = |layer: usize, block: usize, vb: VarBuilder<'_>| -> Result<MoeLayer> {
             let layer = match cache {
-                Some(cache) => {
-                    MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &stored)?
-                }
+                Some(cache) => MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &stored)?,
                 None => {
                     let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, block, id), &stored)?;
                     MoeLayer::load_with(&spec.moe, vb, experts, &stored)?.with_index(layer)

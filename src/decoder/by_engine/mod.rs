@@ -180,10 +180,13 @@ impl ByEngine {
                         let experts = checks.spec.moe.experts;
                         checks.check_gate_rows(index, moe, buffers.logits())?;
                         let tensor = |rows: &[f32], width| Tensor::from_slice(rows, (count, width), &Device::Cpu);
-                        Ok(((), match keep {
-                            true => Some(seen.pass(tensor(normed, width)?, tensor(buffers.logits(), experts)?)),
-                            false => None,
-                        }))
+                        Ok((
+                            (),
+                            match keep {
+                                true => Some(seen.pass(tensor(normed, width)?, tensor(buffers.logits(), experts)?)),
+                                false => None,
+                            },
+                        ))
                     })?;
                 }
             }

@@ -137,7 +137,9 @@ impl Rotation {
         first: usize,
         neighbours: bool,
     ) {
-        for (rows, turns) in rows.chunks_exact_mut(heads * width).zip(self.turns[row * self.pairs..].chunks_exact(self.pairs)) {
+        for (rows, turns) in
+            rows.chunks_exact_mut(heads * width).zip(self.turns[row * self.pairs..].chunks_exact(self.pairs))
+        {
             for head in rows.chunks_exact_mut(width) {
                 let part = &mut head[first..][..2 * self.pairs];
                 if neighbours {

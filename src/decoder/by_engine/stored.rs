@@ -11,6 +11,7 @@ use crate::decoder::builder::{self, FileRows, quantized};
 use crate::error::{Error, Result};
 use crate::experts::matrix::Dtype;
 use crate::layer::Packed;
+use crate::layer::borrowed::packed;
 use crate::layer::load::Rows;
 use crate::layer::projection::{Linears, Weight};
 use crate::spec::LatentSpec;
@@ -131,7 +132,7 @@ impl Rows for Stored<'_> {
 
     fn kept(&self, weight: Weight) -> Result<Weight> {
         match weight {
-            Weight::Dense(tensor) => Ok(Packed::of(&tensor)?.into()),
+            Weight::Dense(tensor) => Ok(packed(&tensor)?.into()),
             weight => Ok(weight),
         }
     }
