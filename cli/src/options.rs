@@ -76,9 +76,12 @@ fn from_hub(name: &Path) -> Result<Weights> {
 pub struct ModelOptions {
     #[command(flatten)]
     source: ModelSource,
-    /// Dtype of the weights in memory
+    /// Dtype of activations; weights stay as they are stored
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
+    /// Dtype in which keys and values are kept [default: f32 with --dtype f32, else f16]
+    #[arg(long, value_enum)]
+    kv_dtype: Option<Dtype>,
     /// Leave experts in their files and hold at most so many bytes of them in memory, for example 64MiB [default: all]
     #[arg(long, value_name = "BYTES")]
     expert_cache: Option<ByteSize>,
@@ -87,13 +90,18 @@ pub struct ModelOptions {
     prefetch: Prefetch,
 }
 
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
+
 impl ModelOptions {
     fn load_options(&self, memory: Option<&MemoryOptions>) -> Result<LoadOptions> {
-        let dtype = match self.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::Bf16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-        };
         let expert_cache = match self.expert_cache {
             None => None,
             Some(bytes) => {
@@ -108,7 +116,9 @@ impl ModelOptions {
                 Some(offload::CacheOptions { policy, admission, prefetch, ..offload::CacheOptions::new(budget) })
             }
         };
-        Ok(LoadOptions::default().with_dtype(dtype).with_expert_cache(expert_cache))
+        let mut options = LoadOptions::default().with_dtype(self.dtype.into()).with_expert_cache(expert_cache);
+        options.kv_dtype = self.kv_dtype.map(DType::from);
+        Ok(options)
     }
 
     /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
