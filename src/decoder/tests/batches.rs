@@ -5,15 +5,15 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
-use crate::decoder::{ExpertMemory, generate_batch};
+use crate::decoder::{ExpertMemory, generate_batch, var_builder};
 use crate::offload::Prefetch;
 use crate::{
     Admission, Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
     PhaseRouter, Policy, Router, Sampler, TopK, Weights, generate,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-/// A fixture of every kind of attention and of positions.
+/// A fixture of every kind of attention and of positions, as each way to run it has it.
 const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
 
 fn root(path: &str) -> PathBuf {
@@ -26,9 +26,11 @@ static MODEL: LazyLock<Model> =
 fn decoders() -> Vec<(&'static str, Decoder)> {
     let fixture = |family: &'static str| {
         let files = Weights::open(&root("tests/goldens/zoo").join(family)).unwrap();
-        (family, Decoder::load(&files, &LoadOptions::default()).unwrap())
+        let vb = var_builder(&files, DType::F32, &Device::Cpu);
+        let by_candle = Decoder::new(files.spec().unwrap(), vb).unwrap();
+        [(family, Decoder::load(&files, &LoadOptions::default()).unwrap()), (family, by_candle)]
     };
-    let mut all: Vec<_> = FAMILIES.into_iter().map(fixture).collect();
+    let mut all: Vec<_> = FAMILIES.into_iter().flat_map(fixture).collect();
     all.push(("tiny-moe", MODEL.decoder().clone()));
     all
 }

@@ -80,6 +80,9 @@ fn compare_decoder(family: &str) {
     let files = Weights::open(&fixture(family)).unwrap();
     let mut decoder = Decoder::load(&files, &LoadOptions::default()).unwrap();
     compare_logits(family, &decoder);
+    // The same as Candle's operations.
+    let vb = var_builder(&files, DType::F32, &Device::Cpu);
+    compare_logits(family, &Decoder::new(files.spec().unwrap(), vb).unwrap());
     let stored: usize = files.checkpoint().tensors().values().map(|entry| entry.bytes / 4).sum();
     assert_eq!(decoder.spec().parameters(), stored, "{family}: parameters");
     let cached = cached(&files);
