@@ -28,7 +28,7 @@
 //! A layer runs in one of two ways. On the CPU its experts run on the [`Engine`], which reads the tensors' memory as it is. Under
 //! `Var`s, on other devices and for weights that the engine does not read, they run as Candle's operations, and the layer is
 //! differentiable: gradients reach the gate through the combine weights and the experts through the dispatch. Either way scores,
-//! routing and the weighted sum are in `f32`, and the gate's product is in the weights' dtype, as in transformers.
+//! routing and the weighted sum are in `f32`, and the gate's product of a tensor is in the weights' dtype, as in transformers.
 //!
 //! Knows nothing of attention, checkpoints or model families.
 
