@@ -3,6 +3,7 @@
 //! For dtypes that Candle does not have; the engine reads them as they are, and Candle's operations get the `f32` numbers that they
 //! stand for. Knows nothing of files.
 
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -10,6 +11,26 @@ use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 use crate::experts::matrix::{Dtype, Matrix};
+use crate::offload::slab::Slab;
+
+/// Bytes that matrices share.
+#[derive(Clone)]
+enum Bytes {
+    Own(Arc<Vec<u8>>),
+    /// Some of a slab.
+    Part(Arc<Slab>, Range<usize>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Own(bytes) => bytes,
+            Self::Part(slab, part) => &slab.bytes()[part.clone()],
+        }
+    }
+}
 
 /// A matrix `[rows, columns]`, bytes that clones share.
 #[derive(Clone)]
@@ -17,7 +38,7 @@ pub struct Packed {
     dtype: Dtype,
     rows: usize,
     columns: usize,
-    bytes: Arc<Vec<u8>>,
+    bytes: Bytes,
 }
 
 impl Packed {
@@ -27,7 +48,21 @@ impl Packed {
     /// As [`Matrix::new`].
     pub fn new(dtype: Dtype, rows: usize, columns: usize, bytes: Vec<u8>) -> Result<Self> {
         Matrix::new(dtype, rows, columns, &bytes)?;
-        Ok(Self { dtype, rows, columns, bytes: Arc::new(bytes) })
+        Ok(Self { dtype, rows, columns, bytes: Bytes::Own(Arc::new(bytes)) })
+    }
+
+    /// Some bytes of a slab that others share.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`], and for bytes that are not there.
+    pub(crate) fn part(
+        dtype: Dtype,
+        [rows, columns]: [usize; 2],
+        slab: &Arc<Slab>,
+        part: Range<usize>,
+    ) -> Result<Self> {
+        Matrix::new(dtype, rows, columns, slab.bytes().get(part.clone()).unwrap_or_default())?;
+        Ok(Self { dtype, rows, columns, bytes: Bytes::Part(slab.clone(), part) })
     }
 
     /// Numbers `[rows, columns]` in a dtype of floats.

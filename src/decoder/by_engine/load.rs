@@ -52,7 +52,10 @@ impl ByEngine {
             let layer = match cache {
                 Some(cache) => MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &stored)?,
                 None => {
-                    let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, block, id), &stored)?;
+                    let all = (0..spec.moe.experts).map(|id| weights.slices(spec, block, id));
+                    let all = all.collect::<Result<Vec<_>>>()?;
+                    let rows = stored.layer(&all.concat())?;
+                    let experts = experts(&spec.moe, &vb, |id| Ok(all[id].clone()), &rows)?;
                     MoeLayer::load_with(&spec.moe, vb, experts, &stored)?.with_index(layer)
                 }
             };

@@ -3,6 +3,10 @@
 //! What was done to a tensor on its way into a GGUF file is undone on whole rows: those of queries and keys that take turns, keys and values of
 //! latent attention that were joined. Which tensor is which is for [`weights`](crate::weights) to say.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 
@@ -14,6 +18,8 @@ use crate::layer::Packed;
 use crate::layer::borrowed::packed;
 use crate::layer::load::Rows;
 use crate::layer::projection::{Linears, Weight};
+use crate::offload::slab::Slab;
+use crate::simd::multiply::LINE_BYTES;
 use crate::spec::LatentSpec;
 use crate::weights::experts::{Order, Slice, dtype};
 use crate::weights::{TensorSource, source};
@@ -89,7 +95,9 @@ impl Stored<'_> {
         let columns = shape.last().copied().unwrap_or(0);
         let rows = shape.iter().product::<usize>() / columns.max(1);
         if let Some(dtype) = dtype(entry.dtype) {
-            return Packed::new(dtype, rows, columns, self.checkpoint.read(name)?);
+            let mut slab = Slab::new(entry.bytes);
+            self.checkpoint.read_part(entry, name, 0, &mut slab.bytes_mut()[..entry.bytes])?;
+            return Packed::part(dtype, [rows, columns], &Arc::new(slab), 0..entry.bytes);
         }
         let wrong = || builder::unread(self.checkpoint, entry, name);
         let ElementType::Blocks(_) = entry.dtype else {
@@ -110,24 +118,45 @@ impl Stored<'_> {
     }
 }
 
-impl Linears for Stored<'_> {
-    fn weight(&self, vb: &VarBuilder<'_>, shape: [usize; 2]) -> Result<Weight> {
-        Ok(self.linear(vb, shape)?.into())
+/// The experts of a layer as they are stored, in memory that they share: one by one they would be too small for huge pages, without which a
+/// core waits for addresses as long as for weights.
+pub(super) struct LayerRows<'a> {
+    stored: &'a Stored<'a>,
+    slab: Arc<Slab>,
+    /// By tensor and first row.
+    at: BTreeMap<(String, usize), (Dtype, Range<usize>)>,
+}
+
+impl Stored<'_> {
+    /// Reads all `slices` of a layer that lie row by row in a type that the engine reads.
+    pub(super) fn layer(&self, slices: &[Slice]) -> Result<LayerRows<'_>> {
+        let (mut at, mut end) = (BTreeMap::new(), 0);
+        let mut parts = Vec::new();
+        for slice in slices.iter().filter(|slice| slice.order == Order::Rows) {
+            let (entry, bytes) = slice.find(self.checkpoint)?;
+            let Some(dtype) = dtype(entry.dtype) else { continue };
+            let part = end..end + bytes.len();
+            end = part.end.next_multiple_of(LINE_BYTES);
+            at.insert((slice.tensor.clone(), slice.rows.start), (dtype, part.clone()));
+            parts.push((slice, entry, bytes.start, part));
+        }
+        let mut slab = Slab::new(end);
+        for (slice, entry, start, part) in parts {
+            self.checkpoint.read_part(entry, &slice.tensor, start, &mut slab.bytes_mut()[part])?;
+        }
+        Ok(LayerRows { stored: self, slab: Arc::new(slab), at })
     }
 }
 
-impl Rows for Stored<'_> {
+impl Rows for LayerRows<'_> {
     fn rows(&self, slice: &Slice) -> Result<Weight> {
-        let in_file = FileRows { checkpoint: self.checkpoint, dtype: None, device: &Device::Cpu, name: None };
-        if slice.order != Order::Rows {
+        let Some((dtype, part)) = self.at.get(&(slice.tensor.clone(), slice.rows.start)) else {
+            let in_file =
+                FileRows { checkpoint: self.stored.checkpoint, dtype: None, device: &Device::Cpu, name: None };
             return in_file.rows(slice);
-        }
-        let (entry, bytes) = slice.find(self.checkpoint)?;
-        let Some(dtype) = dtype(entry.dtype) else { return in_file.rows(slice) };
-        let columns = slice.shape.last().copied().unwrap_or(0);
-        let mut stored = vec![0; bytes.len()];
-        self.checkpoint.read_part(entry, &slice.tensor, bytes.start, &mut stored)?;
-        Ok(Packed::new(dtype, slice.rows.len(), columns, stored)?.into())
+        };
+        let shape = [slice.rows.len(), slice.shape.last().copied().unwrap_or(0)];
+        Ok(Packed::part(*dtype, shape, &self.slab, part.clone())?.into())
     }
 
     fn kept(&self, weight: Weight) -> Result<Weight> {
@@ -135,5 +164,11 @@ impl Rows for Stored<'_> {
             Weight::Dense(tensor) => Ok(packed(&tensor)?.into()),
             weight => Ok(weight),
         }
+    }
+}
+
+impl Linears for Stored<'_> {
+    fn weight(&self, vb: &VarBuilder<'_>, shape: [usize; 2]) -> Result<Weight> {
+        Ok(self.linear(vb, shape)?.into())
     }
 }
