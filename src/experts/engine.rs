@@ -412,10 +412,9 @@ const ROWS: [u32; GROUP_ROWS] = {
 /// The form of activations that products with a dtype want.
 fn form(isa: Isa, dtype: Dtype) -> Form {
     match dtype {
-        Dtype::F32 | Dtype::F16 => Form::Floats,
         Dtype::Bf16 if isa.has_dots() => Form::Pairs,
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 if isa.has_bytes() => Form::Bytes,
-        Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => Form::Floats,
+        _ if dtype.is_quantized() && isa.has_bytes() => Form::Bytes,
+        _ => Form::Floats,
     }
 }
 

@@ -289,6 +289,21 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn fives(self, low: &[u8; 32], high: &[u8; 32], pair: usize) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let (all, mask) = (_mm256_loadu_si256(low.as_ptr().cast()), _mm256_set1_epi8(0x0f));
+            let (high, sixteen) = (_mm256_loadu_si256(high.as_ptr().cast()), _mm256_set1_epi8(0x10));
+            let first = _mm256_set1_epi8((1u8 << (2 * pair)) as i8);
+            let join = |nibbles, bit| {
+                let has = _mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit);
+                _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(nibbles, mask), _mm256_and_si256(has, sixteen)))
+            };
+            (join(all, first), join(_mm256_srli_epi16::<4>(all), _mm256_add_epi8(first, first)))
+        }
+    }
+
+    #[inline(always)]
     fn sixes(self, low: &[u8; LINE_BYTES], high: &[u8; 32], second: bool) -> Pair {
         // SAFETY: see above.
         unsafe {

@@ -232,6 +232,20 @@ pub(crate) trait Multiply: Lanes {
         self.and(self.shift_right(self.halves(&twice[0], &twice[1]), self.line(&BY)), self.repeat(0x0f0f_0f0f))
     }
 
+    /// Bytes of five bits: [`Multiply::nibbles`] of `low`, above them bit `2 · pair` of each byte of `high`, then bit `2 · pair + 1`.
+    #[inline(always)]
+    fn fives(self, low: &[u8; 32], high: &[u8; 32], pair: usize) -> Self::Vector {
+        const BY: [Line; 4] = [
+            Line(eights(0, 0x0001_0001)),
+            Line(eights(0x0002_0002, 0x0003_0003)),
+            Line(eights(0x0004_0004, 0x0005_0005)),
+            Line(eights(0x0006_0006, 0x0007_0007)),
+        ];
+        let fifths = self.shift_right(self.halves(high, high), self.line(&BY[pair]));
+        // The two have no bit in common.
+        self.xor(self.nibbles(low), self.shift_left_4(self.and(fifths, self.repeat(0x0101_0101))))
+    }
+
     /// Bytes of six bits: the lower four from halves of the bytes `low`, the lower halves or, where `second` says so, the upper ones; the
     /// upper two from `high`, first for 32 bytes and then for 32 more the pairs of bits 0 and 2, or 4 and 6.
     #[inline(always)]

@@ -84,6 +84,9 @@ impl Kernel for Exact<'_> {
         made.push(("nibbles", lanes.words(lanes.nibbles(low))));
         let second_sixteen: [u8; LANES] = *memory[22..].first_chunk().unwrap();
         made.push(("nibbles_of_two", lanes.words(lanes.nibbles_of_two(&sixteen, &second_sixteen))));
+        for pair in 0..4 {
+            made.push(("fives", lanes.words(lanes.fives(low, high, pair))));
+        }
         for second in [false, true] {
             made.push(("sixes", lanes.words(lanes.sixes(bytes, high, second))));
         }

@@ -6,7 +6,7 @@ use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{CHUNK, GROUP};
-use crate::simd::quantized::{TWICE, power_of_two};
+use crate::simd::quantized::{HEAD, TWICE, power_of_two};
 
 /// Where the bytes of a line begin.
 pub(super) const BYTES_AT: usize = 28;
@@ -62,6 +62,7 @@ pub(super) trait Blocks {
 
 pub(super) struct Q8_0;
 pub(super) struct Q4K;
+pub(super) struct Q5K;
 pub(super) struct Q6K;
 pub(super) struct Mxfp4;
 
@@ -224,26 +225,12 @@ impl Blocks for Q4K {
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
-        let low = lanes.repeat(0x0f0f_0f0f);
-        // SAFETY: a block begins with sixteen bytes of scales.
-        let [factors, first, second, both] = unsafe { four(lanes, chunk, 0) };
-        let (scale, least) = (lanes.low_halves(factors), lanes.low_halves(lanes.shift_words(factors, 16)));
-        let least = lanes.sub(lanes.splat(0.0), least);
-        // Four six-bit numbers in a word; of the last four the upper two bits stand above those of the first.
-        let six = lanes.repeat(0x3f3f_3f3f);
-        let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_right(both, lanes.repeat(0x0004_0004)), low)];
-        let scales = [lanes.and(first, six), lanes.xor(nibbles[0], upper(lanes, first))];
-        let offsets = [lanes.and(second, six), lanes.xor(nibbles[1], upper(lanes, second))];
-        for group in 0..2 * PAIRS {
-            let factor = lanes.mul(lanes.byte_floats(scales[group / 4], group % 4), scale);
-            lanes.store_line(factor, &mut packed[SCALES + group]);
-            let offset = lanes.mul(lanes.byte_floats(offsets[group / 4], group % 4), least);
-            lanes.store_line(offset, &mut packed[OFFSETS + group]);
-        }
-        let by = lanes.repeat(0x0004_0004);
+        // SAFETY: a block begins with its scales.
+        unsafe { pack_scales(lanes, chunk, packed) };
+        let (low, by) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0004_0004));
         for part in 0..2 {
             // SAFETY: then come 128 bytes of weights.
-            let words = unsafe { sixteen(lanes, chunk, 16 + part * LINE_BYTES) };
+            let words = unsafe { sixteen(lanes, chunk, HEAD + part * LINE_BYTES) };
             for (at, word) in words.into_iter().enumerate() {
                 let line = PAIR * (2 * part + at / 8) + at % 8;
                 lanes.store_line(lanes.and(word, low), &mut packed[line]);
@@ -274,6 +261,72 @@ impl Blocks for Q4K {
                 }
             }
         }
+    }
+}
+
+/// Packs the scales and the offsets of sixteen rows of blocks that begin as `q4_K` and `q5_K` do.
+///
+/// # Safety
+/// There are [`HEAD`] bytes at each.
+#[inline(always)]
+unsafe fn pack_scales<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
+    let low = lanes.repeat(0x0f0f_0f0f);
+    // SAFETY: the caller has them.
+    let [factors, first, second, both] = unsafe { four(lanes, chunk, 0) };
+    let (scale, least) = (lanes.low_halves(factors), lanes.low_halves(lanes.shift_words(factors, 16)));
+    let least = lanes.sub(lanes.splat(0.0), least);
+    // Four six-bit numbers in a word; of the last four the upper two bits stand above those of the first.
+    let six = lanes.repeat(0x3f3f_3f3f);
+    let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_right(both, lanes.repeat(0x0004_0004)), low)];
+    let scales = [lanes.and(first, six), lanes.xor(nibbles[0], upper(lanes, first))];
+    let offsets = [lanes.and(second, six), lanes.xor(nibbles[1], upper(lanes, second))];
+    for group in 0..2 * PAIRS {
+        let factor = lanes.mul(lanes.byte_floats(scales[group / 4], group % 4), scale);
+        lanes.store_line(factor, &mut packed[SCALES + group]);
+        let offset = lanes.mul(lanes.byte_floats(offsets[group / 4], group % 4), least);
+        lanes.store_line(offset, &mut packed[OFFSETS + group]);
+    }
+}
+
+impl Blocks for Q5K {
+    const BYTES: usize = Dtype::Q5K.block_bytes();
+
+    #[inline(always)]
+    unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
+        // SAFETY: a block begins with its scales.
+        unsafe { pack_scales(lanes, chunk, packed) };
+        let (low, one) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0101_0101));
+        // SAFETY: then come 32 bytes of fifth bits.
+        let fifths = unsafe { [four(lanes, chunk, HEAD), four(lanes, chunk, HEAD + 16)] };
+        for part in 0..2 {
+            // SAFETY: then 128 bytes of the lower four bits.
+            let words = unsafe { sixteen(lanes, chunk, HEAD + 32 + part * LINE_BYTES) };
+            for (at, word) in words.into_iter().enumerate() {
+                let (pair, at) = (2 * part + at / 8, at % 8);
+                for half in 0..2 {
+                    let by = [
+                        lanes.repeat(4 * half as u32 * 0x0001_0001),
+                        lanes.repeat((2 * pair + half) as u32 * 0x0001_0001),
+                    ];
+                    let fifth = lanes.and(lanes.shift_right(fifths[at / 4][at % 4], by[1]), one);
+                    // The two have no bit in common.
+                    let weights = lanes.xor(lanes.and(lanes.shift_right(word, by[0]), low), lanes.shift_left_4(fifth));
+                    lanes.store_line(weights, &mut packed[PAIR * pair + 8 * half + at]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pair<L: Multiply, const T: usize>(
+        lanes: L,
+        packed: &[Line; PACKED],
+        pair: usize,
+        inputs: &[*const Line; T],
+        all: &mut [L::Vector; T],
+    ) {
+        // SAFETY: as for the caller; the bytes are fewer than 128 there too.
+        unsafe { Q4K::pair(lanes, packed, pair, inputs, all) }
     }
 }
 

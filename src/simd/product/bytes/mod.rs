@@ -4,7 +4,7 @@
 //! each, an instruction multiplies them with a word of activations, and the scales of sixteen rows are a vector too. What
 //! is packed stays in the first cache while all tokens meet it.
 //!
-//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c). Activations are rounded to bytes with one
+//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q5_K`, `_q6_K`, `_mxfp4` in ggml-quants.c). Activations are rounded to bytes with one
 //! scale for each 32 of them, `scale = max |x| / 127`, as ggml does for `q8_0`. A [`Line`] holds 32 of them and what is known of them:
 //!
 //! | word | |
@@ -22,7 +22,7 @@
 mod along;
 mod blocks;
 
-use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q6K, Q8_0};
+use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q5K, Q6K, Q8_0};
 use super::rows::{BLOCK, CHUNK, GROUP, Product, Rows};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
@@ -76,6 +76,7 @@ pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
     }
     match product.dtype {
         Dtype::Q4K => lanes.call(OfBlocks(product, Q4K)),
+        Dtype::Q5K => lanes.call(OfBlocks(product, Q5K)),
         Dtype::Q6K => lanes.call(OfBlocks(product, Q6K)),
         Dtype::Mxfp4 => lanes.call(OfBlocks(product, Mxfp4)),
         _ => lanes.call(OfBlocks(product, Q8_0)),
