@@ -181,6 +181,15 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn store_line(self, vector: Pair, into: &mut Line) {
+        // SAFETY: see above; a line is aligned.
+        unsafe {
+            _mm256_store_ps(into.0.as_mut_ptr().cast(), vector.0);
+            _mm256_store_ps(into.0.as_mut_ptr().add(8).cast(), vector.1);
+        }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[u8; LINE_BYTES]) -> Pair {
         // SAFETY: see above.
         unsafe { (_mm256_loadu_ps(from.as_ptr().cast()), _mm256_loadu_ps(from.as_ptr().add(32).cast())) }
@@ -355,6 +364,43 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn small_products(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |a, b| _mm256_castsi256_ps(_mm256_maddubs_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+            (of(a.0, b.0), of(a.1, b.1))
+        }
+    }
+
+    #[inline(always)]
+    fn add_halves(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |a, b| _mm256_castsi256_ps(_mm256_add_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+            (of(a.0, b.0), of(a.1, b.1))
+        }
+    }
+
+    #[inline(always)]
+    fn fold_halves(self, a: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let one = _mm256_set1_epi16(1);
+            let of = |half| _mm256_castsi256_ps(_mm256_madd_epi16(_mm256_castps_si256(half), one));
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
+    fn add_words(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |a, b| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+            (of(a.0, b.0), of(a.1, b.1))
+        }
+    }
+
+    #[inline(always)]
     fn widen_i8(self, from: [u8; LANES]) -> Pair {
         // SAFETY: see above.
         unsafe {
@@ -389,6 +435,19 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn low_halves(self, a: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let of = |words| {
+                let low = _mm256_and_si256(_mm256_castps_si256(words), _mm256_set1_epi32(0xffff));
+                let packed = _mm256_permute4x64_epi64::<0b00_00_10_00>(_mm256_packus_epi32(low, low));
+                _mm256_cvtph_ps(_mm256_castsi256_si128(packed))
+            };
+            (of(a.0), of(a.1))
+        }
+    }
+
+    #[inline(always)]
     fn half(self, from: [u8; 2]) -> f32 {
         // SAFETY: see above.
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
@@ -415,8 +474,82 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn transpose(self, rows: [Pair; LANES]) -> [Pair; LANES] {
+        let mut columns = rows;
+        for half in 0..2 {
+            let (mut left, mut right) = ([rows[0].0; 8], [rows[0].0; 8]);
+            for i in 0..8 {
+                (left[i], right[i]) = rows[8 * half + i];
+            }
+            // SAFETY: see above.
+            let (left, right) = unsafe { (transposed(left), transposed(right)) };
+            for i in 0..8 {
+                if half == 0 {
+                    (columns[i].0, columns[8 + i].0) = (left[i], right[i]);
+                } else {
+                    (columns[i].1, columns[8 + i].1) = (left[i], right[i]);
+                }
+            }
+        }
+        columns
+    }
+
+    #[inline(always)]
+    fn transpose_4(self, rows: [&[u8; 16]; LANES]) -> [Pair; 4] {
+        // SAFETY: see above; every row has sixteen bytes.
+        let (low, high) = unsafe { (quarters(&rows[..8]), quarters(&rows[8..])) };
+        [(low[0], high[0]), (low[1], high[1]), (low[2], high[2]), (low[3], high[3])]
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: see above; any address will do.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Word `i` of row `j` as word `j` of vector `i`.
+#[inline(always)]
+unsafe fn transposed(rows: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let (mut one, mut two) = (rows, rows);
+        for i in 0..4 {
+            one[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            one[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        for i in 0..2 {
+            for half in 0..2 {
+                let (a, b) = (_mm256_castps_pd(one[4 * i + half]), _mm256_castps_pd(one[4 * i + 2 + half]));
+                two[4 * i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                two[4 * i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+            }
+        }
+        for i in 0..4 {
+            one[i] = _mm256_permute2f128_ps::<0x20>(two[i], two[4 + i]);
+            one[4 + i] = _mm256_permute2f128_ps::<0x31>(two[i], two[4 + i]);
+        }
+        one
+    }
+}
+
+/// Word `i` of eight rows as vector `i`.
+#[inline(always)]
+unsafe fn quarters(rows: &[&[u8; 16]]) -> [__m256; 4] {
+    // SAFETY: the caller has the instructions; every row has sixteen bytes.
+    unsafe {
+        let mut two = [_mm256_setzero_ps(); 4];
+        for i in 0..4 {
+            two[i] = _mm256_loadu2_m128(rows[i + 4].as_ptr().cast(), rows[i].as_ptr().cast());
+        }
+        let (a, b) = (_mm256_unpacklo_ps(two[0], two[1]), _mm256_unpacklo_ps(two[2], two[3]));
+        let (c, d) = (_mm256_unpackhi_ps(two[0], two[1]), _mm256_unpackhi_ps(two[2], two[3]));
+        let (a, b, c, d) = (_mm256_castps_pd(a), _mm256_castps_pd(b), _mm256_castps_pd(c), _mm256_castps_pd(d));
+        [
+            _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
+            _mm256_castpd_ps(_mm256_unpacklo_pd(c, d)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)),
+        ]
     }
 }

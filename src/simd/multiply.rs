@@ -282,6 +282,40 @@ pub(crate) trait Multiply: Lanes {
         self.dot_bytes(a, b, self.splat(0.0))
     }
 
+    /// Sums of two products in sixteen bits, the bytes of `a` without sign and below 128, those of `b` with sign.
+    #[inline(always)]
+    fn small_products(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, b) = (a[lane].to_le_bytes(), b[lane].to_le_bytes());
+            let product = |at: usize| i32::from(a[at]) * i32::from(b[at] as i8);
+            (product(0) + product(1)) as u32 & 0xffff | ((product(2) + product(3)) as u32) << 16
+        }))
+    }
+
+    /// Both halves of every word added.
+    #[inline(always)]
+    fn add_halves(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, b) = (a[lane], b[lane]);
+            a.wrapping_add(b) & 0xffff | (a >> 16).wrapping_add(b >> 16) << 16
+        }))
+    }
+
+    /// The sum of the two halves of every word, which have signs.
+    #[inline(always)]
+    fn fold_halves(self, a: Self::Vector) -> Self::Vector {
+        self.of_words(self.words(a).map(|word| (i32::from(word as i16) + i32::from((word >> 16) as i16)) as u32))
+    }
+
+    /// Words added, integers.
+    #[inline(always)]
+    fn add_words(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| a[lane].wrapping_add(b[lane])))
+    }
+
     /// Floats of sixteen bytes, without sign.
     #[inline(always)]
     fn widen_u8(self, from: [u8; LANES]) -> Self::Vector {

@@ -14,11 +14,11 @@ pub(super) const BYTES_AT: usize = 28;
 /// Packed weights of [`CHUNK`] columns: four pairs of groups, each 64 columns of sixteen rows.
 pub(super) const PAIRS: usize = CHUNK / (2 * GROUP);
 /// Lines of a pair's weights; with those of `q8_0` the scales lie between them.
-const PAIR: usize = 17;
+pub(super) const PAIR: usize = 17;
 /// Where the scales of groups, or of their halves, begin.
-const SCALES: usize = PAIR * PAIRS;
+pub(super) const SCALES: usize = PAIR * PAIRS;
 /// Where the offsets of groups begin.
-const OFFSETS: usize = SCALES + 4 * PAIRS;
+pub(super) const OFFSETS: usize = SCALES + 4 * PAIRS;
 /// Lines of all.
 pub(super) const PACKED: usize = OFFSETS + 2 * PAIRS;
 
@@ -36,10 +36,25 @@ pub(super) struct Chunk<'a> {
     pub(super) ahead_at: usize,
 }
 
+/// What is added to products, where [`Blocks::FIT`] is not 0.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Start {
+    /// The offsets of groups times the sums of their activations.
+    Offsets,
+    /// −32 times the sums of the bytes of each half of a group.
+    HalfSums,
+}
+
 /// What differs between quantised dtypes.
 pub(super) trait Blocks {
     /// Bytes of a row in a chunk.
     const BYTES: usize;
+    /// Words of four columns that share a scale.
+    const SCALED: usize = 8;
+    /// How many words' products with bytes can be added in sixteen bits; 0 where not even one's can.
+    const FIT: usize = 0;
+    /// What the sums of products begin with.
+    const START: Start = Start::Offsets;
 
     /// Packs a chunk of sixteen rows.
     ///
@@ -106,7 +121,7 @@ unsafe fn four<L: Multiply>(lanes: L, chunk: &Chunk<'_>, at: usize) -> [L::Vecto
 /// # Safety
 /// There is a line, and a word at that byte of it.
 #[inline(always)]
-unsafe fn word<L: Multiply>(lanes: L, line: *const Line, byte: usize) -> L::Vector {
+pub(super) unsafe fn word<L: Multiply>(lanes: L, line: *const Line, byte: usize) -> L::Vector {
     // SAFETY: the caller has it.
     lanes.repeat(unsafe { line.cast::<u8>().add(byte).cast::<u32>().read_unaligned() })
 }
@@ -217,24 +232,25 @@ fn scaled<L: Multiply>(
 /// The upper two bits of every byte, where bits 4 and 5 are.
 #[inline(always)]
 fn upper<L: Multiply>(lanes: L, word: L::Vector) -> L::Vector {
-    lanes.shift_left_4(lanes.and(lanes.shift_right(word, lanes.repeat(0x0006_0006)), lanes.repeat(0x0303_0303)))
+    lanes.shift_words_left(lanes.and(lanes.shift_words(word, 6), lanes.repeat(0x0303_0303)), 4)
 }
 
 impl Blocks for Q4K {
     const BYTES: usize = Dtype::Q4K.block_bytes();
+    const FIT: usize = 8;
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
         // SAFETY: a block begins with its scales.
         unsafe { pack_scales(lanes, chunk, packed) };
-        let (low, by) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0004_0004));
+        let low = lanes.repeat(0x0f0f_0f0f);
         for part in 0..2 {
             // SAFETY: then come 128 bytes of weights.
             let words = unsafe { sixteen(lanes, chunk, HEAD + part * LINE_BYTES) };
             for (at, word) in words.into_iter().enumerate() {
                 let line = PAIR * (2 * part + at / 8) + at % 8;
                 lanes.store_line(lanes.and(word, low), &mut packed[line]);
-                lanes.store_line(lanes.and(lanes.shift_right(word, by), low), &mut packed[line + 8]);
+                lanes.store_line(lanes.and(lanes.shift_words(word, 4), low), &mut packed[line + 8]);
             }
         }
     }
@@ -277,7 +293,7 @@ unsafe fn pack_scales<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Li
     let least = lanes.sub(lanes.splat(0.0), least);
     // Four six-bit numbers in a word; of the last four the upper two bits stand above those of the first.
     let six = lanes.repeat(0x3f3f_3f3f);
-    let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_right(both, lanes.repeat(0x0004_0004)), low)];
+    let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_words(both, 4), low)];
     let scales = [lanes.and(first, six), lanes.xor(nibbles[0], upper(lanes, first))];
     let offsets = [lanes.and(second, six), lanes.xor(nibbles[1], upper(lanes, second))];
     for group in 0..2 * PAIRS {
@@ -290,6 +306,7 @@ unsafe fn pack_scales<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Li
 
 impl Blocks for Q5K {
     const BYTES: usize = Dtype::Q5K.block_bytes();
+    const FIT: usize = 4;
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
@@ -304,13 +321,10 @@ impl Blocks for Q5K {
             for (at, word) in words.into_iter().enumerate() {
                 let (pair, at) = (2 * part + at / 8, at % 8);
                 for half in 0..2 {
-                    let by = [
-                        lanes.repeat(4 * half as u32 * 0x0001_0001),
-                        lanes.repeat((2 * pair + half) as u32 * 0x0001_0001),
-                    ];
-                    let fifth = lanes.and(lanes.shift_right(fifths[at / 4][at % 4], by[1]), one);
+                    let nibbles = lanes.and(lanes.shift_words(word, 4 * half as u32), low);
+                    let fifth = lanes.shift_words(fifths[at / 4][at % 4], (2 * pair + half) as u32);
                     // The two have no bit in common.
-                    let weights = lanes.xor(lanes.and(lanes.shift_right(word, by[0]), low), lanes.shift_left_4(fifth));
+                    let weights = lanes.xor(nibbles, lanes.shift_words_left(lanes.and(fifth, one), 4));
                     lanes.store_line(weights, &mut packed[PAIR * pair + 8 * half + at]);
                 }
             }
@@ -332,6 +346,9 @@ impl Blocks for Q5K {
 
 impl Blocks for Q6K {
     const BYTES: usize = Dtype::Q6K.block_bytes();
+    const SCALED: usize = 4;
+    const FIT: usize = 2;
+    const START: Start = Start::HalfSums;
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
@@ -352,10 +369,10 @@ impl Blocks for Q6K {
             for (at, lower) in lower.into_iter().enumerate() {
                 for odd in 0..2 {
                     let by = [4 * odd, 4 * odd + 2 * (at / 8)];
-                    let nibbles = lanes.and(lanes.shift_right(lower, lanes.repeat(by[0] as u32 * 0x0001_0001)), low);
-                    let pairs = lanes.shift_right(upper[8 * half + at % 8], lanes.repeat(by[1] as u32 * 0x0001_0001));
+                    let nibbles = lanes.and(lanes.shift_words(lower, by[0] as u32), low);
+                    let pairs = lanes.shift_words(upper[8 * half + at % 8], by[1] as u32);
                     // The two have no bit in common.
-                    let weights = lanes.xor(nibbles, lanes.shift_left_4(lanes.and(pairs, pair)));
+                    let weights = lanes.xor(nibbles, lanes.shift_words_left(lanes.and(pairs, pair), 4));
                     lanes.store_line(weights, &mut packed[PAIR * (2 * half + odd) + at]);
                 }
             }
@@ -399,7 +416,7 @@ impl Blocks for Mxfp4 {
         words[..LANES].copy_from_slice(&first);
         words[LANES..2 * LANES].copy_from_slice(&second);
         words[32..34].copy_from_slice(&last[2..]);
-        let (low, by) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0004_0004));
+        let low = lanes.repeat(0x0f0f_0f0f);
         for group in 0..2 * PAIRS {
             let at = Dtype::Mxfp4.block_bytes() * group;
             let scale = lanes.and(lanes.shift_words(words[at / 4], 8 * (at % 4) as u32), lanes.repeat(0xff));
@@ -412,7 +429,7 @@ impl Blocks for Mxfp4 {
                     lanes.shift_words(words[word_at], shift),
                     lanes.shift_words_left(words[word_at + 1], 32 - shift),
                 );
-                let upper = lanes.and(lanes.shift_right(nibbles, by), low);
+                let upper = lanes.and(lanes.shift_words(nibbles, 4), low);
                 lanes.store_line(lanes.lookup(&TWICE, lanes.and(nibbles, low)), &mut packed[line + word]);
                 lanes.store_line(lanes.lookup(&TWICE, upper), &mut packed[line + 4 + word]);
             }

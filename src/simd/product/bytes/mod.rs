@@ -21,6 +21,7 @@
 
 mod along;
 mod blocks;
+mod narrow;
 
 use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q5K, Q6K, Q8_0};
 use super::rows::{BLOCK, CHUNK, GROUP, Product, Rows};
@@ -30,6 +31,12 @@ use crate::simd::{Kernel, LANES};
 
 /// Tokens that meet packed weights at a time: as many sums, and nine vectors of weights, fit the registers. Run by `benches/engine`.
 const TOKENS: usize = 8;
+
+/// The same of sets with half of the registers.
+const FEW_TOKENS: usize = 4;
+
+/// From how many tokens on sets that multiply along rows pack as well. Run by `examples/engine_table --isa avx2`.
+const MANY: usize = 4;
 
 /// How many chunks of weights are read ahead. Run by `benches/engine`.
 const AHEAD_CHUNKS: usize = 2;
@@ -71,7 +78,8 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    if L::ALONG {
+    let packs = matches!(product.dtype, Dtype::Q4K | Dtype::Q5K | Dtype::Q6K);
+    if L::ALONG && !(packs && product.tokens.len() >= MANY) {
         return along::product(lanes, product);
     }
     match product.dtype {
@@ -134,18 +142,18 @@ fn run<Q: Blocks, L: Multiply>(lanes: L, product: &mut Product<'_>) {
         let part = PackedChunk { packed, chunk, pairs, input: product.input };
         let (mut tokens, mut sums) = (product.tokens, &mut *product.sums);
         while !tokens.is_empty() {
-            let most = if L::WIDE { TOKENS } else { 1 };
+            let most = if L::WIDE { TOKENS } else { FEW_TOKENS };
             let count = tokens.len().div_ceil(tokens.len().div_ceil(most));
             let (now, rest) = tokens.split_at(count);
             let (into, behind) = std::mem::take(&mut sums).split_at_mut(count * BLOCK);
             (tokens, sums) = (rest, behind);
             match count {
                 1 => part.run::<Q, L, 1>(lanes, now, into),
-                // The others are not compiled.
-                _ if !L::WIDE => unreachable!("{count} tokens"),
                 2 => part.run::<Q, L, 2>(lanes, now, into),
                 3 => part.run::<Q, L, 3>(lanes, now, into),
                 4 => part.run::<Q, L, 4>(lanes, now, into),
+                // The others are not compiled.
+                _ if !L::WIDE => unreachable!("{count} tokens"),
                 5 => part.run::<Q, L, 5>(lanes, now, into),
                 6 => part.run::<Q, L, 6>(lanes, now, into),
                 7 => part.run::<Q, L, 7>(lanes, now, into),
@@ -198,7 +206,12 @@ impl PackedChunk<'_> {
             let mut starts = starts;
             for pair in 0..self.pairs {
                 // SAFETY: a row has two lines for each pair; `Rows` and `Product` have checked the numbers of both.
-                unsafe { Q::pair(lanes, packed, pair, &starts, &mut all) };
+                unsafe {
+                    match L::ALONG {
+                        true if Q::FIT > 0 => narrow::pair::<Q, L, T>(lanes, packed, pair, &starts, &mut all),
+                        _ => Q::pair(lanes, packed, pair, &starts, &mut all),
+                    }
+                }
                 for start in &mut starts {
                     *start = start.wrapping_add(2);
                 }
