@@ -38,7 +38,7 @@ pub(crate) trait Multiply: Lanes {
     const WIDE: bool = false;
     /// Whether activations meet quantised weights as bytes, sixteen rows side by side.
     const DOTS: bool = false;
-    /// Whether they do so along each row.
+    /// Whether few of them do so along each row; more meet sixteen rows here too.
     const ALONG: bool = false;
 
     /// The words of a vector.

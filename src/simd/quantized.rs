@@ -158,15 +158,19 @@ pub(super) fn power_of_two<L: Multiply>(lanes: L, exponents: L::Vector) -> L::Ve
 }
 
 /// The same with sign: without the 128.
-pub(super) const SIGNED_TWICE: [u8; 16] = {
-    let mut signed = TWICE;
+pub(super) const SIGNED_TWICE: [u8; 16] = less(TWICE, 128);
+
+/// The same plus 12 alone, which is just no sign.
+pub(super) const SMALL_TWICE: [u8; 16] = less(TWICE, 128 - 12);
+
+const fn less(mut table: [u8; 16], by: u8) -> [u8; 16] {
     let mut at = 0;
-    while at < signed.len() {
-        signed[at] = TWICE[at].wrapping_sub(128);
+    while at < table.len() {
+        table[at] = table[at].wrapping_sub(by);
         at += 1;
     }
-    signed
-};
+    table
+}
 
 /// The 32 weights of an `mxfp4` block in order, as bytes of [`TWICE`], then what does not count.
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Products of quantised weights with bytes along the weight rows: 64 columns of one row at a time, integers first, then scales.
 //!
-//! For sets whose instructions add products of bytes in pairs of sixteen bits. Nothing is packed, as [`super`] does (which was not tried on
-//! these sets): a row is read where it lies, once for up to [`TOKENS`] rows of activations.
+//! For few tokens on sets whose instructions add products of bytes in pairs of sixteen bits. Nothing is packed, as [`super`] does for more: a row
+//! is read where it lies, once for up to [`TOKENS`] rows of activations.
 
 #![allow(unsafe_code)]
 

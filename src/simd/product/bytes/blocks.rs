@@ -2,11 +2,12 @@
 
 #![allow(unsafe_code)]
 
+use super::narrow;
 use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{CHUNK, GROUP};
-use crate::simd::quantized::{HEAD, TWICE, power_of_two};
+use crate::simd::quantized::{HEAD, SMALL_TWICE, TWICE, power_of_two};
 
 /// Where the bytes of a line begin.
 pub(super) const BYTES_AT: usize = 28;
@@ -153,7 +154,8 @@ impl Blocks for Q8_0 {
     /// Scales that stand among weights meet zeros.
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
-        let sign = lanes.repeat(SIGN);
+        // Along a word bytes keep their signs.
+        let sign = lanes.repeat(if L::ALONG { 0 } else { SIGN });
         for part in 0..(PAIR * chunk.pairs).div_ceil(LANES).min(4) {
             // SAFETY: they lie within eight blocks.
             let words = unsafe { sixteen(lanes, chunk, part * LINE_BYTES) };
@@ -184,6 +186,10 @@ impl Blocks for Q8_0 {
         inputs: &[*const Line; T],
         all: &mut [L::Vector; T],
     ) {
+        if L::ALONG {
+            // SAFETY: as for the caller.
+            return unsafe { narrow::signed_pair(lanes, packed, pair, inputs, all) };
+        }
         let weights: [L::Vector; 9] = lines(lanes, packed, PAIR * pair);
         let scales = lanes.line(&packed[SCALES + 2 * pair]);
         for (sum, &line) in all.iter_mut().zip(inputs) {
@@ -405,6 +411,7 @@ impl Blocks for Q6K {
 
 impl Blocks for Mxfp4 {
     const BYTES: usize = 8 * Dtype::Mxfp4.block_bytes();
+    const FIT: usize = 4;
 
     /// Eight blocks are 34 words, in which scales and weights begin at any byte: two words are joined into one of weights.
     #[inline(always)]
@@ -417,10 +424,16 @@ impl Blocks for Mxfp4 {
         words[LANES..2 * LANES].copy_from_slice(&second);
         words[32..34].copy_from_slice(&last[2..]);
         let low = lanes.repeat(0x0f0f_0f0f);
+        // Above zero by 128, which products take back as integers, or by 12, so that four words' products fit sixteen bits.
+        let table = if L::ALONG { &SMALL_TWICE } else { &TWICE };
         for group in 0..2 * PAIRS {
             let at = Dtype::Mxfp4.block_bytes() * group;
             let scale = lanes.and(lanes.shift_words(words[at / 4], 8 * (at % 4) as u32), lanes.repeat(0xff));
-            lanes.store_line(power_of_two(lanes, scale), &mut packed[SCALES + group]);
+            let scale = power_of_two(lanes, scale);
+            lanes.store_line(scale, &mut packed[SCALES + group]);
+            if L::ALONG {
+                lanes.store_line(lanes.mul(scale, lanes.splat(-12.0)), &mut packed[OFFSETS + group]);
+            }
             let (at, line) = (at + 1, PAIR * (group / 2) + 8 * (group % 2));
             for word in 0..4 {
                 let (word_at, shift) = (at / 4 + word, 8 * (at % 4) as u32);
@@ -430,8 +443,8 @@ impl Blocks for Mxfp4 {
                     lanes.shift_words_left(words[word_at + 1], 32 - shift),
                 );
                 let upper = lanes.and(lanes.shift_words(nibbles, 4), low);
-                lanes.store_line(lanes.lookup(&TWICE, lanes.and(nibbles, low)), &mut packed[line + word]);
-                lanes.store_line(lanes.lookup(&TWICE, upper), &mut packed[line + 4 + word]);
+                lanes.store_line(lanes.lookup(table, lanes.and(nibbles, low)), &mut packed[line + word]);
+                lanes.store_line(lanes.lookup(table, upper), &mut packed[line + 4 + word]);
             }
         }
     }

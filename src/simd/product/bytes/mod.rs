@@ -35,7 +35,7 @@ const TOKENS: usize = 8;
 /// The same of sets with half of the registers.
 const FEW_TOKENS: usize = 4;
 
-/// From how many tokens on sets that multiply along rows pack as well. Run by `examples/engine_table --isa avx2`.
+/// Tokens for which sets that multiply along rows pack instead. Run by `examples/engine_table --isa avx2`.
 const MANY: usize = 4;
 
 /// How many chunks of weights are read ahead. Run by `benches/engine`.
@@ -78,8 +78,7 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    let packs = matches!(product.dtype, Dtype::Q4K | Dtype::Q5K | Dtype::Q6K);
-    if L::ALONG && !(packs && product.tokens.len() >= MANY) {
+    if L::ALONG && product.tokens.len() < MANY {
         return along::product(lanes, product);
     }
     match product.dtype {

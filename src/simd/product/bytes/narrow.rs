@@ -59,3 +59,36 @@ pub(super) unsafe fn pair<Q: Blocks, L: Multiply, const T: usize>(
         }
     }
 }
+
+/// The same of bytes with sign, packed as `q8_0` is: of the first group there are nine words, and two bytes before those of activations.
+///
+/// # Safety
+/// There are two lines at each input.
+#[inline(always)]
+pub(super) unsafe fn signed_pair<L: Multiply, const T: usize>(
+    lanes: L,
+    packed: &[Line; PACKED],
+    pair: usize,
+    inputs: &[*const Line; T],
+    all: &mut [L::Vector; T],
+) {
+    for (part, (words, before)) in [(0..9, 2), (9..PAIR, 0)].into_iter().enumerate() {
+        let line = part * LINE_BYTES;
+        let mut sums = [lanes.splat(0.0); T];
+        for (at, word_at) in words.enumerate() {
+            let weights = lanes.line(&packed[PAIR * pair + word_at]);
+            let sizes = lanes.sizes(weights);
+            for (sum, input) in sums.iter_mut().zip(inputs) {
+                // SAFETY: the caller has the lines.
+                let bytes = unsafe { word(lanes, *input, line + BYTES_AT - before + 4 * at) };
+                *sum = lanes.add_words(*sum, lanes.dot_small(sizes, lanes.with_signs(bytes, weights)));
+            }
+        }
+        let scales = lanes.line(&packed[SCALES + 2 * pair + part]);
+        for ((all, sum), input) in all.iter_mut().zip(sums).zip(inputs) {
+            // SAFETY: as above.
+            let scale = unsafe { word(lanes, *input, line) };
+            *all = lanes.mul_add(lanes.mul(lanes.convert(sum), scale), scales, *all);
+        }
+    }
+}
