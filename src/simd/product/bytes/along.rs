@@ -12,8 +12,11 @@ use crate::simd::product::rows::{BLOCK, CHUNK, GROUP, Product};
 use crate::simd::quantized::{HEAD, SIGNED_TWICE, power_of_two, scales_of};
 use crate::simd::{Kernel, LANES};
 
-/// Rows of activations that meet a weight row at a time: as many sums, and the weights, fit sixteen registers of half a vector.
-const TOKENS: usize = 4;
+/// From so many rows of activations on, packing is worth it. Run by `examples/engine_table --isa avx2`.
+pub(super) const MANY: usize = 4;
+
+/// Rows of activations that meet a weight row at a time: all that come here.
+const TOKENS: usize = MANY - 1;
 
 /// How far ahead weights are asked for. No other distance was tried; `examples/engine_table --isa avx2` runs it.
 const AHEAD_BYTES: usize = 3072;
@@ -247,7 +250,6 @@ fn run<Q: Along, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             match count - done {
                 1 => done += stored.meet::<Q, L, 1>(lanes, product, &lines, row, done),
                 2 => done += stored.meet::<Q, L, 2>(lanes, product, &lines, row, done),
-                3 => done += stored.meet::<Q, L, 3>(lanes, product, &lines, row, done),
                 _ => done += stored.meet::<Q, L, TOKENS>(lanes, product, &lines, row, done),
             }
         }

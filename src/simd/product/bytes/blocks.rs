@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use super::narrow;
 use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
@@ -52,7 +51,7 @@ pub(super) trait Blocks {
     const BYTES: usize;
     /// Words of four columns that share a scale.
     const SCALED: usize = 8;
-    /// How many words' products with bytes can be added in sixteen bits; 0 where not even one's can.
+    /// How many words' products with bytes can be added in sixteen bits; 0 for those with sign.
     const FIT: usize = 0;
     /// What the sums of products begin with.
     const START: Start = Start::Offsets;
@@ -186,10 +185,6 @@ impl Blocks for Q8_0 {
         inputs: &[*const Line; T],
         all: &mut [L::Vector; T],
     ) {
-        if L::ALONG {
-            // SAFETY: as for the caller.
-            return unsafe { narrow::signed_pair(lanes, packed, pair, inputs, all) };
-        }
         let weights: [L::Vector; 9] = lines(lanes, packed, PAIR * pair);
         let scales = lanes.line(&packed[SCALES + 2 * pair]);
         for (sum, &line) in all.iter_mut().zip(inputs) {

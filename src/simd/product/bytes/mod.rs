@@ -35,9 +35,6 @@ const TOKENS: usize = 8;
 /// The same of sets with half of the registers.
 const FEW_TOKENS: usize = 4;
 
-/// Tokens for which sets that multiply along rows pack instead. Run by `examples/engine_table --isa avx2`.
-const MANY: usize = 4;
-
 /// How many chunks of weights are read ahead. Run by `benches/engine`.
 const AHEAD_CHUNKS: usize = 2;
 
@@ -78,7 +75,7 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    if L::ALONG && product.tokens.len() < MANY {
+    if L::ALONG && product.tokens.len() < along::MANY {
         return along::product(lanes, product);
     }
     match product.dtype {
@@ -206,9 +203,12 @@ impl PackedChunk<'_> {
             for pair in 0..self.pairs {
                 // SAFETY: a row has two lines for each pair; `Rows` and `Product` have checked the numbers of both.
                 unsafe {
-                    match L::ALONG {
-                        true if Q::FIT > 0 => narrow::pair::<Q, L, T>(lanes, packed, pair, &starts, &mut all),
-                        _ => Q::pair(lanes, packed, pair, &starts, &mut all),
+                    if !L::ALONG {
+                        Q::pair(lanes, packed, pair, &starts, &mut all);
+                    } else if Q::FIT > 0 {
+                        narrow::pair::<Q, L, T>(lanes, packed, pair, &starts, &mut all);
+                    } else {
+                        narrow::signed_pair(lanes, packed, pair, &starts, &mut all);
                     }
                 }
                 for start in &mut starts {
