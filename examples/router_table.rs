@@ -9,6 +9,7 @@
 //! cargo run --release --no-default-features --example router_table            # a table
 //! cargo run --release --no-default-features --example router_table -- --json  # one JSON document
 //! cargo run --release --no-default-features --example router_table -- plan    # one kind of cell
+//! cargo run --release --no-default-features --example router_table -- --isa avx2  # as on a CPU without what is wider
 //! ```
 
 use std::hint::black_box;
@@ -248,14 +249,19 @@ fn measure(cell: &Cell, [widest, scalar]: [Isa; 2], budget: Duration) -> Result<
 }
 
 fn main() -> Result<(), Failure> {
-    let (mut json, mut budget, mut only) = (false, Duration::from_millis(1500), None);
-    for argument in std::env::args().skip(1) {
+    let (mut json, mut budget, mut only, mut isa) = (false, Duration::from_millis(1500), None, Isa::default());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
         match argument.as_str() {
+            "--isa" => isa = arguments.next().unwrap_or_default().parse()?,
             "--json" => json = true,
             "--smoke" => budget = Duration::from_millis(10),
             name if !name.starts_with('-') && only.is_none() => only = Some(name.to_owned()),
             unknown => {
-                return Err(format!("unknown argument {unknown}: expected --json, --smoke or what to time").into());
+                return Err(format!(
+                    "unknown argument {unknown}: expected --json, --smoke, --isa NAME or what to time"
+                )
+                .into());
             }
         }
     }
@@ -285,7 +291,7 @@ fn main() -> Result<(), Failure> {
         return Err(format!("nothing is called {}", only.unwrap_or_default()).into());
     }
 
-    let sets = [Isa::default(), "scalar".parse()?];
+    let sets = [isa, "scalar".parse()?];
     if !json {
         println!("instructions: {}; nanoseconds per token", sets[0]);
         println!("| what | experts | top_k | tokens | threads | median | p50 | p99 | scalar | scalar / median |");

@@ -66,7 +66,8 @@ fn a_pass_takes_memory_for_tokens_and_slots_alone() {
     assert!((12345..20000).contains(&ever), "the counter counts {ever}");
 
     let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap();
-    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Q8_0, Dtype::Q4K, Dtype::Q6K, Dtype::Mxfp4] {
+    let quantized = [Dtype::Q8_0, Dtype::Q4K, Dtype::Q5K, Dtype::Q6K, Dtype::Mxfp4];
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().chain(quantized) {
         let weights = vec![0u8; WIDTH * dtype.row_bytes(HIDDEN).unwrap()];
         let first = Matrix::new(dtype, WIDTH, HIDDEN, &weights).unwrap();
         let down = Matrix::new(dtype, HIDDEN, WIDTH, &weights).unwrap();

@@ -65,12 +65,13 @@ const fn format(name: &'static str, dtype: GgmlDType) -> Format {
     Format { name, dtype: Some(dtype) }
 }
 
-pub const FORMATS: [Format; 7] = [
+pub const FORMATS: [Format; 8] = [
     format("f32", GgmlDType::F32),
     format("bf16", GgmlDType::BF16),
     format("f16", GgmlDType::F16),
     format("q8_0", GgmlDType::Q8_0),
     format("q4_K", GgmlDType::Q4K),
+    format("q5_K", GgmlDType::Q5K),
     format("q6_K", GgmlDType::Q6K),
     Format { name: "mxfp4", dtype: None },
 ];

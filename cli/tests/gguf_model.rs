@@ -199,7 +199,7 @@ fn off(left: &[f32], right: &[f32]) -> f32 {
 fn every_type_of_weights_is_the_numbers_it_stands_for() {
     // Activations meet blocks as bytes, those of attention and output weights too.
     type Kind = (fn(usize, &str) -> GgmlDType, GgmlDType, Form, f32);
-    let kinds: [Kind; 13] = [
+    let kinds: [Kind; 14] = [
         (|_, _| GgmlDType::F32, GgmlDType::Q4_0, Form::Stacked, 1e-5),
         (|_, _| GgmlDType::F32, GgmlDType::F32, Form::Joined, 1e-5),
         (|_, _| GgmlDType::F16, GgmlDType::F16, Form::Single, 1e-5),
@@ -208,6 +208,7 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
         (|_, _| GgmlDType::Q4K, GgmlDType::Q6K, Form::Stacked, 1e-2),
         (|_, _| GgmlDType::Q4K, GgmlDType::Q4K, Form::Single, 1e-2),
         (|_, _| GgmlDType::Q6K, GgmlDType::Q5K, Form::Stacked, 1e-2),
+        (|_, _| GgmlDType::Q5K, GgmlDType::Q5K, Form::Stacked, 1e-2),
         // As in most files of four bits: some down projections have six.
         (four_bits, GgmlDType::Q4K, Form::Stacked, 1e-2),
         // Gate and up projection of two types, as files of mixed bits have them.
@@ -253,19 +254,20 @@ fn every_type_of_weights_is_the_numbers_it_stands_for() {
 #[test]
 fn experts_that_only_candle_reads_run_on_its_operations_and_not_from_a_cache() {
     let directory = tempfile::tempdir().unwrap();
-    two_forms(directory.path(), |_, _| GgmlDType::Q5K, GgmlDType::Q3K, Form::Stacked);
+    two_forms(directory.path(), |_, _| GgmlDType::Q3K, GgmlDType::Q2K, Form::Stacked);
     let files = Weights::open(directory.path()).unwrap();
     let plain = Weights::open(&directory.path().join("plain")).unwrap();
     let expected = logits(&Decoder::load(&plain, &LoadOptions::default()).unwrap(), &IDS);
     let error = off(&logits(&Decoder::load(&files, &LoadOptions::default()).unwrap(), &IDS), &expected);
     assert!(error <= 1e-4, "off by {error}");
     let sizes = files.expert_sizes().unwrap();
-    let expert = 3 * (HIDDEN * WIDTH / 256 * 176) as u64;
-    assert_eq!((sizes.first, sizes.all, sizes.dtypes), (expert, 2 * EXPERTS as u64 * expert, vec!["q5_K".to_owned()]));
+    let expert = 3 * (HIDDEN * WIDTH / 256 * 110) as u64;
+    assert_eq!((sizes.first, sizes.all, sizes.dtypes), (expert, 2 * EXPERTS as u64 * expert, vec!["q3_K".to_owned()]));
     let options = LoadOptions::default().with_expert_cache(CacheOptions::new(1 << 30));
     let error = Decoder::load(&files, &options).err().unwrap().to_string();
     assert!(
-        error.ends_with("tensor `blk.0.ffn_gate_exps.weight`: expected dtype q8_0, q4_K, q6_K or mxfp4, got q5_K"),
+        error
+            .ends_with("tensor `blk.0.ffn_gate_exps.weight`: expected dtype q8_0, q4_K, q5_K, q6_K or mxfp4, got q3_K"),
         "{error}"
     );
 }

@@ -16,7 +16,7 @@
 //! cargo run --release --example engine_table -- --isa avx2                      # as on a CPU without what is wider
 //! ```
 //!
-//! Shapes: tiny, quarter, B (OLMoE's), C (Qwen3-30B-A3B's), mixtral, gpt-oss. Dtypes: f32, bf16, f16, q8_0, q4_K, q6_K, and mxfp4, of which
+//! Shapes: tiny, quarter, B (OLMoE's), C (Qwen3-30B-A3B's), mixtral, gpt-oss. Dtypes: f32, bf16, f16, q8_0, q4_K, q5_K, q6_K, and mxfp4, of which
 //! Candle has none.
 
 mod ceilings;

@@ -156,7 +156,7 @@ fn limit(isa: Isa, dtypes: [Dtype; 2]) -> f64 {
         match dtype {
             Dtype::F32 | Dtype::F16 => 2e-6,
             Dtype::Bf16 if isa.has_dots() => 6e-3,
-            Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 if isa.has_bytes() => 1.5e-2,
+            _ if dtype.is_quantized() && isa.has_bytes() => 1.5e-2,
             _ => 2e-6,
         }
     };
@@ -308,7 +308,14 @@ fn every_activation_with_and_without_biases() {
 
 #[test]
 fn one_expert_with_more_tokens_than_a_group_is_the_dense_ffn() {
-    for dtypes in [[Dtype::F32; 2], [Dtype::Bf16; 2], [Dtype::Q8_0; 2], [Dtype::Q4K, Dtype::Q6K], [Dtype::Mxfp4; 2]] {
+    for dtypes in [
+        [Dtype::F32; 2],
+        [Dtype::Bf16; 2],
+        [Dtype::Q8_0; 2],
+        [Dtype::Q4K, Dtype::Q6K],
+        [Dtype::Q5K; 2],
+        [Dtype::Mxfp4; 2],
+    ] {
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         let (hidden, width, tokens) = (256, 256, 301u32);
         let experts = [Stored::new(&mut rng, Activation::swiglu(), [hidden, width], dtypes)];
@@ -651,8 +658,12 @@ fn candle_reads_the_same_numbers_from_blocks() {
 
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let (rows, columns) = (24, 512);
-    for (dtype, theirs) in [(Dtype::Q8_0, GgmlDType::Q8_0), (Dtype::Q4K, GgmlDType::Q4K), (Dtype::Q6K, GgmlDType::Q6K)]
-    {
+    for (dtype, theirs) in [
+        (Dtype::Q8_0, GgmlDType::Q8_0),
+        (Dtype::Q4K, GgmlDType::Q4K),
+        (Dtype::Q5K, GgmlDType::Q5K),
+        (Dtype::Q6K, GgmlDType::Q6K),
+    ] {
         let values: Vec<f32> = drawn_input(&mut rng, rows * columns);
         let tensor = Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap();
         let quantized = QTensor::quantize(&tensor, theirs).unwrap();

@@ -72,6 +72,7 @@ fn dtype(dtype: GgmlDType) -> Option<Dtype> {
         GgmlDType::BF16 => Some(Dtype::Bf16),
         GgmlDType::Q8_0 => Some(Dtype::Q8_0),
         GgmlDType::Q4K => Some(Dtype::Q4K),
+        GgmlDType::Q5K => Some(Dtype::Q5K),
         GgmlDType::Q6K => Some(Dtype::Q6K),
         _ => None,
     }

@@ -2,10 +2,12 @@
 
 #![allow(unsafe_code)]
 
+mod multiply;
+
 use std::arch::x86_64::*;
 
 use super::lanes::{LANES, Lanes};
-use super::multiply::{Kernel, LINE_BYTES, Line, Multiply};
+use super::multiply::Kernel;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +128,72 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn compress(self, mask: u16, from: Pair, into: Pair, at: usize) -> Pair {
+        let (low, high) = (mask & 0xff, mask >> 8);
+        // SAFETY: see above.
+        unsafe { append(high, from.1, append(low, from.0, into, at), at + low.count_ones() as usize) }
+    }
+
+    #[inline(always)]
+    fn argsort(self, values: Pair, count: usize) -> u64 {
+        // SAFETY: see above.
+        unsafe {
+            if count <= LANES / 2 {
+                // The others are behind these.
+                let low = places::<{ LANES / 2 }>(values).0;
+                return order(low, 0) | 0xfedc_ba98 << 32;
+            }
+            let (low, high) = places::<LANES>(values);
+            order(low, 0) | order(high, LANES as i32 / 2)
+        }
+    }
+
+    #[inline(always)]
+    fn permute(self, vector: Pair, order: u64) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            let of = |order: u32| {
+                // Only the lowest three bits of a lane count for one half; the fourth, brought to the top, chooses between both.
+                let lanes = _mm256_srlv_epi32(_mm256_set1_epi32(order as i32), shifts);
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(lanes));
+                let low = _mm256_permutevar8x32_ps(vector.0, lanes);
+                _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(vector.1, lanes), upper)
+            };
+            (of(order as u32), of((order >> 32) as u32))
+        }
+    }
+
+    #[inline(always)]
+    fn ranked(self, values: Pair, rank: usize) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let (places, rank) = (places::<LANES>(values), _mm256_set1_epi32(rank as i32));
+            let of = |value, place| _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(place, rank)));
+            // In one lane it is, in the others nothing.
+            let eight = _mm256_or_ps(of(values.0, places.0), of(values.1, places.1));
+            let four = _mm256_or_ps(eight, _mm256_permute2f128_ps::<0x01>(eight, eight));
+            let two = _mm256_or_ps(four, _mm256_permute_ps::<0b01_00_11_10>(four));
+            let one = _mm256_or_ps(two, _mm256_permute_ps::<0b10_11_00_01>(two));
+            (one, one)
+        }
+    }
+
+    #[inline(always)]
+    fn load_part(self, from: &[f32], fill: f32) -> Pair {
+        // SAFETY: the masks name only lanes within the slice; the others are not read.
+        unsafe {
+            let (count, fill) = (_mm256_set1_epi32(from.len() as i32), _mm256_set1_ps(fill));
+            let of = |first: usize| {
+                let mask = _mm256_cmpgt_epi32(count, _mm256_add_epi32(numbers(), _mm256_set1_epi32(first as i32)));
+                let some = _mm256_maskload_ps(from.as_ptr().wrapping_add(first), mask);
+                _mm256_blendv_ps(fill, some, _mm256_castsi256_ps(mask))
+            };
+            (of(0), of(LANES / 2))
+        }
+    }
+
+    #[inline(always)]
     fn fold_max(self, vector: Pair) -> f32 {
         // SAFETY: see above.
         unsafe {
@@ -165,243 +233,101 @@ impl Lanes for Avx2 {
     }
 }
 
-// SAFETY of every block below: as above; the intrinsics that touch memory get references to as many bytes as they touch.
-impl Multiply for Avx2 {
-    const ALONG: bool = true;
+/// 0 to 7.
+#[inline(always)]
+unsafe fn numbers() -> __m256i {
+    // SAFETY: the caller has the instructions.
+    unsafe { _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7) }
+}
 
-    #[inline]
-    fn call<K: Kernel>(self, kernel: K) -> K::Output {
-        self.run(kernel)
-    }
-
-    #[inline(always)]
-    fn line(self, from: &Line) -> Pair {
-        // SAFETY: see above; a line is aligned.
-        unsafe { (_mm256_load_ps(from.0.as_ptr().cast()), _mm256_load_ps(from.0.as_ptr().add(8).cast())) }
-    }
-
-    #[inline(always)]
-    fn bytes(self, from: &[u8; LINE_BYTES]) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_loadu_ps(from.as_ptr().cast()), _mm256_loadu_ps(from.as_ptr().add(32).cast())) }
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: Pair, b: Pair, sum: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_fmadd_ps(a.0, b.0, sum.0), _mm256_fmadd_ps(a.1, b.1, sum.1)) }
-    }
-
-    #[inline(always)]
-    fn widen_u8(self, from: [u8; LANES]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
-            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.as_ptr().add(8).cast()));
-            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-        }
-    }
-
-    #[inline(always)]
-    fn and(self, a: Pair, b: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_and_ps(a.0, b.0), _mm256_and_ps(a.1, b.1)) }
-    }
-
-    #[inline(always)]
-    fn xor(self, a: Pair, b: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_xor_ps(a.0, b.0), _mm256_xor_ps(a.1, b.1)) }
-    }
-
-    #[inline(always)]
-    fn shift_words(self, a: Pair, by: u32) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let by = _mm_cvtsi32_si128(by as i32);
-            let of = |half| _mm256_castsi256_ps(_mm256_srl_epi32(_mm256_castps_si256(half), by));
-            (of(a.0), of(a.1))
-        }
-    }
-
-    #[inline(always)]
-    fn shift_words_left(self, a: Pair, by: u32) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let by = _mm_cvtsi32_si128(by as i32);
-            let of = |half| _mm256_castsi256_ps(_mm256_sll_epi32(_mm256_castps_si256(half), by));
-            (of(a.0), of(a.1))
-        }
-    }
-
-    #[inline(always)]
-    fn convert(self, integers: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let of = |half| _mm256_cvtepi32_ps(_mm256_castps_si256(half));
-            (of(integers.0), of(integers.1))
-        }
-    }
-
-    #[inline(always)]
-    fn halves(self, low: &[u8; 32], high: &[u8; 32]) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_loadu_ps(low.as_ptr().cast()), _mm256_loadu_ps(high.as_ptr().cast())) }
-    }
-
-    #[inline(always)]
-    fn eights(self, first: f32, second: f32) -> Pair {
-        // SAFETY: see above.
-        unsafe { (_mm256_set1_ps(first), _mm256_set1_ps(second)) }
-    }
-
-    #[inline(always)]
-    fn quads(self, from: &[f32; 4]) -> Pair {
-        // SAFETY: see above; four numbers are read.
-        unsafe {
-            let all = _mm_loadu_ps(from.as_ptr());
-            let low = _mm256_set_m128(_mm_permute_ps::<0x55>(all), _mm_permute_ps::<0x00>(all));
-            (low, _mm256_set_m128(_mm_permute_ps::<0xff>(all), _mm_permute_ps::<0xaa>(all)))
-        }
-    }
-
-    #[inline(always)]
-    fn nibbles(self, from: &[u8; 32]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let (all, mask) = (_mm256_loadu_si256(from.as_ptr().cast()), _mm256_set1_epi8(0x0f));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(all), mask);
-            (_mm256_castsi256_ps(_mm256_and_si256(all, mask)), _mm256_castsi256_ps(high))
-        }
-    }
-
-    #[inline(always)]
-    fn nibbles_of_two(self, first: &[u8; 16], second: &[u8; 16]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let mask = _mm256_set1_epi8(0x0f);
-            let of = |from: &[u8; 16]| {
-                let all = _mm_loadu_si128(from.as_ptr().cast());
-                _mm256_castsi256_ps(_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16::<4>(all), all), mask))
-            };
-            (of(first), of(second))
-        }
-    }
-
-    #[inline(always)]
-    fn sixes(self, low: &[u8; LINE_BYTES], high: &[u8; 32], second: bool) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let (four, two) = (_mm256_set1_epi8(0x0f), _mm256_set1_epi8(0x03));
-            let mut nibbles =
-                [_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(low.as_ptr().add(32).cast())];
-            let mut pairs = _mm256_loadu_si256(high.as_ptr().cast());
-            if second {
-                nibbles = [_mm256_srli_epi16::<4>(nibbles[0]), _mm256_srli_epi16::<4>(nibbles[1])];
-                pairs = _mm256_srli_epi16::<4>(pairs);
+/// Of every mask the numbers of its bits, then zeros.
+const BITS: [[u8; 8]; 256] = {
+    let mut all = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < all.len() {
+        let (mut bit, mut count) = (0, 0);
+        while bit < 8 {
+            if mask >> bit & 1 == 1 {
+                all[mask][count] = bit as u8;
+                count += 1;
             }
-            let join = |nibbles, pairs| {
-                let pairs = _mm256_slli_epi16::<4>(_mm256_and_si256(pairs, two));
-                _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(nibbles, four), pairs))
+            bit += 1;
+        }
+        mask += 1;
+    }
+    all
+};
+
+/// The first `at` lanes of `into`, then those of the mask, of which there are at most eight.
+#[inline(always)]
+unsafe fn append(mask: u16, from: __m256, into: Pair, at: usize) -> Pair {
+    // SAFETY: the caller has the instructions; an entry of the table has eight bytes.
+    unsafe {
+        // Turned by `at` lanes the first one stands where it belongs in one of both halves.
+        let lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(BITS[usize::from(mask & 0xff)].as_ptr().cast()));
+        let before = _mm256_set1_epi32(at as i32);
+        let turned = _mm256_permutevar8x32_epi32(lanes, _mm256_sub_epi32(numbers(), before));
+        let kept = _mm256_permutevar8x32_ps(from, turned);
+        let low = _mm256_cmpgt_epi32(before, numbers());
+        let high = _mm256_cmpgt_epi32(before, _mm256_add_epi32(numbers(), _mm256_set1_epi32(8)));
+        let low = _mm256_blendv_ps(kept, into.0, _mm256_castsi256_ps(low));
+        (low, _mm256_blendv_ps(kept, into.1, _mm256_castsi256_ps(high)))
+    }
+}
+
+/// −1 in the lanes after each lane, 0 in the others.
+const AFTER: [[i32; 8]; 8] = {
+    let mut after = [[0; 8]; 8];
+    let mut at = 0;
+    while at < 64 {
+        after[at / 8][at % 8] = if at % 8 > at / 8 { -1 } else { 0 };
+        at += 1;
+    }
+    after
+};
+
+/// For each lane how many of the first `COUNT` come before it by falling value, equals in the order they stand in.
+#[inline(always)]
+unsafe fn places<const COUNT: usize>(values: Pair) -> (__m256i, __m256i) {
+    // SAFETY: the caller has the instructions; loads are from arrays of eight four-byte values.
+    unsafe {
+        // As whole numbers with the same order (and one zero), of which one less makes room for equals.
+        let key = |half| {
+            let bits = _mm256_castps_si256(_mm256_add_ps(half, _mm256_setzero_ps()));
+            _mm256_xor_si256(bits, _mm256_srli_epi32::<1>(_mm256_srai_epi32::<31>(bits)))
+        };
+        let keys = [key(values.0), key(values.1)];
+        let mut all = [0i32; LANES];
+        _mm256_storeu_si256(all.as_mut_ptr().cast(), keys[0]);
+        _mm256_storeu_si256(all.as_mut_ptr().add(8).cast(), keys[1]);
+        let less = _mm256_add_epi32(keys[1], _mm256_set1_epi32(-1));
+        let mut places = [_mm256_setzero_si256(); 2];
+        for at in 0..COUNT {
+            let (other, after) = (_mm256_set1_epi32(all[at]), _mm256_loadu_si256(AFTER[at % 8].as_ptr().cast()));
+            let than = match at < 8 {
+                true => [_mm256_add_epi32(keys[0], after), less],
+                false => [keys[0], _mm256_add_epi32(keys[1], after)],
             };
-            (join(nibbles[0], pairs), join(nibbles[1], _mm256_srli_epi16::<2>(pairs)))
+            // A true comparison is −1.
+            for half in 0..COUNT.div_ceil(8) {
+                places[half] = _mm256_sub_epi32(places[half], _mm256_cmpgt_epi32(other, than[half]));
+            }
         }
+        (places[0], places[1])
     }
+}
 
-    #[inline(always)]
-    fn sizes(self, a: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let of = |half| _mm256_castsi256_ps(_mm256_abs_epi8(_mm256_castps_si256(half)));
-            (of(a.0), of(a.1))
-        }
-    }
-
-    #[inline(always)]
-    fn with_signs(self, a: Pair, by: Pair) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let of = |a, by| _mm256_castsi256_ps(_mm256_sign_epi8(_mm256_castps_si256(a), _mm256_castps_si256(by)));
-            (of(a.0, by.0), of(a.1, by.1))
-        }
-    }
-
-    #[inline(always)]
-    fn dot_small(self, a: Pair, b: Pair) -> Pair {
-        // SAFETY: see above. Two products of at most 128 · 127 fit sixteen bits.
-        unsafe {
-            let one = _mm256_set1_epi16(1);
-            let of = |a, b| {
-                let pairs = _mm256_maddubs_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b));
-                _mm256_castsi256_ps(_mm256_madd_epi16(pairs, one))
-            };
-            (of(a.0, b.0), of(a.1, b.1))
-        }
-    }
-
-    #[inline(always)]
-    fn widen_i8(self, from: [u8; LANES]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
-            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().add(8).cast()));
-            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-        }
-    }
-
-    #[inline(always)]
-    fn widen_bytes(self, bytes: Pair) -> [Pair; 4] {
-        // SAFETY: see above.
-        unsafe {
-            let of = |sixteen: __m128i| {
-                let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(sixteen));
-                (low, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(sixteen))))
-            };
-            let [low, high] = [_mm256_castps_si256(bytes.0), _mm256_castps_si256(bytes.1)];
-            let (first, third) = (of(_mm256_castsi256_si128(low)), of(_mm256_castsi256_si128(high)));
-            [first, of(_mm256_extracti128_si256::<1>(low)), third, of(_mm256_extracti128_si256::<1>(high))]
-        }
-    }
-
-    #[inline(always)]
-    fn lookup(self, table: &[u8; 16], a: Pair) -> Pair {
-        // SAFETY: see above; the table has sixteen bytes.
-        unsafe {
-            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
-            let of = |half| _mm256_castsi256_ps(_mm256_shuffle_epi8(table, _mm256_castps_si256(half)));
-            (of(a.0), of(a.1))
-        }
-    }
-
-    #[inline(always)]
-    fn half(self, from: [u8; 2]) -> f32 {
-        // SAFETY: see above.
-        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(from))))) }
-    }
-
-    #[inline(always)]
-    fn widen_f16(self, from: &[u8; 32]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let low = _mm_loadu_si128(from.as_ptr().cast());
-            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(16).cast())))
-        }
-    }
-
-    #[inline(always)]
-    fn widen_bf16(self, from: &[u8; 32]) -> Pair {
-        // SAFETY: see above.
-        unsafe {
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(16).cast()));
-            let [low, high] = [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)];
-            (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-        }
-    }
-
-    #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        // SAFETY: see above; any address will do.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+/// The numbers of eight lanes from `first` on, four bits each, at their places.
+#[inline(always)]
+unsafe fn order(places: __m256i, first: i32) -> u64 {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let (by, lanes) = (_mm256_slli_epi32::<2>(places), _mm256_add_epi32(numbers(), _mm256_set1_epi32(first)));
+        let of = |lanes, by| _mm256_sllv_epi64(_mm256_cvtepu32_epi64(lanes), _mm256_cvtepu32_epi64(by));
+        let low = of(_mm256_castsi256_si128(lanes), _mm256_castsi256_si128(by));
+        let high = of(_mm256_extracti128_si256::<1>(lanes), _mm256_extracti128_si256::<1>(by));
+        let four = _mm256_or_si256(low, high);
+        let two = _mm_or_si128(_mm256_castsi256_si128(four), _mm256_extracti128_si256::<1>(four));
+        (_mm_cvtsi128_si64(two) | _mm_extract_epi64::<1>(two)) as u64
     }
 }

@@ -5,10 +5,11 @@
 //! | `f32`, `f16`, `bf16` | 1 | 4, 2, 2 | itself |
 //! | `q8_0` | 32 | 34 | `d · q`, q an `i8` |
 //! | `q4_K` | 256 | 144 | `d · s · q − dmin · m`, q of 4 bits, s and m of 6 bits for each 32 |
+//! | `q5_K` | 256 | 176 | the same, q of 5 bits |
 //! | `q6_K` | 256 | 210 | `d · s · (q − 32)`, q of 6 bits, s an `i8` for each 16 |
 //! | `mxfp4` | 32 | 17 | `2^(e − 127) · q`, e a byte, q one of ±{0, ½, 1, 1½, 2, 3, 4, 6} by 4 bits; of e = 255 no number |
 //!
-//! Layouts of blocks: ggml's `block_q8_0`, `block_q4_K`, `block_q6_K` and `block_mxfp4` (ggml-common.h). All little-endian. MXFP4 is a format
+//! Layouts of blocks: ggml's `block_q8_0`, `block_q4_K`, `block_q5_K`, `block_q6_K` and `block_mxfp4` (ggml-common.h). All little-endian. MXFP4 is a format
 //! of the OCP Microscaling specification; a block's scale comes first, then the weights 0 to 15 in the lower halves of sixteen
 //! bytes and 16 to 31 in the upper ones.
 
@@ -27,6 +28,8 @@ pub enum Dtype {
     Q8_0,
     /// Blocks of 256 four-bit weights, a scale and an offset for each 32.
     Q4K,
+    /// Blocks of 256 five-bit weights, a scale and an offset for each 32.
+    Q5K,
     /// Blocks of 256 six-bit weights, a scale for each 16.
     Q6K,
     /// Blocks of 32 floats of four bits, a scale that is a power of two.
@@ -36,14 +39,15 @@ pub enum Dtype {
 impl Dtype {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q6K, Self::Mxfp4];
+    pub(crate) const ALL: [Self; 8] =
+        [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4K, Self::Q5K, Self::Q6K, Self::Mxfp4];
 
     /// Weights that share a block; a row holds whole blocks.
     pub(crate) const fn block(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Q8_0 | Self::Mxfp4 => 32,
-            Self::Q4K | Self::Q6K => 256,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
 
@@ -54,6 +58,7 @@ impl Dtype {
             Self::F16 | Self::Bf16 => 2,
             Self::Q8_0 => 2 + 32,
             Self::Q4K => 2 + 2 + 12 + 128,
+            Self::Q5K => 2 + 2 + 12 + 32 + 128,
             Self::Q6K => 128 + 64 + 16 + 2,
             Self::Mxfp4 => 1 + 16,
         }
@@ -80,6 +85,7 @@ impl Dtype {
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_K",
+            Self::Q5K => "q5_K",
             Self::Q6K => "q6_K",
             Self::Mxfp4 => "mxfp4",
         }

@@ -38,7 +38,7 @@ pub(crate) trait Multiply: Lanes {
     const WIDE: bool = false;
     /// Whether activations meet quantised weights as bytes, sixteen rows side by side.
     const DOTS: bool = false;
-    /// Whether they do so along each row.
+    /// Whether few of them do so along each row; more meet sixteen rows here too.
     const ALONG: bool = false;
 
     /// The words of a vector.
@@ -232,6 +232,20 @@ pub(crate) trait Multiply: Lanes {
         self.and(self.shift_right(self.halves(&twice[0], &twice[1]), self.line(&BY)), self.repeat(0x0f0f_0f0f))
     }
 
+    /// Bytes of five bits: [`Multiply::nibbles`] of `low`, above them bit `2 · pair` of each byte of `high`, then bit `2 · pair + 1`.
+    #[inline(always)]
+    fn fives(self, low: &[u8; 32], high: &[u8; 32], pair: usize) -> Self::Vector {
+        const BY: [Line; 4] = [
+            Line(eights(0, 0x0001_0001)),
+            Line(eights(0x0002_0002, 0x0003_0003)),
+            Line(eights(0x0004_0004, 0x0005_0005)),
+            Line(eights(0x0006_0006, 0x0007_0007)),
+        ];
+        let fifths = self.shift_right(self.halves(high, high), self.line(&BY[pair]));
+        // The two have no bit in common.
+        self.xor(self.nibbles(low), self.shift_left_4(self.and(fifths, self.repeat(0x0101_0101))))
+    }
+
     /// Bytes of six bits: the lower four from halves of the bytes `low`, the lower halves or, where `second` says so, the upper ones; the
     /// upper two from `high`, first for 32 bytes and then for 32 more the pairs of bits 0 and 2, or 4 and 6.
     #[inline(always)]
@@ -266,6 +280,40 @@ pub(crate) trait Multiply: Lanes {
     #[inline(always)]
     fn dot_small(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         self.dot_bytes(a, b, self.splat(0.0))
+    }
+
+    /// Sums of two products in sixteen bits, the bytes of `a` without sign and below 128, those of `b` with sign.
+    #[inline(always)]
+    fn small_products(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, b) = (a[lane].to_le_bytes(), b[lane].to_le_bytes());
+            let product = |at: usize| i32::from(a[at]) * i32::from(b[at] as i8);
+            (product(0) + product(1)) as u32 & 0xffff | ((product(2) + product(3)) as u32) << 16
+        }))
+    }
+
+    /// Both halves of every word added.
+    #[inline(always)]
+    fn add_halves(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| {
+            let (a, b) = (a[lane], b[lane]);
+            a.wrapping_add(b) & 0xffff | (a >> 16).wrapping_add(b >> 16) << 16
+        }))
+    }
+
+    /// The sum of the two halves of every word, which have signs.
+    #[inline(always)]
+    fn fold_halves(self, a: Self::Vector) -> Self::Vector {
+        self.of_words(self.words(a).map(|word| (i32::from(word as i16) + i32::from((word >> 16) as i16)) as u32))
+    }
+
+    /// Words added, integers.
+    #[inline(always)]
+    fn add_words(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        self.of_words(std::array::from_fn(|lane| a[lane].wrapping_add(b[lane])))
     }
 
     /// Floats of sixteen bytes, without sign.

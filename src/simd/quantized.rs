@@ -1,4 +1,4 @@
-//! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c).
+//! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q5_K`, `_q6_K`, `_mxfp4` in ggml-quants.c).
 
 use super::dtype::Dtype;
 use super::lanes::LANES;
@@ -30,16 +30,17 @@ pub(crate) fn decode<L: Multiply>(lanes: L, dtype: Dtype, row: &[u8], first: usi
         }
         Dtype::Q4K => {
             for (values, block) in values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(row.as_chunks().0) {
-                let (scales, offsets) = scales_q4_k(block);
-                let [scale, least] = [lanes.half([block[0], block[1]]), lanes.half([block[2], block[3]])];
-                for (quarter, values) in values.as_chunks_mut::<{ 2 * GROUP }>().0.iter_mut().enumerate() {
-                    let floats = lanes.widen_bytes(unpack_q4_k(lanes, block, quarter));
-                    for (part, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                        let group = 2 * quarter + part / 2;
-                        let scale = lanes.splat(scale * f32::from(scales[group]));
-                        let least = lanes.splat(-(least * f32::from(offsets[group])));
-                        lanes.store(lanes.mul_add(floats[part], scale, least), values);
-                    }
+                let head = first_16(block);
+                for (quarter, values) in values.as_chunks_mut().0.iter_mut().enumerate() {
+                    scaled_and_offset(lanes, head, quarter, unpack_q4_k(lanes, block, quarter), values);
+                }
+            }
+        }
+        Dtype::Q5K => {
+            for (values, block) in values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(row.as_chunks().0) {
+                let head = first_16(block);
+                for (quarter, values) in values.as_chunks_mut().0.iter_mut().enumerate() {
+                    scaled_and_offset(lanes, head, quarter, unpack_q5_k(lanes, block, quarter), values);
                 }
             }
         }
@@ -78,16 +79,44 @@ fn widen<L: Multiply, const IEEE: bool>(lanes: L, row: &[u8], values: &mut [f32]
     lanes.store_part(if IEEE { lanes.widen_f16(&last) } else { lanes.widen_bf16(&last) }, rest);
 }
 
-/// Six-bit scales and offsets of the eight groups of a `q4_K` block.
+/// Bytes that a `q4_K` and a `q5_K` block begin with: two halves, and six-bit scales and offsets of eight groups.
+pub(super) const HEAD: usize = 2 + 2 + 12;
+
 #[inline(always)]
-pub(super) fn scales_q4_k(block: &[u8; Dtype::Q4K.block_bytes()]) -> ([u8; 8], [u8; 8]) {
-    let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+fn first_16<const N: usize>(block: &[u8; N]) -> &[u8; HEAD] {
+    block.first_chunk().expect("a longer block")
+}
+
+/// The scales and the offsets.
+#[inline(always)]
+pub(super) fn scales_of(head: &[u8; HEAD]) -> ([u8; 8], [u8; 8]) {
+    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
     let (scales, offsets, both) = (word(4), word(8), word(12));
     let first = 0x3f3f_3f3f;
     let upper = |word: u32| (word >> 6 & 0x0303_0303) << 4;
     let join = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
     let (low, high) = (both & 0x0f0f_0f0f, both >> 4 & 0x0f0f_0f0f);
     (join(scales & first, low | upper(scales)), join(offsets & first, high | upper(offsets)))
+}
+
+/// The floats of a quarter of such a block, whose weights are bytes.
+#[inline(always)]
+fn scaled_and_offset<L: Multiply>(
+    lanes: L,
+    head: &[u8; HEAD],
+    quarter: usize,
+    weights: L::Vector,
+    values: &mut [f32; 2 * GROUP],
+) {
+    let (scales, offsets) = scales_of(head);
+    let [scale, least] = [lanes.half([head[0], head[1]]), lanes.half([head[2], head[3]])];
+    let floats = lanes.widen_bytes(weights);
+    for (part, values) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let group = 2 * quarter + part / 2;
+        let scale = lanes.splat(scale * f32::from(scales[group]));
+        let least = lanes.splat(-(least * f32::from(offsets[group])));
+        lanes.store(lanes.mul_add(floats[part], scale, least), values);
+    }
 }
 
 /// The bytes of a `q8_0` block after its scale.
@@ -99,7 +128,14 @@ fn last_32(block: &[u8; Dtype::Q8_0.block_bytes()]) -> &[u8; 32] {
 /// A quarter of a `q4_K` block, 64 weights in order, as bytes.
 #[inline(always)]
 fn unpack_q4_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q4K.block_bytes()], quarter: usize) -> L::Vector {
-    lanes.nibbles(block[16 + 32 * quarter..].first_chunk().expect("32 bytes"))
+    lanes.nibbles(block[HEAD + 32 * quarter..].first_chunk().expect("32 bytes"))
+}
+
+/// The same of a `q5_K` block.
+#[inline(always)]
+fn unpack_q5_k<L: Multiply>(lanes: L, block: &[u8; Dtype::Q5K.block_bytes()], quarter: usize) -> L::Vector {
+    let fifths = block[HEAD..].first_chunk().expect("32 bytes");
+    lanes.fives(block[HEAD + 32 + 32 * quarter..].first_chunk().expect("32 bytes"), fifths, quarter)
 }
 
 /// A quarter of a `q6_K` block, 64 weights in order plus 32, as bytes.
@@ -122,15 +158,19 @@ pub(super) fn power_of_two<L: Multiply>(lanes: L, exponents: L::Vector) -> L::Ve
 }
 
 /// The same with sign: without the 128.
-pub(super) const SIGNED_TWICE: [u8; 16] = {
-    let mut signed = TWICE;
+pub(super) const SIGNED_TWICE: [u8; 16] = less(TWICE, 128);
+
+/// The same plus 12 alone, which is just no sign.
+pub(super) const SMALL_TWICE: [u8; 16] = less(TWICE, 128 - 12);
+
+const fn less(mut table: [u8; 16], by: u8) -> [u8; 16] {
     let mut at = 0;
-    while at < signed.len() {
-        signed[at] = TWICE[at].wrapping_sub(128);
+    while at < table.len() {
+        table[at] = table[at].wrapping_sub(by);
         at += 1;
     }
-    signed
-};
+    table
+}
 
 /// The 32 weights of an `mxfp4` block in order, as bytes of [`TWICE`], then what does not count.
 #[inline(always)]

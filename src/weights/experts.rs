@@ -154,6 +154,7 @@ pub(crate) fn dtype(stored: ElementType) -> Option<Dtype> {
         ElementType::Plain(Plain::BF16) => Dtype::Bf16,
         ElementType::Blocks(BlockType { name: "q8_0", .. }) => Dtype::Q8_0,
         ElementType::Blocks(BlockType { name: "q4_K", .. }) => Dtype::Q4K,
+        ElementType::Blocks(BlockType { name: "q5_K", .. }) => Dtype::Q5K,
         ElementType::Blocks(BlockType { name: "q6_K", .. }) => Dtype::Q6K,
         ElementType::Blocks(BlockType { name: "mxfp4", .. }) => Dtype::Mxfp4,
         _ => return None,
@@ -201,7 +202,7 @@ impl Slice {
         };
         let dtype = dtype(entry.dtype).ok_or_else(|| match entry.dtype {
             ElementType::Plain(_) => wrong("F32, BF16 or F16"),
-            ElementType::Blocks(_) => wrong("q8_0, q4_K, q6_K or mxfp4"),
+            ElementType::Blocks(_) => wrong("q8_0, q4_K, q5_K, q6_K or mxfp4"),
         })?;
         let (rows, columns) = (self.rows.len(), self.shape.last().copied().unwrap_or(0));
         let (rows, columns, layout) = match self.order {

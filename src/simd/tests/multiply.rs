@@ -84,6 +84,9 @@ impl Kernel for Exact<'_> {
         made.push(("nibbles", lanes.words(lanes.nibbles(low))));
         let second_sixteen: [u8; LANES] = *memory[22..].first_chunk().unwrap();
         made.push(("nibbles_of_two", lanes.words(lanes.nibbles_of_two(&sixteen, &second_sixteen))));
+        for pair in 0..4 {
+            made.push(("fives", lanes.words(lanes.fives(low, high, pair))));
+        }
         for second in [false, true] {
             made.push(("sixes", lanes.words(lanes.sixes(bytes, high, second))));
         }
@@ -91,6 +94,11 @@ impl Kernel for Exact<'_> {
         made.push(("sizes", lanes.words(sizes)));
         made.push(("with_signs", lanes.words(lanes.with_signs(plain, va))));
         made.push(("dot_small", lanes.words(lanes.dot_small(sizes, plain))));
+        let small = lanes.and(va, lanes.repeat(0x7f7f_7f7f));
+        made.push(("small_products", lanes.words(lanes.small_products(small, vb))));
+        made.push(("add_halves", lanes.words(lanes.add_halves(va, vb))));
+        made.push(("fold_halves", lanes.words(lanes.fold_halves(va))));
+        made.push(("add_words", lanes.words(lanes.add_words(va, vb))));
         made.push(("widen_u8", lanes.words(lanes.widen_u8(sixteen))));
         made.push(("widen_i8", lanes.words(lanes.widen_i8(sixteen))));
         for part in lanes.widen_bytes(lanes.bytes(bytes)) {

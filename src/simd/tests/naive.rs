@@ -5,12 +5,13 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// Names of dtypes, columns and bytes of a block.
-pub const BLOCKS: [(&str, usize, usize); 7] = [
+pub const BLOCKS: [(&str, usize, usize); 8] = [
     ("f32", 1, 4),
     ("f16", 1, 2),
     ("bf16", 1, 2),
     ("q8_0", 32, 34),
     ("q4_K", 256, 144),
+    ("q5_K", 256, 176),
     ("q6_K", 256, 210),
     ("mxfp4", 32, 17),
 ];
@@ -34,6 +35,7 @@ pub fn decoded(dtype: &str, bytes: &[u8]) -> Vec<f64> {
         "bf16" => blocks.map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
         "q8_0" => blocks.flat_map(|b| b[2..].iter().map(|&q| half(b) * f64::from(q as i8))).collect(),
         "q4_K" => blocks.flat_map(q4_k).collect(),
+        "q5_K" => blocks.flat_map(q5_k).collect(),
         "mxfp4" => blocks.flat_map(mxfp4).collect(),
         _ => blocks.flat_map(q6_k).collect(),
     }
@@ -42,18 +44,27 @@ pub fn decoded(dtype: &str, bytes: &[u8]) -> Vec<f64> {
 /// `d, dmin` halves; twelve bytes of six-bit numbers; 128 bytes of nibbles, 32 weights in the lower ones of 32 bytes, then 32 in
 /// their upper ones.
 fn q4_k(block: &[u8]) -> Vec<f64> {
+    (0..256).map(|at| scaled_and_offset(block, at, nibble(&block[16..], at))).collect()
+}
+
+/// The same, but before the nibbles 32 bytes whose bit `g` is the fifth bit of group `g` of 32 weights.
+fn q5_k(block: &[u8]) -> Vec<f64> {
+    let fifth = |at: usize| block[16 + at % 32] >> (at / 32) & 1;
+    (0..256).map(|at| scaled_and_offset(block, at, nibble(&block[48..], at) | fifth(at) << 4)).collect()
+}
+
+fn nibble(bytes: &[u8], at: usize) -> u8 {
+    let byte = bytes[at / 64 * 32 + at % 32];
+    if (at / 32).is_multiple_of(2) { byte & 15 } else { byte >> 4 }
+}
+
+fn scaled_and_offset(block: &[u8], at: usize, q: u8) -> f64 {
     let (d, least, packed) = (half(block), half(&block[2..]), &block[4..16]);
-    let numbers = |j: usize| match j {
-        0..4 => (packed[j] & 63, packed[j + 4] & 63),
-        _ => (packed[j + 4] & 15 | (packed[j - 4] >> 6) << 4, packed[j + 4] >> 4 | (packed[j] >> 6) << 4),
+    let (scale, offset) = match at / 32 {
+        j @ 0..4 => (packed[j] & 63, packed[j + 4] & 63),
+        j => (packed[j + 4] & 15 | (packed[j - 4] >> 6) << 4, packed[j + 4] >> 4 | (packed[j] >> 6) << 4),
     };
-    let weight = |at: usize| {
-        let (scale, offset) = numbers(at / 32);
-        let byte = block[16 + at / 64 * 32 + at % 32];
-        let q = if (at / 32).is_multiple_of(2) { byte & 15 } else { byte >> 4 };
-        d * f64::from(scale) * f64::from(q) - least * f64::from(offset)
-    };
-    (0..256).map(weight).collect()
+    d * f64::from(scale) * f64::from(q) - least * f64::from(offset)
 }
 
 /// 128 bytes of lower nibbles, 64 of upper pairs of bits, 16 scales, a half; each 128 weights have 64, 32 and 8 of these.
@@ -109,6 +120,10 @@ pub fn drawn(rng: &mut ChaCha8Rng, dtype: &str, count: usize, scale: f32) -> Vec
                     "q8_0" => put(0, 1.0 / 74.0),
                     "q4_K" => {
                         put(0, 1.0 / 200.0);
+                        put(2, 1.0 / 27.0);
+                    }
+                    "q5_K" => {
+                        put(0, 1.0 / 400.0);
                         put(2, 1.0 / 27.0);
                     }
                     "mxfp4" => {

@@ -130,7 +130,7 @@ fn forms_of(dtype: Dtype) -> &'static [Form] {
     match dtype {
         Dtype::F32 | Dtype::F16 => &[Form::Floats],
         Dtype::Bf16 => &[Form::Floats, Form::Pairs],
-        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K | Dtype::Mxfp4 => &[Form::Floats, Form::Bytes],
+        Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K | Dtype::Mxfp4 => &[Form::Floats, Form::Bytes],
     }
 }
 
@@ -152,7 +152,7 @@ impl Kernel for MeetsBytes {
 fn columns_of(dtype: Dtype) -> &'static [usize] {
     match dtype {
         Dtype::Q8_0 | Dtype::Mxfp4 => &[32, 64, 96, 256, 288, 544, 1024, 2080, 4512],
-        Dtype::Q4K | Dtype::Q6K => &[256, 512, 768, 2048, 2304, 4608],
+        Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => &[256, 512, 768, 2048, 2304, 4608],
         _ => &[1, 2, 7, 16, 17, 31, 33, 64, 255, 256, 257, 300, 512, 513, 1025, 2047, 2049, 4097, 4500],
     }
 }
@@ -257,6 +257,12 @@ fn products_of_q4_k() {
 
 #[cfg_attr(miri, ignore = "hours")]
 #[test]
+fn products_of_q5_k() {
+    check_dtype(Dtype::Q5K);
+}
+
+#[cfg_attr(miri, ignore = "hours")]
+#[test]
 fn products_of_q6_k() {
     check_dtype(Dtype::Q6K);
 }
@@ -314,6 +320,11 @@ fn bytes_of_q4_k_read_and_write_what_they_may() {
 }
 
 #[test]
+fn bytes_of_q5_k_read_and_write_what_they_may() {
+    check_memory(Dtype::Q5K, Form::Bytes, 256, 1);
+}
+
+#[test]
 fn bytes_of_q6_k_read_and_write_what_they_may() {
     check_memory(Dtype::Q6K, Form::Bytes, 256, 1);
 }
@@ -344,6 +355,7 @@ fn what_is_no_number_stays_with_its_row_in_every_form() {
         (Dtype::Bf16, 300),
         (Dtype::Q8_0, 96),
         (Dtype::Q4K, 512),
+        (Dtype::Q5K, 256),
         (Dtype::Q6K, 256),
         (Dtype::Mxfp4, 96),
     ] {
@@ -413,8 +425,9 @@ fn weights_decode_to_the_numbers_that_they_stand_for() {
                         isa.run(Decode { dtype, row, first, values: &mut values });
                         for (at, (&got, &wanted)) in values.iter().zip(&wanted[first..]).enumerate() {
                             let got = f64::from(got);
-                            // `q4_K` is a difference, whose operands are at most so large; all others are rounded once or never.
-                            let limit = if dtype == Dtype::Q4K { 2e-6 } else { wanted.abs() * 1.2e-7 };
+                            // `q4_K` and `q5_K` are differences, whose operands are at most so large; all others are rounded once or never.
+                            let limit =
+                                if matches!(dtype, Dtype::Q4K | Dtype::Q5K) { 2e-6 } else { wanted.abs() * 1.2e-7 };
                             assert!((got - wanted).abs() <= limit, "{dtype} {at} on {isa}: {got}, not {wanted}");
                         }
                     }

@@ -1,7 +1,7 @@
 //! Products of quantised weights with bytes along the weight rows: 64 columns of one row at a time, integers first, then scales.
 //!
-//! For sets whose instructions add products of bytes in pairs of sixteen bits. Nothing is packed, as [`super`] does (which was not tried on
-//! these sets): a row is read where it lies, once for up to [`TOKENS`] rows of activations.
+//! For few tokens on sets whose instructions add products of bytes in pairs of sixteen bits. Nothing is packed, as [`super`] does for more: a row
+//! is read where it lies, once for up to [`TOKENS`] rows of activations.
 
 #![allow(unsafe_code)]
 
@@ -9,11 +9,14 @@ use super::blocks::BYTES_AT;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{BLOCK, CHUNK, GROUP, Product};
-use crate::simd::quantized::{SIGNED_TWICE, power_of_two, scales_q4_k};
+use crate::simd::quantized::{HEAD, SIGNED_TWICE, power_of_two, scales_of};
 use crate::simd::{Kernel, LANES};
 
-/// Rows of activations that meet a weight row at a time: as many sums, and the weights, fit sixteen registers of half a vector.
-const TOKENS: usize = 4;
+/// From so many rows of activations on, packing is worth it. Run by `examples/engine_table --isa avx2`.
+pub(super) const MANY: usize = 4;
+
+/// Rows of activations that meet a weight row at a time: all that come here.
+const TOKENS: usize = MANY - 1;
 
 /// How far ahead weights are asked for. No other distance was tried; `examples/engine_table --isa avx2` runs it.
 const AHEAD_BYTES: usize = 3072;
@@ -64,6 +67,7 @@ trait Along {
 
 struct Q8_0;
 struct Q4K;
+struct Q5K;
 struct Q6K;
 struct Mxfp4;
 
@@ -75,6 +79,17 @@ struct Mxfp4;
 unsafe fn some<'a, const N: usize>(at: *const u8, from: usize) -> &'a [u8; N] {
     // SAFETY: the caller has them.
     unsafe { &*at.add(from).cast() }
+}
+
+/// Scales in the lower lanes, offsets in the upper ones.
+#[inline(always)]
+fn scales_and_offsets<L: Multiply>(lanes: L, head: &[u8; HEAD]) -> L::Vector {
+    let (scales, offsets) = scales_of(head);
+    let mut both = [0; LANES];
+    both[..8].copy_from_slice(&scales);
+    both[8..].copy_from_slice(&offsets);
+    let [scale, least] = [lanes.half([head[0], head[1]]), lanes.half([head[2], head[3]])];
+    lanes.mul(lanes.widen_u8(both), lanes.eights(scale, -least))
 }
 
 impl Along for Q8_0 {
@@ -102,23 +117,39 @@ impl Along for Q4K {
     const SIGNED: bool = false;
     const BESIDE: Beside = Beside::Sums;
 
-    /// Scales in the lower lanes, offsets in the upper ones.
     #[inline(always)]
     unsafe fn factors<L: Multiply>(lanes: L, at: *const u8) -> L::Vector {
         // SAFETY: a chunk is a block.
-        let block = unsafe { some(at, 0) };
-        let (scales, offsets) = scales_q4_k(block);
-        let mut both = [0; LANES];
-        both[..8].copy_from_slice(&scales);
-        both[8..].copy_from_slice(&offsets);
-        let [scale, least] = [lanes.half([block[0], block[1]]), lanes.half([block[2], block[3]])];
-        lanes.mul(lanes.widen_u8(both), lanes.eights(scale, -least))
+        scales_and_offsets(lanes, unsafe { some(at, 0) })
     }
 
     #[inline(always)]
     unsafe fn weights<L: Multiply>(lanes: L, at: *const u8, pair: usize) -> L::Vector {
         // SAFETY: a quarter of a block's weights.
-        unsafe { lanes.nibbles(some(at, 16 + 32 * pair)) }
+        unsafe { lanes.nibbles(some(at, HEAD + 32 * pair)) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales<L: Multiply>(lanes: L, _: *const u8, factors: &[f32; LANES], pair: usize) -> L::Vector {
+        lanes.eights(factors[2 * pair], factors[2 * pair + 1])
+    }
+}
+
+impl Along for Q5K {
+    const BYTES: usize = Dtype::Q5K.block_bytes();
+    const SIGNED: bool = false;
+    const BESIDE: Beside = Beside::Sums;
+
+    #[inline(always)]
+    unsafe fn factors<L: Multiply>(lanes: L, at: *const u8) -> L::Vector {
+        // SAFETY: a chunk is a block.
+        scales_and_offsets(lanes, unsafe { some(at, 0) })
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Multiply>(lanes: L, at: *const u8, pair: usize) -> L::Vector {
+        // SAFETY: a quarter of a block's weights, and the fifth bits of all.
+        unsafe { lanes.fives(some(at, HEAD + 32 + 32 * pair), some(at, HEAD), pair) }
     }
 
     #[inline(always)]
@@ -179,6 +210,7 @@ impl Along for Mxfp4 {
 pub(crate) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
     match product.dtype {
         Dtype::Q4K => lanes.call(OfRows(product, Q4K)),
+        Dtype::Q5K => lanes.call(OfRows(product, Q5K)),
         Dtype::Q6K => lanes.call(OfRows(product, Q6K)),
         Dtype::Mxfp4 => lanes.call(OfRows(product, Mxfp4)),
         _ => lanes.call(OfRows(product, Q8_0)),
@@ -218,7 +250,6 @@ fn run<Q: Along, L: Multiply>(lanes: L, product: &mut Product<'_>) {
             match count - done {
                 1 => done += stored.meet::<Q, L, 1>(lanes, product, &lines, row, done),
                 2 => done += stored.meet::<Q, L, 2>(lanes, product, &lines, row, done),
-                3 => done += stored.meet::<Q, L, 3>(lanes, product, &lines, row, done),
                 _ => done += stored.meet::<Q, L, TOKENS>(lanes, product, &lines, row, done),
             }
         }

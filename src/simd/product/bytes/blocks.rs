@@ -6,7 +6,7 @@ use crate::simd::LANES;
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{CHUNK, GROUP};
-use crate::simd::quantized::{TWICE, power_of_two};
+use crate::simd::quantized::{HEAD, SMALL_TWICE, TWICE, power_of_two};
 
 /// Where the bytes of a line begin.
 pub(super) const BYTES_AT: usize = 28;
@@ -14,11 +14,11 @@ pub(super) const BYTES_AT: usize = 28;
 /// Packed weights of [`CHUNK`] columns: four pairs of groups, each 64 columns of sixteen rows.
 pub(super) const PAIRS: usize = CHUNK / (2 * GROUP);
 /// Lines of a pair's weights; with those of `q8_0` the scales lie between them.
-const PAIR: usize = 17;
+pub(super) const PAIR: usize = 17;
 /// Where the scales of groups, or of their halves, begin.
-const SCALES: usize = PAIR * PAIRS;
+pub(super) const SCALES: usize = PAIR * PAIRS;
 /// Where the offsets of groups begin.
-const OFFSETS: usize = SCALES + 4 * PAIRS;
+pub(super) const OFFSETS: usize = SCALES + 4 * PAIRS;
 /// Lines of all.
 pub(super) const PACKED: usize = OFFSETS + 2 * PAIRS;
 
@@ -36,10 +36,25 @@ pub(super) struct Chunk<'a> {
     pub(super) ahead_at: usize,
 }
 
+/// What is added to products, where [`Blocks::FIT`] is not 0.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Start {
+    /// The offsets of groups times the sums of their activations.
+    Offsets,
+    /// −32 times the sums of the bytes of each half of a group.
+    HalfSums,
+}
+
 /// What differs between quantised dtypes.
 pub(super) trait Blocks {
     /// Bytes of a row in a chunk.
     const BYTES: usize;
+    /// Words of four columns that share a scale.
+    const SCALED: usize = 8;
+    /// How many words' products with bytes can be added in sixteen bits; 0 for those with sign.
+    const FIT: usize = 0;
+    /// What the sums of products begin with.
+    const START: Start = Start::Offsets;
 
     /// Packs a chunk of sixteen rows.
     ///
@@ -62,6 +77,7 @@ pub(super) trait Blocks {
 
 pub(super) struct Q8_0;
 pub(super) struct Q4K;
+pub(super) struct Q5K;
 pub(super) struct Q6K;
 pub(super) struct Mxfp4;
 
@@ -105,7 +121,7 @@ unsafe fn four<L: Multiply>(lanes: L, chunk: &Chunk<'_>, at: usize) -> [L::Vecto
 /// # Safety
 /// There is a line, and a word at that byte of it.
 #[inline(always)]
-unsafe fn word<L: Multiply>(lanes: L, line: *const Line, byte: usize) -> L::Vector {
+pub(super) unsafe fn word<L: Multiply>(lanes: L, line: *const Line, byte: usize) -> L::Vector {
     // SAFETY: the caller has it.
     lanes.repeat(unsafe { line.cast::<u8>().add(byte).cast::<u32>().read_unaligned() })
 }
@@ -137,7 +153,8 @@ impl Blocks for Q8_0 {
     /// Scales that stand among weights meet zeros.
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
-        let sign = lanes.repeat(SIGN);
+        // Along a word bytes keep their signs.
+        let sign = lanes.repeat(if L::ALONG { 0 } else { SIGN });
         for part in 0..(PAIR * chunk.pairs).div_ceil(LANES).min(4) {
             // SAFETY: they lie within eight blocks.
             let words = unsafe { sixteen(lanes, chunk, part * LINE_BYTES) };
@@ -216,38 +233,25 @@ fn scaled<L: Multiply>(
 /// The upper two bits of every byte, where bits 4 and 5 are.
 #[inline(always)]
 fn upper<L: Multiply>(lanes: L, word: L::Vector) -> L::Vector {
-    lanes.shift_left_4(lanes.and(lanes.shift_right(word, lanes.repeat(0x0006_0006)), lanes.repeat(0x0303_0303)))
+    lanes.shift_words_left(lanes.and(lanes.shift_words(word, 6), lanes.repeat(0x0303_0303)), 4)
 }
 
 impl Blocks for Q4K {
     const BYTES: usize = Dtype::Q4K.block_bytes();
+    const FIT: usize = 8;
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
+        // SAFETY: a block begins with its scales.
+        unsafe { pack_scales(lanes, chunk, packed) };
         let low = lanes.repeat(0x0f0f_0f0f);
-        // SAFETY: a block begins with sixteen bytes of scales.
-        let [factors, first, second, both] = unsafe { four(lanes, chunk, 0) };
-        let (scale, least) = (lanes.low_halves(factors), lanes.low_halves(lanes.shift_words(factors, 16)));
-        let least = lanes.sub(lanes.splat(0.0), least);
-        // Four six-bit numbers in a word; of the last four the upper two bits stand above those of the first.
-        let six = lanes.repeat(0x3f3f_3f3f);
-        let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_right(both, lanes.repeat(0x0004_0004)), low)];
-        let scales = [lanes.and(first, six), lanes.xor(nibbles[0], upper(lanes, first))];
-        let offsets = [lanes.and(second, six), lanes.xor(nibbles[1], upper(lanes, second))];
-        for group in 0..2 * PAIRS {
-            let factor = lanes.mul(lanes.byte_floats(scales[group / 4], group % 4), scale);
-            lanes.store_line(factor, &mut packed[SCALES + group]);
-            let offset = lanes.mul(lanes.byte_floats(offsets[group / 4], group % 4), least);
-            lanes.store_line(offset, &mut packed[OFFSETS + group]);
-        }
-        let by = lanes.repeat(0x0004_0004);
         for part in 0..2 {
             // SAFETY: then come 128 bytes of weights.
-            let words = unsafe { sixteen(lanes, chunk, 16 + part * LINE_BYTES) };
+            let words = unsafe { sixteen(lanes, chunk, HEAD + part * LINE_BYTES) };
             for (at, word) in words.into_iter().enumerate() {
                 let line = PAIR * (2 * part + at / 8) + at % 8;
                 lanes.store_line(lanes.and(word, low), &mut packed[line]);
-                lanes.store_line(lanes.and(lanes.shift_right(word, by), low), &mut packed[line + 8]);
+                lanes.store_line(lanes.and(lanes.shift_words(word, 4), low), &mut packed[line + 8]);
             }
         }
     }
@@ -277,8 +281,75 @@ impl Blocks for Q4K {
     }
 }
 
+/// Packs the scales and the offsets of sixteen rows of blocks that begin as `q4_K` and `q5_K` do.
+///
+/// # Safety
+/// There are [`HEAD`] bytes at each.
+#[inline(always)]
+unsafe fn pack_scales<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
+    let low = lanes.repeat(0x0f0f_0f0f);
+    // SAFETY: the caller has them.
+    let [factors, first, second, both] = unsafe { four(lanes, chunk, 0) };
+    let (scale, least) = (lanes.low_halves(factors), lanes.low_halves(lanes.shift_words(factors, 16)));
+    let least = lanes.sub(lanes.splat(0.0), least);
+    // Four six-bit numbers in a word; of the last four the upper two bits stand above those of the first.
+    let six = lanes.repeat(0x3f3f_3f3f);
+    let nibbles = [lanes.and(both, low), lanes.and(lanes.shift_words(both, 4), low)];
+    let scales = [lanes.and(first, six), lanes.xor(nibbles[0], upper(lanes, first))];
+    let offsets = [lanes.and(second, six), lanes.xor(nibbles[1], upper(lanes, second))];
+    for group in 0..2 * PAIRS {
+        let factor = lanes.mul(lanes.byte_floats(scales[group / 4], group % 4), scale);
+        lanes.store_line(factor, &mut packed[SCALES + group]);
+        let offset = lanes.mul(lanes.byte_floats(offsets[group / 4], group % 4), least);
+        lanes.store_line(offset, &mut packed[OFFSETS + group]);
+    }
+}
+
+impl Blocks for Q5K {
+    const BYTES: usize = Dtype::Q5K.block_bytes();
+    const FIT: usize = 4;
+
+    #[inline(always)]
+    unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
+        // SAFETY: a block begins with its scales.
+        unsafe { pack_scales(lanes, chunk, packed) };
+        let (low, one) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0101_0101));
+        // SAFETY: then come 32 bytes of fifth bits.
+        let fifths = unsafe { [four(lanes, chunk, HEAD), four(lanes, chunk, HEAD + 16)] };
+        for part in 0..2 {
+            // SAFETY: then 128 bytes of the lower four bits.
+            let words = unsafe { sixteen(lanes, chunk, HEAD + 32 + part * LINE_BYTES) };
+            for (at, word) in words.into_iter().enumerate() {
+                let (pair, at) = (2 * part + at / 8, at % 8);
+                for half in 0..2 {
+                    let nibbles = lanes.and(lanes.shift_words(word, 4 * half as u32), low);
+                    let fifth = lanes.shift_words(fifths[at / 4][at % 4], (2 * pair + half) as u32);
+                    // The two have no bit in common.
+                    let weights = lanes.xor(nibbles, lanes.shift_words_left(lanes.and(fifth, one), 4));
+                    lanes.store_line(weights, &mut packed[PAIR * pair + 8 * half + at]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pair<L: Multiply, const T: usize>(
+        lanes: L,
+        packed: &[Line; PACKED],
+        pair: usize,
+        inputs: &[*const Line; T],
+        all: &mut [L::Vector; T],
+    ) {
+        // SAFETY: as for the caller; the bytes are fewer than 128 there too.
+        unsafe { Q4K::pair(lanes, packed, pair, inputs, all) }
+    }
+}
+
 impl Blocks for Q6K {
     const BYTES: usize = Dtype::Q6K.block_bytes();
+    const SCALED: usize = 4;
+    const FIT: usize = 2;
+    const START: Start = Start::HalfSums;
 
     #[inline(always)]
     unsafe fn pack<L: Multiply>(lanes: L, chunk: &Chunk<'_>, packed: &mut [Line; PACKED]) {
@@ -299,10 +370,10 @@ impl Blocks for Q6K {
             for (at, lower) in lower.into_iter().enumerate() {
                 for odd in 0..2 {
                     let by = [4 * odd, 4 * odd + 2 * (at / 8)];
-                    let nibbles = lanes.and(lanes.shift_right(lower, lanes.repeat(by[0] as u32 * 0x0001_0001)), low);
-                    let pairs = lanes.shift_right(upper[8 * half + at % 8], lanes.repeat(by[1] as u32 * 0x0001_0001));
+                    let nibbles = lanes.and(lanes.shift_words(lower, by[0] as u32), low);
+                    let pairs = lanes.shift_words(upper[8 * half + at % 8], by[1] as u32);
                     // The two have no bit in common.
-                    let weights = lanes.xor(nibbles, lanes.shift_left_4(lanes.and(pairs, pair)));
+                    let weights = lanes.xor(nibbles, lanes.shift_words_left(lanes.and(pairs, pair), 4));
                     lanes.store_line(weights, &mut packed[PAIR * (2 * half + odd) + at]);
                 }
             }
@@ -335,6 +406,7 @@ impl Blocks for Q6K {
 
 impl Blocks for Mxfp4 {
     const BYTES: usize = 8 * Dtype::Mxfp4.block_bytes();
+    const FIT: usize = 4;
 
     /// Eight blocks are 34 words, in which scales and weights begin at any byte: two words are joined into one of weights.
     #[inline(always)]
@@ -346,11 +418,17 @@ impl Blocks for Mxfp4 {
         words[..LANES].copy_from_slice(&first);
         words[LANES..2 * LANES].copy_from_slice(&second);
         words[32..34].copy_from_slice(&last[2..]);
-        let (low, by) = (lanes.repeat(0x0f0f_0f0f), lanes.repeat(0x0004_0004));
+        let low = lanes.repeat(0x0f0f_0f0f);
+        // Above zero by 128, which products take back as integers, or by 12, so that four words' products fit sixteen bits.
+        let table = if L::ALONG { &SMALL_TWICE } else { &TWICE };
         for group in 0..2 * PAIRS {
             let at = Dtype::Mxfp4.block_bytes() * group;
             let scale = lanes.and(lanes.shift_words(words[at / 4], 8 * (at % 4) as u32), lanes.repeat(0xff));
-            lanes.store_line(power_of_two(lanes, scale), &mut packed[SCALES + group]);
+            let scale = power_of_two(lanes, scale);
+            lanes.store_line(scale, &mut packed[SCALES + group]);
+            if L::ALONG {
+                lanes.store_line(lanes.mul(scale, lanes.splat(-12.0)), &mut packed[OFFSETS + group]);
+            }
             let (at, line) = (at + 1, PAIR * (group / 2) + 8 * (group % 2));
             for word in 0..4 {
                 let (word_at, shift) = (at / 4 + word, 8 * (at % 4) as u32);
@@ -359,9 +437,9 @@ impl Blocks for Mxfp4 {
                     lanes.shift_words(words[word_at], shift),
                     lanes.shift_words_left(words[word_at + 1], 32 - shift),
                 );
-                let upper = lanes.and(lanes.shift_right(nibbles, by), low);
-                lanes.store_line(lanes.lookup(&TWICE, lanes.and(nibbles, low)), &mut packed[line + word]);
-                lanes.store_line(lanes.lookup(&TWICE, upper), &mut packed[line + 4 + word]);
+                let upper = lanes.and(lanes.shift_words(nibbles, 4), low);
+                lanes.store_line(lanes.lookup(table, lanes.and(nibbles, low)), &mut packed[line + word]);
+                lanes.store_line(lanes.lookup(table, upper), &mut packed[line + 4 + word]);
             }
         }
     }

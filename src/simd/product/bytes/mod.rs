@@ -4,7 +4,7 @@
 //! each, an instruction multiplies them with a word of activations, and the scales of sixteen rows are a vector too. What
 //! is packed stays in the first cache while all tokens meet it.
 //!
-//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q6_K`, `_mxfp4` in ggml-quants.c). Activations are rounded to bytes with one
+//! Layouts of weights are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q5_K`, `_q6_K`, `_mxfp4` in ggml-quants.c). Activations are rounded to bytes with one
 //! scale for each 32 of them, `scale = max |x| / 127`, as ggml does for `q8_0`. A [`Line`] holds 32 of them and what is known of them:
 //!
 //! | word | |
@@ -21,8 +21,9 @@
 
 mod along;
 mod blocks;
+mod narrow;
 
-use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q6K, Q8_0};
+use self::blocks::{BYTES_AT, Blocks, Chunk, Mxfp4, PACKED, Q4K, Q5K, Q6K, Q8_0};
 use super::rows::{BLOCK, CHUNK, GROUP, Product, Rows};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
@@ -30,6 +31,9 @@ use crate::simd::{Kernel, LANES};
 
 /// Tokens that meet packed weights at a time: as many sums, and nine vectors of weights, fit the registers. Run by `benches/engine`.
 const TOKENS: usize = 8;
+
+/// The same of sets with half of the registers.
+const FEW_TOKENS: usize = 4;
 
 /// How many chunks of weights are read ahead. Run by `benches/engine`.
 const AHEAD_CHUNKS: usize = 2;
@@ -71,11 +75,12 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    if L::ALONG {
+    if L::ALONG && product.tokens.len() < along::MANY {
         return along::product(lanes, product);
     }
     match product.dtype {
         Dtype::Q4K => lanes.call(OfBlocks(product, Q4K)),
+        Dtype::Q5K => lanes.call(OfBlocks(product, Q5K)),
         Dtype::Q6K => lanes.call(OfBlocks(product, Q6K)),
         Dtype::Mxfp4 => lanes.call(OfBlocks(product, Mxfp4)),
         _ => lanes.call(OfBlocks(product, Q8_0)),
@@ -133,18 +138,18 @@ fn run<Q: Blocks, L: Multiply>(lanes: L, product: &mut Product<'_>) {
         let part = PackedChunk { packed, chunk, pairs, input: product.input };
         let (mut tokens, mut sums) = (product.tokens, &mut *product.sums);
         while !tokens.is_empty() {
-            let most = if L::WIDE { TOKENS } else { 1 };
+            let most = if L::WIDE { TOKENS } else { FEW_TOKENS };
             let count = tokens.len().div_ceil(tokens.len().div_ceil(most));
             let (now, rest) = tokens.split_at(count);
             let (into, behind) = std::mem::take(&mut sums).split_at_mut(count * BLOCK);
             (tokens, sums) = (rest, behind);
             match count {
                 1 => part.run::<Q, L, 1>(lanes, now, into),
-                // The others are not compiled.
-                _ if !L::WIDE => unreachable!("{count} tokens"),
                 2 => part.run::<Q, L, 2>(lanes, now, into),
                 3 => part.run::<Q, L, 3>(lanes, now, into),
                 4 => part.run::<Q, L, 4>(lanes, now, into),
+                // The others are not compiled.
+                _ if !L::WIDE => unreachable!("{count} tokens"),
                 5 => part.run::<Q, L, 5>(lanes, now, into),
                 6 => part.run::<Q, L, 6>(lanes, now, into),
                 7 => part.run::<Q, L, 7>(lanes, now, into),
@@ -197,7 +202,15 @@ impl PackedChunk<'_> {
             let mut starts = starts;
             for pair in 0..self.pairs {
                 // SAFETY: a row has two lines for each pair; `Rows` and `Product` have checked the numbers of both.
-                unsafe { Q::pair(lanes, packed, pair, &starts, &mut all) };
+                unsafe {
+                    if !L::ALONG {
+                        Q::pair(lanes, packed, pair, &starts, &mut all);
+                    } else if Q::FIT > 0 {
+                        narrow::pair::<Q, L, T>(lanes, packed, pair, &starts, &mut all);
+                    } else {
+                        narrow::signed_pair(lanes, packed, pair, &starts, &mut all);
+                    }
+                }
                 for start in &mut starts {
                     *start = start.wrapping_add(2);
                 }
