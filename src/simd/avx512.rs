@@ -392,6 +392,24 @@ impl<const DOTS: bool> Multiply for Avx512<DOTS> {
     }
 
     #[inline(always)]
+    fn eights_of(self, vector: __m512, _: &[f32; LANES], pair: usize) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(2 * pair as i32)), vector)
+        }
+    }
+
+    #[inline(always)]
+    fn quads_of(self, vector: __m512, _: &[f32; LANES], pair: usize) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(4 * pair as i32)), vector)
+        }
+    }
+
+    #[inline(always)]
     fn sizes(self, a: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_castsi512_ps(_mm512_abs_epi8(_mm512_castps_si512(a))) }

@@ -203,6 +203,18 @@ pub(crate) trait Multiply: Lanes {
         self.and(self.shift_right(self.halves(from, from), self.line(&BY)), self.repeat(0x0f0f_0f0f))
     }
 
+    /// Lanes `2 · pair` and `2 · pair + 1` of a vector, eight times each; `stored` is the vector as it lies in memory.
+    #[inline(always)]
+    fn eights_of(self, _vector: Self::Vector, stored: &[f32; LANES], pair: usize) -> Self::Vector {
+        self.eights(stored[2 * pair], stored[2 * pair + 1])
+    }
+
+    /// Lanes from `4 · pair` on of a vector, four times each; as above.
+    #[inline(always)]
+    fn quads_of(self, _vector: Self::Vector, stored: &[f32; LANES], pair: usize) -> Self::Vector {
+        self.quads(&stored.as_chunks::<4>().0[pair])
+    }
+
     /// The lower halves of the bytes `first`, then the upper ones, then those of `second`.
     #[inline(always)]
     fn nibbles_of_two(self, first: &[u8; 16], second: &[u8; 16]) -> Self::Vector {

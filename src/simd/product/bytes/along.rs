@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use super::blocks::BYTES_AT;
+use super::blocks::{BYTES_AT, PAIRS};
 use crate::simd::dtype::Dtype;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{BLOCK, CHUNK, GROUP, Product};
@@ -15,11 +15,24 @@ use crate::simd::{Kernel, LANES};
 /// From so many rows of activations on, packing is worth it. Run by `examples/engine_table --isa avx2`.
 pub(super) const MANY: usize = 4;
 
+/// The same where products of bytes are instructions.
+pub(super) const MANY_WITH_DOTS: usize = 2;
+
 /// Rows of activations that meet a weight row at a time: all that come here.
 const TOKENS: usize = MANY - 1;
 
 /// How far ahead weights are asked for. No other distance was tried; `examples/engine_table --isa avx2` runs it.
 const AHEAD_BYTES: usize = 3072;
+
+/// Weight rows side by side.
+const ROWS: usize = 2;
+
+/// Lines of prepared activations for a pair of groups, and for a chunk with what meets its factors.
+const PAIR_LINES: usize = 3;
+const CHUNK_LINES: usize = PAIR_LINES * PAIRS + 1;
+
+/// A byte with sign, plus 128.
+const SIGN: u32 = 0x8080_8080;
 
 /// Bytes of the largest chunk.
 const LARGEST: usize = Q8_0::BYTES;
@@ -58,11 +71,17 @@ trait Along {
     /// There are the bytes of a chunk.
     unsafe fn weights<L: Multiply>(lanes: L, at: *const u8, pair: usize) -> L::Vector;
 
-    /// What their products count, for each four.
+    /// What their products count, for each four; the chunk's factors come as a vector and as they lie in memory.
     ///
     /// # Safety
     /// There are the bytes of a chunk.
-    unsafe fn scales<L: Multiply>(lanes: L, at: *const u8, factors: &[f32; LANES], pair: usize) -> L::Vector;
+    unsafe fn scales<L: Multiply>(
+        lanes: L,
+        at: *const u8,
+        made: L::Vector,
+        factors: &[f32; LANES],
+        pair: usize,
+    ) -> L::Vector;
 }
 
 struct Q8_0;
@@ -104,7 +123,7 @@ impl Along for Q8_0 {
     }
 
     #[inline(always)]
-    unsafe fn scales<L: Multiply>(lanes: L, at: *const u8, _: &[f32; LANES], pair: usize) -> L::Vector {
+    unsafe fn scales<L: Multiply>(lanes: L, at: *const u8, _: L::Vector, _: &[f32; LANES], pair: usize) -> L::Vector {
         let block = 2 * pair * Dtype::Q8_0.block_bytes();
         // SAFETY: as above.
         let [first, second] = unsafe { [*some(at, block), *some(at, block + Dtype::Q8_0.block_bytes())] };
@@ -130,8 +149,14 @@ impl Along for Q4K {
     }
 
     #[inline(always)]
-    unsafe fn scales<L: Multiply>(lanes: L, _: *const u8, factors: &[f32; LANES], pair: usize) -> L::Vector {
-        lanes.eights(factors[2 * pair], factors[2 * pair + 1])
+    unsafe fn scales<L: Multiply>(
+        lanes: L,
+        _: *const u8,
+        made: L::Vector,
+        factors: &[f32; LANES],
+        pair: usize,
+    ) -> L::Vector {
+        lanes.eights_of(made, factors, pair)
     }
 }
 
@@ -153,8 +178,14 @@ impl Along for Q5K {
     }
 
     #[inline(always)]
-    unsafe fn scales<L: Multiply>(lanes: L, _: *const u8, factors: &[f32; LANES], pair: usize) -> L::Vector {
-        lanes.eights(factors[2 * pair], factors[2 * pair + 1])
+    unsafe fn scales<L: Multiply>(
+        lanes: L,
+        _: *const u8,
+        made: L::Vector,
+        factors: &[f32; LANES],
+        pair: usize,
+    ) -> L::Vector {
+        lanes.eights_of(made, factors, pair)
     }
 }
 
@@ -177,8 +208,14 @@ impl Along for Q6K {
     }
 
     #[inline(always)]
-    unsafe fn scales<L: Multiply>(lanes: L, _: *const u8, factors: &[f32; LANES], pair: usize) -> L::Vector {
-        lanes.quads(&factors.as_chunks::<4>().0[pair])
+    unsafe fn scales<L: Multiply>(
+        lanes: L,
+        _: *const u8,
+        made: L::Vector,
+        factors: &[f32; LANES],
+        pair: usize,
+    ) -> L::Vector {
+        lanes.quads_of(made, factors, pair)
     }
 }
 
@@ -196,7 +233,7 @@ impl Along for Mxfp4 {
     }
 
     #[inline(always)]
-    unsafe fn scales<L: Multiply>(lanes: L, at: *const u8, _: &[f32; LANES], pair: usize) -> L::Vector {
+    unsafe fn scales<L: Multiply>(lanes: L, at: *const u8, _: L::Vector, _: &[f32; LANES], pair: usize) -> L::Vector {
         let block = 2 * pair * Dtype::Mxfp4.block_bytes();
         // SAFETY: as above.
         let [[first], [second]] = unsafe { [*some(at, block), *some(at, block + Dtype::Mxfp4.block_bytes())] };
@@ -232,132 +269,144 @@ impl<Q: Along> Kernel for OfRows<'_, '_, Q> {
 #[inline(always)]
 fn run<Q: Along, L: Multiply>(lanes: L, product: &mut Product<'_>) {
     let (count, chunks) = (product.tokens.len(), product.input.columns().div_ceil(CHUNK));
-    let beside = if Q::BESIDE == Beside::Nothing { 0 } else { count * chunks };
-    let mut lines = product.workspace.take(beside);
-    if Q::BESIDE != Beside::Nothing {
-        sums_of::<L>(lanes, product, Q::BESIDE, chunks, &mut lines[..beside]);
+    let mut lines = product.workspace.take(count * chunks * CHUNK_LINES);
+    for (&token, lines) in product.tokens.iter().zip(lines.chunks_exact_mut(chunks * CHUNK_LINES)) {
+        for (chunk, lines) in lines.as_chunks_mut::<CHUNK_LINES>().0.iter_mut().enumerate() {
+            prepare::<Q, L>(lanes, product, token, chunk, lines);
+        }
     }
     let whole = product.weights[0].len() / Q::BYTES;
     let left = product.weights[0].len() - whole * Q::BYTES;
-    let mut last = [0; LARGEST];
-    for row in 0..BLOCK {
-        let start = product.weights[row].as_ptr();
-        // A row that ends within a chunk ends with zeros.
-        last[..left].copy_from_slice(&product.weights[row][whole * Q::BYTES..]);
-        let stored = Row { start, whole, last: &last, chunks };
-        let mut done = 0;
-        while done < count {
-            match count - done {
-                1 => done += stored.meet::<Q, L, 1>(lanes, product, &lines, row, done),
-                2 => done += stored.meet::<Q, L, 2>(lanes, product, &lines, row, done),
-                _ => done += stored.meet::<Q, L, TOKENS>(lanes, product, &lines, row, done),
-            }
+    let mut last = [[0; LARGEST]; ROWS];
+    for row in (0..BLOCK).step_by(ROWS) {
+        let mut starts = [std::ptr::null(); ROWS];
+        for at in 0..ROWS {
+            starts[at] = product.weights[row + at].as_ptr();
+            // A row that ends within a chunk ends with zeros.
+            last[at][..left].copy_from_slice(&product.weights[row + at][whole * Q::BYTES..]);
+        }
+        let stored = Stored { starts, whole, last: &last, chunks, row };
+        match count {
+            0 => {}
+            1 => stored.meet::<Q, L, 1>(lanes, product, &lines),
+            2 => stored.meet::<Q, L, 2>(lanes, product, &lines),
+            _ => stored.meet::<Q, L, TOKENS>(lanes, product, &lines),
         }
     }
     product.workspace.give_back(lines);
 }
 
-/// Numbers of the activations that meet factors of weights, a line for each token and chunk.
+/// Activations of a chunk as rows of weights meet them: of each pair of groups the bytes, their scales and where integers start; then what
+/// meets the chunk's factors. Made once for all rows.
 #[inline(always)]
-fn sums_of<L: Multiply>(lanes: L, product: &Product<'_>, kind: Beside, chunks: usize, beside: &mut [Line]) {
-    let columns = product.input.columns();
-    for (&token, beside) in product.tokens.iter().zip(beside.chunks_exact_mut(chunks)) {
-        for (chunk, into) in beside.iter_mut().enumerate() {
-            let groups = (columns - chunk * CHUNK).min(CHUNK).div_ceil(GROUP);
-            let start = product.input.column(token, chunk * CHUNK, GROUP);
-            let mut words = [0.0f32; LANES];
-            for group in 0..groups {
-                // SAFETY: a row has a line for each group; `Rows` and `Product` have checked the numbers of both.
-                let line = unsafe { &*start.add(group) };
-                if kind == Beside::Sums {
-                    words[LANES / 2 + group] = f32::from_bits(line.0[1]);
-                } else {
-                    let scale = f32::from_bits(line.0[0]);
-                    words[2 * group] = line.0[3] as i32 as f32 * scale;
-                    words[2 * group + 1] = line.0[4] as i32 as f32 * scale;
-                }
-            }
-            lanes.store_line(lanes.load(&words), into);
+fn prepare<Q: Along, L: Multiply>(
+    lanes: L,
+    product: &Product<'_>,
+    token: u32,
+    chunk: usize,
+    into: &mut [Line; CHUNK_LINES],
+) {
+    let columns = (product.input.columns() - chunk * CHUNK).min(CHUNK);
+    let start = product.input.column(token, chunk * CHUNK, GROUP).cast::<u8>();
+    for pair in 0..columns.div_ceil(2 * GROUP) {
+        // SAFETY: a row has two lines for each pair, its scale in front of its bytes; `Rows` and `Product` have checked the numbers of both.
+        let (low, high, scale) = unsafe {
+            let line = start.add(2 * pair * LINE_BYTES);
+            let scale = [line.cast::<f32>().read(), line.add(LINE_BYTES).cast::<f32>().read()];
+            (some(line, BYTES_AT), some(line, LINE_BYTES + BYTES_AT), scale)
+        };
+        let bytes = lanes.halves(low, high);
+        lanes.store_line(bytes, &mut into[PAIR_LINES * pair]);
+        lanes.store_line(lanes.eights(scale[0], scale[1]), &mut into[PAIR_LINES * pair + 1]);
+        if L::DOTS && Q::SIGNED {
+            let of_128 = lanes.words(lanes.dot_bytes(lanes.repeat(SIGN), bytes, lanes.splat(0.0)));
+            lanes.store_line(lanes.of_words(of_128.map(u32::wrapping_neg)), &mut into[PAIR_LINES * pair + 2]);
         }
     }
+    if Q::BESIDE == Beside::Nothing {
+        return;
+    }
+    let mut words = [0.0f32; LANES];
+    for group in 0..columns.div_ceil(GROUP) {
+        // SAFETY: a row has a line for each group; as above.
+        let line = unsafe { &*start.cast::<Line>().add(group) };
+        if Q::BESIDE == Beside::Sums {
+            words[LANES / 2 + group] = f32::from_bits(line.0[1]);
+        } else {
+            let scale = f32::from_bits(line.0[0]);
+            words[2 * group] = line.0[3] as i32 as f32 * scale;
+            words[2 * group + 1] = line.0[4] as i32 as f32 * scale;
+        }
+    }
+    lanes.store_line(lanes.load(&words), &mut into[CHUNK_LINES - 1]);
 }
 
-/// A weight row.
-struct Row<'a> {
-    start: *const u8,
-    /// Chunks that it has whole.
+/// Weight rows that are met side by side: two streams come faster from memory than one, and two sums wait for nobody.
+struct Stored<'a> {
+    starts: [*const u8; ROWS],
+    /// Chunks that they have whole.
     whole: usize,
     /// What comes after them.
-    last: &'a [u8; LARGEST],
+    last: &'a [[u8; LARGEST]; ROWS],
     chunks: usize,
+    /// Which row of the block is the first.
+    row: usize,
 }
 
-impl Row<'_> {
-    /// Its sums with `T` tokens from `first` on; returns `T`.
+impl Stored<'_> {
+    /// Their sums with `T` tokens, whose activations are `lines`.
     #[inline(always)]
-    fn meet<Q: Along, L: Multiply, const T: usize>(
-        &self,
-        lanes: L,
-        product: &mut Product<'_>,
-        beside: &[Line],
-        row: usize,
-        first: usize,
-    ) -> usize {
+    fn meet<Q: Along, L: Multiply, const T: usize>(&self, lanes: L, product: &mut Product<'_>, lines: &[Line]) {
         let columns = product.input.columns();
-        let tokens: &[u32; T] = product.tokens[first..].first_chunk().expect("as many tokens");
-        let mut all = [lanes.splat(0.0); T];
-        let mut factors = [0.0; LANES];
-        let (mut inputs, of_segment) = ([std::ptr::null(); T], product.input.segment / CHUNK);
-        let (mut segment, mut left) = (0, 0);
+        let mut all = [[lanes.splat(0.0); ROWS]; T];
         for chunk in 0..self.chunks {
-            let at = if chunk < self.whole { self.start.wrapping_add(chunk * Q::BYTES) } else { self.last.as_ptr() };
             let pairs = (columns - chunk * CHUNK).min(CHUNK).div_ceil(2 * GROUP);
-            if left == 0 {
-                for (input, &token) in inputs.iter_mut().zip(tokens) {
-                    *input = product.input.at(token, segment);
-                }
-                (segment, left) = (segment + 1, of_segment);
+            let mut inputs = [&[Line([0; LANES]); CHUNK_LINES]; T];
+            for (t, input) in inputs.iter_mut().enumerate() {
+                *input = lines[(t * self.chunks + chunk) * CHUNK_LINES..].first_chunk().expect("a chunk's lines");
             }
-            left -= 1;
-            if first == 0 {
-                // Rows follow each other.
+            for row in 0..ROWS {
+                let start = self.starts[row].wrapping_add(chunk * Q::BYTES);
+                let at = if chunk < self.whole { start } else { self.last[row].as_ptr() };
+                // Rows follow each other: after the two come two more.
                 for line in 0..Q::BYTES.div_ceil(LINE_BYTES) {
-                    lanes.prefetch(self.start.wrapping_add(chunk * Q::BYTES + AHEAD_BYTES + line * LINE_BYTES));
+                    lanes.prefetch(start.wrapping_add(AHEAD_BYTES + line * LINE_BYTES));
                 }
-            }
-            if Q::BESIDE != Beside::Nothing {
-                // SAFETY: a row has the bytes of a chunk at each of them.
-                let made = unsafe { Q::factors(lanes, at) };
-                lanes.store(made, &mut factors);
-                for (t, all) in all.iter_mut().enumerate() {
-                    *all = lanes.mul_add(made, lanes.line(&beside[(first + t) * self.chunks + chunk]), *all);
-                }
-            }
-            for pair in 0..pairs {
-                // SAFETY: as above.
-                let (weights, scales) = unsafe { (Q::weights(lanes, at, pair), Q::scales(lanes, at, &factors, pair)) };
-                let sizes = if Q::SIGNED { lanes.sizes(weights) } else { weights };
-                for (all, input) in all.iter_mut().zip(&mut inputs) {
-                    let line = input.cast::<u8>();
-                    *input = input.wrapping_add(2);
-                    // SAFETY: a row has two lines for each pair, its scale in front of its bytes; `Rows` and `Product` have checked the
-                    // numbers of both.
-                    let (low, high, scale) = unsafe {
-                        let scale = [line.cast::<f32>().read(), line.add(LINE_BYTES).cast::<f32>().read()];
-                        (some(line, BYTES_AT), some(line, LINE_BYTES + BYTES_AT), scale)
-                    };
-                    let mut bytes = lanes.halves(low, high);
-                    if Q::SIGNED {
-                        bytes = lanes.with_signs(bytes, weights);
+                let mut factors = [0.0; LANES];
+                let mut made = lanes.splat(0.0);
+                if Q::BESIDE != Beside::Nothing {
+                    // SAFETY: a row has the bytes of a chunk at each of them.
+                    made = unsafe { Q::factors(lanes, at) };
+                    lanes.store(made, &mut factors);
+                    for t in 0..T {
+                        all[t][row] = lanes.mul_add(made, lanes.line(&inputs[t][CHUNK_LINES - 1]), all[t][row]);
                     }
-                    let products = lanes.convert(lanes.dot_small(sizes, bytes));
-                    *all = lanes.mul_add(products, lanes.mul(scales, lanes.eights(scale[0], scale[1])), *all);
+                }
+                for pair in 0..pairs {
+                    // SAFETY: as above.
+                    let weights = unsafe { Q::weights(lanes, at, pair) };
+                    // SAFETY: as above.
+                    let scales = unsafe { Q::scales(lanes, at, made, &factors, pair) };
+                    for t in 0..T {
+                        let bytes = lanes.line(&inputs[t][PAIR_LINES * pair]);
+                        let products = if L::DOTS && Q::SIGNED {
+                            let start = lanes.line(&inputs[t][PAIR_LINES * pair + 2]);
+                            lanes.dot_bytes(lanes.xor(weights, lanes.repeat(SIGN)), bytes, start)
+                        } else if Q::SIGNED {
+                            lanes.dot_small(lanes.sizes(weights), lanes.with_signs(bytes, weights))
+                        } else {
+                            lanes.dot_small(weights, bytes)
+                        };
+                        let scaled = lanes.mul(lanes.convert(products), lanes.line(&inputs[t][PAIR_LINES * pair + 1]));
+                        all[t][row] = lanes.mul_add(scaled, scales, all[t][row]);
+                    }
                 }
             }
         }
         for (t, all) in all.into_iter().enumerate() {
-            product.sums[(first + t) * BLOCK + row] = lanes.fold_sum(all);
+            for (row, sum) in all.into_iter().enumerate() {
+                product.sums[t * BLOCK + self.row + row] = lanes.fold_sum(sum);
+            }
         }
-        T
     }
 }

@@ -75,7 +75,8 @@ pub(super) fn quantise<L: Multiply>(lanes: L, values: &[f32], lines: &mut [Line]
 /// All sums of a [`Product`] of quantised weights with bytes.
 #[inline(always)]
 pub(super) fn product<L: Multiply>(lanes: L, product: &mut Product<'_>) {
-    if L::ALONG && product.tokens.len() < along::MANY {
+    let along = if L::ALONG { along::MANY } else { along::MANY_WITH_DOTS };
+    if (L::ALONG || L::WIDE) && product.tokens.len() < along {
         return along::product(lanes, product);
     }
     match product.dtype {
