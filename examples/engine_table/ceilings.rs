@@ -1,21 +1,18 @@
 //! What this machine can do at best, measured: reading memory and multiplying matrices.
 
 use std::hint::black_box;
-use std::time::Instant;
 
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
 use phase_moe::{Dtype, Engine, Matrix};
-use rayon::prelude::*;
 
 use crate::common::fill::uniform;
 use crate::common::shape::{Format, Shape};
+use crate::reads::{Reads, seconds};
 
 /// All threads together; the best seen, since a busy neighbour only takes away.
 pub struct Ceilings {
-    /// What is read, larger than any cache.
-    buffer: Vec<f32>,
-    pub read_gb_per_second: f64,
+    pub reads: Reads,
     pub f32_gflops: f64,
     pub bf16_gflops: f64,
 }
@@ -23,9 +20,7 @@ pub struct Ceilings {
 impl Ceilings {
     /// Nothing measured yet.
     pub fn new(smoke: bool) -> Self {
-        let bytes = if smoke { 1 << 24 } else { 1 << 30 };
-        let buffer = (0..bytes / 4).into_par_iter().map(|at| at as f32).collect();
-        Self { buffer, read_gb_per_second: 0.0, f32_gflops: 0.0, bf16_gflops: 0.0 }
+        Self { reads: Reads::new(smoke), f32_gflops: 0.0, bf16_gflops: 0.0 }
     }
 
     /// Measures once more.
@@ -34,23 +29,11 @@ impl Ceilings {
             true => &[(256, 256, 256)],
             false => &[(512, 1024, 2048), (1024, 1024, 1024), (1024, 2048, 2048)],
         };
-        let all = self.buffer.len();
-        let rate = 4e-9 * all as f64 / seconds(|| read(&self.buffer));
-        self.read_gb_per_second = self.read_gb_per_second.max(rate);
+        self.reads.raise();
         self.f32_gflops = self.f32_gflops.max(products(DType::F32, sizes)?);
         // Without bf16 instructions widening the operands is the best way there is.
         self.bf16_gflops = self.bf16_gflops.max(products(DType::BF16, sizes)?).max(self.f32_gflops);
         Ok(())
-    }
-
-    /// Gigabytes per second of reading about so many bytes once, others at every turn.
-    pub fn read_now(&self, bytes: f64, turn: usize) -> f64 {
-        let part = ((bytes / 4.0) as usize).clamp(1 << 20, 1 << 26).min(self.buffer.len());
-        let parts = self.buffer.len() / part;
-        let from = &self.buffer[turn % parts * part..][..part];
-        let start = Instant::now();
-        read(from);
-        4e-9 * part as f64 / start.elapsed().as_secs_f64()
     }
 
     /// The least milliseconds in which an input of so many tokens, touching so many experts, could be done where memory is read
@@ -61,39 +44,6 @@ impl Ceilings {
         let gflops = if matches!(format.name, "f32" | "f16") { self.f32_gflops } else { self.bf16_gflops };
         read.max(operations / (gflops * 1e9)) * 1e3
     }
-}
-
-/// Seconds of the best of three medians of five calls: neither a lucky call counts nor a busy neighbour.
-fn seconds(mut call: impl FnMut()) -> f64 {
-    call();
-    let mut median = || {
-        let mut times = [(); 5].map(|()| {
-            let start = Instant::now();
-            call();
-            start.elapsed().as_secs_f64()
-        });
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    };
-    (0..3).map(|_| median()).fold(f64::INFINITY, f64::min)
-}
-
-/// Reads a buffer with all threads.
-fn read(buffer: &[f32]) {
-    // Enough sums at once that memory is waited for and not additions, and two streams, which a core reads faster than one.
-    let sum = |part: &[f32]| {
-        let (left, right) = part.split_at(part.len() / 2);
-        let mut sums = [[0f32; 16]; 2];
-        for (left, right) in left.as_chunks::<16>().0.iter().zip(right.as_chunks::<16>().0) {
-            for lane in 0..16 {
-                sums[0][lane] += left[lane];
-                sums[1][lane] += right[lane];
-            }
-        }
-        sums.iter().flatten().sum::<f32>()
-    };
-    let part = buffer.len() / (16 * rayon::current_num_threads());
-    black_box(black_box(buffer).par_chunks(part).map(sum).sum::<f32>());
 }
 
 /// The best GFLOP/s of a product `[m, k] · [n, k]ᵀ` at these `(m, k, n)`, by Candle or by this crate.

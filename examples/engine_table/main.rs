@@ -23,7 +23,11 @@ mod ceilings;
 #[path = "../../benches/common/mod.rs"]
 mod common;
 mod options;
+#[path = "../../benches/common/reads.rs"]
+mod reads;
 mod table;
+#[path = "../../benches/common/threads.rs"]
+mod threads;
 
 use std::collections::HashSet;
 use std::hint::black_box;
@@ -146,27 +150,9 @@ fn blocks(shape: Shape, format: Format, smoke: bool) -> Result<Vec<Block>, Failu
     Ok((1..=count as u64).map(|seed| Block::random(shape, format, seed)).collect::<Result<_, _>>()?)
 }
 
-/// Candle takes its numbers of threads from the environment alone, so the program starts over with them. Candle's second pool,
-/// which waits by spinning, stays off unless the environment names its size.
-fn fix_threads(threads: Option<usize>) -> Result<(), Failure> {
-    let (products, rest) = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS");
-    let set = |name| std::env::var(name).ok();
-    let wanted = match threads.map(|threads| threads.to_string()).or_else(|| set(products)) {
-        Some(wanted) => wanted,
-        None => std::thread::available_parallelism()?.to_string(),
-    };
-    let others = set(rest).unwrap_or("1".into());
-    if set(products).as_ref() == Some(&wanted) && set(rest).as_ref() == Some(&others) {
-        return Ok(());
-    }
-    let mut again = std::process::Command::new(std::env::current_exe()?);
-    let status = again.args(std::env::args_os().skip(1)).env(products, wanted).env(rest, others).status()?;
-    std::process::exit(status.code().unwrap_or(1));
-}
-
 fn main() -> Result<(), Failure> {
     let options = Options::parse(std::env::args().skip(1))?;
-    fix_threads(options.threads)?;
+    threads::fix_threads(options.threads)?;
     let mut table = Table { ceilings: Ceilings::new(options.smoke), rows: Vec::new() };
     for &shape in &options.shapes {
         for &format in options.formats.iter().filter(|format| format.fits(shape)) {
@@ -176,7 +162,7 @@ fn main() -> Result<(), Failure> {
                 let cell = Cell::new(shape, tokens, &blocks)?;
                 let able = cell.compare(&options)?;
                 let touched = cell.touched()?;
-                let read = |turn| table.ceilings.read_now(touched * shape.expert_bytes(format), turn);
+                let read = |turn| table.ceilings.reads.now(touched * shape.expert_bytes(format), turn);
                 let times = cell.measure(&able, options.patience(), read)?;
                 let row = Row { shape, format, tokens, touched, times };
                 eprintln!("{row}");

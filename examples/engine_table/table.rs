@@ -40,12 +40,12 @@ impl Table {
         let cell = |row: &Row| {
             json!({
                 "shape": row.shape.name, "dtype": row.format.name, "tokens": row.tokens, "threads": threads,
-                "millis": row.times.ours, "floor_millis": self.floor_millis(row, self.ceilings.read_gb_per_second),
+                "millis": row.times.ours, "floor_millis": self.floor_millis(row, self.ceilings.reads.gb_per_second),
                 "candle_millis": row.times.candle, "read_gb_per_second": row.times.read_gb_per_second,
             })
         };
         json!({
-            "read_gb_per_second": self.ceilings.read_gb_per_second,
+            "read_gb_per_second": self.ceilings.reads.gb_per_second,
             "matmul_gflops": { "f32": self.ceilings.f32_gflops, "bf16": self.ceilings.bf16_gflops },
             "cells": self.rows.iter().map(cell).collect::<Vec<_>>(),
         })
@@ -68,9 +68,9 @@ impl fmt::Display for Row {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Ceilings { read_gb_per_second, f32_gflops, bf16_gflops, .. } = self.ceilings;
+        let Ceilings { ref reads, f32_gflops, bf16_gflops } = self.ceilings;
         let threads = rayon::current_num_threads();
-        write!(f, "{threads} threads; reads {read_gb_per_second:.1} GB/s; ")?;
+        write!(f, "{threads} threads; reads {:.1} GB/s; ", reads.gb_per_second)?;
         writeln!(f, "products f32 {f32_gflops:.0}, bf16 {bf16_gflops:.0} GFLOP/s")?;
         writeln!(
             f,
@@ -79,7 +79,7 @@ impl fmt::Display for Table {
         write!(f, "|---|---|---|---|---|---|---|---|---|")?;
         for row in &self.rows {
             let Times { ours, candle, read_gb_per_second: then } = row.times;
-            let floor = self.floor_millis(row, read_gb_per_second);
+            let floor = self.floor_millis(row, reads.gb_per_second);
             let fraction = |floor: f64| ours.map_or("–".into(), |ours| format!("{:.0} %", 100.0 * floor / ours));
             let (fraction, fraction_then) = (fraction(floor), fraction(self.floor_millis(row, then)));
             let ratio = candle.zip(ours).map(|(candle, ours)| candle / ours);
