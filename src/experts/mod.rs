@@ -6,6 +6,7 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod engine;
 mod fused;
+mod linear;
 pub(crate) mod matrix;
 pub(crate) mod mxfp4;
 #[cfg(test)]

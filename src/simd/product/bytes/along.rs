@@ -365,8 +365,8 @@ impl Stored<'_> {
             for (t, input) in inputs.iter_mut().enumerate() {
                 *input = lines[(t * self.chunks + chunk) * CHUNK_LINES..].first_chunk().expect("a chunk's lines");
             }
-            for row in 0..ROWS {
-                let start = self.starts[row].wrapping_add(chunk * Q::BYTES);
+            for (row, &start) in self.starts.iter().enumerate() {
+                let start = start.wrapping_add(chunk * Q::BYTES);
                 let at = if chunk < self.whole { start } else { self.last[row].as_ptr() };
                 // Rows follow each other: after the two come two more.
                 for line in 0..Q::BYTES.div_ceil(LINE_BYTES) {
