@@ -2,6 +2,8 @@
 //!
 //! Counted by an allocator of this test, on all threads.
 
+#![cfg(feature = "model")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};

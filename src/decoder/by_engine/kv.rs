@@ -23,6 +23,11 @@ impl KeptBlocks {
         Self { layout, kv_heads, layers: vec![Vec::new(); layers] }
     }
 
+    /// Whether keys and values are such as these.
+    pub(super) fn is_of(&self, layout: HeadLayout, kv_heads: usize) -> bool {
+        (self.layout, self.kv_heads) == (layout, kv_heads)
+    }
+
     /// How many layers it is for.
     pub(in crate::decoder) fn layers(&self) -> usize {
         self.layers.len()

@@ -28,7 +28,7 @@ use super::finite::Place;
 use super::lookahead::Pass;
 use super::moe_step::{guess_ahead, moe_step};
 use super::state::{DecoderState, Kept};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::experts::work as engine_work;
@@ -124,6 +124,16 @@ impl ByEngine {
         let Multipliers { embedding, residual, .. } = checks.spec.multipliers;
         let Scratch { hidden, normed, added, rotation, work, everyone, ones, kv: unkept } = scratch;
         let count = batch.ids().len();
+        let is_ours = |kept: &KeptBlocks| kept.is_of(self.layout, self.kv_heads);
+        match &state.kv {
+            Some(Kept::Blocks(kept)) if !is_ours(kept) => {
+                return Err(Error::shape("decoder state", "keys and values of this model's heads", "those of others"));
+            }
+            _ => {}
+        }
+        if unkept.as_ref().is_some_and(|kept| !is_ours(kept)) {
+            *unkept = None;
+        }
         hidden.resize(count * width, 0.0);
         added.resize(count * width, 0.0);
         let table = self.embedding.matrix()?;

@@ -5,4 +5,5 @@ mod cached_model;
 mod gguf_files;
 mod gguf_mxfp4;
 mod gguf_tokenizer;
+mod kept;
 mod zoo;
