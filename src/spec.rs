@@ -395,6 +395,23 @@ impl ModelSpec {
         Ok(())
     }
 
+    /// Radians by which each of `rotary_dim / 2` pairs of a head's numbers turns from position to position (arXiv 2104.09864).
+    #[cfg(feature = "model")]
+    pub(crate) fn rotation_rates(&self) -> Vec<f32> {
+        let slowing = self.rope_scaling.slowing(self.rope_theta, self.rotary_dim);
+        let rate = |(pair, slowed): (usize, f64)| {
+            slowed as f32 / (self.rope_theta as f32).powf((2 * pair) as f32 / self.rotary_dim as f32)
+        };
+        slowing.into_iter().enumerate().map(rate).collect()
+    }
+
+    /// What products of queries and keys of `width` are multiplied by.
+    #[cfg(feature = "model")]
+    pub(crate) fn score_scale(&self, width: usize) -> f64 {
+        let usual = self.multipliers.attention.unwrap_or((width as f64).powf(-0.5));
+        usual * self.rope_scaling.score_scale()
+    }
+
     /// Blocks that have experts, ascending: the MoE layers, which are counted from 0.
     pub fn moe_blocks(&self) -> impl Iterator<Item = usize> {
         (0..self.layers).filter(|block| self.dense.blocks.binary_search(block).is_err())

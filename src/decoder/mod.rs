@@ -16,7 +16,6 @@ pub(crate) mod memory;
 pub(crate) mod model;
 mod moe_step;
 mod options;
-mod positions;
 pub(crate) mod sampling;
 mod seen;
 mod state;
@@ -43,7 +42,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::by_candle::{ByCandle, last_states};
-use crate::decoder::by_engine::scratch::Scratch;
+use crate::decoder::by_engine::kept::Scratch;
 use crate::decoder::by_engine::{Block, ByEngine};
 use crate::decoder::checked::Checks;
 use crate::decoder::finite::Place;

@@ -2,8 +2,7 @@
 
 use candle_nn::kv_cache::KvCache;
 
-use super::by_engine::kv::KeptBlocks;
-use super::by_engine::scratch::Scratch;
+use super::by_engine::kept::{KeptBlocks, Scratch};
 use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
 use super::seen::Seen;

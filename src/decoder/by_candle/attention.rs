@@ -13,7 +13,6 @@ use candle_nn::{Init, VarBuilder};
 use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
-use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::spec::{AttentionBias, ModelSpec, QkNorm};
@@ -60,7 +59,7 @@ impl Attention {
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
-            scale: score_scale(spec, spec.head_dim),
+            scale: spec.score_scale(spec.head_dim),
         })
     }
 

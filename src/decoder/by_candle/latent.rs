@@ -16,7 +16,6 @@ use super::attention::attend;
 use super::linear::Linear;
 use super::norm::RmsNorm;
 use super::rotary::Rotary;
-use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::spec::{LatentSpec, ModelSpec};
@@ -63,7 +62,7 @@ impl LatentAttention {
             output: linear("o_proj", hidden, heads * sizes.value_width)?,
             sizes,
             heads,
-            scale: score_scale(spec, sizes.key_width + rotated),
+            scale: spec.score_scale(sizes.key_width + rotated),
         })
     }
 

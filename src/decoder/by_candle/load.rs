@@ -4,16 +4,26 @@ use std::sync::Arc;
 
 use candle_nn::{Embedding, Init, VarBuilder};
 
-use super::ByCandle;
-use super::block::{Block, Ffn, Mixer};
+use super::attention::Attention;
+use super::latent::LatentAttention;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::{Block, ByCandle, Ffn, Mixer};
 use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::layer::projection::Built;
 use crate::spec::ModelSpec;
+
+impl Mixer {
+    fn load(spec: &ModelSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
+        Ok(match spec.latent {
+            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb, engine)?),
+            None => Self::Grouped(Attention::load(spec, vb, engine)?),
+        })
+    }
+}
 
 impl ByCandle {
     /// Of the tensors under `vb`, the MoE layers as `moe` makes them of their number and builder.

@@ -4,7 +4,6 @@
 //! Hidden states are `[sequences, positions, hidden]` in the dtype of the weights. Everything has its backward pass.
 
 mod attention;
-mod block;
 mod latent;
 mod linear;
 mod load;
@@ -15,7 +14,8 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Embedding;
 use candle_nn::kv_cache::KvCache;
 
-use self::block::{Block, Ffn};
+use self::attention::Attention;
+use self::latent::LatentAttention;
 use self::linear::Linear;
 use self::norm::Norm;
 use self::rotary::Rotary;
@@ -27,7 +27,64 @@ use super::moe_step::{guess_ahead, moe_step};
 use super::state::{DecoderState, Kept};
 use crate::error::Result;
 use crate::layer::MoeLayer;
+use crate::layer::expert::Expert;
 use crate::spec::Multipliers;
+
+/// The parts of a block; clones share weights.
+#[derive(Clone)]
+struct Block {
+    attention_norm: Norm,
+    attention: Mixer,
+    ffn_norm: Norm,
+    ffn: Ffn,
+    /// Positions look back only as far as the model's window.
+    windowed: bool,
+}
+
+/// How positions look at each other.
+#[derive(Clone)]
+enum Mixer {
+    Grouped(Attention),
+    Latent(LatentAttention),
+}
+
+impl Mixer {
+    fn forward(
+        &self,
+        hidden: &Tensor,
+        rotary: &Rotary,
+        mask: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Grouped(attention) => attention.forward(hidden, rotary, mask, cache),
+            Self::Latent(attention) => attention.forward(hidden, rotary, mask, cache),
+        }
+    }
+}
+
+/// What follows attention.
+#[derive(Clone)]
+enum Ffn {
+    Dense(Box<Expert>),
+    Moe(Box<MoeLayer>),
+}
+
+impl Block {
+    fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) => Some(moe),
+        }
+    }
+
+    fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
+        match &mut self.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) => Some(moe),
+        }
+    }
+}
 
 /// All blocks and what stands around them; clones share weights.
 #[derive(Clone)]

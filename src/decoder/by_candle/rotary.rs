@@ -4,7 +4,6 @@
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::rotary_emb::{rope, rope_i, rope_i_slow, rope_slow};
 
-use crate::decoder::positions::rates;
 use crate::error::Result;
 use crate::spec::ModelSpec;
 
@@ -26,7 +25,7 @@ impl Rotary {
         device: &Device,
     ) -> Result<Self> {
         let half = spec.rotary_dim / 2;
-        let rates = rates(spec);
+        let rates = spec.rotation_rates();
         let alike = starts.windows(2).all(|pair| pair[0] == pair[1]);
         let starts = if alike { &starts[..starts.len().min(1)] } else { starts };
         let angles: Vec<f32> = starts

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 
-use super::kv::Blocks;
+use super::kept::{Blocks, Work};
 use super::parts::{Linear, Norm, Rotation, in_rows, numbers};
 use super::stored::Stored;
 use crate::decoder::batch::Batch;
-use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::attention::{Attention as Attended, Sequence};
 use crate::experts::engine::Engine;
@@ -24,17 +23,6 @@ pub(super) struct Rows<'a> {
     pub(super) starts: &'a [usize],
     pub(super) rotation: &'a Rotation,
     pub(super) engine: &'a Engine,
-}
-
-/// Rows that attention works in.
-#[derive(Debug, Default)]
-pub(super) struct Work {
-    pub(super) query: Vec<f32>,
-    pub(super) key: Vec<f32>,
-    pub(super) value: Vec<f32>,
-    pub(super) mixed: Vec<f32>,
-    /// Of latent attention: rows of heads by themselves.
-    pub(super) heads: [Vec<f32>; 2],
 }
 
 impl Rows<'_> {
@@ -147,7 +135,7 @@ impl Attention {
             layout,
             heads: spec.heads,
             kv_heads: spec.kv_heads,
-            scale: score_scale(spec, spec.head_dim) as f32,
+            scale: spec.score_scale(spec.head_dim) as f32,
         })
     }
 

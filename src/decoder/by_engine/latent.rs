@@ -6,11 +6,10 @@
 
 use candle_nn::VarBuilder;
 
-use super::attention::{Rows, Work};
-use super::kv::Blocks;
+use super::attention::Rows;
+use super::kept::{Blocks, Work};
 use super::parts::{Linear, Norm, in_rows};
 use super::stored::Stored;
-use crate::decoder::positions::score_scale;
 use crate::error::Result;
 use crate::experts::matrix::Matrix;
 use crate::experts::work;
@@ -77,7 +76,7 @@ impl LatentAttention {
             layout,
             heads,
             rotated,
-            scale: score_scale(spec, sizes.key_width + rotated) as f32,
+            scale: spec.score_scale(sizes.key_width + rotated) as f32,
         })
     }
 

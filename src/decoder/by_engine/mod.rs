@@ -6,11 +6,10 @@
 //! [`by_candle`](super::by_candle).
 
 mod attention;
-pub(super) mod kv;
+pub(super) mod kept;
 mod latent;
 mod load;
 mod parts;
-pub(super) mod scratch;
 mod stored;
 
 use std::sync::Arc;
@@ -18,10 +17,9 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use self::attention::{Attention, Rows};
-use self::kv::KeptBlocks;
+use self::kept::{KeptBlocks, Scratch};
 use self::latent::LatentAttention;
 use self::parts::{Linear, Norm, Rates};
-use self::scratch::Scratch;
 use super::batch::Batch;
 use super::checked::Checks;
 use super::finite::Place;

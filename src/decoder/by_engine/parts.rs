@@ -9,7 +9,6 @@ use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
 use super::stored::Stored;
-use crate::decoder::positions::rates;
 use crate::error::Result;
 use crate::experts::matrix::Matrix;
 use crate::experts::work::{self, ProjectionWeights};
@@ -110,7 +109,7 @@ pub(super) struct Rates {
 
 impl Rates {
     pub(super) fn new(spec: &ModelSpec) -> Self {
-        Self { rates: rates(spec).into(), scale: spec.rope_scaling.rotation_scale() as f32 }
+        Self { rates: spec.rotation_rates().into(), scale: spec.rope_scaling.rotation_scale() as f32 }
     }
 
     /// Those of rows at these positions, in place of others.

@@ -1,8 +1,10 @@
-//! Keys and values that a text goes on with: blocks of positions that stay where they are, and one more where they are full.
+//! What is kept from one forward pass to the next: keys and values of a text, in blocks of positions that stay where they are, one more where
+//! they are full; and memory to work in, which decides nothing.
 //!
 //! A sequence of each layer has blocks of its own, so that no padding is kept and nothing is ever copied. A text that ends leaves its
 //! blocks to the next one. Knows nothing of what keys and values mean.
 
+use super::parts::Rotation;
 use crate::simd::attention::{HeadLayout, POSITIONS};
 use crate::simd::multiply::Line;
 
@@ -45,5 +47,38 @@ impl KeptBlocks {
             }
         }
         sequences
+    }
+}
+
+/// Rows that attention works in.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    pub(super) query: Vec<f32>,
+    pub(super) key: Vec<f32>,
+    pub(super) value: Vec<f32>,
+    pub(super) mixed: Vec<f32>,
+    /// Of latent attention: rows of heads by themselves.
+    pub(super) heads: [Vec<f32>; 2],
+}
+
+/// What forward passes work in, `[rows, hidden]` each.
+#[derive(Debug, Default)]
+pub(in crate::decoder) struct Scratch {
+    /// The hidden states; after a pass, normed.
+    pub(super) hidden: Vec<f32>,
+    pub(super) normed: Vec<f32>,
+    pub(super) added: Vec<f32>,
+    pub(super) rotation: Rotation,
+    pub(super) work: Work,
+    pub(super) everyone: Vec<u32>,
+    pub(super) ones: Vec<f32>,
+    /// Keys and values of passes that keep none.
+    pub(super) kv: Option<KeptBlocks>,
+}
+
+impl Scratch {
+    /// The hidden states that the output weights see, of the last pass.
+    pub(in crate::decoder) fn hidden(&self) -> &[f32] {
+        &self.hidden
     }
 }
