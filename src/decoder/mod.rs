@@ -51,6 +51,7 @@ use crate::decoder::seen::Seen;
 use crate::decoder::state::Kept;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
+use crate::experts::awake::awake;
 use crate::layer::cached::CachedExperts;
 use crate::layer::{Buffers, MoeLayer};
 use crate::offload::admission::Admission;
@@ -191,9 +192,7 @@ impl Decoder {
     /// whatever a layer reports.
     pub fn forward(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
-        let hidden = self.hidden_states(batch, state)?;
-        let rows = 0..batch.ids().len();
-        let logits = self.logits(&hidden, batch, rows, &state.scratch)?;
+        let logits = self.pass(batch, state, 0..batch.ids().len())?;
         Ok(logits.reshape((batch.sequences(), batch.positions(), self.spec.vocab))?)
     }
 
@@ -204,9 +203,26 @@ impl Decoder {
     /// As [`Decoder::forward`].
     pub(crate) fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
-        let hidden = self.hidden_states(batch, state)?;
-        let rows = (0..batch.sequences()).map(|row| last_row(batch, row));
-        self.logits(&hidden, batch, rows, &state.scratch)
+        self.pass(batch, state, (0..batch.sequences()).map(|row| last_row(batch, row)))
+    }
+
+    /// Logits of some rows of `batch`, `[rows, vocab]`. The stages of a decode step are short, so that threads stay awake between them.
+    fn pass(
+        &self,
+        batch: &Batch,
+        state: &mut DecoderState,
+        rows: impl ExactSizeIterator<Item = usize> + Send,
+    ) -> Result<Tensor> {
+        let is_step = state.keeps_text() && batch.ids().len() <= DECODE_TOKENS;
+        let is_short = is_step && self.spec.active_parameters() >= WORTH_STAYING_AWAKE;
+        let run = || {
+            let hidden = self.hidden_states(batch, state)?;
+            self.logits(&hidden, batch, rows, &state.scratch)
+        };
+        match self.body {
+            Body::ByEngine(_) if is_short => awake(run),
+            _ => run(),
+        }
     }
 
     /// The same for prompts of any length: they go through in chunks of at most `chunk_tokens` tokens (padding counted, at least one
@@ -361,6 +377,9 @@ impl std::fmt::Debug for Decoder {
 
 /// Tokens of a forward pass that reads ahead, at most.
 const DECODE_TOKENS: usize = 4;
+
+/// Weights of a token's pass from which its stages are worth several threads, and those worth being kept awake.
+const WORTH_STAYING_AWAKE: usize = 1 << 25;
 
 /// What a state needs to go on with its text.
 const TORN_NEEDS: &str = "a text that all blocks have seen (`begin_text` begins another)";

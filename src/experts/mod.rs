@@ -4,6 +4,8 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+#[cfg(feature = "model")]
+pub(crate) mod awake;
 pub(crate) mod engine;
 mod fused;
 mod linear;
