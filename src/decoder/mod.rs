@@ -51,7 +51,7 @@ use crate::decoder::seen::Seen;
 use crate::decoder::state::Kept;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
-use crate::experts::awake::awake;
+use crate::experts::threads::awake;
 use crate::layer::cached::CachedExperts;
 use crate::layer::{Buffers, MoeLayer};
 use crate::offload::admission::Admission;

@@ -4,8 +4,6 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
-#[cfg(feature = "model")]
-pub(crate) mod awake;
 pub(crate) mod engine;
 mod fused;
 mod linear;
@@ -13,7 +11,7 @@ pub(crate) mod matrix;
 pub(crate) mod mxfp4;
 #[cfg(test)]
 pub(crate) mod tests;
-mod threads;
+pub(crate) mod threads;
 pub(crate) mod work;
 
 pub use self::activation::{Activation, Function};

@@ -116,3 +116,71 @@ pub(super) fn in_columns(
         }
     }
 }
+
+/// Runs `work`, of many short stages, on a thread of the pool while its others look for what that one shares out: each would fall asleep after a
+/// stage and be woken for the next, which on a virtual machine takes as long as a stage. Who finds nothing yields to the system, so that a busy
+/// neighbour loses nothing but the looking. A thread from outside waits meanwhile: beside it one more would be awake than there are cores.
+#[cfg(feature = "model")]
+pub(crate) fn awake<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let done = std::sync::atomic::AtomicBool::new(false);
+    rayon::scope(|scope| {
+        let (owner, others) = (std::thread::current().id(), rayon::current_num_threads() - 1);
+        // Set when `work` panics, too.
+        let _end = End(&done);
+        for _ in 0..others {
+            let done = &done;
+            scope.spawn(move |_| {
+                // Where this thread waits for others it may come to this itself, and would then wait for its own end.
+                let is_other = std::thread::current().id() != owner;
+                while is_other && !done.load(std::sync::atomic::Ordering::Acquire) {
+                    if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+        }
+        work()
+    })
+}
+
+#[cfg(feature = "model")]
+struct End<'a>(&'a std::sync::atomic::AtomicBool);
+
+#[cfg(feature = "model")]
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::Release);
+    }
+}
+
+#[cfg(all(test, feature = "model"))]
+mod tests {
+    use rayon::prelude::*;
+
+    use super::*;
+
+    /// Many short stages, each shared out.
+    fn stages() -> usize {
+        (0..50).map(|stage| (0..8).into_par_iter().map(|part| stage + part).sum::<usize>()).sum()
+    }
+
+    #[test]
+    fn work_is_done_from_inside_a_pool_and_outside_alone_and_beside_others() {
+        let expected = stages();
+        assert_eq!(awake(stages), expected);
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert_eq!(pool.install(|| awake(stages)), expected);
+            let all: Vec<usize> = pool.install(|| (0..6).into_par_iter().map(|_| awake(|| awake(stages))).collect());
+            assert_eq!(all, [expected; 6]);
+        }
+    }
+
+    #[test]
+    fn a_panic_lets_the_others_go() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let run = std::panic::AssertUnwindSafe(|| pool.install(|| awake(|| panic!("on purpose"))));
+        assert!(std::panic::catch_unwind(run).is_err());
+        assert_eq!(pool.install(stages), stages());
+    }
+}
