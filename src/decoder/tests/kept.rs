@@ -46,8 +46,7 @@ fn keys_and_values_are_kept_in_the_dtype_that_was_asked_for() {
     for family in ["qwen3_moe", "deepseek_v2", "gpt_oss", "phimoe"] {
         let files = open(family);
         let of = |kv_dtype: Option<DType>| {
-            let mut options = LoadOptions::default();
-            options.kv_dtype = kv_dtype;
+            let options = LoadOptions { kv_dtype, ..LoadOptions::default() };
             logits(&Decoder::load(&files, &options).unwrap())
         };
         let exact = of(None);
@@ -56,8 +55,7 @@ fn keys_and_values_are_kept_in_the_dtype_that_was_asked_for() {
             let off = off(&of(Some(dtype)), &exact);
             assert!(off > 1e-6 && off < most, "{family}, {dtype:?}: off by {off}");
         }
-        let mut options = LoadOptions::default();
-        options.kv_dtype = Some(DType::U8);
+        let options = LoadOptions { kv_dtype: Some(DType::U8), ..LoadOptions::default() };
         let error = Decoder::load(&files, &options).unwrap_err().to_string();
         assert_eq!(error, "dtype of keys and values is U8: expected F32, F16 or BF16");
     }
@@ -104,8 +102,7 @@ fn a_state_of_another_model_is_refused() {
         let error = decoder.forward(&batch, &mut other.generation_state()).unwrap_err().to_string();
         assert!(error.starts_with("decoder state: expected"), "{error}");
     }
-    let mut half = LoadOptions::default();
-    half.kv_dtype = Some(DType::F16);
+    let half = LoadOptions { kv_dtype: Some(DType::F16), ..LoadOptions::default() };
     let half = Decoder::load(&files, &half).unwrap();
     let error = half.forward(&batch, &mut mixtral.generation_state()).unwrap_err().to_string();
     assert_eq!(error, "decoder state: expected keys and values of this model's heads, got those of others");
