@@ -84,8 +84,9 @@ impl Engine {
     /// none names. `input` is `f32`, `f16` or `bf16`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an expert of another hidden width, weights that are not as many as tokens, an output of
-    /// another size or an input that is quantised; [`Error::Parameter`] for a token that there is not.
+    /// [`Error::Shape`](crate::error::Error::Shape) for an expert of another hidden width, weights that are not as many as tokens, an output of
+    /// another size or an input that is quantised; [`Error::Parameter`](crate::error::Error::Parameter) for a token
+    /// that there is not.
     pub fn forward(&self, input: Matrix<'_>, work: &[Work<'_>], output: &mut [f32]) -> Result<()> {
         self.sum(input, work, output, false)
     }
@@ -162,7 +163,7 @@ impl Engine {
     /// `output[t, r] = Σ_k weight[r, k] · input[t, k]`: one linear layer, `[tokens, columns]` times `[rows, columns]`ᵀ.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a weight of another number of columns, an output that is not `[tokens, rows]` or an input that is
+    /// [`Error::Shape`](crate::error::Error::Shape) for a weight of another number of columns, an output that is not `[tokens, rows]` or an input that is
     /// quantised.
     pub fn product(&self, input: Matrix<'_>, weight: Matrix<'_>, output: &mut [f32]) -> Result<()> {
         self.products(&mut [Linear { input, projection: weight.into(), output }])
