@@ -317,13 +317,14 @@ impl Decoder {
             if kept.layers() != self.spec.layers {
                 return Err(Error::shape("decoder state", blocks(self.spec.layers), blocks(kept.layers())));
             }
-            if matches!(kept, Kept::Blocks(_)) != matches!(self.body, Body::ByEngine(_)) {
-                let expected = "keys and values of a decoder that runs as this one does";
-                return Err(Error::shape(
-                    "decoder state",
-                    expected,
-                    "those of one on tensors, or of one loaded on the CPU",
-                ));
+            let is_ours = match (&self.body, kept) {
+                (Body::ByEngine(body), Kept::Blocks(kept)) => body.is_of(kept),
+                (Body::ByCandle(_), Kept::Tensors(_)) => true,
+                _ => false,
+            };
+            if !is_ours {
+                let expected = "keys and values of such heads as the model has, kept as it keeps them";
+                return Err(Error::shape("decoder state", expected, "those of another decoder"));
             }
         }
         if state.memory.is_some() && self.expert_cache().is_some() {

@@ -1,4 +1,4 @@
-//! One MoE layer of a forward pass, whichever way its blocks run: what is in fast memory, the layer, and what account is kept of it.
+//! What follows attention, whichever way blocks run, and one MoE layer of a forward pass: what is in fast memory, the layer, and what account is kept of it.
 //!
 //! Knows nothing of how hidden states are held.
 
@@ -9,9 +9,33 @@ use super::checked::Checks;
 use super::lookahead::Pass;
 use super::state::DecoderState;
 use crate::error::Result;
+use crate::layer::expert::Expert;
 use crate::layer::routed::Pass as LayerPass;
 use crate::layer::{Buffers, MoeLayer};
 use crate::routing::router::{RouteContext, RouteState};
+
+/// What follows attention; clones share weights.
+#[derive(Clone)]
+pub(super) enum Ffn {
+    Dense(Box<Expert>),
+    Moe(Box<MoeLayer>),
+}
+
+impl Ffn {
+    pub(super) fn moe(&self) -> Option<&MoeLayer> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(moe) => Some(moe),
+        }
+    }
+
+    pub(super) fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(moe) => Some(moe),
+        }
+    }
+}
 
 /// Runs MoE layer `layer` of block `block`: `run` gets what its router is to know and whether what that saw is kept, and gives it then.
 pub(super) fn moe_step<T>(

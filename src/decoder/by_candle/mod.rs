@@ -23,11 +23,10 @@ use super::batch::Batch;
 use super::checked::Checks;
 use super::finite::Place;
 use super::lookahead::Pass;
-use super::moe_step::{guess_ahead, moe_step};
+use super::moe_step::{Ffn, guess_ahead, moe_step};
 use super::state::{DecoderState, Kept};
 use crate::error::Result;
 use crate::layer::MoeLayer;
-use crate::layer::expert::Expert;
 use crate::spec::Multipliers;
 
 /// The parts of a block; clones share weights.
@@ -63,26 +62,13 @@ impl Mixer {
     }
 }
 
-/// What follows attention.
-#[derive(Clone)]
-enum Ffn {
-    Dense(Box<Expert>),
-    Moe(Box<MoeLayer>),
-}
-
 impl Block {
     fn moe(&self) -> Option<&MoeLayer> {
-        match &self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
+        self.ffn.moe()
     }
 
     fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
-        match &mut self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
+        self.ffn.moe_mut()
     }
 }
 

@@ -24,14 +24,13 @@ use super::batch::Batch;
 use super::checked::Checks;
 use super::finite::Place;
 use super::lookahead::Pass;
-use super::moe_step::{guess_ahead, moe_step};
+use super::moe_step::{Ffn, guess_ahead, moe_step};
 use super::state::{DecoderState, Kept};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::experts::work as engine_work;
 use crate::layer::by_engine::BorrowedExpert;
-use crate::layer::expert::Expert;
 use crate::layer::{MoeLayer, Packed};
 use crate::simd::attention::HeadLayout;
 use crate::spec::Multipliers;
@@ -67,26 +66,13 @@ enum Mixer {
     Latent(LatentAttention),
 }
 
-/// What follows attention.
-#[derive(Clone)]
-enum Ffn {
-    Dense(Box<Expert>),
-    Moe(Box<MoeLayer>),
-}
-
 impl Block {
     pub(super) fn moe(&self) -> Option<&MoeLayer> {
-        match &self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
+        self.ffn.moe()
     }
 
     pub(super) fn moe_mut(&mut self) -> Option<&mut MoeLayer> {
-        match &mut self.ffn {
-            Ffn::Dense(_) => None,
-            Ffn::Moe(moe) => Some(moe),
-        }
+        self.ffn.moe_mut()
     }
 }
 
@@ -94,6 +80,11 @@ impl ByEngine {
     /// Keys and values of no text yet.
     pub(super) fn kept(&self) -> KeptBlocks {
         KeptBlocks::new(self.layout, self.kv_heads, self.blocks.len())
+    }
+
+    /// Whether keys and values are of such heads as this model has.
+    pub(super) fn is_of(&self, kept: &KeptBlocks) -> bool {
+        kept.is_of(self.layout, self.kv_heads)
     }
 
     /// Logits `[rows, vocab]` of hidden states.
@@ -122,14 +113,7 @@ impl ByEngine {
         let Multipliers { embedding, residual, .. } = checks.spec.multipliers;
         let Scratch { hidden, normed, added, rotation, work, everyone, ones, kv: unkept } = scratch;
         let count = batch.ids().len();
-        let is_ours = |kept: &KeptBlocks| kept.is_of(self.layout, self.kv_heads);
-        match &state.kv {
-            Some(Kept::Blocks(kept)) if !is_ours(kept) => {
-                return Err(Error::shape("decoder state", "keys and values of this model's heads", "those of others"));
-            }
-            _ => {}
-        }
-        if unkept.as_ref().is_some_and(|kept| !is_ours(kept)) {
+        if unkept.as_ref().is_some_and(|kept| !self.is_of(kept)) {
             *unkept = None;
         }
         hidden.resize(count * width, 0.0);
