@@ -34,12 +34,12 @@ pub use error::{Error, Result};
 pub use expert::{ExpertId, ExpertSet};
 pub use experts::{Activation, Dtype, Engine, ExpertWeights, Matrix, Work};
 #[cfg(feature = "layer")]
-pub use layer::{CachedExperts, Expert, Experts, Gate, LayerState, MoeLayer, Routed, Shared};
-pub use offload::{Admission, CacheOptions, ExpertCache, ExpertStore, Policy};
+pub use layer::{Expert, Experts, Gate, MoeLayer, Routed, Shared};
+pub use offload::{Admission, CacheOptions, CachedExperts, ExpertCache, ExpertStore, Policy};
 pub use routing::{
-    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, DropRule, Logits, PhaseRouter, Placement,
-    RouteContext, RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch, TokenRequest,
-    TopK, check_assignment,
+    Assignment, CacheRouter, Capacity, CapacityRule, DispatchPlan, DropRule, LayerState, Logits, PhaseRouter,
+    Placement, RouteContext, RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Scores, Scoring, Scratch,
+    TokenRequest, TopK, check_assignment,
 };
 pub use simd::Isa;
 pub use spec::{ExpertNames, ModelSpec, MoeSpec, SharedExperts};

@@ -2,6 +2,8 @@
 //!
 //! The zoo writes these from a `config.json`, the layer and the decoder read them. Knows nothing of tensors.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
 use crate::experts::activation::Activation;
@@ -13,7 +15,7 @@ pub(crate) use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
 mod positions;
 
 /// Where an MoE layer's tensors are, relative to the layer: `{experts}.{E}.{gate_proj}.weight`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpertNames {
     /// The router's linear layer.
     pub gate: String,
@@ -65,7 +67,7 @@ impl Default for ExpertNames {
 }
 
 /// FFNs that every token meets beside its own experts, as one of their width together. Without biases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedExperts {
     /// Width between up and down projection; several shared experts are one as wide as all of them.
     pub width: usize,
@@ -74,7 +76,7 @@ pub struct SharedExperts {
 }
 
 /// One MoE layer: sizes, what its experts are, scoring, tensor names.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MoeSpec {
     /// Width of the hidden state.
     pub hidden: usize,

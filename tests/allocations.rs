@@ -160,15 +160,12 @@ fn the_stages_allocate_nothing_the_second_time() {
 }
 
 /// The routing of a layer in decode: one token at a time, without limits.
-#[cfg(feature = "layer")]
 #[test]
 fn a_layer_in_decode_routes_without_allocating() {
-    use candle_core::{DType, Device, Tensor};
-    use phase_moe::{Expert, MoeSpec};
-    use phase_moe::{Gate, LayerState, MoeLayer};
+    use phase_moe::LayerState;
+    use phase_moe::routing::LayerRouter;
     use std::sync::Arc;
 
-    let zeros = |rows: usize, columns: usize| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
     let routers: [Arc<dyn Router>; 3] = [
         Arc::new(TopK::default()),
         Arc::new(CacheRouter::default()),
@@ -176,16 +173,14 @@ fn a_layer_in_decode_routes_without_allocating() {
     ];
     for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8)] {
         for scoring in [Scoring::softmax(), Scoring::softmax().normalized(true), Scoring::sigmoid()] {
-            let spec = MoeSpec { scoring, ..MoeSpec::new(4, experts, top_k, 4).unwrap() };
-            let held = vec![Expert::new(zeros(4, 4), zeros(4, 4), zeros(4, 4)); experts];
-            let layer = MoeLayer::new(spec, Gate::new(zeros(experts, 4)), held, None).unwrap();
             for router in &routers {
-                let layer = layer.clone().with_router(router.clone());
+                let layer = LayerRouter { router: router.clone(), capacity: None };
                 let (resident, mut state) = (every_other(experts), LayerState::default());
                 let mut step = |at: usize, logits: &[f32]| {
                     let context =
                         RouteContext { step: at as u64, resident: Some(&resident), ..RouteContext::default() };
-                    layer.assign(logits, context, &mut state).unwrap();
+                    let logits = Logits::new(logits, 1, experts).unwrap();
+                    layer.route(&logits, scoring, top_k, None, context, &mut state).unwrap();
                 };
                 let tokens = batches(1, experts);
                 // Warm: the short way, and with a mask or a tie the long one.

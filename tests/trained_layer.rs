@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
 use phase_moe::experts::Function;
 use phase_moe::layer::{LossFreeBias, load_balancing_loss, router_z_loss};
-use phase_moe::{Activation, Batch, Decoder, Gate, LayerState, MoeLayer, MoeSpec, Scoring, SharedExperts, zoo};
+use phase_moe::{Activation, Batch, Decoder, Expert, Gate, LayerState, MoeLayer, MoeSpec, Scoring, SharedExperts, zoo};
 
 const CPU: Device = Device::Cpu;
 const TOKENS: usize = 96;
@@ -192,7 +192,7 @@ fn whoever_sets_the_bias_all_see_it() {
     let clone = layer.clone();
     let bias: Vec<f32> = (0..spec.experts).map(|expert| expert as f32 * 0.25 - 0.5).collect();
     layer.set_selection_bias(&bias).unwrap();
-    assert_eq!(clone.gate().selection_bias().unwrap().as_deref(), Some(&bias[..]));
+    assert_eq!(clone.selection_bias().unwrap().as_deref(), Some(&bias[..]));
     let name = "mlp.gate.e_score_correction_bias";
     assert_eq!(parameters(&vars)[name], bias);
     // An update rule may go on from there.
@@ -211,8 +211,8 @@ fn whoever_sets_the_bias_all_see_it() {
     let mut plain = MoeLayer::load(&spec, VarBuilder::from_tensors(tensors, DType::F32, &CPU).pp("mlp")).unwrap();
     let clone = plain.clone();
     plain.set_selection_bias(&bias).unwrap();
-    assert_eq!(clone.gate().selection_bias().unwrap().as_deref(), Some(&bias[..]));
-    assert_eq!(layer.gate().selection_bias().unwrap(), Some(values(&other)), "a copy is another layer");
+    assert_eq!(clone.selection_bias().unwrap().as_deref(), Some(&bias[..]));
+    assert_eq!(layer.selection_bias().unwrap(), Some(values(&other)), "a copy is another layer");
 }
 
 #[test]
@@ -228,8 +228,11 @@ fn a_bias_that_would_not_be_saved_is_refused() {
     // A gate made by hand keeps to the variable it is given.
     let bias = candle_core::Var::zeros(6, DType::F32, &CPU).unwrap();
     let gate = Gate::new(Tensor::zeros((6, 16), DType::F32, &CPU).unwrap()).with_selection_bias(&bias).unwrap();
+    let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &CPU).unwrap();
+    let held = vec![Expert::new(zeros((4, 16)), zeros((4, 16)), zeros((16, 4))); 6];
+    let layer = MoeLayer::new(MoeSpec::new(16, 6, 2, 4).unwrap(), gate, held, None).unwrap();
     bias.set(&Tensor::ones(6, DType::F32, &CPU).unwrap()).unwrap();
-    assert_eq!(gate.selection_bias().unwrap(), Some(vec![1.0; 6]));
+    assert_eq!(layer.selection_bias().unwrap(), Some(vec![1.0; 6]));
 }
 
 #[test]
@@ -252,7 +255,7 @@ fn a_model_saves_the_biases_of_all_its_layers() {
     let bytes = std::fs::read(file.path()).unwrap();
     let plain = Decoder::new(&spec, VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU).unwrap()).unwrap();
     for (got, wanted) in plain.moe_layers().zip(decoder.moe_layers()) {
-        assert_eq!(got.gate().selection_bias().unwrap(), wanted.gate().selection_bias().unwrap());
-        assert!(wanted.gate().selection_bias().unwrap().unwrap().iter().any(|bias| *bias > 0.0));
+        assert_eq!(got.selection_bias().unwrap(), wanted.selection_bias().unwrap());
+        assert!(wanted.selection_bias().unwrap().unwrap().iter().any(|bias| *bias > 0.0));
     }
 }

@@ -437,7 +437,7 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
 /// Says on standard error that a limit was asked for and not applied, because batches were too small for it.
 pub fn warn_unlimited(rule: &CapacityRule, unlimited: usize, batches: usize) {
     if unlimited > 0 {
-        let pool = if rule.shares.speeds().is_some() { "device" } else { "expert" };
+        let pool = if matches!(rule.shares, Shares::PerExpert { .. }) { "expert" } else { "device" };
         notice(format_args!(
             "capacity factor {:?} per {pool}: no limit in {unlimited} of {batches} batches, which have fewer than {} slots per \
              {pool} on average",

@@ -55,6 +55,9 @@ struct Options {
     dtype: String,
     #[command(flatten)]
     plan: Plan,
+    /// Experts stay in the file but for so much memory (855MB): beside mapping in llama.cpp, both held to one limit
+    #[arg(long)]
+    expert_cache: Option<bytesize::ByteSize>,
     /// All of the CPU's unless given
     #[arg(long)]
     threads: Option<usize>,
@@ -118,14 +121,14 @@ fn main() -> Result<()> {
             continue;
         }
         if options.logits {
-            let logits = Ours::load(&path, dtype)?.logits(&compared_tokens(vocab))?;
+            let logits = Ours::load(&path, dtype, None)?.logits(&compared_tokens(vocab))?;
             let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
             std::fs::write(path.with_extension("logits"), bytes)?;
             continue;
         }
         table.floors.raise(&options.shape)?;
         eprintln!("{}", path.display());
-        let cells = options.plan.measure(vocab, &mut Ours::load(&path, dtype)?)?;
+        let cells = options.plan.measure(vocab, &mut Ours::load(&path, dtype, options.expert_cache)?)?;
         table.rows.extend(cells.into_iter().map(|cell| Row { mixture, cell }));
         table.floors.raise(&options.shape)?;
     }

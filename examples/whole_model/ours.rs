@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use anyhow::Result;
+use bytesize::ByteSize;
 use candle_core::DType;
-use phase_moe::{Batch, Decoder, DecoderState, LoadOptions, Weights};
+use phase_moe::{Batch, CacheOptions, Decoder, DecoderState, LoadOptions, Weights};
 
 use crate::cells::{CHUNK_TOKENS, Program};
 
@@ -16,8 +17,12 @@ pub struct Ours {
 impl Ours {
     /// # Errors
     /// Those of reading the file.
-    pub fn load(path: &Path, dtype: DType) -> Result<Self> {
-        let decoder = Decoder::load(&Weights::open(path)?, &LoadOptions::default().with_dtype(dtype))?;
+    pub fn load(path: &Path, dtype: DType, expert_cache: Option<ByteSize>) -> Result<Self> {
+        let mut options = LoadOptions::default().with_dtype(dtype);
+        if let Some(ByteSize(bytes)) = expert_cache {
+            options = options.with_expert_cache(CacheOptions::new(bytes.try_into()?));
+        }
+        let decoder = Decoder::load(&Weights::open(path)?, &options)?;
         Ok(Self { state: decoder.generation_state(), decoder })
     }
 }

@@ -12,7 +12,6 @@ use super::options::LoadOptions;
 use super::{Body, Decoder};
 use crate::error::Result;
 use crate::layer::MoeLayer;
-use crate::layer::cached::CachedExperts;
 use crate::layer::load::experts;
 use crate::layer::projection::Built;
 use crate::offload::cache::ExpertCache;
@@ -57,7 +56,10 @@ impl Decoder {
         let (dtype, device) = (Some(options.dtype), &options.device);
         let rows = FileRows { checkpoint: weights.checkpoint(), dtype, device, name: None };
         ByCandle::build(spec, var_builder(weights, options.dtype, device), |layer, vb| match cache {
-            Some(cache) => MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &Built),
+            Some(cache) => {
+                let experts = weights.cached_experts(cache, layer)?;
+                MoeLayer::load_with(&spec.moe, vb, experts, &Built)
+            }
             None => {
                 let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, blocks[layer], id), &rows)?;
                 MoeLayer::load_with(&spec.moe, vb, experts, &Built)

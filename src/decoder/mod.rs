@@ -52,12 +52,13 @@ use crate::decoder::state::Kept;
 use crate::error::{Error, Result};
 use crate::expert::ExpertSet;
 use crate::experts::threads::awake;
-use crate::layer::cached::CachedExperts;
-use crate::layer::{Buffers, MoeLayer};
+use crate::layer::MoeLayer;
 use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
+use crate::offload::cached::CachedExperts;
 use crate::offload::residency::Policy;
 use crate::routing::capacity::CapacityRule;
+use crate::routing::layer::Buffers;
 use crate::routing::router::{RouteState, Router};
 use crate::spec::ModelSpec;
 

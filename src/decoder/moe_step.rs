@@ -9,9 +9,10 @@ use super::checked::Checks;
 use super::lookahead::Pass;
 use super::state::DecoderState;
 use crate::error::Result;
+use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::layer::routed::Pass as LayerPass;
-use crate::layer::{Buffers, MoeLayer};
+use crate::routing::layer::Buffers;
 use crate::routing::router::{RouteContext, RouteState};
 
 /// What follows attention; clones share weights.

@@ -39,11 +39,6 @@ impl LoadOptions {
         Self { dtype, ..self }
     }
 
-    /// The same on another device.
-    pub fn with_device(self, device: Device) -> Self {
-        Self { device, ..self }
-    }
-
     /// The same with experts in a cache, or without one.
     pub fn with_expert_cache(self, expert_cache: impl Into<Option<CacheOptions>>) -> Self {
         Self { expert_cache: expert_cache.into(), ..self }

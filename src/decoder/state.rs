@@ -7,8 +7,9 @@ use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
 use super::seen::Seen;
 use crate::expert::ExpertSet;
-use crate::layer::{Buffers, Routed};
+use crate::layer::Routed;
 use crate::routing::assignment::Assignment;
+use crate::routing::layer::Buffers;
 use crate::routing::router::RouteState;
 
 /// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.

@@ -4,10 +4,12 @@
 
 use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// An activation, and whether the expert has a gate projection.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Activation {
     /// The function.
     pub function: Function,
@@ -16,7 +18,7 @@ pub struct Activation {
 }
 
 /// The function of an [`Activation`].
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Function {
     /// `x·σ(x)`.
     Silu,

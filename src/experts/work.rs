@@ -75,9 +75,9 @@ impl Linear<'_> {
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertWeights<'a> {
     pub(super) activation: Activation,
-    pub(super) gate: Option<ProjectionWeights<'a>>,
-    pub(super) up: ProjectionWeights<'a>,
-    pub(super) down: ProjectionWeights<'a>,
+    pub(crate) gate: Option<ProjectionWeights<'a>>,
+    pub(crate) up: ProjectionWeights<'a>,
+    pub(crate) down: ProjectionWeights<'a>,
 }
 
 impl<'a> ExpertWeights<'a> {

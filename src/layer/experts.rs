@@ -2,10 +2,11 @@
 //!
 //! Knows nothing of how they run.
 
-use super::cached::{CachedExperts, ExpertBiases};
-use super::check::LikeGate;
+use super::check::{LikeGate, ROUTING_DTYPE};
 use super::expert::{Expert, ExpertShape};
+use super::projection::Projection;
 use crate::error::{Error, Result};
+use crate::offload::cached::{CachedExperts, ExpertBiases};
 use crate::spec::MoeSpec;
 
 /// The experts of a layer, by id.
@@ -62,7 +63,20 @@ impl Experts {
         match self {
             _ if !spec.expert_bias || experts.has_biases() => Ok(experts),
             Self::Cached(before) => Ok(experts.or_biases(before)),
-            Self::Held(held) => Ok(experts.with_biases(held.iter().map(ExpertBiases::of).collect::<Result<_>>()?)),
+            Self::Held(held) => Ok(experts.with_biases(held.iter().map(biases).collect::<Result<_>>()?)),
         }
     }
+}
+
+/// The biases of an expert in memory; none where it has none.
+fn biases(expert: &Expert) -> Result<ExpertBiases> {
+    let of = |projection: Option<&Projection>| -> Result<Vec<f32>> {
+        let Some(bias) = projection.and_then(Projection::bias) else { return Ok(Vec::new()) };
+        Ok(bias.to_dtype(ROUTING_DTYPE)?.to_vec1()?)
+    };
+    Ok(ExpertBiases {
+        gate: of(expert.gate_proj())?,
+        up: of(Some(expert.up_proj()))?,
+        down: of(Some(expert.down_proj()))?,
+    })
 }

@@ -118,7 +118,7 @@ impl Gate {
     ///
     /// # Errors
     /// [`Error::Candle`] when it cannot be read from its device.
-    pub fn selection_bias(&self) -> Result<Option<Vec<f32>>> {
+    pub(crate) fn selection_bias(&self) -> Result<Option<Vec<f32>>> {
         let read = |bias: &Var| bias.to_dtype(ROUTING_DTYPE)?.to_vec1::<f32>();
         Ok(self.selection_bias.as_ref().map(read).transpose()?)
     }

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use super::cached::ExpertBiases;
 use super::check::ROUTING_DTYPE;
 use super::expert::Expert;
 use super::packed::Packed;
@@ -136,15 +135,6 @@ fn biases(moe: &MoeSpec, vb: &VarBuilder<'_>, dtype: DType) -> Result<Vec<[Optio
         Ok([gate, up, Some(down)])
     };
     (0..moe.experts).map(stacked).collect()
-}
-
-/// The same alone, as numbers, for experts that are not held.
-pub(super) fn cached_biases(moe: &MoeSpec, vb: &VarBuilder<'_>) -> Result<Vec<ExpertBiases>> {
-    let values = |bias: Option<Tensor>| bias.map_or(Ok(Vec::new()), |bias| bias.to_vec1::<f32>());
-    let numbers = |[gate, up, down]: [Option<Tensor>; 3]| {
-        Ok(ExpertBiases { gate: values(gate)?, up: values(up)?, down: values(down)? })
-    };
-    biases(moe, vb, ROUTING_DTYPE)?.into_iter().map(numbers).collect()
 }
 
 /// The tensors under a builder, those of all experts kept while these are loaded.

@@ -1,6 +1,7 @@
 //! What keeps a gate in training from sending everything to the same experts.
 //!
-//! Two losses to add to the model's own, and one update rule that needs no loss. Knows nothing of optimisers.
+//! Two losses to add to the model's own; the update rule that needs no loss is [`LossFreeBias`](crate::routing::layer::LossFreeBias). Knows nothing of
+//! optimisers.
 //!
 //! A step of training, and what is saved of it: all parameters are variables of the map, the selection bias too.
 //!
@@ -33,7 +34,7 @@ use candle_core::{D, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
 use super::routed::Routed;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routing::assignment::EMPTY;
 use crate::routing::scores::ScoreFunction;
 
@@ -43,7 +44,7 @@ use crate::routing::scores::ScoreFunction;
 /// nowhere; without tokens the loss is 0.
 ///
 /// # Errors
-/// [`Error::Candle`] from the tensor operations.
+/// [`Error::Candle`](crate::error::Error::Candle) from the tensor operations.
 pub fn load_balancing_loss(routed: &Routed) -> Result<Tensor> {
     let Some(logits) = live_logits(routed)? else { return zero(routed) };
     let (experts, selection) = (routed.assignment.experts(), routed.assignment.raw_selection());
@@ -65,7 +66,7 @@ pub fn load_balancing_loss(routed: &Routed) -> Result<Tensor> {
 /// Padding does not count; without tokens the loss is 0.
 ///
 /// # Errors
-/// [`Error::Candle`] from the tensor operations.
+/// [`Error::Candle`](crate::error::Error::Candle) from the tensor operations.
 pub fn router_z_loss(routed: &Routed) -> Result<Tensor> {
     let Some(logits) = live_logits(routed)? else { return zero(routed) };
     Ok(logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
@@ -86,67 +87,4 @@ fn live_logits(routed: &Routed) -> Result<Option<Tensor>> {
 
 fn zero(routed: &Routed) -> Result<Tensor> {
     Ok(Tensor::zeros((), routed.logits.dtype(), routed.logits.device())?)
-}
-
-/// Loss-free balancing (arXiv 2408.15664): a selection bias per expert that rises while the expert has less than its share
-/// and falls while it has more, by a constant rate.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LossFreeBias {
-    bias: Vec<f32>,
-    rate: f32,
-}
-
-impl LossFreeBias {
-    /// Zero bias for `experts`, moved by `rate` at each update (the paper uses 0.001).
-    ///
-    /// # Errors
-    /// [`Error::Parameter`] for a rate that is not positive and finite.
-    pub fn new(experts: usize, rate: f32) -> Result<Self> {
-        if !(rate.is_finite() && rate > 0.0) {
-            return Err(Error::parameter("bias update rate", rate, "a positive finite number"));
-        }
-        Ok(Self { bias: vec![0.0; experts], rate })
-    }
-
-    /// The same from the bias that a layer was loaded with, to go on where its training ended.
-    ///
-    /// # Errors
-    /// As [`LossFreeBias::new`], and for values that are not finite.
-    pub fn resume(values: &[f32], rate: f32) -> Result<Self> {
-        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
-            return Err(Error::parameter("selection bias", bad, "finite numbers"));
-        }
-        Ok(Self { bias: values.to_vec(), ..Self::new(values.len(), rate)? })
-    }
-
-    /// Moves each bias against the load that its expert had in the last batch.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when there is not one load per expert.
-    pub fn update(&mut self, load: &[u32]) -> Result<()> {
-        if load.len() != self.bias.len() {
-            return Err(Error::shape(
-                "expert load",
-                format!("{} values", self.bias.len()),
-                format!("{} values", load.len()),
-            ));
-        }
-        let mean = load.iter().map(|&load| f64::from(load)).sum::<f64>() / load.len().max(1) as f64;
-        for (bias, &load) in self.bias.iter_mut().zip(load) {
-            let lack = mean - f64::from(load);
-            *bias += if lack > 0.0 {
-                self.rate
-            } else if lack < 0.0 {
-                -self.rate
-            } else {
-                0.0
-            };
-        }
-        Ok(())
-    }
-
-    /// The bias, for [`MoeLayer::set_selection_bias`](super::MoeLayer::set_selection_bias).
-    pub fn values(&self) -> &[f32] {
-        &self.bias
-    }
 }

@@ -35,7 +35,6 @@
 pub(crate) mod borrowed;
 mod by_candle;
 pub(crate) mod by_engine;
-pub(crate) mod cached;
 mod check;
 pub(crate) mod expert;
 mod experts;
@@ -44,29 +43,25 @@ pub(crate) mod load;
 pub(crate) mod loss;
 pub(crate) mod packed;
 pub(crate) mod projection;
-mod route;
 pub(crate) mod routed;
 pub(crate) mod shared;
-mod state;
 #[cfg(test)]
 mod tests;
 pub(crate) mod worth;
 
-pub use self::cached::CachedExperts;
 pub use self::expert::Expert;
 pub use self::gate::Gate;
-pub use self::loss::{LossFreeBias, load_balancing_loss, router_z_loss};
+pub use self::loss::{load_balancing_loss, router_z_loss};
 pub use self::packed::Packed;
 pub use self::projection::Projection;
 pub use self::shared::Shared;
 pub use self::worth::{OutputNorms, Probe, ProbeFit};
+pub use crate::routing::layer::LossFreeBias;
 
 pub use self::experts::Experts;
 pub use self::routed::Routed;
-pub(crate) use self::state::Buffers;
-pub use self::state::LayerState;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
@@ -76,14 +71,16 @@ use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::layer::borrowed::Borrowed;
-use crate::layer::route::{Gated, Routing};
 use crate::layer::routed::{Pass, Seen};
-use crate::routing::assignment::Assignment;
+use crate::offload::cached::CachedExperts;
 use crate::routing::capacity::{Capacity, CapacityRule};
+use crate::routing::layer::{Buffers, Gated, LayerRouter, LayerState};
 use crate::routing::plan::DispatchPlan;
 use crate::routing::router::{RouteContext, RouteState, Router};
-use crate::routing::topk::TopK;
 use crate::spec::MoeSpec;
+
+/// What layers run on that are told of no other: they work in the same memory, one after the other.
+static ENGINE: LazyLock<Arc<Engine>> = LazyLock::new(Arc::default);
 
 /// A Mixture-of-Experts FFN; clones share weights.
 #[derive(Clone)]
@@ -92,7 +89,8 @@ pub struct MoeLayer {
     gate: Gate,
     experts: Experts,
     shared: Option<Shared>,
-    routing: Routing,
+    routing: LayerRouter,
+    norms: Option<Arc<OutputNorms>>,
     index: usize,
     engine: Arc<Engine>,
     /// Nothing has to be differentiated and all weights lie in this machine's memory as the engine reads them.
@@ -128,8 +126,8 @@ impl MoeLayer {
         if experts.cached().is_some() && !fits_engine {
             return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
         }
-        let routing = Routing { router: Arc::new(TopK::default()), capacity: None, norms: None };
-        Ok(Self { spec, gate, experts, shared, routing, index: 0, engine: Arc::default(), fits_engine })
+        let routing = LayerRouter::default();
+        Ok(Self { spec, gate, experts, shared, routing, norms: None, index: 0, engine: ENGINE.clone(), fits_engine })
     }
 
     /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`; experts one by
@@ -143,7 +141,7 @@ impl MoeLayer {
         Self::load_with(spec, vb, experts, &projection::Built)
     }
 
-    /// Loads the same but for the experts, which are these; the biases of those in a cache are loaded.
+    /// Loads the same but for the experts, which are these.
     ///
     /// # Errors
     /// As [`MoeLayer::load`] and [`MoeLayer::new`].
@@ -155,10 +153,6 @@ impl MoeLayer {
     ) -> Result<Self> {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
-        let experts = match experts.into() {
-            Experts::Cached(experts) if spec.expert_bias => experts.with_biases(load::cached_biases(spec, &vb)?).into(),
-            experts => experts,
-        };
         Self::new(spec.clone(), gate, experts, Shared::load(spec, vb, linears)?)
     }
 
@@ -179,8 +173,8 @@ impl MoeLayer {
         Self { index, ..self }
     }
 
-    /// Runs experts on an engine that other layers use too: what it worked in is kept for the next forward pass.
-    pub fn with_engine(self, engine: Arc<Engine>) -> Self {
+    /// Runs experts on another engine than the one that all layers share.
+    pub(crate) fn with_engine(self, engine: Arc<Engine>) -> Self {
         Self { engine, ..self }
     }
 
@@ -197,7 +191,7 @@ impl MoeLayer {
     /// Makes routers move slots by `gate score · size of the expert's output` where a limit applies; `None` for the gate score
     /// alone. Where no slot has to move the gate's choice stands. Combine weights, figures of gate mass and its bound stay what they are.
     pub fn set_output_norms(&mut self, norms: Option<Arc<OutputNorms>>) {
-        self.routing.norms = norms;
+        self.norms = norms;
     }
 
     /// Sets how many experts a token gets.
@@ -231,6 +225,7 @@ impl MoeLayer {
         let experts = self.experts.replaced(experts, &self.spec)?;
         *self = Self {
             routing: self.routing.clone(),
+            norms: self.norms.clone(),
             index: self.index,
             engine: self.engine.clone(),
             ..Self::new(self.spec.clone(), self.gate.clone(), experts, self.shared.clone())?
@@ -243,8 +238,16 @@ impl MoeLayer {
         &self.spec
     }
 
+    /// The bias of its gate that counts for selection only, as it is now; `None` where it has none.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when it cannot be read from its device.
+    pub fn selection_bias(&self) -> Result<Option<Vec<f32>>> {
+        self.gate.selection_bias()
+    }
+
     /// The gate.
-    pub fn gate(&self) -> &Gate {
+    pub(crate) fn gate(&self) -> &Gate {
         &self.gate
     }
 
@@ -287,26 +290,6 @@ impl MoeLayer {
         Ok((output, pass.routed(&state.buffers.assignment, context.padding)))
     }
 
-    /// Routes logits (`[tokens, experts]`, row-major) as the layer would if they were its gate's; no expert runs. A token alone without
-    /// limits or a selection bias is routed without any allocation once the state is warm, as in decode.
-    ///
-    /// # Errors
-    /// As [`MoeLayer::route_with`]; [`Error::Shape`] for logits of other experts, and under limits for a layer that has
-    /// [output norms](MoeLayer::set_output_norms): those need the hidden state.
-    pub fn assign<'s>(
-        &self,
-        logits: &[f32],
-        context: RouteContext<'_>,
-        state: &'s mut LayerState,
-    ) -> Result<&'s Assignment> {
-        let bias = self.gate.selection_bias()?;
-        let gated = Gated::new(&self.spec, logits, bias.as_deref())?;
-        let capacity = self.routing.capacity(&gated, context.padding)?;
-        self.decide(&gated, None, &capacity, context, &mut state.router, &mut state.buffers)?;
-        state.step = context.step.saturating_add(1);
-        Ok(&state.buffers.assignment)
-    }
-
     /// The experts that the layer would use for `hidden`, without a limit; nothing runs and `state` stays what it is. Expert caches read
     /// them before the layer comes to them.
     ///
@@ -315,7 +298,7 @@ impl MoeLayer {
     pub(crate) fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
         let values = self.logits(&self.tokens(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
         let bias = self.gate.selection_bias()?;
-        let gated = Gated::new(&self.spec, &values, bias.as_deref())?;
+        let gated = self.gated(&values, bias.as_deref());
         let (capacity, mut buffers) = (Capacity::unlimited(self.spec.experts)?, Buffers::default());
         self.decide(&gated, None, &capacity, context, &mut state.clone(), &mut buffers)?;
         let mut used = ExpertSet::default();
@@ -338,7 +321,7 @@ impl MoeLayer {
         }
         let logits = self.logits(&input)?;
         let (values, selection_bias) = (logits.flatten_all()?.to_vec1::<f32>()?, self.gate.selection_bias()?);
-        let gated = Gated::new(&self.spec, &values, selection_bias.as_deref())?;
+        let gated = self.gated(&values, selection_bias.as_deref());
         let capacity = self.routing.capacity(&gated, context.padding)?;
         let route_time = self.decide(&gated, Some(&input), &capacity, context, state, buffers)?;
 
@@ -388,9 +371,9 @@ impl MoeLayer {
         let mut logits = std::mem::take(&mut buffers.logits);
         self.gate.logits_of_rows(&self.engine, input, &mut logits)?;
         let selection_bias = self.gate.selection_bias()?;
-        let gated = Gated::new(&self.spec, &logits, selection_bias.as_deref())?;
+        let gated = self.gated(&logits, selection_bias.as_deref());
         let capacity = self.routing.capacity(&gated, context.padding)?;
-        let tensor = self.routing.norms.is_some().then(tensor).transpose()?;
+        let tensor = self.norms.is_some().then(tensor).transpose()?;
         let route_time = self.decide(&gated, tensor.as_ref(), &capacity, context, state, buffers);
         buffers.logits = logits;
         let route_time = route_time?;
@@ -413,10 +396,13 @@ impl MoeLayer {
         state: &mut RouteState,
         buffers: &mut Buffers,
     ) -> Result<std::time::Duration> {
-        let norms = |norms: &OutputNorms| match tokens {
-            Some(tokens) => norms.norms(tokens, self.experts()),
-            None => Err(Error::shape("hidden state", "one, as output norms need", "none")),
-        };
+        let norms = self.norms.as_ref().map(|norms| {
+            move || match tokens {
+                Some(tokens) => norms.norms(tokens, self.experts()),
+                None => Err(Error::shape("hidden state", "one, as output norms need", "none")),
+            }
+        });
+        let worth = norms.as_ref().map(|norms| norms as &dyn Fn() -> Result<Vec<f32>>);
         // Lent to the router beside the buffers that it is one of.
         let mut counted = std::mem::take(&mut buffers.resident);
         let resident = match (context.resident, self.cached()) {
@@ -428,9 +414,14 @@ impl MoeLayer {
             (None, None) => None,
         };
         let context = RouteContext { layer: self.index(), resident, ..context };
-        let time = self.routing.route(gated, capacity, context, state, buffers, norms);
+        let time = self.routing.route_within(gated, capacity, context, state, buffers, worth);
         buffers.resident = counted;
         time
+    }
+
+    fn gated<'a>(&self, logits: &'a [f32], selection_bias: Option<&'a [f32]>) -> Gated<'a> {
+        let MoeSpec { experts, top_k, scoring, .. } = self.spec;
+        Gated { logits, experts, top_k, scoring, selection_bias }
     }
 
     fn index(&self) -> usize {

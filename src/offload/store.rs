@@ -104,7 +104,6 @@ impl ExpertStore {
     ///
     /// # Errors
     /// [`Error::ExpertOutOfRange`] for an expert that is not there.
-    #[cfg(test)]
     pub(crate) fn slabs(&self, layer: usize, expert: usize) -> Result<Vec<Slab>> {
         Ok(self.slab_bytes_of(self.key(layer, expert)?).iter().map(|&bytes| Slab::new(bytes)).collect())
     }
@@ -114,7 +113,6 @@ impl ExpertStore {
     /// # Errors
     /// [`Error::Expert`] when a read fails or the bytes are not those of the first load, [`Error::ExpertOutOfRange`] for an expert that is
     /// not there, [`Error::Shape`] for slabs that are too few or too small.
-    #[cfg(test)]
     pub(crate) fn load<'a>(&'a self, layer: usize, expert: usize, slabs: &'a mut [Slab]) -> Result<LoadedExpert<'a>> {
         let key = self.key(layer, expert)?;
         let bytes = self.slab_bytes_of(key);
@@ -129,7 +127,6 @@ impl ExpertStore {
         Ok(self.view(key, slabs))
     }
 
-    #[cfg(test)]
     fn key(&self, layer: usize, expert: usize) -> Result<usize> {
         self.keys(layer).nth(expert).ok_or_else(|| Error::ExpertOutOfRange {
             operand: format!("layer {layer}"),

@@ -230,7 +230,7 @@ impl Assignment {
 
     /// Expert ids, `[tokens, width]` row-major; −1 where dropped.
     pub fn ids(&self) -> impl Iterator<Item = i32> + '_ {
-        self.chosen.iter().map(|&expert| if expert == EMPTY { -1 } else { i32::from(expert) })
+        self.chosen.iter().map(|&expert| shown(expert))
     }
 
     /// Raw ids, [`EMPTY`] where dropped.
@@ -243,7 +243,13 @@ impl Assignment {
         self.chosen.iter().filter(|&&expert| expert != EMPTY).count()
     }
 
-    /// Raw ids of the selection before drops, from which combine weights are made.
+    /// The experts that the router selected, `[tokens, width]`, before slots were dropped: what combine weights are made of, and what the balance
+    /// losses of training look at. −1 where there is none.
+    pub fn selection(&self) -> impl Iterator<Item = i32> + '_ {
+        self.raw_selection().iter().map(|&expert| shown(expert))
+    }
+
+    /// Raw ids of the same.
     pub(crate) fn raw_selection(&self) -> &[u16] {
         self.selection.as_deref().unwrap_or(&self.chosen)
     }
@@ -266,6 +272,11 @@ impl Assignment {
 
 fn out_of_range(id: i32, expected: String) -> Error {
     Error::ExpertOutOfRange { operand: "expert ids".into(), id: id.into(), expected }
+}
+
+/// An id, −1 for none.
+fn shown(expert: u16) -> i32 {
+    if expert == EMPTY { -1 } else { expert.into() }
 }
 
 /// Combine weights of one token's selection, before drops.

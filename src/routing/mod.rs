@@ -14,6 +14,7 @@
 //! | published baselines | `balanced`, `expanded`, `expert_choice`, `hash`, `phase_kernel` |
 //! | comes out: experts and weights, and the order in which experts want them | `assignment`, `plan` |
 //! | whether an answer is one, and how good it is | `check`, `metrics` |
+//! | all of that for one layer, and what it carries from batch to batch | `layer` |
 //! | routers by name | `registry` |
 
 mod admission;
@@ -27,6 +28,7 @@ pub(crate) mod drop;
 pub(crate) mod expanded;
 pub(crate) mod expert_choice;
 pub(crate) mod hash;
+pub(crate) mod layer;
 pub(crate) mod logits;
 pub(crate) mod mass;
 pub(crate) mod metrics;
@@ -54,9 +56,10 @@ pub use self::cache_aware::CacheRouter;
 pub use self::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
 pub use self::check::check_assignment;
 pub use self::drop::DropRule;
+pub use self::layer::{LayerRouter, LayerState, LossFreeBias};
 pub use self::logits::Logits;
 pub use self::metrics::{Balance, RouteMetrics};
-pub use self::phase::{PhaseRouter, gate_mass_bound};
+pub use self::phase::PhaseRouter;
 pub use self::phase_kernel::{PhaseKernel, PhaseSide, permutations, phase_ring};
 pub use self::plan::DispatchPlan;
 pub use self::registry::{Knowledge, RouterKind};

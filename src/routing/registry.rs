@@ -12,6 +12,8 @@
 //!
 //! Knows nothing else of what the routers do; each has its defaults, and further settings are made on its own type.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::routing::balanced::{auction::Auction, sinkhorn::Sinkhorn};
 use crate::routing::cache_aware::CacheRouter;
@@ -26,7 +28,8 @@ use crate::routing::router::Router;
 use crate::routing::topk::TopK;
 
 /// A router that the command line can name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum RouterKind {
     /// The gate's own choice, dropless.
     TopK,
@@ -51,12 +54,14 @@ pub enum RouterKind {
     /// The published phase kernel.
     PhaseKernel,
     /// Exact quotas on a ring, blind to the gate.
+    #[serde(rename = "quota")]
     PhaseQuota,
     /// Gate-aware and exact: price, claim, place.
     Phase,
     /// Prefers experts in fast memory, within a bound on lost gate mass; ignores capacity.
     Cache,
     /// The same on top of `phase`, within its limits.
+    #[serde(rename = "cache+phase")]
     CachePhase,
 }
 
@@ -152,6 +157,9 @@ mod tests {
     fn every_name_finds_its_router() {
         for kind in RouterKind::ALL {
             assert_eq!(kind.name().parse::<RouterKind>().unwrap(), kind);
+            let json = serde_json::to_string(&kind).unwrap();
+            assert_eq!(json, format!("{:?}", kind.name()));
+            assert_eq!(serde_json::from_str::<RouterKind>(&json).unwrap(), kind);
         }
         assert_eq!(
             "round-robin".parse::<RouterKind>().unwrap_err().to_string(),

@@ -2,11 +2,13 @@
 //!
 //! Knows nothing of selection biases or combine weights.
 
+use serde::{Deserialize, Serialize};
+
 use crate::simd::score::{any_masked, sigmoid, softmax};
 use crate::simd::{Kernel, Lanes};
 
 /// How a logit becomes a score.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ScoreFunction {
     /// Over all experts of the token; the scores of a row sum to 1.
     Softmax,
@@ -27,7 +29,7 @@ pub enum ScoreFunction {
 }
 
 /// What a group of experts is worth when a model limits a token to its best groups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum GroupScore {
     /// The best selection score of the group (DeepSeek-V2).
     Max,
@@ -36,7 +38,7 @@ pub enum GroupScore {
 }
 
 /// Experts in `groups` equal contiguous groups, of which a token may use its best `top_groups`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct GroupLimit {
     /// Groups the experts are cut into.
     pub groups: usize,

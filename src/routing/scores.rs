@@ -21,6 +21,7 @@
 use std::cmp::Ordering;
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::routing::logits::Logits;
@@ -31,7 +32,7 @@ use crate::routing::slots::check_top_k;
 use crate::simd::Isa;
 
 /// How a model turns logits into scores and scores into combine weights.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scoring {
     /// Softmax or sigmoid.
     pub function: ScoreFunction,

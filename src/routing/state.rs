@@ -53,7 +53,7 @@ impl RouteState {
     }
 
     /// The residency bonus that the controller has come to, in units of the running score range; `None` without one.
-    pub fn bonus(&self) -> Option<f64> {
+    pub(crate) fn bonus(&self) -> Option<f64> {
         self.bonus
     }
 }

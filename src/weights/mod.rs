@@ -11,10 +11,11 @@
 //! ```
 //!
 //! `experts` says where an expert lies, `gguf` how a GGUF file says what Hugging Face's files say; files of another format would have
-//! another file there. Nothing but headers and small files is read. Knows nothing of a tensor framework.
+//! another file there. Nothing but headers and small files is read, but where `floats` is asked for numbers. Knows nothing of a tensor framework.
 
 mod check;
 pub(crate) mod experts;
+mod floats;
 mod gguf;
 
 use std::io::ErrorKind;
@@ -216,15 +217,10 @@ impl Weights {
     /// # Errors
     /// As [`Weights::spec`]; [`Error::ExpertOutOfRange`] for an expert that is not there, [`Error::Checkpoint`] for a tensor that is not,
     /// or that has another shape or another type than [`Dtype`](crate::experts::matrix::Dtype) has.
-    #[cfg(test)]
-    pub(crate) fn experts(&self, layer: usize, id: usize) -> Result<Vec<Piece>> {
+    pub(crate) fn pieces(&self, layer: usize, id: usize) -> Result<Vec<Piece>> {
         let spec = self.spec()?;
         let block = spec.moe_blocks().nth(layer).filter(|_| id < spec.moe.experts);
-        let block = block.ok_or_else(|| Error::ExpertOutOfRange {
-            operand: format!("layer {layer}"),
-            id: i64::try_from(id).unwrap_or(i64::MAX),
-            expected: format!("one of {} in each of {} layers", spec.moe.experts, spec.moe_layers()),
-        })?;
+        let block = block.ok_or_else(|| no_expert(spec, layer, id))?;
         self.slices(spec, block, id)?.iter().map(|slice| slice.piece(&self.checkpoint)).collect()
     }
 
@@ -272,6 +268,15 @@ impl Weights {
                 experts::slices(&spec.moe, &prefix, id, self.checkpoint.as_ref())
             }
         }
+    }
+}
+
+/// The error for an expert that is not there.
+fn no_expert(spec: &ModelSpec, layer: usize, id: usize) -> Error {
+    Error::ExpertOutOfRange {
+        operand: format!("layer {layer}"),
+        id: i64::try_from(id).unwrap_or(i64::MAX),
+        expected: format!("one of {} in each of {} layers", spec.moe.experts, spec.moe_layers()),
     }
 }
 

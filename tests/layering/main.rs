@@ -17,7 +17,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("checkpoint", &["error"]),
     ("routing", &["error", "expert", "simd"]),
     ("experts", &["error", "expert", "routing", "simd"]),
-    ("offload", &["checkpoint", "error", "expert", "experts", "routing", "simd"]),
+    ("offload", &["checkpoint", "error", "expert", "experts", "routing", "simd", "spec"]),
     ("spec", &["error", "expert", "experts", "routing"]),
     ("zoo", &["checkpoint", "error", "experts", "routing", "spec"]),
     ("weights", &["checkpoint", "error", "expert", "experts", "offload", "spec", "zoo"]),

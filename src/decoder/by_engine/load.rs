@@ -16,7 +16,6 @@ use crate::error::{Error, Result};
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Dtype;
 use crate::layer::MoeLayer;
-use crate::layer::cached::CachedExperts;
 use crate::layer::expert::Expert;
 use crate::layer::load::experts;
 use crate::offload::cache::ExpertCache;
@@ -51,7 +50,10 @@ impl ByEngine {
         };
         let moe = |layer: usize, block: usize, vb: VarBuilder<'_>| -> Result<MoeLayer> {
             let layer = match cache {
-                Some(cache) => MoeLayer::load_with(&spec.moe, vb, CachedExperts::new(cache.clone(), layer), &stored)?,
+                Some(cache) => {
+                    let experts = weights.cached_experts(cache, layer)?;
+                    MoeLayer::load_with(&spec.moe, vb, experts, &stored)?
+                }
                 None => {
                     let all = (0..spec.moe.experts).map(|id| weights.slices(spec, block, id));
                     let all = all.collect::<Result<Vec<_>>>()?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 
 use crate::decoder::ExpertMemory;
 use crate::error::Fault;
-use crate::layer::cached::ExpertBiases;
+use crate::offload::cached::ExpertBiases;
 use crate::offload::store::Layout;
 use crate::offload::store::Piece;
 use crate::offload::{Part, Prefetch, Scope};

@@ -45,7 +45,7 @@ fn blocks_are_the_numbers_they_stand_for() {
     assert!(worst <= 1e-5, "in floats off by {worst}");
 
     let store = files.expert_store().unwrap();
-    let Piece { part, dtype, rows, columns, .. } = files.experts(1, 2).unwrap()[2];
+    let Piece { part, dtype, rows, columns, .. } = files.pieces(1, 2).unwrap()[2];
     assert_eq!((part, dtype, rows, columns), (Part::Down, Dtype::Mxfp4, 32, 64));
     let cache = CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store);
     let cached = Decoder::load(&files, &LoadOptions::default().with_expert_cache(cache)).unwrap();

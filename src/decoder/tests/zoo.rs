@@ -286,7 +286,7 @@ fn gpt_oss_in_mxfp4_is_what_transformers_computes_with_the_numbers_of_its_blocks
         };
         assert_near(&format!("mxfp4, prompt {prompt}"), &of(&held), &of(&golden), 4e-2);
     }
-    let Piece { part, dtype, rows, columns, .. } = files.experts(0, 3).unwrap()[0];
+    let Piece { part, dtype, rows, columns, .. } = files.pieces(0, 3).unwrap()[0];
     assert_eq!((part, dtype, rows, columns), (Part::GateUp, Dtype::Mxfp4, 128, 96));
 }
 
@@ -301,7 +301,7 @@ fn in_floats(files: &Weights, spec: &ModelSpec, directory: &Path) {
     }
     for layer in 0..store.layers() {
         for (part, name) in [(Part::GateUp, "gate_up_proj"), (Part::Down, "down_proj")] {
-            let pieces = files.experts(layer, 0).unwrap();
+            let pieces = files.pieces(layer, 0).unwrap();
             let Piece { rows, columns, .. } = *pieces.iter().find(|piece| piece.part == part).unwrap();
             let numbers = (0..spec.moe.experts).flat_map(|expert| {
                 let mut slabs = store.slabs(layer, expert).unwrap();

@@ -2,14 +2,38 @@
 //!
 //! Knows nothing of how fast devices are.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
 
 /// Which device each expert lives on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Placed", into = "Placed")]
 pub struct Placement {
     device_of: Vec<u16>,
     devices: usize,
+}
+
+/// A placement as it is written, before it is checked.
+#[derive(Serialize, Deserialize)]
+struct Placed {
+    device_of: Vec<u16>,
+    devices: usize,
+}
+
+impl From<Placement> for Placed {
+    fn from(Placement { device_of, devices }: Placement) -> Self {
+        Self { device_of, devices }
+    }
+}
+
+impl TryFrom<Placed> for Placement {
+    type Error = Error;
+
+    fn try_from(Placed { device_of, devices }: Placed) -> Result<Self> {
+        Self::new(device_of, devices)
+    }
 }
 
 impl Placement {

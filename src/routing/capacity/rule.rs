@@ -7,6 +7,7 @@
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
@@ -14,7 +15,7 @@ use crate::routing::capacity::limits::Capacity;
 use crate::routing::capacity::placement::Placement;
 
 /// How shares of the slots become integers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Rounding {
     /// Largest remainder: the limits sum to `⌊factor·N·k⌋`, so a factor of 1.0 means 1.0.
     Exact,
@@ -23,7 +24,7 @@ pub enum Rounding {
 }
 
 /// Relative capacities of the experts (the published benchmark's four profiles).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Profile {
     /// All equal.
     Uniform,
@@ -83,7 +84,7 @@ impl std::str::FromStr for Profile {
 }
 
 /// Which pools are limited, and in which proportion.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Shares {
     /// Every expert, in the proportions of a profile shuffled by a seed.
     PerExpert {
@@ -108,7 +109,7 @@ pub enum Shares {
 
 impl Shares {
     /// Relative capacity per device; `None` where limits are per expert.
-    pub fn speeds(&self) -> Option<&[f64]> {
+    pub(crate) fn speeds(&self) -> Option<&[f64]> {
         match self {
             Self::PerExpert { .. } => None,
             Self::PerDevice { speeds } | Self::Placed { speeds, .. } => Some(speeds),
@@ -130,7 +131,7 @@ impl Shares {
 }
 
 /// Makes the [`Capacity`] of a batch from its size.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct CapacityRule {
     /// Total room over demand: 1.0 leaves exactly as much room as there are slots.

@@ -23,8 +23,13 @@ pub fn system_info() -> String {
 
 /// # Errors
 /// A file that it cannot read.
-pub fn load(backend: &LlamaBackend, path: &Path) -> Result<LlamaModel> {
-    Ok(LlamaModel::load_from_file(backend, path, &LlamaModelParams::default())?)
+pub fn load(backend: &LlamaBackend, path: &Path, mapped: bool) -> Result<LlamaModel> {
+    let mut params = std::pin::pin!(LlamaModelParams::default());
+    if mapped {
+        // All tensors as they lie in the file: a layout of its own is a copy in memory.
+        params.as_mut().add_cpu_buft_override(c".*");
+    }
+    Ok(LlamaModel::load_from_file(backend, path, &params)?)
 }
 
 /// A context of a model, as its own commands make one: weights mapped and laid out anew where it has a better layout, keys and values

@@ -25,6 +25,9 @@ enum Command {
         plan: Plan,
         #[arg(long, default_value_t = 2)]
         threads: i32,
+        /// Weights stay mapped as they lie in the file, for a limit on memory: no layouts of its own
+        #[arg(long)]
+        mapped: bool,
     },
     /// Compares logits with those that `whole_model --logits` has left beside the models
     Logits {
@@ -59,13 +62,13 @@ fn backend() -> Result<LlamaBackend> {
     Ok(backend)
 }
 
-fn measure(models: &[PathBuf], plan: &Plan, threads: i32) -> Result<()> {
+fn measure(models: &[PathBuf], plan: &Plan, threads: i32, mapped: bool) -> Result<()> {
     let backend = backend()?;
     let mut all = Vec::new();
     for path in models {
         let (shape, dtype) = named(path)?;
         eprintln!("{}", path.display());
-        let model = llama::load(&backend, path)?;
+        let model = llama::load(&backend, path, mapped)?;
         let vocab = model.n_vocab() as usize;
         let mut llama = Llama::new(&backend, &model, plan.positions(), threads)?;
         let cells = plan.measure(vocab, &mut llama)?;
@@ -82,7 +85,7 @@ fn logits(models: &[PathBuf], threads: i32) -> Result<()> {
         let file = path.with_extension("logits");
         let ours = std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
         let ours: Vec<f32> = ours.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        let model = llama::load(&backend, path)?;
+        let model = llama::load(&backend, path, false)?;
         let vocab = model.n_vocab() as usize;
         let theirs = Llama::new(&backend, &model, COMPARED_TOKENS, threads)?.logits(&compared_tokens(vocab))?;
         let (mean, same) = compare::divergence(&theirs, &ours, vocab)?;
@@ -93,7 +96,7 @@ fn logits(models: &[PathBuf], threads: i32) -> Result<()> {
 
 fn main() -> Result<()> {
     match Command::parse() {
-        Command::Measure { models, plan, threads } => measure(&models, &plan, threads),
+        Command::Measure { models, plan, threads, mapped } => measure(&models, &plan, threads, mapped),
         Command::Logits { models, threads } => logits(&models, threads),
         Command::Compare { ours, theirs } => compare::tables(&ours, &theirs),
     }

@@ -5,9 +5,6 @@
 
 use std::sync::Arc;
 
-use super::check::ROUTING_DTYPE;
-use super::expert::Expert;
-use super::projection::Projection;
 use crate::error::{Error, Result};
 use crate::expert::{ExpertId, ExpertSet};
 use crate::experts::matrix::Matrix;
@@ -36,35 +33,24 @@ pub(crate) struct ExpertBiases {
     pub(crate) down: Vec<f32>,
 }
 
-impl ExpertBiases {
-    /// Those of an expert in memory; none where it has none.
-    pub(super) fn of(expert: &Expert) -> Result<Self> {
-        let of = |projection: Option<&Projection>| -> Result<Vec<f32>> {
-            let Some(bias) = projection.and_then(Projection::bias) else { return Ok(Vec::new()) };
-            Ok(bias.to_dtype(ROUTING_DTYPE)?.to_vec1()?)
-        };
-        Ok(Self { gate: of(expert.gate_proj())?, up: of(Some(expert.up_proj()))?, down: of(Some(expert.down_proj()))? })
-    }
-}
-
 impl CachedExperts {
     /// Layer `layer` of `cache`.
     pub fn new(cache: Arc<ExpertCache>, layer: usize) -> Self {
         Self { cache, layer, biases: None }
     }
 
-    /// The same with biases, of each expert by id.
+    /// The same with biases, of each expert by id; without any where there are none.
     pub(crate) fn with_biases(self, biases: Vec<ExpertBiases>) -> Self {
-        Self { biases: Some(biases.into()), ..self }
+        Self { biases: (!biases.is_empty()).then(|| biases.into()), ..self }
     }
 
     /// Whether it has biases.
-    pub(super) fn has_biases(&self) -> bool {
+    pub(crate) fn has_biases(&self) -> bool {
         self.biases.is_some()
     }
 
     /// The same with the biases of others, if it has none.
-    pub(super) fn or_biases(self, others: &Self) -> Self {
+    pub(crate) fn or_biases(self, others: &Self) -> Self {
         let biases = self.biases.or_else(|| others.biases.clone());
         Self { biases, ..self }
     }
@@ -79,8 +65,8 @@ impl CachedExperts {
         self.layer
     }
 
-    /// Checks that the stored experts are those of `spec`.
-    pub(super) fn check(&self, spec: &MoeSpec) -> Result<()> {
+    /// Checks that the stored experts, and their biases, are those of `spec`.
+    pub(crate) fn check(&self, spec: &MoeSpec) -> Result<()> {
         let store = self.cache.store();
         let experts = store.experts(self.layer);
         if experts != spec.experts {
@@ -130,13 +116,20 @@ impl CachedExperts {
         Ok(())
     }
 
-    /// What is in memory, as routers see it, in place of what `set` held.
-    pub(crate) fn counted_into(&self, set: &mut ExpertSet) -> Result<()> {
+    /// What is in memory, as routers see it ([`RouteContext::resident`](crate::routing::router::RouteContext)), in place of what `set` held.
+    ///
+    /// # Errors
+    /// As [`ExpertCache::counted_into`].
+    pub fn counted_into(&self, set: &mut ExpertSet) -> Result<()> {
         self.cache.counted_into(self.layer, set)
     }
 
-    /// One step: runs `work` on all experts of the plan, once or in groups, by ascending id.
-    pub(super) fn run(
+    /// One step: runs `work` on all experts of the plan, once or in groups, by ascending id; `spec` says what the
+    /// layer is.
+    ///
+    /// # Errors
+    /// As [`ExpertCache::run`], and what `work` gives.
+    pub fn run(
         &self,
         spec: &MoeSpec,
         plan: &DispatchPlan,
@@ -156,7 +149,10 @@ impl CachedExperts {
 }
 
 /// A loaded expert as the engine takes it.
-fn weights<'a>(
+///
+/// # Errors
+/// [`Error::Shape`] for one that is not of `spec`.
+pub(crate) fn weights<'a>(
     spec: &MoeSpec,
     expert: &LoadedExpert<'a>,
     biases: Option<&'a ExpertBiases>,
