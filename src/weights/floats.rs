@@ -13,6 +13,7 @@ use crate::experts::matrix::Matrix;
 use crate::offload::cache::ExpertCache;
 use crate::offload::cached::{CachedExperts, ExpertBiases, weights};
 use crate::offload::store::ExpertStore;
+use crate::spec::MoeSpec;
 
 /// Weights and biases of a projection.
 type ProjectionFloats = (Vec<f32>, Vec<f32>);
@@ -45,17 +46,23 @@ impl Weights {
         Ok(Matrix::new(dtype, rows, columns, &checkpoint.read(&stored)?)?.to_f32())
     }
 
-    /// The experts of MoE layer `layer`, by id, read one after the other: gate, up and down projection of each, weights `[out, in]` row-major and
-    /// biases `[out]`. No gate where the activation has none; no numbers of biases where there are none.
+    /// The experts of a layer that `moe` describes and whose tensors' names begin with `prefix` and a dot (`model.layers.3.mlp`), by id, read one
+    /// after the other: gate, up and down projection of each, weights `[out, in]` row-major and biases `[out]`. No gate where the activation
+    /// has none; no numbers of biases where there are none.
     ///
     /// # Errors
-    /// As [`Weights::spec`] and [`Weights::floats`], [`Error::ExpertOutOfRange`] for a layer that is not there; of an expert as
-    /// [`Weights::expert_store`], and [`Error::Expert`] when a read fails.
-    pub fn experts(&self, layer: usize) -> Result<impl Iterator<Item = Result<[Option<ProjectionFloats>; 3]>>> {
-        let moe = &self.spec()?.moe;
-        let mut biases = self.expert_biases(layer)?.into_iter();
+    /// As [`Weights::floats`] for biases; of an expert [`Error::Checkpoint`] for a tensor that is not there, or of another shape or type than
+    /// those that are read, and [`Error::Expert`] when a read fails.
+    pub fn experts(
+        &self,
+        moe: &MoeSpec,
+        prefix: &str,
+    ) -> Result<impl Iterator<Item = Result<[Option<ProjectionFloats>; 3]>>> {
+        let mut biases = self.expert_biases(moe, prefix)?.into_iter();
         Ok((0..moe.experts).map(move |id| {
-            let store = ExpertStore::new(self.checkpoint().sources().to_vec(), vec![vec![self.pieces(layer, id)?]])?;
+            let slices = self.slices_under(moe, prefix, id)?;
+            let pieces = slices.iter().map(|slice| slice.piece(self.checkpoint())).collect::<Result<Vec<_>>>()?;
+            let store = ExpertStore::new(self.checkpoint().sources().to_vec(), vec![vec![pieces]])?;
             let mut slabs = store.slabs(0, 0)?;
             let expert = weights(moe, &store.load(0, 0, &mut slabs)?, None)?;
             let ExpertBiases { gate, up, down } = biases.next().unwrap_or_default();
@@ -64,28 +71,29 @@ impl Weights {
         }))
     }
 
-    /// The same in a cache of [`Weights::expert_store`], for a layer that runs them on the engine.
+    /// The experts of MoE layer `layer`, counted without blocks that have none, in a cache of [`Weights::expert_store`]: for a layer that runs
+    /// them on the engine.
     ///
     /// # Errors
-    /// As [`Weights::experts`], and [`Error::Shape`] for a cache of another model.
+    /// As [`Weights::spec`] and [`Weights::floats`], [`Error::Shape`] for a cache of another model, [`Error::ExpertOutOfRange`] for a layer that
+    /// is not there.
     pub fn cached_experts(&self, cache: &Arc<ExpertCache>, layer: usize) -> Result<CachedExperts> {
-        let experts = CachedExperts::new(cache.clone(), layer).with_biases(self.expert_biases(layer)?);
-        experts.check(&self.spec()?.moe)?;
+        let spec = self.spec()?;
+        let block = spec.moe_blocks().nth(layer).ok_or_else(|| no_expert(spec, layer, 0))?;
+        let biases = self.expert_biases(&spec.moe, &format!("model.layers.{block}.{}", spec.ffn))?;
+        let experts = CachedExperts::new(cache.clone(), layer).with_biases(biases);
+        experts.check(&spec.moe)?;
         Ok(experts)
     }
 
     /// The biases of a layer's experts, stacked or one by one as they are there; none where they have none.
-    fn expert_biases(&self, layer: usize) -> Result<Vec<ExpertBiases>> {
-        let spec = self.spec()?;
-        let moe = &spec.moe;
+    fn expert_biases(&self, moe: &MoeSpec, prefix: &str) -> Result<Vec<ExpertBiases>> {
         if !moe.expert_bias {
             return Ok(Vec::new());
         }
-        let block = spec.moe_blocks().nth(layer).ok_or_else(|| no_expert(spec, layer, 0))?;
-        let prefix = format!("model.layers.{block}.{}.", spec.ffn);
         let (names, width, hidden, gated) = (&moe.names, moe.expert_width, moe.hidden, moe.activation.gated);
-        let get = |name: String, shape: &[usize]| self.floats(&format!("{prefix}{name}"), shape);
-        let has = |name: String| self.checkpoint().tensors().contains_key(&format!("{prefix}{name}"));
+        let get = |name: String, shape: &[usize]| self.floats(&format!("{prefix}.{name}"), shape);
+        let has = |name: String| self.checkpoint().tensors().contains_key(&format!("{prefix}.{name}"));
         if !["", MXFP4[0], "_bias"].iter().any(|end| has(format!("{}{end}", names.stacked_gate_up))) {
             let single = |id: usize| {
                 let bias = |name: &str, size: usize| get(format!("{}.{id}.{name}.bias", names.experts), &[size]);

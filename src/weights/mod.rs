@@ -28,7 +28,7 @@ pub(crate) use self::gguf::names::TensorSource;
 use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, text};
 use crate::error::{Error, Result};
 use crate::offload::store::{ExpertStore, Piece};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, MoeSpec};
 use crate::zoo;
 
 /// The files of a model, opened: nothing of its weights is in memory.
@@ -217,6 +217,7 @@ impl Weights {
     /// # Errors
     /// As [`Weights::spec`]; [`Error::ExpertOutOfRange`] for an expert that is not there, [`Error::Checkpoint`] for a tensor that is not,
     /// or that has another shape or another type than [`Dtype`](crate::experts::matrix::Dtype) has.
+    #[cfg(test)]
     pub(crate) fn pieces(&self, layer: usize, id: usize) -> Result<Vec<Piece>> {
         let spec = self.spec()?;
         let block = spec.moe_blocks().nth(layer).filter(|_| id < spec.moe.experts);
@@ -261,13 +262,20 @@ impl Weights {
 
     /// Where expert `id` of a block lies.
     pub(crate) fn slices(&self, spec: &ModelSpec, block: usize, id: usize) -> Result<Vec<Slice>> {
-        match self.checkpoint.gguf() {
-            Some(_) => Ok(gguf::names::slices(&spec.moe, block, id, self.checkpoint.as_ref())),
-            None => {
-                let prefix = format!("model.layers.{block}.{}.", spec.ffn);
-                experts::slices(&spec.moe, &prefix, id, self.checkpoint.as_ref())
-            }
-        }
+        self.slices_under(&spec.moe, &format!("model.layers.{block}.{}", spec.ffn), id)
+    }
+
+    /// Where expert `id` of a layer lies whose tensors transformers calls `{prefix}.`.
+    fn slices_under(&self, moe: &MoeSpec, prefix: &str, id: usize) -> Result<Vec<Slice>> {
+        let Some(metadata) = self.checkpoint.gguf() else {
+            return experts::slices(moe, &format!("{prefix}."), id, self.checkpoint.as_ref());
+        };
+        let block = prefix.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        let block = block.ok_or_else(|| Error::Checkpoint {
+            file: metadata.file().into(),
+            detail: format!("experts under `{prefix}`: expected `model.layers.` and a number, as a GGUF file has them"),
+        })?;
+        Ok(gguf::names::slices(moe, block, id, self.checkpoint.as_ref()))
     }
 }
 

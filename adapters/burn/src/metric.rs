@@ -79,11 +79,11 @@ const GATE_MASS: Figure = Figure {
 };
 
 const BALANCE: Figure = Figure {
-    name: "MoE max violation",
-    description: "largest load of an expert over its fair share, minus 1, in the mean of the layers (arXiv 2408.15664)",
+    name: "MoE load variation",
+    description: "standard deviation of experts' loads over their mean, in the mean of the layers; 0 is even",
     unit: None,
     higher_is_better: false,
-    of: |input| input.sum(|layer| layer.experts.max_violation) / input.layers.len() as f64,
+    of: |input| input.sum(|layer| layer.experts.cv) / input.layers.len() as f64,
 };
 
 macro_rules! metric {
@@ -171,6 +171,6 @@ metric! {
 }
 
 metric! {
-    /// Largest load of an expert over its fair share, minus 1 (MaxVio, arXiv 2408.15664), in the mean of the layers.
+    /// Standard deviation of the experts' loads over their mean, in the mean of the layers; 0 is even.
     BalanceMetric, BALANCE
 }

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device, Tensor};
 use candle_core::{DType as Candle, Device as Cpu, Module, Tensor as Other};
 use common::{Numbers, difference, numbers};
 use phase_moe::decoder::var_builder;
-use phase_moe::{CacheOptions, ExpertCache, MoeLayer, PhaseRouter};
+use phase_moe::{CacheOptions, Checkpoint, ExpertCache, MoeLayer, PhaseRouter};
 use phase_moe_burn::{CapacityRule, LayerState, Moe, Weights};
 
 fn goldens() -> PathBuf {
@@ -36,7 +36,8 @@ fn every_family_agrees_with_the_candle_layer() {
     let mut layers = 0;
     for directory in directories("zoo") {
         let weights = Weights::open(&directory).unwrap();
-        let spec = weights.spec().unwrap();
+        // Of one family the MoE layer alone is known.
+        let Ok(spec) = weights.spec() else { continue };
         let hidden = spec.moe.hidden;
         for layer in 0..spec.moe_blocks().count() {
             for (dtype, other, bound) in [(DType::F32, Candle::F32, 1e-5), (DType::BF16, Candle::BF16, 1e-2)] {
@@ -51,12 +52,14 @@ fn every_family_agrees_with_the_candle_layer() {
                 let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 let got = numbers(ours.forward(rounded));
                 let off = difference(&got, &expected);
+                // In four bits Candle's layer multiplies bytes, and this one the floats that were made of them.
+                let bound = if directory.ends_with("gpt_oss_mxfp4") { 2e-2 } else { bound };
                 assert!(off <= bound, "{}, layer {layer}, {dtype:?}: {off}", directory.display());
             }
             layers += 1;
         }
     }
-    assert!(layers >= 20, "{layers} layers");
+    assert!(layers >= 17, "{layers} layers");
 }
 
 #[test]
@@ -82,8 +85,8 @@ fn limits_do_the_same_in_both() {
 fn an_expert_cache_gives_the_same_output_and_counts() {
     let mut cached = 0;
     for directory in directories("zoo") {
-        let weights = Weights::open(&directory).unwrap();
-        let (spec, device) = (weights.spec().unwrap(), Device::flex());
+        let (weights, device) = (Weights::open(&directory).unwrap(), Device::flex());
+        let Ok(spec) = weights.spec() else { continue };
         let store = weights.expert_store().unwrap();
         // Room for a few experts of a layer.
         let budget = 3 * store.slab_bytes(0) * spec.moe_blocks().count();
@@ -93,7 +96,8 @@ fn an_expert_cache_gives_the_same_output_and_counts() {
         let layer = Moe::load_cached(&weights, 0, &cache, DType::F32, &device).unwrap();
         let off = difference(&numbers(layer.forward(input.clone())), &numbers(held.forward(input.clone())));
         // In four bits the engine multiplies in another form than in the floats that were made of them.
-        assert!(off <= 1e-2, "{}: {off}", directory.display());
+        let bound = if directory.ends_with("gpt_oss_mxfp4") { 2e-2 } else { 1e-6 };
+        assert!(off <= bound, "{}: {off}", directory.display());
         let before = cache.statistics();
         assert!(before.requests > 0 && before.misses > 0);
         let (_, routed) = layer.route(input.slice([0..1, 0..spec.moe.hidden]), &mut LayerState::default()).unwrap();
@@ -103,17 +107,16 @@ fn an_expert_cache_gives_the_same_output_and_counts() {
         assert!(error.unwrap_err().to_string().contains("as experts in a cache need"));
         cached += 1;
     }
-    assert!(cached >= 11, "{cached} families");
+    assert!(cached >= 10, "{cached} families");
 }
 
 #[test]
 fn gguf_files_are_read_too() {
-    let files = std::fs::read_dir(goldens().join("gguf")).unwrap().map(|entry| entry.unwrap().path());
-    let mut layers = 0;
-    for file in files.filter(|path| path.extension().is_some_and(|end| end == "gguf")) {
+    for name in ["olmoe", "qwen2moe", "qwen3moe", "granitemoe", "deepseek2", "glm4moe", "llama"] {
+        let file = goldens().join(format!("gguf/{name}.gguf"));
         let weights = Weights::open(&file).unwrap();
         let (hidden, device) = (weights.spec().unwrap().moe.hidden, Device::flex());
-        let Ok(ours) = Moe::load(&weights, 0, DType::F32, &device) else { continue };
+        let ours = Moe::load(&weights, 0, DType::F32, &device).unwrap();
         let input: Tensor<2> = Numbers(5).tensor([21, hidden], &device);
         let tokens = Other::from_vec(numbers(input.clone()), (21, hidden), &Cpu::Cpu).unwrap();
         let decoder = phase_moe::Decoder::load(&weights, &Default::default()).unwrap();
@@ -122,9 +125,7 @@ fn gguf_files_are_read_too() {
         // Blocks meet activations in bytes there, floats here.
         let off = difference(&numbers(ours.forward(input)), &expected);
         assert!(off <= 2e-2, "{}: {off}", file.display());
-        layers += 1;
     }
-    assert!(layers >= 2, "{layers} files");
 }
 
 #[test]
@@ -134,5 +135,35 @@ fn what_is_not_there_is_an_error() {
     let error = Moe::load(&weights, layers, DType::F32, &Device::flex()).unwrap_err().to_string();
     assert!(error.contains(&format!("one of {layers}")), "{error}");
     let error = Moe::load(&weights, 0, DType::I32, &Device::flex()).unwrap_err().to_string();
-    assert_eq!(error, "dtype of a layer: expected a float type, got I32");
+    assert_eq!(error, "dtype of a layer is I32: expected a float type");
+}
+
+/// The MoE block of transformers itself, of all families: those too whose layer alone is known.
+#[test]
+fn every_block_agrees_with_transformers() {
+    let mut blocks = 0;
+    for directory in directories("zoo") {
+        let config = std::fs::read_to_string(directory.join("config.json")).unwrap();
+        let spec = phase_moe::zoo::parse_moe_config(&config, "config.json").unwrap();
+        let golden = Checkpoint::open(directory.join("goldens.safetensors")).unwrap();
+        let floats = |name: &str| -> Vec<f32> {
+            golden.read(name).unwrap().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+        };
+        let block = u32::from_le_bytes(golden.read("block.layer").unwrap()[..4].try_into().unwrap());
+        let weights = Weights::open(&directory).unwrap();
+        let ffn = ["mlp", "block_sparse_moe", "feed_forward"].into_iter().find(|ffn| {
+            let start = format!("model.layers.{block}.{ffn}.");
+            weights.checkpoint().tensors().keys().any(|name| name.starts_with(&start))
+        });
+        let prefix = format!("model.layers.{block}.{}", ffn.unwrap());
+        let device = Device::flex();
+        let layer = Moe::load_block(&weights, &spec, &prefix, DType::F32, &device).unwrap();
+        let input = floats("block.input");
+        let tokens = input.len() / spec.hidden;
+        let output = numbers(layer.forward(common::tensor(input, [tokens, spec.hidden], &device)));
+        let off = difference(&output, &floats("block.output"));
+        assert!(off <= 1e-4, "{}: {off}", directory.display());
+        blocks += 1;
+    }
+    assert!(blocks >= 11, "{blocks} blocks");
 }
