@@ -31,9 +31,9 @@ use phase_moe::eval::{Batching, Decoding, EvalText};
 use phase_moe::experts::ProjectionWeights;
 use phase_moe::offload::{LoadedExpert, Part, RequestLog};
 use phase_moe::{
-    Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, Capacity, Checkpoint, Decoder, DispatchPlan,
-    Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec, Policy,
-    RouteContext, RouteRequest, RouteState, Router, Scratch, TopK, Weights, Work,
+    Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, CachedExperts, Capacity, Checkpoint, Decoder,
+    DispatchPlan, Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec,
+    Policy, RouteContext, RouteRequest, RouteState, Router, Scratch, TopK, Weights, Work,
 };
 use serde::Serialize;
 
@@ -178,10 +178,10 @@ impl Subject {
         let cache = CacheOptions::new(budget);
         let mut experts = match mode {
             Mode::Mapped => Source::Mapped(Mapped::new(self.files.checkpoint(), self.pieces()?, cached)?),
-            Mode::Lru => Source::Cached(ExpertCache::new(Arc::new(store), cache)?),
+            Mode::Lru => Source::Cached(Arc::new(ExpertCache::new(Arc::new(store), cache)?)),
             Mode::Cache => {
                 let cache = CacheOptions { admission: Admission::default(), ..cache }.sparing(&store);
-                Source::Cached(ExpertCache::new(Arc::new(store), cache)?)
+                Source::Cached(Arc::new(ExpertCache::new(Arc::new(store), cache)?))
             }
         };
         let router: Arc<dyn Router> = match mode {
@@ -210,7 +210,7 @@ impl Subject {
                 let row = &self.logits[layer][token * moe.experts..][..moe.experts];
                 let scores = moe.scoring.scores(&Logits::new(row, 1, moe.experts)?, None)?;
                 if let Source::Cached(cache) = &experts {
-                    cache.counted_into(layer, &mut resident)?;
+                    CachedExperts::new(cache.clone(), layer).counted_into(&mut resident)?;
                 }
                 let context =
                     RouteContext { layer, step: token as u64, resident: Some(&resident), ..RouteContext::default() };
@@ -285,7 +285,7 @@ impl Reads {
 /// Where the experts of a run are.
 enum Source {
     Mapped(Mapped),
-    Cached(ExpertCache),
+    Cached(Arc<ExpertCache>),
 }
 
 impl Source {

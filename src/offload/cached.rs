@@ -119,7 +119,7 @@ impl CachedExperts {
     /// What is in memory, as routers see it ([`RouteContext::resident`](crate::routing::router::RouteContext)), in place of what `set` held.
     ///
     /// # Errors
-    /// As [`ExpertCache::counted_into`].
+    /// [`Error::Shape`] for a layer that the cache does not have.
     pub fn counted_into(&self, set: &mut ExpertSet) -> Result<()> {
         self.cache.counted_into(self.layer, set)
     }

@@ -8,10 +8,10 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
 use burn_flex::FlexTensor;
 use phase_moe::experts::ProjectionWeights;
-use phase_moe::{DispatchPlan, Dtype, Engine, Error, ExpertWeights, Matrix, MoeSpec, Result, Work};
+use phase_moe::{DispatchPlan, Dtype, Engine, ExpertWeights, Matrix, MoeSpec, Result, Work};
 
 use crate::expert::{Expert, Projection};
-use crate::gate::Gate;
+use crate::gate::{Gate, numbers};
 use crate::layer::Moe;
 
 /// A tensor `[rows, columns]` of Flex, held: row by row, in a type that the engine reads.
@@ -47,10 +47,12 @@ impl Memory {
     }
 }
 
-/// Logits `[tokens, experts]`, row-major; rounded to the tokens' type before the bias, as Burn's product gives them.
-pub(crate) fn logits(engine: &Engine, tokens: &Memory, gate: &Gate, spec: &MoeSpec) -> Result<Vec<f32>> {
+/// Logits `[tokens, experts]`, row-major; rounded to the tokens' type before the bias, as Burn's product gives them. `None` where the gate's weight
+/// is elsewhere.
+pub(crate) fn logits(engine: &Engine, tokens: &Memory, gate: &Gate, spec: &MoeSpec) -> Result<Option<Vec<f32>>> {
+    let Some(weight) = Memory::of(gate.weight.val()) else { return Ok(None) };
     let mut logits = vec![0.0; tokens.shape[0] * spec.experts];
-    engine.product(tokens.matrix()?, weight(gate.weight.val())?.matrix()?, &mut logits)?;
+    engine.product(tokens.matrix()?, weight.matrix()?, &mut logits)?;
     match tokens.dtype {
         Dtype::Bf16 => logits.iter_mut().for_each(|logit| *logit = bf16::from_f32(*logit).to_f32()),
         Dtype::F16 => logits.iter_mut().for_each(|logit| *logit = f16::from_f32(*logit).to_f32()),
@@ -61,7 +63,7 @@ pub(crate) fn logits(engine: &Engine, tokens: &Memory, gate: &Gate, spec: &MoeSp
             logits.iter_mut().zip(&bias).for_each(|(logit, bias)| *logit += bias);
         }
     }
-    Ok(logits)
+    Ok(Some(logits))
 }
 
 /// An expert's matrices, held.
@@ -77,9 +79,9 @@ struct HeldProjection {
 }
 
 impl HeldProjection {
-    fn new(projection: &Projection) -> Result<Self> {
-        let bias = projection.bias.as_ref().map(|bias| crate::gate::numbers(bias.val()));
-        Ok(Self { weight: weight(projection.weight.val())?, bias })
+    fn new(projection: &Projection) -> Option<Self> {
+        let bias = projection.bias.as_ref().map(|bias| numbers(bias.val()));
+        Some(Self { weight: Memory::of(projection.weight.val())?, bias })
     }
 
     fn view(&self) -> Result<ProjectionWeights<'_>> {
@@ -88,12 +90,13 @@ impl HeldProjection {
 }
 
 impl Held {
-    fn new(expert: &Expert) -> Result<Self> {
-        Ok(Self {
-            gate: expert.gate_proj.as_ref().map(HeldProjection::new).transpose()?,
-            up: HeldProjection::new(&expert.up_proj)?,
-            down: HeldProjection::new(&expert.down_proj)?,
-        })
+    /// `None` where a weight is elsewhere.
+    fn new(expert: &Expert) -> Option<Self> {
+        let gate = match &expert.gate_proj {
+            Some(gate) => Some(HeldProjection::new(gate)?),
+            None => None,
+        };
+        Some(Self { gate, up: HeldProjection::new(&expert.up_proj)?, down: HeldProjection::new(&expert.down_proj)? })
     }
 
     fn view(&self, spec: &MoeSpec) -> Result<ExpertWeights<'_>> {
@@ -102,32 +105,38 @@ impl Held {
     }
 }
 
-fn weight(tensor: Tensor<2>) -> Result<Memory> {
-    let got = format!("{:?} on {:?}", tensor.dtype(), tensor.device());
-    Memory::of(tensor)
-        .ok_or_else(|| Error::shape("weight", "f32, f16 or bf16 on Flex without autodiff, like the gate's", got))
+/// What every token meets beside its experts, and what it counts for each.
+struct HeldShared {
+    expert: Held,
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
 }
 
-/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
-pub(crate) fn forward(engine: &Engine, tokens: &Memory, layer: &Moe, plan: &DispatchPlan) -> Result<Tensor<2>> {
+/// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`; `None` where a weight that is used is elsewhere or under
+/// autodiff.
+pub(crate) fn forward(engine: &Engine, tokens: &Memory, layer: &Moe, plan: &DispatchPlan) -> Result<Option<Tensor<2>>> {
     let (spec, [rows, hidden], input) = (layer.spec(), tokens.shape, tokens.matrix()?);
-    let mut output = vec![0.0; rows * hidden];
-    let shared = layer.shared_expert.as_ref().map(Held::new).transpose()?;
-    let (everyone, mut shares) = match shared {
-        Some(_) => ((0..rows as u32).collect(), vec![1.0; rows]),
-        None => (Vec::new(), Vec::new()),
-    };
-    if let Some(gate) = &layer.shared_expert_gate {
-        engine.product(input, weight(gate.weight.val())?.matrix()?, &mut shares)?;
-        shares.iter_mut().for_each(|share| *share = 1.0 / (1.0 + (-*share).exp()));
+    let mut shared = None;
+    if let Some(expert) = &layer.shared_expert {
+        let Some(expert) = Held::new(expert) else { return Ok(None) };
+        let mut weights = vec![1.0; rows];
+        if let Some(gate) = &layer.shared_expert_gate {
+            let Some(gate) = Memory::of(gate.weight.val()) else { return Ok(None) };
+            engine.product(input, gate.matrix()?, &mut weights)?;
+            weights.iter_mut().for_each(|weight| *weight = 1.0 / (1.0 + (-*weight).exp()));
+        }
+        shared = Some(HeldShared { expert, tokens: (0..rows as u32).collect(), weights });
     }
-    let shared = shared.as_ref().map(|shared| shared.view(spec)).transpose()?;
-    let shared = shared.map(|expert| Work { expert, tokens: &everyone, weights: &shares });
+    let shared = match &shared {
+        Some(HeldShared { expert, tokens, weights }) => Some(Work { expert: expert.view(spec)?, tokens, weights }),
+        None => None,
+    };
+    let mut output = vec![0.0; rows * hidden];
     let mut busy = plan.busy_experts().peekable();
     match &layer.settings.cached {
         None => {
-            let held: Vec<_> =
-                plan.busy_experts().map(|(expert, _)| Held::new(&layer.experts[expert])).collect::<Result<_>>()?;
+            let held = plan.busy_experts().map(|(expert, _)| Held::new(&layer.experts[expert]));
+            let Some(held) = held.collect::<Option<Vec<_>>>() else { return Ok(None) };
             let mut work = Vec::with_capacity(held.len() + 1);
             for (held, (_, range)) in held.iter().zip(busy) {
                 work.push(work_of(plan, held.view(spec)?, range));
@@ -151,7 +160,7 @@ pub(crate) fn forward(engine: &Engine, tokens: &Memory, layer: &Moe, plan: &Disp
             })?;
         }
     }
-    Ok(Tensor::from_data(TensorData::new(output, [rows, hidden]), &layer.device()))
+    Ok(Some(Tensor::from_data(TensorData::new(output, [rows, hidden]), &layer.device())))
 }
 
 fn work_of<'a>(plan: &'a DispatchPlan, expert: ExpertWeights<'a>, range: Range<usize>) -> Work<'a> {

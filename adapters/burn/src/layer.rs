@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use phase_moe::routing::{LayerRouter, LayerState};
 use phase_moe::{
     CachedExperts, CapacityRule, DispatchPlan, Engine, Error, ExpertWeights, Logits, Matrix, MoeSpec, Result,
@@ -61,6 +61,9 @@ impl std::fmt::Debug for Settings {
         f.debug_struct("Settings").field("spec", &self.spec).field("router", &self.router).finish_non_exhaustive()
     }
 }
+
+/// What a layer needs whose experts are in a cache.
+const CACHED_NEEDS: &str = "on Flex without autodiff, as experts in a cache need";
 
 /// What it is set to.
 impl Moe {
@@ -145,15 +148,17 @@ impl Moe {
         let (shape, dtype) = (hidden.dims(), hidden.dtype());
         let input = self.tokens(hidden)?;
         // A tensor under autodiff has no memory of Flex to borrow, whoever may want its gradient.
-        let memory = if self.gate.weight.val().is_autodiff() { None } else { Memory::of(input.clone()) };
-        if memory.is_none() && cached.is_some() {
-            let expected = "one on Flex without autodiff, as experts in a cache need";
-            return Err(Error::shape("hidden state", expected, "another"));
+        let memory = Memory::of(input.clone());
+        let by_engine = match &memory {
+            Some(memory) => by_engine::logits(engine, memory, &self.gate, spec)?,
+            None => None,
+        };
+        if by_engine.is_none() && cached.is_some() {
+            return Err(Error::shape("hidden state and gate", CACHED_NEEDS, "others"));
         }
-        let (logits, values) = match &memory {
-            Some(memory) => {
-                let values = by_engine::logits(engine, memory, &self.gate, spec)?;
-                let data = burn::tensor::TensorData::new(values.clone(), [values.len() / spec.experts, spec.experts]);
+        let (logits, values) = match by_engine {
+            Some(values) => {
+                let data = TensorData::new(values.clone(), [values.len() / spec.experts, spec.experts]);
                 (Tensor::from_data(data, &input.device()), values)
             }
             None => {
@@ -177,8 +182,13 @@ impl Moe {
         let (assignment, capacity, route_time) = router.route(&gate, scoring, spec.top_k, bias, context, state)?;
         let assignment = assignment.clone();
         let plan = DispatchPlan::from(&assignment);
-        let output = match &memory {
-            Some(memory) => by_engine::forward(engine, memory, self, &plan)?,
+        let by_engine = match memory.filter(|_| !logits.is_autodiff()) {
+            Some(memory) => by_engine::forward(engine, &memory, self, &plan)?,
+            None => None,
+        };
+        let output = match by_engine {
+            Some(output) => output,
+            None if cached.is_some() => return Err(Error::shape("shared expert", CACHED_NEEDS, "another")),
             None => {
                 let weights = by_burn::slot_weights(&logits, &assignment, &plan, scoring)?;
                 by_burn::forward(input, self, &plan, weights)

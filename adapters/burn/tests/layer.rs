@@ -181,3 +181,28 @@ fn routers_of_ones_own_are_taken() {
         layer.route(Numbers(2).tensor::<2>([60, 24], &Device::flex()), &mut LayerState::default()).unwrap();
     assert_eq!(routed.assignment.load(), [20; 6]);
 }
+
+/// Parts that are trained beside parts that are not: gradients reach what wants them, whatever else could run on the engine.
+#[test]
+fn parts_may_be_trained_alone() {
+    let device = Device::flex();
+    let plain = layer(specs()[3].clone(), 4, DType::F32);
+    let hidden: Tensor<2> = Numbers(5).tensor([9, 24], &device);
+    let expected = numbers(plain.forward(hidden.clone()));
+    // Experts alone, the shared one alone, the gate alone.
+    let trained = plain.clone().train();
+    let [mut experts, mut shared, mut gate] = [plain.clone(), plain.clone(), plain];
+    experts.experts = trained.experts.clone();
+    shared.shared_expert = trained.shared_expert.clone();
+    gate.gate = trained.gate.clone();
+    for (layer, weight) in [
+        (&experts, experts.experts[0].up_proj.weight.val()),
+        (&shared, shared.shared_expert.as_ref().unwrap().up_proj.weight.val()),
+        (&gate, gate.gate.weight.val()),
+    ] {
+        let output = layer.forward(hidden.clone());
+        assert!(difference(&numbers(output.clone()), &expected) <= 1e-5);
+        let gradients = output.square().sum().backward();
+        assert!(numbers(weight.grad(&gradients).unwrap()).iter().any(|&value| value != 0.0));
+    }
+}

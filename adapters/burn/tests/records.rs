@@ -45,6 +45,24 @@ fn a_configuration_comes_back_from_its_file() {
     assert!(error.contains("device of an expert"), "{error}");
 }
 
+/// A model's configuration that has a layer's in it.
+#[derive(Config, Debug)]
+struct ModelConfig {
+    moe: MoeConfig,
+    #[config(default = 2)]
+    layers: usize,
+}
+
+#[test]
+fn a_configuration_is_a_part_of_others() {
+    let model = ModelConfig::new(config()).with_layers(3);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("model.json");
+    model.save(&file).unwrap();
+    let loaded = ModelConfig::load(&file).unwrap();
+    assert_eq!((loaded.moe, loaded.layers), (config(), 3));
+}
+
 #[test]
 fn weights_come_back_from_a_record() {
     let device = Device::flex();

@@ -138,7 +138,7 @@ impl ExpertCache {
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer that there is not.
-    pub fn counted_into(&self, layer: usize, set: &mut ExpertSet) -> Result<()> {
+    pub(crate) fn counted_into(&self, layer: usize, set: &mut ExpertSet) -> Result<()> {
         let state = self.shared.lock();
         let counted = state.logical.counted(layer)?;
         set.reset(counted.experts())?;
