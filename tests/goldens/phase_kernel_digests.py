@@ -118,12 +118,17 @@ def digest(rows):
     return f"{value:#018x}"
 
 
-print("kernel: rows, top_k, seed")
-for n, top_k, seed in ((8, 2, 42), (64, 4, 7), (300, 2, 42), (1024, 2, M64 - 3)):
-    orders = permutations(n, (seed + 7777) & M64)
-    degrees = [[(row * factor + plus) % (n + 1) for row in range(n)] for factor, plus in ((7, 3), (5, 1))]
-    print(n, top_k, seed, digest(kernel(*degrees, *orders, n, top_k, seed)))
-print("first permutation of 8 from 7819:", permutations(8, 42 + 7777)[0])
-print("equal shares: tokens, experts, top_k, seed")
-for arguments in ((16, 4, 2, 1), (1000, 8, 2, 42), (4096, 64, 8, 42), (4096, 128, 8, 42), (1, 8, 2, 42)):
-    print(*arguments, digest(dispatch(*arguments)))
+def main():
+    print("kernel: rows, top_k, seed")
+    for n, top_k, seed in ((8, 2, 42), (64, 4, 7), (300, 2, 42), (1024, 2, M64 - 3)):
+        orders = permutations(n, (seed + 7777) & M64)
+        degrees = [[(row * factor + plus) % (n + 1) for row in range(n)] for factor, plus in ((7, 3), (5, 1))]
+        print(n, top_k, seed, digest(kernel(*degrees, *orders, n, top_k, seed)))
+    print("first permutation of 8 from 7819:", permutations(8, 42 + 7777)[0])
+    print("equal shares: tokens, experts, top_k, seed")
+    for arguments in ((16, 4, 2, 1), (1000, 8, 2, 42), (4096, 64, 8, 42), (4096, 128, 8, 42), (1, 8, 2, 42)):
+        print(*arguments, digest(dispatch(*arguments)))
+
+
+if __name__ == "__main__":
+    main()
