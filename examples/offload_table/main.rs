@@ -31,9 +31,9 @@ use phase_moe::eval::{Batching, Decoding, EvalText};
 use phase_moe::experts::ProjectionWeights;
 use phase_moe::offload::{LoadedExpert, Part, RequestLog};
 use phase_moe::{
-    Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, CachedExperts, Capacity, Checkpoint, Decoder,
-    DispatchPlan, Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec,
-    Policy, RouteContext, RouteRequest, RouteState, Router, Scratch, TopK, Weights, Work,
+    Activation, Admission, Assignment, Batch, CacheOptions, CacheRouter, Capacity, Checkpoint, Decoder, DispatchPlan,
+    Engine, Error, ExpertCache, ExpertSet, ExpertWeights, LoadOptions, Logits, Matrix, Model, ModelSpec, Policy,
+    RouteContext, RouteRequest, RouteState, Router, Scratch, TopK, Weights, Work,
 };
 use serde::Serialize;
 
@@ -184,6 +184,12 @@ impl Subject {
                 Source::Cached(Arc::new(ExpertCache::new(Arc::new(store), cache)?))
             }
         };
+        let counted = match &experts {
+            Source::Cached(cache) => {
+                (0..layers).map(|layer| self.files.cached_experts(cache, layer)).collect::<Result<_, _>>()?
+            }
+            Source::Mapped(_) => Vec::new(),
+        };
         let router: Arc<dyn Router> = match mode {
             Mode::Cache => Arc::new(CacheRouter::new(0.15, 0.1)?),
             _ => Arc::new(TopK { drop: None }),
@@ -209,8 +215,8 @@ impl Subject {
             for layer in 0..layers {
                 let row = &self.logits[layer][token * moe.experts..][..moe.experts];
                 let scores = moe.scoring.scores(&Logits::new(row, 1, moe.experts)?, None)?;
-                if let Source::Cached(cache) = &experts {
-                    CachedExperts::new(cache.clone(), layer).counted_into(&mut resident)?;
+                if let Some(cached) = counted.get(layer) {
+                    cached.counted_into(&mut resident)?;
                 }
                 let context =
                     RouteContext { layer, step: token as u64, resident: Some(&resident), ..RouteContext::default() };

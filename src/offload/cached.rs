@@ -14,7 +14,7 @@ use crate::offload::store::{LoadedExpert, Part};
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
 
-/// One layer of an expert cache.
+/// One layer of an expert cache, as [`Weights::cached_experts`](crate::Weights::cached_experts) gives it.
 #[derive(Clone, Debug)]
 pub struct CachedExperts {
     cache: Arc<ExpertCache>,
@@ -34,8 +34,8 @@ pub(crate) struct ExpertBiases {
 }
 
 impl CachedExperts {
-    /// Layer `layer` of `cache`.
-    pub fn new(cache: Arc<ExpertCache>, layer: usize) -> Self {
+    /// Layer `layer` of `cache`, without biases.
+    pub(crate) fn new(cache: Arc<ExpertCache>, layer: usize) -> Self {
         Self { cache, layer, biases: None }
     }
 

@@ -59,7 +59,7 @@ pub use self::drop::DropRule;
 pub use self::layer::{LayerRouter, LayerState, LossFreeBias};
 pub use self::logits::Logits;
 pub use self::metrics::{Balance, RouteMetrics};
-pub use self::phase::PhaseRouter;
+pub use self::phase::{PhaseRouter, gate_mass_bound};
 pub use self::phase_kernel::{PhaseKernel, PhaseSide, permutations, phase_ring};
 pub use self::plan::DispatchPlan;
 pub use self::registry::{Knowledge, RouterKind};

@@ -166,3 +166,29 @@ pub(crate) fn forward(engine: &Engine, tokens: &Memory, layer: &Moe, plan: &Disp
 fn work_of<'a>(plan: &'a DispatchPlan, expert: ExpertWeights<'a>, range: Range<usize>) -> Work<'a> {
     Work { expert, tokens: &plan.tokens()[range.clone()], weights: &plan.weights()[range] }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    /// Weights are read where Flex has them: the very bytes of the tensor, from the first row on.
+    #[test]
+    fn nothing_is_copied() {
+        let tensor =
+            Tensor::<2>::from_data(TensorData::new((0..12).map(|at| at as f32).collect(), [4, 3]), &Device::flex());
+        let place = |tensor: &Tensor<2>| tensor.clone().try_into_primitive::<Flex>().unwrap().bytes().as_ptr();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let tensor = tensor.clone().cast(dtype);
+            let memory = Memory::of(tensor.clone()).unwrap();
+            assert_eq!((memory.tensor.bytes().as_ptr(), memory.bytes.start), (place(&tensor), 0));
+            // Some of the rows lie as they are, further on.
+            let part = Memory::of(tensor.clone().slice([1..3, 0..3])).unwrap();
+            assert_eq!((part.tensor.bytes().as_ptr(), part.shape), (place(&tensor), [2, 3]));
+            assert_eq!(part.bytes, memory.bytes.len() / 4..memory.bytes.len() / 4 * 3);
+        }
+        assert!(Memory::of(tensor.clone().cast(DType::F64)).is_none());
+        assert!(Memory::of(tensor.autodiff()).is_none());
+    }
+}

@@ -1,6 +1,6 @@
 //! What a router did with one batch, as an object whose arrays are made when they are asked for.
 
-use numpy::{PyArray1, ToPyArray};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, ToPyArray};
 use phase_moe::RouteMetrics;
 use pyo3::prelude::*;
 
@@ -38,6 +38,8 @@ impl From<phase_moe::routing::Balance> for Balance {
 pub struct Report {
     pub metrics: RouteMetrics,
     pub bound: Option<f64>,
+    pub selection: Vec<i32>,
+    pub width: usize,
     pub loads: Vec<u32>,
     pub limits: Option<Vec<u32>>,
     pub prices: Vec<f32>,
@@ -79,6 +81,19 @@ impl Report {
     #[getter]
     fn tokens_without_expert(&self) -> u64 {
         self.metrics.tokens_without_expert
+    }
+
+    /// Sums of gate scores: of kept slots, and of the gate's own choice without a limit.
+    #[getter]
+    fn masses(&self) -> (f64, f64) {
+        (self.metrics.gate_mass, self.metrics.top_k_gate_mass)
+    }
+
+    /// What the router selected before slots were dropped, int32 `[tokens, width]`: weights are made of it. -1 where there is none.
+    #[getter]
+    fn selection<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<i32>>> {
+        let rows = self.selection.len().checked_div(self.width).unwrap_or(0);
+        self.selection.to_pyarray(py).reshape([rows, self.width])
     }
 
     /// Kept slots per expert, uint32.

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use numpy::ndarray::Array2;
 use numpy::{IntoPyArray, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
-use phase_moe::routing::Shares;
+use phase_moe::routing::{GroupLimit, GroupScore, Shares};
 use phase_moe::{
     Assignment, Capacity, CapacityRule, ExpertId, ExpertSet, Logits, Placement, Result, RouteContext, RouteMetrics,
     RouteRequest, RouteState, Router as Routing, RouterKind, Scores, Scoring, Scratch, check_assignment,
@@ -71,7 +71,7 @@ type Routed<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>, Report
 #[pymethods]
 impl Router {
     #[new]
-    #[pyo3(signature = (router, top_k, *, capacity_factor, capacities, devices, placement, speeds, minimum_mean, scoring, normalize, scale, layer, seed, threads))]
+    #[pyo3(signature = (router, top_k, *, capacity_factor, capacities, devices, placement, speeds, minimum_mean, scoring, normalize, scale, groups, layer, seed, threads))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
     fn new(
         router: &str,
@@ -85,6 +85,7 @@ impl Router {
         scoring: &str,
         normalize: bool,
         scale: f32,
+        groups: Option<(usize, usize, String)>,
         layer: usize,
         seed: u64,
         threads: Option<usize>,
@@ -97,7 +98,11 @@ impl Router {
                 return Err(PyValueError::new_err(format!("unknown scoring `{other}`: expected softmax or sigmoid")));
             }
         };
-        let scoring = Scoring { normalize, scale, ..scoring };
+        let groups = match groups {
+            None => None,
+            Some((groups, top_groups, score)) => Some(GroupLimit { groups, top_groups, score: group_score(&score)? }),
+        };
+        let scoring = Scoring { normalize, scale, groups, ..scoring };
         let count = devices.unwrap_or_default();
         let devices = match (placement, devices) {
             (Some(device_of), Some(devices)) => {
@@ -239,6 +244,8 @@ impl Router {
             report: Report {
                 metrics: RouteMetrics::new(&request, assignment),
                 bound: assignment.gate_mass_bound(),
+                selection: assignment.selection().collect(),
+                width: assignment.width(),
                 loads: assignment.load(),
                 limits: capacity.limits().map(<[u32]>::to_vec),
                 prices: state.prices().to_vec(),
@@ -253,4 +260,12 @@ fn set(resident: &[usize], experts: usize) -> Result<ExpertSet> {
         set.insert(ExpertId::new(expert, experts)?);
     }
     Ok(set)
+}
+
+fn group_score(name: &str) -> PyResult<GroupScore> {
+    match name {
+        "max" => Ok(GroupScore::Max),
+        "top-two" => Ok(GroupScore::TopTwo),
+        other => Err(PyValueError::new_err(format!("unknown score of groups `{other}`: expected max or top-two"))),
+    }
 }

@@ -127,3 +127,35 @@ def test_capacities() -> None:
 def test_what_makes_no_sense_is_a_value_error(call: object) -> None:
     with pytest.raises(ValueError):
         call()
+
+
+#: Means over 20 seeds, survival in percent after limits, published setting: 1024 tokens and targets, density 0.3.
+PUBLISHED = [
+    ("strong", 2, 1.0, 89.4, 78.8),
+    ("strong", 2, 1.2, 90.9, 78.8),
+    ("strong", 2, 2.0, 98.3, 92.2),
+    ("strong", 1, 1.2, 85.6, 72.1),
+    ("uniform", 2, 1.0, 73.1, 72.7),
+    ("extreme", 2, 1.0, 84.2, 74.2),
+]
+
+
+@pytest.mark.parametrize(("profile", "k", "headroom", "kernel", "hashed"), PUBLISHED)
+def test_survival_is_the_published_one(profile: str, k: int, headroom: float, kernel: float, hashed: float) -> None:
+    n, seeds = 1024, 20
+    make = {
+        "uniform": lambda seed: phase_router.uniform_capacities(n),
+        "strong": lambda seed: phase_router.strong_hetero_capacities(n, seed),
+        "extreme": lambda seed: phase_router.extreme_hetero_capacities(n, seed),
+    }[profile]
+    survived: dict[str, list[float]] = {"kernel": [], "hash": []}
+    for seed in range(seeds):
+        capacities = make(seed)
+        caps = phase_router.make_hard_caps(capacities, n, k, headroom)
+        of_kernel = phase_router.route(target_capacities=capacities, k=k, seed=seed)
+        for name, routes in (("kernel", of_kernel), ("hash", phase_router.hash_route(n, k, seed))):
+            survived[name].append(100 * phase_router.survival_rate(phase_router.enforce_capacity(routes, caps), n))
+    # Other shuffles of the profile than there: means agree within four of their standard errors, not seed by seed.
+    for name, mean in (("kernel", kernel), ("hash", hashed)):
+        error = np.std(survived[name], ddof=1) / seeds**0.5
+        assert abs(np.mean(survived[name]) - mean) < 4 * error * 2**0.5 + 0.05, (name, np.mean(survived[name]), mean)

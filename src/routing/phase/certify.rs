@@ -22,7 +22,7 @@ const ROUNDING: f64 = 1.0 + 1.0 / (1u64 << 23) as f64;
 /// # Errors
 /// [`Error::Shape`] when there is neither one price per pool nor none, [`Error::Parameter`] for a price that is negative
 /// or not finite.
-pub(crate) fn gate_mass_bound(request: &RouteRequest<'_>, prices: &[f32]) -> Result<f64> {
+pub fn gate_mass_bound(request: &RouteRequest<'_>, prices: &[f32]) -> Result<f64> {
     let limits = request.capacity().limits().unwrap_or_default();
     if !prices.is_empty() && prices.len() != limits.len() {
         return Err(Error::shape(

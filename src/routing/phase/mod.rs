@@ -45,7 +45,7 @@ mod polish;
 mod price;
 mod problem;
 
-pub(crate) use certify::gate_mass_bound;
+pub use certify::gate_mass_bound;
 pub(in crate::routing) use place::place_claims;
 
 use self::certify::{bound, kept_mass};

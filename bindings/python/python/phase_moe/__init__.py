@@ -39,7 +39,7 @@ class Router:
     ``router`` is one of ``ROUTERS``. At most one of ``capacity_factor`` and ``capacities`` limits it: the factor times the demand, shared out evenly or,
     with ``devices``, per device; or slots per expert (per device with ``devices``). ``devices`` is a number of groups of neighbouring experts, or the
     device of each expert; ``speeds`` are their relative capacities. Below ``minimum_mean`` slots per pool on average a factor does not limit:
-    ``Report.capacities`` says. ``seed`` is for routers that draw, ``threads`` how many threads of its own it works on; results do not depend on it.
+    ``Report.capacities`` says. ``groups`` are how many groups experts are in and how many of them a token may use (DeepSeek). ``seed`` is for routers that draw, ``threads`` how many threads of its own it works on; results do not depend on it.
 
     Raises ``ValueError`` for what makes no sense.
     """
@@ -57,6 +57,8 @@ class Router:
         scoring: Scoring = "softmax",
         normalize: bool = False,
         scale: float = 1.0,
+        groups: tuple[int, int] | None = None,
+        group_score: Literal["top-two", "max"] = "top-two",
         layer: int = 0,
         seed: int = 0,
         threads: int | None = None,
@@ -80,6 +82,7 @@ class Router:
             scoring=scoring,
             normalize=normalize,
             scale=scale,
+            groups=None if groups is None else (_count(groups[0], "groups"), _count(groups[1], "groups"), group_score),
             layer=_count(layer, "layer"),
             seed=_count(seed, "seed"),
             threads=None if threads is None else _count(threads, "threads"),

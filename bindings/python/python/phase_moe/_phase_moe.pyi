@@ -32,6 +32,10 @@ class Report:
     @property
     def tokens_without_expert(self) -> int: ...
     @property
+    def masses(self) -> tuple[float, float]: ...
+    @property
+    def selection(self) -> npt.NDArray[np.int32]: ...
+    @property
     def loads(self) -> npt.NDArray[np.uint32]: ...
     @property
     def capacities(self) -> npt.NDArray[np.uint32] | None: ...
@@ -57,6 +61,7 @@ class Router:
         scoring: str,
         normalize: bool,
         scale: float,
+        groups: tuple[int, int, str] | None,
         layer: int,
         seed: int,
         threads: int | None,

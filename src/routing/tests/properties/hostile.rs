@@ -1,6 +1,6 @@
 //! Batches that mislead prices: rows that are all alike, a few experts that all want, scores in steps.
 
-use crate::routing::phase::gate_mass_bound;
+use crate::routing::gate_mass_bound;
 use crate::{
     Capacity, CapacityRule, Logits, PhaseRouter, RouteContext, RouteMetrics, RouteRequest, RouteState, Router, Scores,
     Scoring,

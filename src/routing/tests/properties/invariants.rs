@@ -1,6 +1,6 @@
 //! What every answer of every router must satisfy. The fuzz targets include this file: it knows only what is public.
 
-use crate::routing::phase::gate_mass_bound;
+use crate::routing::gate_mass_bound;
 use crate::{Assignment, DispatchPlan, RouteMetrics, RouteRequest, RouteState, Router, check_assignment};
 
 /// Room for rounding in sums of `f32` scores.

@@ -1,6 +1,6 @@
 //! What `phase` promises beyond a valid answer: nothing moves without need, order and names do not matter, any prices bound.
 
-use crate::routing::phase::gate_mass_bound;
+use crate::routing::gate_mass_bound;
 use crate::{
     Assignment, Capacity, Logits, PhaseRouter, Placement, RouteMetrics, RouteRequest, RouteState, Router, RouterKind,
     TopK,
