@@ -138,8 +138,18 @@ impl Router {
                 };
                 Room::Rule(rule.with_minimum_mean(minimum_mean))
             }
+            (None, Some(_), _) if speeds.is_some() => {
+                return Err(PyValueError::new_err(
+                    "speeds: expected a capacity_factor that they share out, got capacities",
+                ));
+            }
             (None, Some(given), devices) => Room::Given(given, devices),
-            (None, None, _) => Room::Unlimited,
+            (None, None, None) if speeds.is_none() => Room::Unlimited,
+            // Said and without effect, they would be a mistake that nobody sees.
+            (None, None, _) => {
+                let expected = "expected a capacity_factor or capacities beside them, got neither";
+                return Err(PyValueError::new_err(format!("devices and speeds: {expected}")));
+            }
         };
         let router = kind.build(seed);
         if !matches!(room, Room::Unlimited) && !router.respects_capacity() {
