@@ -51,13 +51,14 @@ impl Weights {
     /// has none; no numbers of biases where there are none.
     ///
     /// # Errors
-    /// As [`Weights::floats`] for biases; of an expert [`Error::Checkpoint`] for a tensor that is not there, or of another shape or type than
+    /// Those of [`MoeSpec::new`] for sizes that are none; as [`Weights::floats`] for biases; of an expert [`Error::Checkpoint`] for a tensor that is not there, or of another shape or type than
     /// those that are read, and [`Error::Expert`] when a read fails.
     pub fn experts(
         &self,
         moe: &MoeSpec,
         prefix: &str,
     ) -> Result<impl Iterator<Item = Result<[Option<ProjectionFloats>; 3]>>> {
+        moe.check()?;
         let mut biases = self.expert_biases(moe, prefix)?.into_iter();
         Ok((0..moe.experts).map(move |id| {
             let slices = self.slices_under(moe, prefix, id)?;

@@ -37,35 +37,23 @@ impl Gate {
 
     /// Sets the bias for selection, which the gate has.
     pub(crate) fn set_selection_bias(&mut self, values: &[f32]) -> Result<()> {
-        let Some(bias) = self.e_score_correction_bias.take() else {
+        let Some(bias) = &self.e_score_correction_bias else {
             let expected = "`selection_bias` in the layer's spec, so that it is saved with its weights";
             return Err(Error::shape("selection bias", expected, "none"));
         };
         let experts = bias.shape()[0];
-        let finite = values.iter().all(|value| value.is_finite());
-        let bias = match finite && values.len() == experts {
-            true => {
-                let data = TensorData::new(values.to_vec(), [experts]);
-                bias.map(|old| Tensor::from_data(data, (&old.device(), old.dtype())))
-            }
-            false => bias,
-        };
-        self.e_score_correction_bias = Some(bias);
         if values.len() != experts {
-            return Err(Error::shape(
-                "selection bias",
-                format!("{experts} values"),
-                format!("{} values", values.len()),
-            ));
+            let got = format!("{} values", values.len());
+            return Err(Error::shape("selection bias", format!("{experts} values"), got));
         }
-        match values.iter().find(|value| !value.is_finite()) {
-            Some(bad) => Err(Error::Parameter {
-                name: "selection bias",
-                got: bad.to_string(),
-                expected: "finite numbers".into(),
-            }),
-            None => Ok(()),
+        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+            let (got, expected) = (bad.to_string(), "finite numbers".into());
+            return Err(Error::Parameter { name: "selection bias", got, expected });
         }
+        let data = TensorData::new(values.to_vec(), [experts]);
+        let set = |old: Tensor<1>| Tensor::from_data(data, (&old.device(), old.dtype()));
+        self.e_score_correction_bias = self.e_score_correction_bias.take().map(|bias| bias.map(set));
+        Ok(())
     }
 }
 

@@ -134,6 +134,8 @@ fn what_it_refuses_it_names() {
     assert_eq!(route(&layer, wide), "hidden state: expected [.., 8], got [3, 9]");
     let halves = Tensor::zeros([3, 8], (&device, DType::BF16));
     assert_eq!(route(&layer, halves), "hidden state: expected F32 like the gate weight, got BF16");
+    let none = MoeSpec { expert_width: 0, expert_bias: true, ..MoeSpec::new(8, 4, 1, 8).unwrap() };
+    assert!(matches!(of(MoeConfig::of(none)), Error::Parameter { name: "expert_width", .. }));
     let nan = Tensor::full([3, 8], f32::NAN, &device);
     assert!(route(&layer, nan).contains("NaN"));
     let limited = layer.clone().with_capacity(Some(CapacityRule::per_expert(1.0)));
