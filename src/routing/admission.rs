@@ -8,7 +8,6 @@
 use std::cell::OnceCell;
 use std::cmp::Ordering;
 
-use crate::routing::mass::Mass;
 use crate::routing::router::RouteRequest;
 use crate::routing::slots::{EMPTY, sort_slots};
 
@@ -39,14 +38,12 @@ impl<'a> Precedence<'a> {
     pub(crate) fn rank(&self) -> &[u32] {
         self.rank.get_or_init(|| {
             let scores = self.request.scores();
-            let mass = Mass::new(scores, self.request.top_k());
+            let row = |token| row_mass(scores.gate(token), scores.selection(token), self.request.top_k());
+            let mass: Vec<f32> = (0..scores.tokens()).map(row).collect();
             let mut tokens: Vec<u32> = (0..scores.tokens() as u32).collect();
             tokens.sort_unstable_by(|&a, &b| {
                 let (row, other) = (a as usize, b as usize);
-                mass.values()[row]
-                    .total_cmp(&mass.values()[other])
-                    .then_with(|| scores.compare_rows(row, other))
-                    .then(b.cmp(&a))
+                mass[row].total_cmp(&mass[other]).then_with(|| scores.compare_rows(row, other)).then(b.cmp(&a))
             });
             let mut rank = vec![0; tokens.len()];
             tokens.iter().zip(0..).for_each(|(&token, place)| rank[token as usize] = place);
@@ -96,5 +93,40 @@ pub(crate) fn lay_out(request: &RouteRequest<'_>, chosen: &mut [u16], kept: &mut
     let top_k = request.top_k();
     for (token, (chosen, kept)) in chosen.chunks_exact_mut(top_k).zip(kept.chunks_exact_mut(top_k)).enumerate() {
         sort_slots(chosen, kept, request.scores().selection(token));
+    }
+}
+
+/// Source mass of a token: how much it asks for, the share of its gate scores that its own top-k hold, in `[0, 1]`. Where capacity falls short it decides who loses.
+///
+/// Among equal selection scores the larger gate score counts, and values are summed from the best
+/// down, so that the sum does not depend on the order of the experts.
+pub(crate) fn row_mass(gate: &[f32], selection: &[f32], top_k: usize) -> f32 {
+    let mut best: Vec<(f32, f32)> = selection.iter().copied().zip(gate.iter().copied()).collect();
+    let falling = |a: &(f32, f32), b: &(f32, f32)| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1));
+    if (1..best.len()).contains(&top_k) {
+        best.select_nth_unstable_by(top_k - 1, falling);
+        best.truncate(top_k);
+        best.sort_unstable_by(falling);
+    }
+    let all: f32 = gate.iter().sum();
+    let top: f32 = best.iter().map(|&(_, gate)| gate).sum();
+    if all > 0.0 { (top / all).min(1.0) } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::{logits::Logits, scores::Scoring};
+
+    #[test]
+    fn mass_is_the_share_of_the_top_k() {
+        let values = [0.0, 0.0, 0.0, 0.0, 50.0, 0.0, 0.0, 0.0, -1.0, -1.0, -1.0, -1.0];
+        let mut values = values;
+        values[8..].fill(f32::NEG_INFINITY);
+        let scores = Scoring::softmax().scores(&Logits::new(&values, 3, 4).unwrap(), None).unwrap();
+        let mass = |token| row_mass(scores.gate(token), scores.selection(token), 2);
+        assert_eq!(mass(0), 0.5);
+        assert!((mass(1) - 1.0).abs() < 1e-6);
+        assert_eq!(mass(2), 0.0);
     }
 }

@@ -27,6 +27,8 @@ pub struct Assignment {
     selection: Option<Vec<u16>>,
     weights: Vec<f32>,
     gate_mass_bound: Option<f64>,
+    /// The selection was made elsewhere, so it may lie outside the groups that a token may use.
+    outside_groups: bool,
 }
 
 impl Assignment {
@@ -35,7 +37,7 @@ impl Assignment {
         let (tokens, experts) = (scores.tokens(), scores.experts());
         let width = chosen.len().checked_div(tokens).unwrap_or(top_k);
         let weights = vec![0f32; chosen.len()];
-        let mut made = Self { tokens, experts, top_k, width, chosen, selection: None, weights, gate_mass_bound: None };
+        let mut made = Self { tokens, experts, top_k, width, chosen, weights, ..Self::default() };
         for (token, (chosen, weights)) in
             made.chosen.chunks_exact(width).zip(made.weights.chunks_exact_mut(width)).enumerate()
         {
@@ -48,7 +50,7 @@ impl Assignment {
     /// Makes it one of no tokens, as the default is; the memory stays.
     pub(crate) fn clear(&mut self) {
         (self.tokens, self.experts, self.top_k, self.width) = (0, 0, 0, 0);
-        (self.selection, self.gate_mass_bound) = (None, None);
+        (self.selection, self.gate_mass_bound, self.outside_groups) = (None, None, false);
         self.chosen.clear();
         self.weights.clear();
     }
@@ -58,7 +60,7 @@ impl Assignment {
     pub(crate) fn refill(&mut self, scores: &Scores, top_k: usize) -> (&mut [u16], &mut [f32]) {
         (self.tokens, self.experts) = (scores.tokens(), scores.experts());
         (self.top_k, self.width) = (top_k, top_k);
-        (self.selection, self.gate_mass_bound) = (None, None);
+        (self.selection, self.gate_mass_bound, self.outside_groups) = (None, None, false);
         self.chosen.resize(self.tokens * top_k, EMPTY);
         self.weights.resize(self.tokens * top_k, 0.0);
         (&mut self.chosen, &mut self.weights)
@@ -69,7 +71,7 @@ impl Assignment {
     pub(crate) fn refill_token(&mut self, experts: usize, chosen: &[u16], weights: &[f32]) {
         (self.tokens, self.experts) = (1, experts);
         (self.top_k, self.width) = (chosen.len(), chosen.len());
-        (self.selection, self.gate_mass_bound) = (None, None);
+        (self.selection, self.gate_mass_bound, self.outside_groups) = (None, None, false);
         self.chosen.resize(chosen.len(), EMPTY);
         self.weights.resize(weights.len(), 0.0);
         copy_few(&mut self.chosen, chosen);
@@ -128,6 +130,18 @@ impl Assignment {
         Ok(Self::from_chosen(scores, top_k, chosen, kept))
     }
 
+    /// The same experts and drops for other scores, with weights of these.
+    pub(crate) fn again(&self, scores: &Scores) -> Self {
+        let kept: Vec<bool> = self.chosen.iter().map(|&expert| expert != EMPTY).collect();
+        let made = Self::from_chosen(scores, self.top_k, self.raw_selection().to_vec(), Some(&kept));
+        Self { outside_groups: scores.has_masks(), ..made }
+    }
+
+    /// Whether its experts may lie outside the groups that a token may use.
+    pub(crate) fn is_outside_groups(&self) -> bool {
+        self.outside_groups
+    }
+
     /// The distinct experts of the kept slots, in place of what `set` held before: what a step asks of an expert cache.
     ///
     /// # Errors
@@ -182,7 +196,7 @@ impl Assignment {
         }
         let tokens = ids.len() / top_k;
         let weights = weights.to_vec();
-        Ok(Self { tokens, experts, top_k, width: top_k, chosen, selection: None, weights, gate_mass_bound: None })
+        Ok(Self { tokens, experts, top_k, width: top_k, chosen, weights, ..Self::default() })
     }
 
     /// States an upper bound on the gate mass of any assignment of at most `top_k` experts a token under the same capacity.

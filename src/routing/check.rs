@@ -102,18 +102,20 @@ fn check_table(router: &dyn Router, request: &RouteRequest<'_>, assignment: &Ass
     let mut seen = vec![0; if width > FEW { scores.experts() } else { 0 }];
     let rows = assignment.raw().chunks_exact(width).zip(assignment.weights().chunks_exact(width));
     for (token, (chosen, weights)) in rows.enumerate() {
-        check_experts(request, token, chosen, most, &mut seen)?;
+        check_experts(request, token, chosen, most, assignment.is_outside_groups(), &mut seen)?;
         check_weights(scores, token, chosen, weights)?;
     }
     Ok(())
 }
 
-/// `seen` holds for every expert the last token that had it, plus 1; it is empty where tokens have few experts.
+/// `seen` holds for every expert the last token that had it, plus 1; it is empty where tokens have few experts. With `any_group` an expert
+/// is masked only where its logit is, which leaves it no score.
 fn check_experts(
     request: &RouteRequest<'_>,
     token: usize,
     chosen: &[u16],
     most: usize,
+    any_group: bool,
     seen: &mut [usize],
 ) -> Result<(), Breach> {
     let (scores, padding, mut kept) = (request.scores(), request.is_padding(token), 0);
@@ -124,7 +126,7 @@ fn check_experts(
         if padding {
             return Err(Breach::Padding { token, expert });
         }
-        if score == f32::NEG_INFINITY {
+        if score == f32::NEG_INFINITY && !(any_group && scores.gate(token)[expert] > 0.0) {
             return Err(Breach::Masked { token, expert });
         }
         let twice = match seen.get_mut(expert) {

@@ -4,13 +4,14 @@
 //!
 //! | what | where |
 //! |---|---|
-//! | comes in, checked and scored | `logits`, `scores`, `mass` |
+//! | comes in, checked and scored | `logits`, `scores` |
 //! | how much room there is, on which devices | `capacity` |
 //! | what a router is asked, what it keeps, the trait itself | `router` |
 //! | the gate's own choice, and what is dropped when a pool is full | `topk`, `drop` |
 //! | exact under limits and aware of the gate: the default | `phase` |
 //! | exact under limits and blind to the gate | `quota` |
 //! | prefers experts in fast memory | `cache_aware`, `affinity` |
+//! | a recorded answer, given again | `forced` |
 //! | published baselines | `balanced`, `expanded`, `expert_choice`, `hash`, `phase_kernel` |
 //! | comes out: experts and weights, and the order in which experts want them | `assignment`, `plan` |
 //! | whether an answer is one, and how good it is | `check`, `metrics` |
@@ -27,10 +28,10 @@ pub(crate) mod check;
 pub(crate) mod drop;
 pub(crate) mod expanded;
 pub(crate) mod expert_choice;
+pub(crate) mod forced;
 pub(crate) mod hash;
 pub(crate) mod layer;
 pub(crate) mod logits;
-pub(crate) mod mass;
 pub(crate) mod metrics;
 pub(crate) mod phase;
 pub(crate) mod phase_kernel;
@@ -56,6 +57,7 @@ pub use self::cache_aware::CacheRouter;
 pub use self::capacity::{Capacity, CapacityRule, Placement, Profile, Rounding, Shares};
 pub use self::check::check_assignment;
 pub use self::drop::DropRule;
+pub use self::forced::Forced;
 pub use self::layer::{LayerRouter, LayerState, LossFreeBias};
 pub use self::logits::Logits;
 pub use self::metrics::{Balance, RouteMetrics};

@@ -1,7 +1,7 @@
 //! The published phase kernel under its published names, bit for bit: what `phase_moe.compat.phase_router_rs` gives.
 
 use numpy::ndarray::Array2;
-use numpy::{IntoPyArray, PyArray2, PyReadonlyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyReadonlyArray1};
 use phase_moe::routing::{PhaseKernel, PhaseSide, permutations, phase_ring};
 use phase_moe::{Error, Result};
 use pyo3::exceptions::PyValueError;
@@ -105,4 +105,10 @@ pub fn phase_router_uniform_dispatch(
     let ids =
         py.detach(|| PhaseKernel::new(base_density, oversample, seed)?.select(n_tokens, &vec![1.0; n_experts], k));
     table(py, ids.map_err(value_error)?, k)
+}
+
+/// The two orders that a kernel's call without permutations draws from `seed`: uint32 `[n]` for S, then for T.
+#[pyfunction(name = "permutations")]
+pub fn drawn_permutations<'py>(py: Python<'py>, n: u32, seed: u64) -> [Bound<'py, PyArray1<u32>>; 2] {
+    permutations(n, seed).map(|order| order.into_pyarray(py))
 }

@@ -2,9 +2,12 @@
 //! router works; what makes a call pleasant (defaults, reports, other kinds of arrays) is Python, in `python/phase_moe`.
 
 mod kernel;
+mod model;
 mod pool;
 mod report;
 mod router;
+mod settings;
+mod trace;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -19,6 +22,12 @@ fn _phase_moe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("ROUTERS", phase_moe::RouterKind::ALL.map(phase_moe::RouterKind::name).to_vec())?;
     module.add_class::<router::Router>()?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<model::Generation>()?;
+    module.add_class::<trace::Trace>()?;
+    module.add_class::<trace::Replay>()?;
+    module.add_function(wrap_pyfunction!(trace::replay, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel::drawn_permutations, module)?)?;
     module.add_class::<report::Report>()?;
     module.add_class::<report::Balance>()?;
     module.add_function(wrap_pyfunction!(kernel::phase_router, module)?)?;

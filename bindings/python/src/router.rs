@@ -1,39 +1,23 @@
 //! A router with what it is told and what it keeps from batch to batch.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::ndarray::Array2;
 use numpy::{IntoPyArray, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
-use phase_moe::routing::{GroupLimit, GroupScore, Shares};
 use phase_moe::{
-    Assignment, Capacity, CapacityRule, ExpertId, ExpertSet, Logits, Placement, Result, RouteContext, RouteMetrics,
-    RouteRequest, RouteState, Router as Routing, RouterKind, Scores, Scoring, Scratch, check_assignment,
+    Assignment, ExpertId, ExpertSet, Logits, Result, RouteContext, RouteMetrics, RouteRequest, RouteState,
+    Router as Routing, Scores, Scoring, Scratch, check_assignment,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::pool::{pool, run};
 use crate::report::Report;
+use crate::settings::{Groups, Recorded, Room, forced, router as router_of, scoring as scoring_of};
 use crate::value_error;
 
 /// Fewer logits than these are routed on the calling thread.
 const SMALL_VALUES: usize = 1 << 13;
-
-/// How much room there is.
-enum Room {
-    Unlimited,
-    /// So much for a batch of its size.
-    Rule(CapacityRule),
-    /// So much for every batch: per expert, or per device where there are some.
-    Given(Vec<u32>, Option<Devices>),
-}
-
-/// Which experts are on which device.
-enum Devices {
-    /// In so many groups of neighbours.
-    Contiguous(usize),
-    Placed(Placement),
-}
 
 /// What goes from batch to batch, and memory that is used again.
 #[derive(Default)]
@@ -48,10 +32,10 @@ struct Kept {
 /// A router, its settings, and what it has learnt. Made by `phase_moe.Router`.
 #[pyclass(module = "phase_moe._phase_moe", frozen)]
 pub struct Router {
-    router: Box<dyn Routing>,
-    top_k: usize,
+    pub(crate) router: Arc<dyn Routing>,
+    pub(crate) top_k: usize,
     scoring: Scoring,
-    room: Room,
+    pub(crate) room: Room,
     layer: usize,
     threads: Option<usize>,
     kept: Mutex<Kept>,
@@ -71,7 +55,7 @@ type Routed<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>, Report
 #[pymethods]
 impl Router {
     #[new]
-    #[pyo3(signature = (router, top_k, *, capacity_factor, capacities, devices, placement, speeds, minimum_mean, scoring, normalize, scale, groups, layer, seed, threads))]
+    #[pyo3(signature = (router, top_k, *, capacity_factor, capacities, devices, placement, speeds, minimum_mean, scoring, normalize, scale, groups, cache_bonus, max_mass_loss, keep_top, target_hit_rate, routes, layer, seed, threads))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
     fn new(
         router: &str,
@@ -85,73 +69,22 @@ impl Router {
         scoring: &str,
         normalize: bool,
         scale: f32,
-        groups: Option<(usize, usize, String)>,
+        groups: Groups,
+        cache_bonus: Option<f64>,
+        max_mass_loss: Option<f64>,
+        keep_top: Option<usize>,
+        target_hit_rate: Option<f64>,
+        routes: Option<(usize, Vec<Recorded<'_>>)>,
         layer: usize,
         seed: u64,
         threads: Option<usize>,
     ) -> PyResult<Self> {
-        let kind: RouterKind = router.parse().map_err(value_error)?;
-        let scoring = match scoring {
-            "softmax" => Scoring::softmax(),
-            "sigmoid" => Scoring::sigmoid(),
-            other => {
-                return Err(PyValueError::new_err(format!("unknown scoring `{other}`: expected softmax or sigmoid")));
-            }
+        let scoring = scoring_of(scoring, normalize, scale, groups)?;
+        let room = Room::new(capacity_factor, capacities, devices, placement, speeds, minimum_mean)?;
+        let router = match routes {
+            None => router_of(router, seed, (cache_bonus, max_mass_loss, keep_top, target_hit_rate))?,
+            Some((experts, routes)) => forced(layer, experts, top_k, &routes)?,
         };
-        let groups = match groups {
-            None => None,
-            Some((groups, top_groups, score)) => Some(GroupLimit { groups, top_groups, score: group_score(&score)? }),
-        };
-        let scoring = Scoring { normalize, scale, groups, ..scoring };
-        let count = devices.unwrap_or_default();
-        let devices = match (placement, devices) {
-            (Some(device_of), Some(devices)) => {
-                Some(Devices::Placed(Placement::new(device_of, devices).map_err(value_error)?))
-            }
-            (None, Some(devices)) => Some(Devices::Contiguous(devices)),
-            (_, None) => None,
-        };
-        let room = match (capacity_factor, capacities, devices) {
-            (Some(_), Some(_), _) => {
-                return Err(PyValueError::new_err("capacity_factor and capacities: expected one of them, got both"));
-            }
-            (Some(factor), None, devices) => {
-                let rule = match (devices, speeds) {
-                    (None, None) => CapacityRule::per_expert(factor),
-                    (None, Some(_)) => {
-                        return Err(PyValueError::new_err("speeds: expected devices that have them, got none"));
-                    }
-                    (Some(Devices::Contiguous(devices)), None) => CapacityRule::per_device(factor, devices),
-                    (Some(Devices::Contiguous(devices)), Some(speeds)) => {
-                        if speeds.len() != devices {
-                            let got = speeds.len();
-                            return Err(PyValueError::new_err(format!(
-                                "speeds: expected one for each of {devices} devices, got {got}"
-                            )));
-                        }
-                        CapacityRule::new(factor, Shares::PerDevice { speeds })
-                    }
-                    (Some(Devices::Placed(placement)), speeds) => {
-                        let speeds = speeds.unwrap_or_else(|| vec![1.0; count]);
-                        CapacityRule::placed(factor, placement, speeds)
-                    }
-                };
-                Room::Rule(rule.with_minimum_mean(minimum_mean))
-            }
-            (None, Some(_), _) if speeds.is_some() => {
-                return Err(PyValueError::new_err(
-                    "speeds: expected a capacity_factor that they share out, got capacities",
-                ));
-            }
-            (None, Some(given), devices) => Room::Given(given, devices),
-            (None, None, None) if speeds.is_none() => Room::Unlimited,
-            // Said and without effect, they would be a mistake that nobody sees.
-            (None, None, _) => {
-                let expected = "expected a capacity_factor or capacities beside them, got neither";
-                return Err(PyValueError::new_err(format!("devices and speeds: {expected}")));
-            }
-        };
-        let router = kind.build(seed);
         if !matches!(room, Room::Unlimited) && !router.respects_capacity() {
             return Err(value_error(phase_moe::Error::CapacityIgnored { router: router.name() }));
         }
@@ -228,17 +161,7 @@ impl Router {
     ) -> Result<Answer> {
         let resident = resident.map(|resident| set(&resident, experts)).transpose()?;
         let pads = padding.map_or(0, |padding| padding.iter().filter(|&&pad| pad).count());
-        let capacity = match &self.room {
-            Room::Unlimited => Capacity::unlimited(experts)?,
-            Room::Rule(rule) => rule.capacity(tokens.saturating_sub(pads), experts, self.top_k)?,
-            Room::Given(limits, None) => Capacity::per_expert(limits.clone())?,
-            Room::Given(limits, Some(Devices::Placed(placement))) => {
-                Capacity::per_device(placement.clone(), limits.clone())?
-            }
-            Room::Given(limits, Some(Devices::Contiguous(devices))) => {
-                Capacity::per_device(Placement::contiguous(experts, *devices)?, limits.clone())?
-            }
-        };
+        let capacity = self.room.capacity(tokens.saturating_sub(pads), experts, self.top_k)?;
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let Kept { state, scratch, scores, assignment, steps } = &mut *kept;
         self.scoring.scores_into(logits, bias, scores)?;
@@ -270,12 +193,4 @@ fn set(resident: &[usize], experts: usize) -> Result<ExpertSet> {
         set.insert(ExpertId::new(expert, experts)?);
     }
     Ok(set)
-}
-
-fn group_score(name: &str) -> PyResult<GroupScore> {
-    match name {
-        "max" => Ok(GroupScore::Max),
-        "top-two" => Ok(GroupScore::TopTwo),
-        other => Err(PyValueError::new_err(format!("unknown score of groups `{other}`: expected max or top-two"))),
-    }
 }

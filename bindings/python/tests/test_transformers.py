@@ -59,7 +59,7 @@ def test_without_limits_it_is_the_model_itself(family: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (again == expected).all(), "the model has its own routing back"
     assert len(routing.layers) == 2 and routing.survival == 1.0 and routing.gate_mass == pytest.approx(1.0)
-    assert routing.layers[0].routes[0].shape == (128, 2)
+    assert routing.layers[0].routes[0].experts.shape == (128, 2)
     with attach(model, "top-k"):
         assert perplexity(model, [tokens]) == pytest.approx(perplexity_of(model, tokens), rel=1e-6)
 
@@ -101,20 +101,32 @@ def test_gradients_pass_and_dropped_slots_have_none(family: str) -> None:
     assert weights and all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights)
 
 
-def test_recorded_routes_are_replayed() -> None:
-    model, tokens = build("olmoe"), ids()
+@pytest.mark.parametrize("family", list(models()))
+def test_recorded_routes_are_replayed(family: str) -> None:
+    model, tokens = build(family), ids()
+    batches = (tokens, tokens.flip(0))
     with torch.no_grad():
         with attach(model, "top-k-arrival", capacity_factor=1.0, record=True) as first:
-            expected = [model(tokens).logits, model(tokens.flip(0)).logits]
-        with attach(model, forced=[layer.routes for layer in first.layers]):
-            for batch, logits in zip((tokens, tokens.flip(0)), expected, strict=True):
-                got = model(batch).logits
-                # Where slots were dropped their share is not known any more; OLMoE does not normalise, so nothing else depends on it.
-                torch.testing.assert_close(got, logits, rtol=1e-5, atol=1e-5)
-            with pytest.raises(ValueError, match="got no more"):
+            expected = [model(batch).logits for batch in batches]
+        assert first.survival < 1.0, "nothing was dropped"
+        with attach(model, forced=[layer.routes for layer in first.layers]) as again:
+            for batch, logits in zip(batches, expected, strict=True):
+                assert (model(batch).logits == logits).all()
+            with pytest.raises(ValueError, match="got one more"):
                 model(tokens)
+        assert again.survival == first.survival
     with pytest.raises(ValueError, match="expected routes for 2 layers"):
         attach(model, forced=[[]])
+
+
+def test_other_experts_can_be_forced_and_gradients_pass() -> None:
+    model, tokens = build("olmoe"), ids()
+    fixed = np.tile(np.array([[3, 1]]), (128, 1))
+    with attach(model, forced=[[fixed], [fixed]], record=True) as routing:
+        model(tokens, labels=tokens).loss.backward()
+    assert (routing.layers[1].routes[0].experts == fixed).all()
+    gates = [parameter.grad for name, parameter in model.named_parameters() if name.endswith("gate.weight")]
+    assert len(gates) == 2 and all(grad is not None and grad.abs().sum() > 0 for grad in gates)
 
 
 def test_padding_takes_no_room() -> None:

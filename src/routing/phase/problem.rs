@@ -7,7 +7,7 @@
 
 use std::sync::OnceLock;
 
-use crate::routing::mass::row_mass;
+use crate::routing::admission::row_mass;
 use crate::routing::router::RouteRequest;
 use crate::routing::scores::Scores;
 use crate::simd::Isa;

@@ -11,14 +11,15 @@ limits the experts are the model's own, but where two are within rounding of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import Report, Router
+from ._phase_moe import Report
+from .routing import Route, Router
 
 try:
     import torch
@@ -26,8 +27,6 @@ except ImportError as error:
     raise ImportError("phase_moe.transformers wants torch and transformers: pip install torch 'transformers>=5.20,<6'") from error
 
 __all__ = ["Layer", "Routing", "attach", "perplexity"]
-
-Ids = npt.NDArray[np.int32]
 
 
 @dataclass
@@ -39,8 +38,8 @@ class Layer:
     router: Router
     #: What the router did, pass by pass.
     reports: list[Report] = field(default_factory=list)
-    #: What was selected, pass by pass, int32 ``[tokens, top_k]``, -1 where a slot was dropped; kept where asked for.
-    routes: list[Ids] = field(default_factory=list)
+    #: What was selected and what was dropped of it, pass by pass; kept where asked for.
+    routes: list[Route] = field(default_factory=list)
 
 
 class Routing:
@@ -129,13 +128,13 @@ def attach(
     router: str = "phase",
     *,
     record: bool = False,
-    forced: Sequence[Iterable[npt.ArrayLike]] | None = None,
+    forced: Sequence[Sequence[Route | npt.ArrayLike]] | None = None,
     **settings: Any,
 ) -> Routing:
     """Puts a router into every MoE layer of a model; ``settings`` are those of :class:`phase_moe.Router`. As a context manager it takes them out again.
 
-    ``record`` keeps what each layer selected in every pass (``Layer.routes``). ``forced`` are such records, one sequence of passes per layer: those experts
-    are taken in place of a router's, in training with routing replayed. Raises ``ValueError`` for a model without router modules that are known.
+    ``record`` keeps what each layer did in every pass (``Layer.routes``). ``forced`` are such records, or ids alone, one sequence of passes per layer: those experts
+    are taken in place of a router's, in training with routing replayed (see :meth:`phase_moe.Router.forced`). Raises ``ValueError`` for a model without router modules that are known.
     """
     found = [(name, module) for name, module in model.named_modules() if type(module).__name__.lower().endswith("topkrouter")]
     if not found:
@@ -145,46 +144,37 @@ def attach(
     routing = Routing([], [])
     for index, (name, module) in enumerate(found):
         gate = _Gate.of(module)
-        made = Router(
-            router,
-            int(module.top_k),
-            scoring="sigmoid" if gate.sigmoid else "softmax",
-            normalize=gate.normalize,
-            scale=gate.scale,
-            groups=gate.groups,
-            layer=index,
-            **settings,
-        )
+        scored: dict[str, Any] = {"scoring": "sigmoid" if gate.sigmoid else "softmax", "normalize": gate.normalize, "scale": gate.scale, "layer": index}
+        if forced is None:
+            made = Router(router, int(module.top_k), groups=gate.groups, **scored, **settings)
+        else:
+            experts = int(getattr(module, "num_experts", 0) or module.weight.shape[0])
+            made = Router.forced(forced[index], experts=experts, **scored, **settings)
         layer = Layer(name, made)
-        passes = None if forced is None else iter(forced[index])
         routing.layers.append(layer)
-        routing._handles.append(module.register_forward_hook(_hook(routing, layer, gate, record, passes)))
+        routing._handles.append(module.register_forward_hook(_hook(routing, layer, gate, record)))
     return routing
 
 
-def _hook(routing: Routing, layer: Layer, gate: _Gate, record: bool, forced: Iterator[npt.ArrayLike] | None) -> Any:
+def _hook(routing: Routing, layer: Layer, gate: _Gate, record: bool) -> Any:
     def hook(module: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         logits = output[0]
         if logits.device.type != "cpu":
             raise ValueError(f"{layer.name}: expected a model on the CPU, got one on {logits.device}")
         values = logits.detach().float().contiguous().numpy()
-        if forced is not None:
-            ids = _forced(layer, forced, values.shape, int(module.top_k))
-            selection = ids
-        else:
-            bias = getattr(module, "e_score_correction_bias", None)
-            padding = None if routing.padding is None else np.asarray(routing.padding, dtype=np.bool_).reshape(-1)
-            ids, _, report = layer.router.route(
-                values,
-                selection_bias=None if bias is None else bias.detach().float().numpy(),
-                padding=padding,
-            )
-            if ids.shape[1] != int(module.top_k):
-                raise ValueError(f"{layer.name}: expected {module.top_k} slots a token, got {ids.shape[1]} of router {layer.router.name}")
-            selection = report.selection
-            layer.reports.append(report)
+        bias = getattr(module, "e_score_correction_bias", None)
+        padding = None if routing.padding is None else np.asarray(routing.padding, dtype=np.bool_).reshape(-1)
+        ids, _, report = layer.router.route(
+            values,
+            selection_bias=None if bias is None else bias.detach().float().numpy(),
+            padding=padding,
+        )
+        if ids.shape[1] != int(module.top_k):
+            raise ValueError(f"{layer.name}: expected {module.top_k} slots a token, got {ids.shape[1]} of router {layer.router.name}")
+        selection = report.selection
+        layer.reports.append(report)
         if record:
-            layer.routes.append(ids)
+            layer.routes.append(Route(ids, selection))
         selected = torch.from_numpy(np.maximum(selection, 0).astype(np.int64))
         weights = gate.weights(logits, selected)
         # A slot that was dropped weighs nothing; its neighbours' weights stay what they are.
@@ -193,18 +183,6 @@ def _hook(routing: Routing, layer: Layer, gate: _Gate, record: bool, forced: Ite
         return logits, weights, selected
 
     return hook
-
-
-def _forced(layer: Layer, passes: Iterator[npt.ArrayLike], shape: tuple[int, ...], top_k: int) -> Ids:
-    try:
-        ids = np.asarray(next(passes))
-    except StopIteration:
-        raise ValueError(f"{layer.name}: expected a forced route for every pass, got no more") from None
-    if ids.shape != (shape[0], top_k) or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{layer.name}: expected forced ids [{shape[0]}, {top_k}] of whole numbers, got {ids.dtype} {list(ids.shape)}")
-    if ids.size and not (-1 <= ids.min() and ids.max() < shape[1]):
-        raise ValueError(f"{layer.name}: expected forced ids from -1 to below {shape[1]}, got {ids.min()} to {ids.max()}")
-    return ids.astype(np.int32)
 
 
 def perplexity(model: Any, batches: Iterable[torch.Tensor]) -> float:

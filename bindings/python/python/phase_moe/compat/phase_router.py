@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .. import _count
+from ..routing import count
 from .phase_router_rs import phase_router_auto
 
 __all__ = [
@@ -146,7 +146,7 @@ def make_hard_caps(rel_caps: npt.ArrayLike, n: int, k: int, headroom: float = 1.
 
 
 def _positive(value: int, name: str) -> int:
-    count = _count(value, name)
+    count = count(value, name)
     if count == 0:
         raise ValueError(f"{name} is 0: expected at least 1")
     return count

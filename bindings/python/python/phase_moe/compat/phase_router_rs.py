@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _phase_moe
-from .. import _count
+from ..routing import count
 
 __all__ = ["phase_router", "phase_router_auto", "phase_router_uniform_dispatch"]
 
@@ -35,12 +35,12 @@ def phase_router(
     return _phase_moe.phase_router(
         _words(s_bits, "s_bits"),
         _words(t_bits, "t_bits"),
-        _count(n, "n"),
-        _count(nb_words, "nb_words"),
-        _count(k, "k"),
+        count(n, "n"),
+        count(nb_words, "nb_words"),
+        count(k, "k"),
         _words(col_perm_s, "col_perm_s"),
         _words(col_perm_t, "col_perm_t"),
-        _count(seed, "seed"),
+        count(seed, "seed"),
     )
 
 
@@ -49,7 +49,7 @@ def phase_router_auto(
 ) -> npt.NDArray[np.int32]:
     """The same with permutations drawn from ``seed``."""
     return _phase_moe.phase_router_auto(
-        _words(s_bits, "s_bits"), _words(t_bits, "t_bits"), _count(n, "n"), _count(k, "k"), _count(seed, "seed")
+        _words(s_bits, "s_bits"), _words(t_bits, "t_bits"), count(n, "n"), count(k, "k"), count(seed, "seed")
     )
 
 
@@ -58,10 +58,10 @@ def phase_router_uniform_dispatch(
 ) -> npt.NDArray[np.int32]:
     """Expert ids, int32 ``[n_tokens, k]``: the first ``k`` distinct experts of the kernel's ``k * oversample`` columns, all degrees of ``base_density``."""
     return _phase_moe.phase_router_uniform_dispatch(
-        _count(n_tokens, "n_tokens"),
-        _count(n_experts, "n_experts"),
-        _count(k, "k"),
+        count(n_tokens, "n_tokens"),
+        count(n_experts, "n_experts"),
+        count(k, "k"),
         float(base_density),
-        _count(seed, "seed"),
-        _count(oversample, "oversample"),
+        count(seed, "seed"),
+        count(oversample, "oversample"),
     )
