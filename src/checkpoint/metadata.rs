@@ -52,7 +52,7 @@ impl Metadata {
     }
 
     /// The file they are from.
-    pub fn file(&self) -> &str {
+    pub(crate) fn file(&self) -> &str {
         &self.file
     }
 

@@ -68,7 +68,7 @@ impl Chat {
             }
             (None, Json::Null) => match files.checkpoint().gguf() {
                 Some(gguf) if gguf.text(TEMPLATE_KEY)?.is_some() => {
-                    (gguf.text(TEMPLATE_KEY)?.unwrap_or_default().to_owned(), gguf.file().to_owned())
+                    (gguf.text(TEMPLATE_KEY)?.unwrap_or_default().to_owned(), files.name().to_owned())
                 }
                 gguf => {
                     let key = gguf.map_or(String::new(), |_| format!(", or `{TEMPLATE_KEY}` in the file"));

@@ -56,7 +56,7 @@ impl CacheOptions {
 
     /// The same with room for as many experts as can be read at once set aside, as far as that is a quarter of the budget at most; none
     /// of what residents need where all experts fit.
-    pub(crate) fn sparing(self, store: &ExpertStore) -> Self {
+    pub fn sparing(self, store: &ExpertStore) -> Self {
         let layers = 0..store.layers();
         let largest = layers.clone().map(|layer| store.slab_bytes(layer)).max().unwrap_or(0);
         let most = layers.clone().map(|layer| self.room_to_read(store, layer)).max().unwrap_or(0);
