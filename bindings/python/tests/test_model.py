@@ -64,7 +64,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(model: Model) -> None:
     assert "".join(model.generate("The ", new_tokens=0)) == ""
 
 
-def test_measurements_are_those_of_compare(model: Model) -> None:
+def test_measurements_say_what_limits_cost(model: Model) -> None:
     model.set_router("top-k")
     free = model.measure(TEXTS, tokens=4096)
     assert free.survival == 1.0 and free.gate_mass == pytest.approx(1.0, abs=1e-9)

@@ -93,6 +93,7 @@ class Model:
             admission=admission,
             threads=None if threads is None else count(threads, "threads"),
         )
+        self._top_k = self.sizes["top_k"]
 
     @property
     def name(self) -> str:
@@ -110,9 +111,10 @@ class Model:
         return self._model.cache
 
     def set_router(self, router: str = "top-k", top_k: int | None = None, **settings: Any) -> None:
-        """Puts a router into every MoE layer; ``settings`` are those of :class:`phase_moe.Router`, but for what the model itself says (how logits become scores)."""
+        """Puts a router into every MoE layer, with the checkpoint's own ``top_k`` unless said. ``settings`` are those of :class:`phase_moe.Router`, but for what the model itself
+        says (how logits become scores)."""
         refuse(settings, ("scoring", "normalize", "scale", "groups", "group_score", "layer", "threads"), "those of the model")
-        self._model.set_router(Router(router, self.sizes["top_k"] if top_k is None else top_k, **settings)._router)
+        self._model.set_router(Router(router, self._top_k if top_k is None else top_k, **settings)._router)
 
     def encode(self, text: str, *, special: bool = True) -> npt.NDArray[np.uint32]:
         """Token ids of a text; ``special`` puts around it what the tokenizer puts around a sequence."""

@@ -146,10 +146,10 @@ def make_hard_caps(rel_caps: npt.ArrayLike, n: int, k: int, headroom: float = 1.
 
 
 def _positive(value: int, name: str) -> int:
-    count = count(value, name)
-    if count == 0:
+    number = count(value, name)
+    if number == 0:
         raise ValueError(f"{name} is 0: expected at least 1")
-    return count
+    return number
 
 
 def _routes(routes: npt.ArrayLike) -> Routes:
