@@ -5,6 +5,7 @@
 
 mod bundled;
 mod chat;
+mod choice;
 mod compare;
 mod generate;
 mod global;

@@ -54,6 +54,26 @@ impl ModelSource {
             None => bundled::files()?,
         })
     }
+
+    /// What was given, to be said again.
+    pub fn given(&self) -> Option<&Path> {
+        self.model.as_deref()
+    }
+}
+
+/// A number of bytes, with the words it was given in.
+#[derive(Clone)]
+pub struct Bytes {
+    pub typed: String,
+    pub bytes: u64,
+}
+
+impl std::str::FromStr for Bytes {
+    type Err = <ByteSize as std::str::FromStr>::Err;
+
+    fn from_str(typed: &str) -> std::result::Result<Self, Self::Err> {
+        Ok(Self { typed: typed.trim().into(), bytes: typed.parse::<ByteSize>()?.as_u64() })
+    }
 }
 
 /// The files of a model on the hub.
@@ -394,6 +414,13 @@ impl MemoryOptions {
     /// Who enters.
     pub fn admission(&self) -> Admission {
         self.admission.unwrap_or_default()
+    }
+
+    /// What was given, to be said again.
+    pub fn given(&self) -> Vec<(&'static str, String)> {
+        let policy = self.policy.map(|policy| ("--policy", policy.to_string()));
+        let admission = self.admission.map(|admission| ("--admission", admission.to_string()));
+        policy.into_iter().chain(admission).collect()
     }
 
     fn first_given(&self) -> Option<&'static str> {

@@ -2,24 +2,28 @@
 
 use std::io::Write;
 
-use crate::report::tune::TuneReport;
+use crate::choice::Prefer;
+use crate::notice::notice;
+use crate::report::reason::{Memory, Swept};
 use anyhow::{Context, Result};
-use bytesize::ByteSize;
 use clap::Args;
-use phase_moe::eval::{FastMemory, Sweep, TuneRow, dropless};
+use phase_moe::eval::{FastMemory, Sweep, TuneRow};
 use phase_moe::{LoadOptions, Model, RouterKind, offload};
 
 use crate::global::Global;
 use crate::mistake::UserMistake;
-use crate::options::{CacheOptions, MemoryOptions, ModelSource, TextOptions, print_json};
+use crate::options::{Bytes, CacheOptions, MemoryOptions, ModelSource, TextOptions, print_json};
 
-/// Sweeps cache bonus, experts per token and experts in fast memory over decode of real text; prints the front and one to take.
+/// Sweeps cache bonus, experts per token and experts in fast memory over decode of real text; says which setting to take, and why.
 ///
-/// Perplexity and hits are those of decoding the text, each token a step. With --expert-cache the experts stay in their files, and
-/// tokens per second and bytes are those of decoding on caches of these budgets; without, tokens per second are measured with all
-/// experts in memory, and what a miss would read is counted beside.
+/// Say first what memory there is: --expert-cache 64MiB, or --cached-experts 16. Several are swept one by one, each with its own
+/// setting to take. With --expert-cache the experts stay in their files, and tokens per second and bytes are those of decoding on caches
+/// of these budgets. With --cached-experts they are all in memory and what a miss would read is counted beside, so that tokens per second
+/// tell little and misses decide.
 ///
-/// Example: phase-moe tune --cached-experts 8,16 --cache-bonus 0,0.1,0.2 --tokens 8192
+/// Plain top-k on the same memory is measured with the others: it is what "2.1 ×" is a multiple of.
+///
+/// Example: phase-moe tune --expert-cache 2MiB --cache-bonus 0,0.1,0.2 --tokens 8192
 #[derive(Args)]
 pub struct Tune {
     #[command(flatten)]
@@ -43,7 +47,7 @@ pub struct Tune {
     cached_experts: Vec<usize>,
     /// Budgets of an expert cache, for example 64MiB,128MiB, in place of --cached-experts
     #[arg(long, value_name = "BYTES,..", value_delimiter = ',', conflicts_with = "cached_experts")]
-    expert_cache: Vec<ByteSize>,
+    expert_cache: Vec<Bytes>,
     /// Largest share of a token's gate mass that swaps may cost [default: 0.1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     max_mass_loss: Option<f64>,
@@ -52,7 +56,12 @@ pub struct Tune {
     keep_top: Option<usize>,
     #[command(flatten)]
     memory: MemoryOptions,
-    /// How much more perplexity the recommended setting may have than the model as it is, as a fraction of 1
+    /// What the setting to take should be best in, of those within --max-perplexity-increase; a memory being given, that is mostly
+    /// speed. Where settings differ by less than their spread they count as equal, and the next figure decides: tokens per second,
+    /// misses, perplexity, memory
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "speed")]
+    prefer: Prefer,
+    /// How much more perplexity the setting to take may have than the model as it is, as a fraction of 1
     #[arg(long, value_name = "X", default_value_t = 0.01, allow_negative_numbers = true)]
     max_perplexity_increase: f64,
     /// One JSON document instead of the table
@@ -60,105 +69,130 @@ pub struct Tune {
     json: bool,
 }
 
-/// Sequences that are decoded token by token for the clock.
-const TIMED_SEQUENCES: usize = 5;
+/// Runs of each setting for the clock: enough for quartiles.
+const RUNS: usize = 7;
 
 impl Tune {
     pub fn run(self, global: &Global) -> Result<()> {
-        if !self.max_perplexity_increase.is_finite() {
-            let message = format!("--max-perplexity-increase is {}: expected a number", self.max_perplexity_increase);
-            return Err(UserMistake(message).into());
+        let most = self.max_perplexity_increase;
+        if !most.is_finite() {
+            return Err(UserMistake(format!("--max-perplexity-increase is {most}: expected a number")).into());
         }
         let router = CacheOptions::of(self.max_mass_loss, self.keep_top).settings(&[RouterKind::Cache])?;
         for &bonus in &self.cache_bonus {
             router.clone().with_bonus(bonus)?;
         }
         let (policy, admission) = (self.memory.policy(), self.memory.admission());
-        let budget = |bytes: &ByteSize| -> Result<offload::CacheOptions> {
-            let budget = usize::try_from(bytes.as_u64()).context("--expert-cache")?;
-            Ok(offload::CacheOptions { policy, admission, ..offload::CacheOptions::new(budget) })
+        let budget = |budget: &Bytes| -> Result<offload::CacheOptions> {
+            let bytes = usize::try_from(budget.bytes).context("--expert-cache")?;
+            Ok(offload::CacheOptions { policy, admission, ..offload::CacheOptions::new(bytes) })
         };
         let budgets = self.expert_cache.iter().map(budget).collect::<Result<Vec<_>>>()?;
         let files = self.model.files()?;
-        // The smallest, so that one that no expert fits is found at once.
+        // The smallest, so that one that no expert fits is found at once. It stays empty.
         let expert_cache = budgets.iter().copied().min_by_key(|options| options.budget_bytes);
         let model = Model::new(&files, &LoadOptions::default().with_expert_cache(expert_cache))?;
-        let (name, decoder) = (model.name(), model.decoder());
-        let (moe, bytes) = (&decoder.spec().moe, files.expert_sizes()?.first);
-        let counted = |experts| FastMemory::Counted { experts, policy, admission };
+        let (moe, bytes) = (&model.decoder().spec().moe, files.expert_sizes()?.first);
+        let counted: Vec<usize> = match self.cached_experts.is_empty() {
+            _ if !budgets.is_empty() => Vec::new(),
+            true => [1, 2, 3].map(|quarters| (moe.experts * quarters / 4).max(1)).to_vec(),
+            false => self.cached_experts.clone(),
+        };
+        let count = |&experts: &usize| FastMemory::Counted { experts, policy, admission };
         let sweep = Sweep {
-            top_k: if self.top_k.is_empty() { vec![moe.top_k] } else { self.top_k },
-            bonus: self.cache_bonus,
-            memories: match self.cached_experts.is_empty() {
-                _ if !budgets.is_empty() => budgets.into_iter().map(FastMemory::Cache).collect(),
-                true => [1, 2, 3].map(|quarters| counted((moe.experts * quarters / 4).max(1))).to_vec(),
-                false => self.cached_experts.into_iter().map(counted).collect(),
-            },
+            top_k: if self.top_k.is_empty() { vec![moe.top_k] } else { self.top_k.clone() },
+            bonus: self.cache_bonus.clone(),
+            memories: counted.iter().map(count).chain(budgets.into_iter().map(FastMemory::Cache)).collect(),
             cache: router,
-            timed_sequences: TIMED_SEQUENCES,
+            runs: RUNS,
         };
         let (_, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
-        let settings = sweep.top_k.len() * sweep.bonus.len() * sweep.memories.len();
-        let bar = global.progress(tokens * settings as u64);
+        let bar = global.progress(0);
         bar.set_message("tuning");
-        let rows = sweep.run(decoder, &batches, bytes, |tokens| bar.inc(tokens))?;
-        let plain_perplexity = dropless(decoder, &batches, |_| ())?.perplexity;
+        let rows = sweep.run(model.decoder(), &batches, bytes, |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+        })?;
         drop(bar);
-        let most = plain_perplexity * (1.0 + self.max_perplexity_increase);
-        let report = TuneReport {
+
+        let memory = |option, given: String| Memory { option, given };
+        let memories = counted.iter().map(|experts| memory("--cached-experts", experts.to_string()));
+        let memories = memories
+            .chain(self.expert_cache.iter().map(|budget| memory("--expert-cache", budget.typed.clone())))
+            .collect();
+        let plain_top_k = moe.top_k;
+        let swept = Swept {
             source: format!(
-                "{name}: {} layers of {} experts, top {}; {tokens} tokens, one a step; policy {policy}, admission {admission}",
-                decoder.spec().moe_blocks().count(),
+                "{}: {} layers of {} experts, top {plain_top_k}; {tokens} tokens, one a step\npolicy {policy}, admission {admission}",
+                model.name(),
+                model.decoder().spec().moe_blocks().count(),
                 moe.experts,
-                moe.top_k
             ),
-            plain_perplexity,
-            recommended: recommended(&rows, most).cloned(),
+            experts: moe.experts,
+            plain_top_k,
+            tokens,
+            runs: RUNS,
+            memories,
             rows,
         };
+        let report = swept.judged(self.prefer, most, |row, memory| self.command(row, memory, plain_top_k));
+        if let Some(warning) = &report.warning {
+            notice(format_args!("warning: {warning}"));
+        }
         match self.json {
             true => print_json(&report),
             false => Ok(write!(std::io::stdout(), "{report}")?),
         }
     }
+
+    /// What runs a row: the same router on the same memory.
+    fn command(&self, row: &TuneRow, memory: &Memory, plain_top_k: usize) -> String {
+        let mut words: Vec<String> = ["phase-moe", "generate"].map(String::from).to_vec();
+        let mut add = |option: &str, value: String| words.extend([option.to_owned(), quoted(&value)]);
+        if let Some(model) = self.model.given() {
+            add("--model", model.to_string_lossy().into_owned());
+        }
+        if row.top_k != plain_top_k {
+            add("--top-k", row.top_k.to_string());
+        }
+        // Without a bonus there are no swaps, which is plain top-k; that one takes no options about swaps.
+        match row.cache_bonus > 0.0 {
+            false => add("--router", "top-k".into()),
+            true => {
+                add("--router", "cache".into());
+                add("--cache-bonus", row.cache_bonus.to_string());
+                let swaps = [
+                    ("--max-mass-loss", self.max_mass_loss.map(|loss| loss.to_string())),
+                    ("--keep-top", self.keep_top.map(|experts| experts.to_string())),
+                ];
+                swaps.into_iter().for_each(|(option, value)| value.into_iter().for_each(|value| add(option, value)));
+            }
+        }
+        add(memory.option, memory.given.clone());
+        self.memory.given().into_iter().for_each(|(option, value)| add(option, value));
+        add("--prompt", "Once upon a time".into());
+        words.join(" ")
+    }
 }
 
-/// The row that reads the fewest bytes per token of those whose perplexity is at most `most` (ties: fewer experts in memory, then lower
-/// perplexity); `None` where no row is within it.
-fn recommended(rows: &[TuneRow], most: f64) -> Option<&TuneRow> {
-    let within = rows.iter().filter(|row| row.perplexity <= most);
-    within.min_by(|a, b| {
-        let bytes = a.bytes_read_per_token.total_cmp(&b.bytes_read_per_token);
-        bytes.then(a.cached_experts.cmp(&b.cached_experts)).then(a.perplexity.total_cmp(&b.perplexity))
-    })
+/// A word as a shell takes it for one.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./:=+,@%".contains(letter);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.into(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn row(cached_experts: usize, hit_rate: f64, perplexity: f64) -> TuneRow {
-        TuneRow {
-            top_k: 2,
-            cache_bonus: 0.0,
-            cached_experts,
-            expert_cache_bytes: None,
-            hit_rate: Some(hit_rate),
-            belady_hit_rate: None,
-            perplexity,
-            gate_mass_kept: None,
-            tokens_per_second: 1.0,
-            bytes_read_per_token: 1.0 - hit_rate,
-            pareto: false,
-        }
-    }
+    use super::quoted;
 
     #[test]
-    fn the_fewest_bytes_within_the_tolerance_are_recommended() {
-        let rows = [row(8, 0.5, 10.0), row(8, 0.9, 10.2), row(4, 0.8, 10.05), row(8, 0.8, 10.0)];
-        assert_eq!(recommended(&rows, 10.1), Some(&rows[2]));
-        assert_eq!(recommended(&rows, 11.0), Some(&rows[1]));
-        assert_eq!(recommended(&rows, 9.0), None);
+    fn a_word_stays_one_in_a_shell() {
+        assert_eq!(quoted("models/tiny-moe"), "models/tiny-moe");
+        assert_eq!(quoted("my models/o'clock"), "'my models/o'\\''clock'");
+        assert_eq!(quoted(""), "''");
     }
 }

@@ -600,67 +600,6 @@ fn a_limit_that_small_batches_switch_off_is_told() {
 }
 
 #[test]
-fn tune_measures_expert_caches_of_several_budgets() {
-    let arguments = ["tune", "--tokens", "400", "--expert-cache", "2MiB,6MiB", "--cache-bonus", "0,0.2"];
-    let report = json(&[&arguments[..], &["--json"]].concat());
-    let rows = report["rows"].as_array().unwrap();
-    let budgets: Vec<f64> = rows.iter().map(|row| number(row, "expert_cache_bytes")).collect();
-    assert_eq!(budgets, [2.0, 2.0, 6.0, 6.0].map(|budget: f64| budget * f64::from(1 << 20)));
-    for row in rows {
-        assert!(number(row, "tokens_per_second") > 0.0 && number(row, "bytes_read_per_token") > 0.0, "{row}");
-    }
-    let cached: Vec<f64> = rows.iter().map(|row| number(row, "cached_experts")).collect();
-    assert!(
-        cached[0] >= 1.0 && cached[0] == cached[1] && cached[2] > cached[1] && cached[2] == cached[3],
-        "{cached:?}"
-    );
-    assert!(number(&rows[2], "bytes_read_per_token") < number(&rows[0], "bytes_read_per_token"));
-    assert!(number(&rows[3], "hit_rate") > number(&rows[2], "hit_rate"));
-    let table = String::from_utf8(run(&arguments).stdout).unwrap();
-    assert!(table.contains("budget") && table.contains("6.3 MB"), "{table}");
-}
-
-#[test]
-fn tune_prints_its_front_and_one_to_take() {
-    let arguments = ["tune", "--tokens", "700", "--cached-experts", "8,16", "--cache-bonus", "0,0.2", "--top-k", "3,4"];
-    let report = json(&[&arguments[..], &["--json"]].concat());
-    let rows = report["rows"].as_array().unwrap();
-    let keys = [
-        "top_k",
-        "cache_bonus",
-        "cached_experts",
-        "hit_rate",
-        "belady_hit_rate",
-        "perplexity",
-        "gate_mass_kept",
-        "tokens_per_second",
-        "bytes_read_per_token",
-        "pareto",
-    ];
-    assert_eq!(report.as_object().unwrap().len(), 2);
-    assert_eq!(rows.len(), 8);
-    for row in rows {
-        assert_eq!(row.as_object().unwrap().keys().map(String::as_str).collect::<HashSet<_>>(), keys.into());
-        assert!(number(row, "hit_rate") <= number(row, "belady_hit_rate"), "{row}");
-        assert!(number(row, "gate_mass_kept") >= 0.9 && number(row, "tokens_per_second") > 0.0, "{row}");
-    }
-    let find = |top_k: f64, bonus: f64, cached: f64| {
-        let is = |row: &&Value| {
-            number(row, "top_k") == top_k
-                && number(row, "cache_bonus") == bonus
-                && number(row, "cached_experts") == cached
-        };
-        rows.iter().find(is).unwrap()
-    };
-    assert!(number(find(4.0, 0.2, 8.0), "hit_rate") > number(find(4.0, 0.0, 8.0), "hit_rate"));
-    assert!(number(find(4.0, 0.2, 16.0), "bytes_read_per_token") < number(find(4.0, 0.2, 8.0), "bytes_read_per_token"));
-    assert!(rows.iter().any(|row| row["pareto"] == true));
-    assert!(rows.contains(&report["recommended"]));
-    let table = stdout(&run(&arguments));
-    assert!(table.contains("take") && table.lines().all(|line| line.chars().count() <= 130), "{table}");
-}
-
-#[test]
 fn generate_counts_the_hits_of_a_memory() {
     let arguments = ["generate", "--prompt", "In the beginning", "--new-tokens", "40", "--json"];
     assert!(json(&arguments)["hit_rate"].is_null());

@@ -99,11 +99,6 @@ impl ExpertMemory {
     pub fn hits(&self) -> u64 {
         self.hits
     }
-
-    /// Requests whose expert was not.
-    pub(crate) fn misses(&self) -> u64 {
-        self.requests - self.hits
-    }
 }
 
 #[cfg(test)]

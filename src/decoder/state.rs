@@ -129,6 +129,7 @@ impl DecoderState {
     }
 
     /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
+    #[cfg(test)]
     pub(crate) fn begin_text(&mut self) {
         if let Some(Kept::Tensors(caches)) = &mut self.kv {
             caches.iter_mut().for_each(KvCache::reset);

@@ -1,12 +1,12 @@
 //! Decode over known text: each token is a step of every layer's memory of experts, as if the model wrote the text itself.
 //!
 //! `perplexity, hits, misses, gate mass` of a router whose choices depend on what its earlier ones left in memory. Two ways to
-//! the same figures:
+//! the same decode:
 //!
 //! - [`Decoding::run`] reads whole sequences in one forward pass. What a layer routes to depends on the tokens before and on its
 //!   own memory alone, so routing the rows of a batch one after another is decode, only faster by an order of magnitude.
-//! - [`Decoding::run_by_token`] makes a forward pass a token with kept keys and values, and is timed. Products of one row round
-//!   differently from those of many, so the figures differ in their last digits.
+//! - `Decoding::clock` makes a forward pass a token with kept keys and values, and is timed. Products of one row round
+//!   differently from those of many, so figures would differ in their last digits.
 //!
 //! Memory and router states last from sequence to sequence, as in a server. Knows nothing of bytes.
 
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
-use super::perplexity::Perplexity;
+use super::perplexity::{Perplexity, losses};
 use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
@@ -60,8 +60,6 @@ pub struct DecodeFigures {
     pub belady_hits: Option<u64>,
     /// Kept gate mass / gate mass of plain top-k; `None` where that has none, or it was not counted.
     pub gate_mass_kept: Option<f64>,
-    /// Bytes that an expert cache read; `None` without one.
-    pub bytes_read: Option<u64>,
     /// Time of all forward passes.
     pub time: Duration,
 }
@@ -75,11 +73,6 @@ impl DecodeFigures {
     /// The same of the best policy there could be; `None` without requests, or where they were not kept.
     pub(super) fn belady_hit_rate(&self) -> Option<f64> {
         share(self.belady_hits? as f64, self.requests as f64)
-    }
-
-    /// Tokens per second of the forward passes.
-    pub(super) fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.time.as_secs_f64()
     }
 }
 
@@ -99,8 +92,22 @@ impl Decoding {
         batches: &[Batch],
         mut each: impl FnMut(&Batch, &Tensor) -> Result<()>,
     ) -> Result<DecodeFigures> {
+        self.run_in(decoder, batches, |_| self.cached_experts, |batch, logits, _| each(batch, logits))
+    }
+
+    /// The same where layers have room for different numbers of experts, as in an expert cache; `each` sees the losses too.
+    pub(super) fn run_in(
+        &self,
+        decoder: &Decoder,
+        batches: &[Batch],
+        capacity: impl Fn(usize) -> usize,
+        mut each: impl FnMut(&Batch, &Tensor, &[Option<f64>]) -> Result<()>,
+    ) -> Result<DecodeFigures> {
         let mut decoder = decoder.clone();
-        let books = decoder.moe_layers().map(|moe| Ok(Mutex::new(Books::new(self, moe.spec().experts)?)));
+        let books = decoder
+            .moe_layers()
+            .enumerate()
+            .map(|(layer, moe)| Ok(Mutex::new(Books::new(self, moe.spec().experts, capacity(layer))?)));
         let rows = Arc::new(RowByRow { router: self.router.clone(), layers: books.collect::<Result<_>>()? });
         decoder.set_router(rows.clone());
         decoder.set_capacity(None);
@@ -110,16 +117,17 @@ impl Decoding {
             let logits = decoder.forward(batch, &mut decoder.batch_state())?;
             figures.time += started.elapsed();
             figures.tokens += batch.live_tokens();
-            perplexity.add(&logits, batch)?;
-            each(batch, &logits)?;
+            let losses = losses(&logits, batch)?;
+            perplexity.add_losses(&losses);
+            each(batch, &logits, &losses)?;
         }
         figures.perplexity = perplexity.value()?;
         let (mut mass, mut top_k_mass, mut belady) = (0.0, 0.0, 0);
-        for books in &rows.layers {
+        for (layer, books) in rows.layers.iter().enumerate() {
             let books = books.lock().unwrap_or_else(PoisonError::into_inner);
             figures.requests += books.memory.requests();
             figures.hits += books.memory.hits();
-            belady += books.log.most_hits(self.cached_experts) as u64;
+            belady += books.log.most_hits(capacity(layer)) as u64;
             (mass, top_k_mass) = (mass + books.mass, top_k_mass + books.top_k_mass);
         }
         figures.misses = figures.requests - figures.hits;
@@ -128,52 +136,45 @@ impl Decoding {
         Ok(figures)
     }
 
-    /// Decodes `batches`, a sequence after the other, in a forward pass a token, with keys and values kept. `progress` is called
-    /// after each sequence with its tokens. Where the experts are in an expert cache, that one says what is in fast memory, in place of
-    /// the number, policy and admission here.
+    /// Decodes `text` in a forward pass a token, with keys and values kept, from an empty memory; the clock starts after `untimed`
+    /// tokens, when the memory is warm. Where the experts are in an expert cache, that one says what is in fast memory, in place of the
+    /// number, policy and admission here.
     ///
     /// # Errors
     /// As [`Decoding::run`].
-    pub(crate) fn run_by_token(
-        &self,
-        decoder: &Decoder,
-        batches: &[Batch],
-        mut progress: impl FnMut(u64),
-    ) -> Result<DecodeFigures> {
+    pub(super) fn clock(&self, decoder: &Decoder, text: &[u32], untimed: usize) -> Result<Clocked> {
         let mut decoder = decoder.clone();
         decoder.set_router(self.router.clone());
         decoder.set_capacity(None);
-        let before = decoder.expert_cache().map(|cache| cache.statistics());
         let mut state = decoder.generation_state();
-        if before.is_none() {
-            state = state.with_memory(decoder.expert_memory(self.cached_experts, self.policy, self.admission)?);
+        match decoder.expert_cache() {
+            Some(cache) => cache.forget()?,
+            None => {
+                state = state.with_memory(decoder.expert_memory(self.cached_experts, self.policy, self.admission)?)
+            }
         }
-        let (mut figures, mut perplexity) = (DecodeFigures::default(), Perplexity::default());
-        for (batch, row) in batches.iter().flat_map(|batch| (0..batch.sequences()).map(move |row| (batch, row))) {
-            let first = row * batch.positions();
-            let ids = &batch.ids()[first..first + batch.positions()];
-            let padded = |at: usize| batch.padding().is_some_and(|padding| padding[first + at]);
-            let live = (0..ids.len()).take_while(|&at| !padded(at)).count();
-            state.begin_text();
-            let started = Instant::now();
-            let step = |id: &u32| decoder.forward(&Batch::new(&[&[*id]])?, &mut state);
-            let logits: Vec<Tensor> = ids[..live].iter().map(step).collect::<Result<_>>()?;
-            figures.time += started.elapsed();
-            figures.tokens += live as u64;
-            perplexity.add(&Tensor::cat(&logits, 1)?, &Batch::new(&[&ids[..live]])?)?;
-            progress(live as u64);
-        }
-        figures.perplexity = perplexity.value()?;
-        if let Some(memory) = state.memory() {
-            (figures.requests, figures.hits, figures.misses) = (memory.requests(), memory.hits(), memory.misses());
-        }
-        if let Some((cache, before)) = decoder.expert_cache().zip(before) {
-            let statistics = cache.statistics().since(&before);
-            (figures.requests, figures.hits, figures.misses) =
-                (statistics.requests, statistics.hits, statistics.misses);
-            figures.bytes_read = Some(statistics.bytes_read);
-        }
-        Ok(figures)
+        let mut step = |id: &u32| decoder.forward(&Batch::new(&[&[*id]])?, &mut state).map(drop);
+        let read = || decoder.expert_cache().map_or(0, |cache| cache.statistics().bytes_read);
+        let (warming, timed) = text.split_at(untimed);
+        warming.iter().try_for_each(&mut step)?;
+        let (before, started) = (read(), Instant::now());
+        timed.iter().try_for_each(&mut step)?;
+        let time = started.elapsed();
+        Ok(Clocked { tokens: timed.len() as u64, time, bytes_read: read() - before })
+    }
+}
+
+/// What the clock saw of a text.
+pub(super) struct Clocked {
+    pub(super) tokens: u64,
+    pub(super) time: Duration,
+    /// By an expert cache; 0 without one.
+    pub(super) bytes_read: u64,
+}
+
+impl Clocked {
+    pub(super) fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.time.as_secs_f64().max(1e-9)
     }
 }
 
@@ -194,10 +195,9 @@ struct Books {
 }
 
 impl Books {
-    fn new(decoding: &Decoding, experts: usize) -> Result<Self> {
-        let Decoding { cached_experts, policy, admission, .. } = *decoding;
+    fn new(decoding: &Decoding, experts: usize, cached: usize) -> Result<Self> {
         Ok(Self {
-            memory: ExpertMemory::new(1, experts, cached_experts, policy, admission)?,
+            memory: ExpertMemory::new(1, experts, cached, decoding.policy, decoding.admission)?,
             state: RouteState::default(),
             scratch: Scratch::default(),
             scores: Scores::default(),

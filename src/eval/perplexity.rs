@@ -23,33 +23,16 @@ impl Perplexity {
     /// [`Error::Shape`] when the logits are not of this batch, [`Error::Parameter`] for a token id they do not cover,
     /// [`Error::NonFinite`] for logits that give a token no probability; nothing of the batch is counted then.
     pub fn add(&mut self, logits: &Tensor, batch: &Batch) -> Result<()> {
-        let (sequences, positions, vocab) = logits.dims3()?;
-        if (sequences, positions) != (batch.sequences(), batch.positions()) {
-            let expected = format!("[{}, {}, vocab]", batch.sequences(), batch.positions());
-            return Err(Error::shape("logits", expected, format!("{:?}", logits.dims())));
-        }
-        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::parameter("token id", id, format!("below the logits' {vocab}")));
-        }
-        let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let padded = |at: usize| batch.padding().is_some_and(|padding| padding[at]);
-        let losses: Vec<Option<f64>> = values
-            .par_chunks_exact(vocab)
-            .enumerate()
-            .map(|(at, row)| {
-                let scored = (at + 1) % positions != 0 && !padded(at + 1);
-                scored.then(|| loss(row, batch.ids()[at + 1] as usize))
-            })
-            .collect();
-        if let Some(at) = losses.iter().position(|loss| loss.is_some_and(|loss| !loss.is_finite())) {
-            let place = format!("loss of token {} of the batch", at + 1);
-            return Err(Error::NonFinite { place, value: losses[at].unwrap_or(f64::NAN), cause: String::new() });
-        }
-        for loss in losses.into_iter().flatten() {
+        self.add_losses(&losses(logits, batch)?);
+        Ok(())
+    }
+
+    /// Adds what [`losses`] returned.
+    pub(super) fn add_losses(&mut self, losses: &[Option<f64>]) {
+        for loss in losses.iter().flatten() {
             self.nats += loss;
             self.tokens += 1;
         }
-        Ok(())
     }
 
     /// The perplexity.
@@ -66,6 +49,36 @@ impl Perplexity {
             }
         }
     }
+}
+
+/// For each place of `batch` the negative log likelihood of the token that follows it; `None` where none that is scored does.
+///
+/// # Errors
+/// As [`Perplexity::add`].
+pub(super) fn losses(logits: &Tensor, batch: &Batch) -> Result<Vec<Option<f64>>> {
+    let (sequences, positions, vocab) = logits.dims3()?;
+    if (sequences, positions) != (batch.sequences(), batch.positions()) {
+        let expected = format!("[{}, {}, vocab]", batch.sequences(), batch.positions());
+        return Err(Error::shape("logits", expected, format!("{:?}", logits.dims())));
+    }
+    if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::parameter("token id", id, format!("below the logits' {vocab}")));
+    }
+    let values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let padded = |at: usize| batch.padding().is_some_and(|padding| padding[at]);
+    let losses: Vec<Option<f64>> = values
+        .par_chunks_exact(vocab)
+        .enumerate()
+        .map(|(at, row)| {
+            let scored = (at + 1) % positions != 0 && !padded(at + 1);
+            scored.then(|| loss(row, batch.ids()[at + 1] as usize))
+        })
+        .collect();
+    if let Some(at) = losses.iter().position(|loss| loss.is_some_and(|loss| !loss.is_finite())) {
+        let place = format!("loss of token {} of the batch", at + 1);
+        return Err(Error::NonFinite { place, value: losses[at].unwrap_or(f64::NAN), cause: String::new() });
+    }
+    Ok(losses)
 }
 
 /// `log Σ exp(logit) − logit of the target`.

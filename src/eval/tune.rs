@@ -1,18 +1,22 @@
 //! What to set: cache bonus, experts per token and experts in fast memory, swept over decode of real text.
 //!
-//! A row is **on the front** where no other row that needs at most as many experts in memory is at least as good in tokens per
-//! second, hit rate and perplexity, and better in one of them.
+//! Quality figures come from whole forward passes over all of the text; the error of a perplexity is that of the **paired**
+//! difference to plain top-k, sequence by sequence of the same text: `√(s/(s−1) · Σ (dᵢ − d·nᵢ)²) / n` over `s` sequences, `dᵢ` being
+//! what a sequence of `nᵢ` tokens lost and `d` the mean loss of a token.
 //!
-//! Quality figures come from whole forward passes over all of the text, tokens per second are the median of decoding its
-//! first sequences token by token. With [`FastMemory::Counted`] all experts are in memory and `bytes per token = misses · bytes per expert /
-//! tokens` is what a memory of that size would read; with [`FastMemory::Cache`] the timed sequences run on an expert cache of that
-//! budget, one setting after the other, and bytes are those that were read after the first of them.
+//! Tokens per second are the median of short runs, all settings **in turns** (1, 2, .., n, 1, 2, ..), so that a busy neighbour or a
+//! machine that warms up meets all alike. A run starts from an empty memory, decodes the same text as the others of its turn, and only
+//! the last third of it is on the clock, when the memory is warm from that setting's own choices. So nothing is kept from turn to turn,
+//! and with [`FastMemory::Cache`] there is one expert cache at a time: never more bytes than one budget.
+//!
+//! With [`FastMemory::Counted`] all experts are in memory and `bytes per token = misses · bytes per expert / tokens` is what a memory
+//! of that size would read; with [`FastMemory::Cache`] bytes are those read while the clock ran. Which row to take is for others to say.
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::decode::{DecodeFigures, Decoding};
+use super::decode::Decoding;
 use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
 use crate::offload::admission::Admission;
@@ -47,19 +51,23 @@ pub struct Sweep {
     pub memories: Vec<FastMemory>,
     /// The router, but for its bonus.
     pub cache: CacheRouter,
-    /// Sequences that are decoded token by token for the clock.
-    pub timed_sequences: usize,
+    /// Runs of each setting for the clock.
+    pub runs: usize,
 }
 
 /// One setting and what it came to. Rates and shares are fractions of 1; what does not apply is `None`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TuneRow {
+    /// Whether it is plain top-k, as many experts a token as the decoder had and no bonus: what others are measured against.
+    pub baseline: bool,
     /// Experts per token.
     pub top_k: usize,
     /// Bonus of a resident expert, in score ranges.
     pub cache_bonus: f64,
-    /// Experts of a layer in fast memory.
+    /// Experts of a layer in fast memory; of the layer with the fewest.
     pub cached_experts: usize,
+    /// The same of every layer.
+    pub cached_experts_by_layer: Vec<usize>,
     /// Budget of the expert cache; `None` where account was kept of a memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_cache_bytes: Option<u64>,
@@ -69,31 +77,38 @@ pub struct TuneRow {
     pub belady_hit_rate: Option<f64>,
     /// Perplexity of the text.
     pub perplexity: f64,
+    /// What that is above plain top-k's, as a share of it.
+    pub perplexity_increase: f64,
+    /// Standard error of the increase, see above; `None` for fewer than two sequences.
+    pub perplexity_error: Option<f64>,
     /// Kept gate mass / gate mass of plain top-k with as many experts per token.
     pub gate_mass_kept: Option<f64>,
-    /// Tokens per second in decode.
+    /// Tokens per second in decode: the median of the runs.
     pub tokens_per_second: f64,
+    /// Half the distance between the quartiles of the runs' tokens per second, as a share of their median.
+    pub spread: f64,
     /// Misses times the bytes of an expert, over tokens; with an expert cache what it read.
     pub bytes_read_per_token: f64,
-    /// Whether no other row is better, see above.
-    pub pareto: bool,
 }
 
-impl TuneRow {
-    fn is_beaten_by(&self, other: &Self) -> bool {
-        let (own, its) = (self.hit_rate.unwrap_or(0.0), other.hit_rate.unwrap_or(0.0));
-        let as_good = other.cached_experts <= self.cached_experts
-            && other.tokens_per_second >= self.tokens_per_second
-            && its >= own
-            && other.perplexity <= self.perplexity;
-        let better =
-            other.tokens_per_second > self.tokens_per_second || its > own || other.perplexity < self.perplexity;
-        as_good && better
-    }
+/// Tokens of a run, the text being long enough.
+const RUN_TOKENS: usize = 192;
+
+/// One of the sweep's memories, with a decoder whose experts are in it.
+struct Held {
+    decoder: Decoder,
+    capacities: Vec<usize>,
+    policy: Policy,
+    admission: Admission,
+    budget: Option<u64>,
 }
+
+/// Of each sequence its summed losses and how many there are.
+type Losses = Vec<(f64, u64)>;
 
 impl Sweep {
-    /// Measures every setting on `batches`. `progress` is called after each with its tokens.
+    /// Measures every setting on `batches`: memory by memory, plain top-k first where it is not among the settings. `progress` is told
+    /// how many tokens went through so far, and of how many.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a bonus or more cached experts than there can be and for a budget that no expert fits,
@@ -104,57 +119,69 @@ impl Sweep {
         decoder: &Decoder,
         batches: &[Batch],
         bytes_per_expert: u64,
-        mut progress: impl FnMut(u64),
+        mut progress: impl FnMut(u64, u64),
     ) -> Result<Vec<TuneRow>> {
         self.check(decoder)?;
-        let timed = self.timed(batches)?;
-        let (mut rows, mut counted) = (Vec::new(), Vec::new());
-        for &top_k in &self.top_k {
-            let mut decoder = decoder.clone();
-            decoder.set_top_k(top_k)?;
-            for &memory in &self.memories {
-                for &bonus in &self.bonus {
-                    let router = Arc::new(self.cache.clone().with_bonus(bonus)?);
-                    match memory {
-                        FastMemory::Counted { experts, policy, admission } => {
-                            let decoding = Decoding { router, cached_experts: experts, policy, admission };
-                            let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
-                            counted.push((rows.len(), decoder.clone(), decoding));
-                            rows.push(row(top_k, bonus, experts, &figures, bytes_per_expert));
-                        }
-                        FastMemory::Cache(options) => {
-                            // Gone before the next one comes, so that there is never more than one budget.
-                            let mut decoder = decoder.clone();
-                            let cache = Arc::new(another_cache(&decoder, options)?);
-                            decoder.set_expert_cache(&cache)?;
-                            let layers = 0..cache.store().layers();
-                            let cached_experts = layers.map(|layer| cache.capacity(layer)).min().unwrap_or(0);
-                            let CacheOptions { policy, admission, .. } = options;
-                            let decoding = Decoding { router, cached_experts, policy, admission };
-                            let figures = decoding.run(&decoder, batches, |_, _| Ok(()))?;
-                            let mut row = row(top_k, bonus, cached_experts, &figures, bytes_per_expert);
-                            row.expert_cache_bytes = Some(options.budget_bytes as u64);
-                            time_cached(&mut row, &decoding, &decoder, &timed)?;
-                            rows.push(row);
-                        }
-                    }
-                    progress(batches.iter().map(Batch::live_tokens).sum());
+        let texts = self.timed(batches);
+        let plain = (decoder.spec().moe.top_k, 0.0);
+        let mut settings: Vec<(usize, f64)> =
+            self.top_k.iter().flat_map(|&top_k| self.bonus.iter().map(move |&bonus| (top_k, bonus))).collect();
+        if !settings.contains(&plain) {
+            settings.insert(0, plain);
+        }
+        let tokens: u64 = batches.iter().map(Batch::live_tokens).sum();
+        let run_tokens: u64 = texts.iter().map(|text| text.len() as u64).sum();
+        let (mut done, all) = (0, (tokens + run_tokens) * (settings.len() * self.memories.len()) as u64);
+        let mut went = |tokens| {
+            done += tokens;
+            progress(done, all);
+        };
+
+        let (mut rows, mut losses) = (Vec::new(), Vec::new());
+        for &memory in &self.memories {
+            let held = Held::new(decoder, memory)?;
+            for &(top_k, bonus) in &settings {
+                let (row, lost) = self.quality(&held, (top_k, bonus), batches, bytes_per_expert)?;
+                rows.push(TuneRow { baseline: (top_k, bonus) == plain, ..row });
+                losses.push(lost);
+                went(tokens);
+            }
+        }
+        if let Some(plain) = rows.iter().position(|row| row.baseline) {
+            let perplexity = rows[plain].perplexity;
+            for (row, lost) in rows.iter_mut().zip(&losses) {
+                row.perplexity_increase = row.perplexity / perplexity - 1.0;
+                row.perplexity_error = paired_error(lost, &losses[plain]);
+            }
+        }
+
+        let (mut rates, mut read) = (vec![Vec::with_capacity(texts.len()); rows.len()], vec![(0, 0); rows.len()]);
+        // One memory is held from turn to turn; of several, one goes before the next one comes.
+        let mut held = None;
+        for text in &texts {
+            for (at, &memory) in self.memories.iter().enumerate() {
+                if self.memories.len() > 1 {
+                    held = None;
+                }
+                let held = match &held {
+                    Some(held) => held,
+                    None => &*held.insert(Held::new(decoder, memory)?),
+                };
+                for (setting, row) in settings.iter().zip(at * settings.len()..) {
+                    let (decoder, decoding) = self.setting(held, *setting)?;
+                    let untimed = text.len() - (text.len() / 3).max(1);
+                    let clocked = decoding.clock(&decoder, text, untimed)?;
+                    rates[row].push(clocked.tokens_per_second());
+                    read[row] = (read[row].0 + clocked.bytes_read, read[row].1 + clocked.tokens);
+                    went(text.len() as u64);
                 }
             }
         }
-        // In turns, so that a busy neighbour meets all of them.
-        let mut rates = vec![Vec::with_capacity(timed.len()); counted.len()];
-        for batch in &timed {
-            for ((_, decoder, decoding), rates) in counted.iter().zip(&mut rates) {
-                let clock = decoding.run_by_token(decoder, std::slice::from_ref(batch), |_| ())?;
-                rates.push(clock.tokens_per_second());
+        for ((row, rates), (bytes, tokens)) in rows.iter_mut().zip(&mut rates).zip(read) {
+            (row.tokens_per_second, row.spread) = median_and_spread(rates);
+            if row.expert_cache_bytes.is_some() {
+                row.bytes_read_per_token = bytes as f64 / tokens.max(1) as f64;
             }
-        }
-        for ((row, ..), rates) in counted.iter().zip(rates) {
-            rows[*row].tokens_per_second = median(rates);
-        }
-        for at in 0..rows.len() {
-            rows[at].pareto = !rows.iter().any(|other| rows[at].is_beaten_by(other));
         }
         Ok(rows)
     }
@@ -172,96 +199,159 @@ impl Sweep {
         })
     }
 
-    /// The first sequences, each a batch of its own.
-    fn timed(&self, batches: &[Batch]) -> Result<Vec<Batch>> {
+    /// What one setting runs on.
+    fn setting(&self, held: &Held, (top_k, bonus): (usize, f64)) -> Result<(Decoder, Decoding)> {
+        let mut decoder = held.decoder.clone();
+        decoder.set_top_k(top_k)?;
+        let router = Arc::new(self.cache.clone().with_bonus(bonus)?);
+        let Held { policy, admission, .. } = *held;
+        Ok((decoder, Decoding { router, cached_experts: held.fewest(), policy, admission }))
+    }
+
+    /// All figures of one setting but for its clock, and what each sequence lost.
+    fn quality(
+        &self,
+        held: &Held,
+        setting: (usize, f64),
+        batches: &[Batch],
+        bytes_per_expert: u64,
+    ) -> Result<(TuneRow, Losses)> {
+        let (decoder, decoding) = self.setting(held, setting)?;
+        let mut lost = Losses::new();
+        let capacity = |layer: usize| held.capacities[layer];
+        let figures =
+            decoding.run_in(&decoder, batches, capacity, |batch, _, losses| {
+                lost.extend(losses.chunks_exact(batch.positions()).map(|losses| {
+                    losses.iter().flatten().fold((0.0, 0), |(sum, tokens), loss| (sum + loss, tokens + 1))
+                }));
+                Ok(())
+            })?;
+        let row = TuneRow {
+            baseline: false,
+            top_k: setting.0,
+            cache_bonus: setting.1,
+            cached_experts: held.fewest(),
+            cached_experts_by_layer: held.capacities.clone(),
+            expert_cache_bytes: held.budget,
+            hit_rate: figures.hit_rate(),
+            belady_hit_rate: figures.belady_hit_rate(),
+            perplexity: figures.perplexity,
+            perplexity_increase: 0.0,
+            perplexity_error: None,
+            gate_mass_kept: figures.gate_mass_kept,
+            tokens_per_second: 0.0,
+            spread: 0.0,
+            bytes_read_per_token: figures.misses as f64 * bytes_per_expert as f64 / figures.tokens as f64,
+        };
+        Ok((row, lost))
+    }
+
+    /// The text of each run: starts of sequences from all over the text.
+    fn timed(&self, batches: &[Batch]) -> Vec<Vec<u32>> {
         let sequences = batches.iter().flat_map(|batch| {
             batch.ids().chunks_exact(batch.positions()).enumerate().map(move |(row, ids)| {
                 let padded = |at: &usize| batch.padding().is_some_and(|pads| pads[row * batch.positions() + at]);
-                &ids[..(0..ids.len()).take_while(|at| !padded(at)).count()]
+                &ids[..(0..ids.len().min(RUN_TOKENS)).take_while(|at| !padded(at)).count()]
             })
         });
-        sequences.take(self.timed_sequences).map(|ids| Batch::new(&[ids])).collect()
+        let sequences: Vec<&[u32]> = sequences.filter(|ids| !ids.is_empty()).collect();
+        // Where there are fewer than runs, each comes more than once.
+        let at = |run: usize| run * sequences.len() / self.runs.min(sequences.len()).max(1) % sequences.len();
+        (0..if sequences.is_empty() { 0 } else { self.runs }).map(|run| sequences[at(run)].to_vec()).collect()
     }
 }
 
-/// An empty cache over the store of a decoder's own.
-fn another_cache(decoder: &Decoder, options: CacheOptions) -> Result<ExpertCache> {
-    let own = decoder.expert_cache();
-    let store = own.ok_or_else(|| Error::shape("decoder", "one with an expert cache", "one without"))?.store().clone();
-    ExpertCache::new(store.clone(), options.sparing(&store))
-}
-
-/// Decodes the timed sequences from an empty logical set; the first one's reads do not count where there are more.
-fn time_cached(row: &mut TuneRow, decoding: &Decoding, decoder: &Decoder, timed: &[Batch]) -> Result<()> {
-    if let Some(cache) = decoder.expert_cache() {
-        cache.forget()?;
-    }
-    let (mut rates, mut tokens, mut bytes) = (Vec::with_capacity(timed.len()), 0, 0);
-    for (at, batch) in timed.iter().enumerate() {
-        let clock = decoding.run_by_token(decoder, std::slice::from_ref(batch), |_| ())?;
-        rates.push(clock.tokens_per_second());
-        if at > 0 || timed.len() == 1 {
-            (tokens, bytes) = (tokens + clock.tokens, bytes + clock.bytes_read.unwrap_or(0));
+impl Held {
+    fn new(decoder: &Decoder, memory: FastMemory) -> Result<Self> {
+        let mut decoder = decoder.clone();
+        match memory {
+            FastMemory::Counted { experts, policy, admission } => {
+                let capacities = vec![experts; decoder.spec().moe_layers()];
+                Ok(Self { decoder, capacities, policy, admission, budget: None })
+            }
+            FastMemory::Cache(options) => {
+                let own = decoder.expert_cache();
+                let store = own.ok_or_else(|| Error::shape("decoder", "one with an expert cache", "one without"))?;
+                let store = store.store().clone();
+                let cache = Arc::new(ExpertCache::new(store.clone(), options.sparing(&store))?);
+                decoder.set_expert_cache(&cache)?;
+                let capacities = (0..store.layers()).map(|layer| cache.capacity(layer)).collect();
+                let CacheOptions { policy, admission, budget_bytes, .. } = options;
+                Ok(Self { decoder, capacities, policy, admission, budget: Some(budget_bytes as u64) })
+            }
         }
     }
-    row.tokens_per_second = median(rates);
-    row.bytes_read_per_token = bytes as f64 / tokens.max(1) as f64;
-    Ok(())
-}
 
-fn median(mut rates: Vec<f64>) -> f64 {
-    rates.sort_by(f64::total_cmp);
-    rates.get(rates.len() / 2).copied().unwrap_or(0.0)
-}
-
-fn row(
-    top_k: usize,
-    cache_bonus: f64,
-    cached_experts: usize,
-    figures: &DecodeFigures,
-    bytes_per_expert: u64,
-) -> TuneRow {
-    TuneRow {
-        top_k,
-        cache_bonus,
-        cached_experts,
-        expert_cache_bytes: None,
-        hit_rate: figures.hit_rate(),
-        belady_hit_rate: figures.belady_hit_rate(),
-        perplexity: figures.perplexity,
-        gate_mass_kept: figures.gate_mass_kept,
-        tokens_per_second: 0.0,
-        bytes_read_per_token: figures.misses as f64 * bytes_per_expert as f64 / figures.tokens as f64,
-        pareto: false,
+    fn fewest(&self) -> usize {
+        self.capacities.iter().copied().min().unwrap_or(0)
     }
+}
+
+/// The standard error of `exp(mean difference) − 1`; `None` for fewer than two sequences.
+fn paired_error(losses: &Losses, plain: &Losses) -> Option<f64> {
+    let pairs = losses.iter().zip(plain).filter(|((_, tokens), _)| *tokens > 0);
+    let differences: Vec<(f64, f64)> = pairs.map(|((own, tokens), (its, _))| (own - its, *tokens as f64)).collect();
+    let sequences = differences.len() as f64;
+    if sequences < 2.0 {
+        return None;
+    }
+    let (sum, tokens) = differences.iter().fold((0.0, 0.0), |(sum, all), (lost, tokens)| (sum + lost, all + tokens));
+    let mean = sum / tokens;
+    let squares: f64 = differences.iter().map(|(lost, tokens)| (lost - mean * tokens).powi(2)).sum();
+    Some(mean.exp() * (squares * sequences / (sequences - 1.0)).sqrt() / tokens)
+}
+
+/// The median of `rates`, and half the distance between their quartiles as a share of it.
+fn median_and_spread(rates: &mut [f64]) -> (f64, f64) {
+    rates.sort_by(f64::total_cmp);
+    let Some(last) = rates.len().checked_sub(1) else { return (0.0, 0.0) };
+    let quantile = |quarters: usize| {
+        let (at, rest) = (last * quarters / 4, (last * quarters % 4) as f64 / 4.0);
+        rates[at] + rest * (rates[(at + 1).min(last)] - rates[at])
+    };
+    (quantile(2), (quantile(3) - quantile(1)) / 2.0 / quantile(2))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn row(cached_experts: usize, hit_rate: f64, perplexity: f64, tokens_per_second: f64) -> TuneRow {
-        TuneRow {
-            top_k: 2,
-            cache_bonus: 0.0,
-            cached_experts,
-            expert_cache_bytes: None,
-            hit_rate: Some(hit_rate),
-            belady_hit_rate: None,
-            perplexity,
-            gate_mass_kept: None,
-            tokens_per_second,
-            bytes_read_per_token: 1.0 - hit_rate,
-            pareto: false,
-        }
+    #[test]
+    fn quartiles_lie_between_runs() {
+        assert_eq!(median_and_spread(&mut [40.0, 10.0, 20.0, 30.0, 50.0]), (30.0, 1.0 / 3.0));
+        assert_eq!(median_and_spread(&mut [20.0, 10.0]), (15.0, 1.0 / 6.0));
+        assert_eq!(median_and_spread(&mut [7.0]), (7.0, 0.0));
+        // One run that was disturbed moves neither.
+        assert_eq!(median_and_spread(&mut [10.0, 10.0, 1.0, 10.0, 10.0]), (10.0, 0.0));
     }
 
     #[test]
-    fn a_row_is_beaten_by_one_that_needs_no_more_memory() {
-        let (small, large) = (row(4, 0.5, 10.0, 100.0), row(8, 0.7, 10.0, 100.0));
-        assert!(!small.is_beaten_by(&large) && !large.is_beaten_by(&small));
-        assert!(row(8, 0.4, 10.0, 100.0).is_beaten_by(&small));
-        assert!(!small.is_beaten_by(&small.clone()), "equals stay");
-        assert!(!row(4, 0.4, 9.9, 90.0).is_beaten_by(&small));
+    fn the_error_of_a_difference_is_that_of_its_sequences() {
+        let plain = vec![(20.0, 10), (90.0, 10), (50.0, 10), (7.0, 10)];
+        let shifted = |by: [f64; 4]| plain.iter().zip(by).map(|(&(sum, n), by)| (sum + by, n)).collect::<Losses>();
+        // However different sequences are, a loss that all share is certain.
+        let error = paired_error(&shifted([1.0; 4]), &plain).unwrap();
+        assert!(error < 1e-12, "{error}");
+        // The standard error of the mean of 0.1, 0.3, 0.1, 0.3 nats a token, times exp(0.2).
+        let error = paired_error(&shifted([1.0, 3.0, 1.0, 3.0]), &plain).unwrap();
+        let expected = 0.2f64.exp() * (0.04f64 / 3.0 / 4.0).sqrt();
+        assert!((error - expected).abs() < 1e-12, "{error} {expected}");
+        assert_eq!(paired_error(&plain[..1].to_vec(), &plain[..1].to_vec()), None);
+    }
+
+    #[test]
+    fn runs_take_their_text_from_everywhere() {
+        let ids: Vec<Vec<u32>> = (0..20).map(|at| vec![at; 300]).collect();
+        let rows: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+        let runs = |batches: &[Batch]| -> Vec<(u32, usize)> {
+            let (top_k, bonus, memories) = (vec![2], vec![0.0], Vec::new());
+            let sweep = Sweep { top_k, bonus, memories, cache: CacheRouter::default(), runs: 7 };
+            sweep.timed(batches).iter().map(|text| (text[0], text.len())).collect()
+        };
+        let batches = [Batch::new(&rows[..8]).unwrap(), Batch::new(&rows[8..]).unwrap()];
+        assert_eq!(runs(&batches), [0, 2, 5, 8, 11, 14, 17].map(|at| (at, RUN_TOKENS)));
+        // Of few sequences each comes again, and padding is no text.
+        let few = [Batch::new(&[rows[0], &rows[1][..5]]).unwrap()];
+        assert_eq!(runs(&few), [0, 1, 0, 1, 0, 1, 0].map(|at| (at, if at == 0 { RUN_TOKENS } else { 5 })));
     }
 }

@@ -1,6 +1,7 @@
 //! What was measured, for people: tables at 100 columns. Figures for programs are the same structs as JSON.
 
 pub mod compare;
+pub mod reason;
 pub mod replay;
 pub mod tune;
 

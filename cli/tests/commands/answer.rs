@@ -32,7 +32,8 @@ const MAY_BE_NULL: [&str; 20] = [
     "hit_rate",
     "max_mass_loss",
 ];
-const MAY_BE_NULL_TOO: [&str; 3] = ["peak_resident_expert_bytes", "profile", "recommended"];
+const MAY_BE_NULL_TOO: [&str; 6] =
+    ["command", "peak_resident_expert_bytes", "perplexity_error", "profile", "recommended", "warning"];
 
 /// Keys whose figure is a share of 1. Gate mass is none: where experts are selected by other scores, one that takes another's place
 /// may weigh more.

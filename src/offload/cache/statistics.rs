@@ -32,31 +32,6 @@ pub struct Statistics {
     pub lent: u64,
 }
 
-impl Statistics {
-    /// What was done since `earlier`, all but the bytes now and their peak.
-    pub(crate) fn since(&self, earlier: &Self) -> Self {
-        let prefetch = PrefetchStatistics {
-            issued: self.prefetch.issued - earlier.prefetch.issued,
-            used: self.prefetch.used - earlier.prefetch.used,
-            wasted: self.prefetch.wasted - earlier.prefetch.wasted,
-            cancelled: self.prefetch.cancelled - earlier.prefetch.cancelled,
-        };
-        Self {
-            requests: self.requests - earlier.requests,
-            hits: self.hits - earlier.hits,
-            misses: self.misses - earlier.misses,
-            evictions: self.evictions - earlier.evictions,
-            bytes_read: self.bytes_read - earlier.bytes_read,
-            prefetch,
-            waiting: self.waiting - earlier.waiting,
-            streamed_steps: self.streamed_steps - earlier.streamed_steps,
-            streamed_rounds: self.streamed_rounds - earlier.streamed_rounds,
-            lent: self.lent - earlier.lent,
-            ..*self
-        }
-    }
-}
-
 /// A step used more experts than its room holds, so that it had to stream them: right, but slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamWarning {
