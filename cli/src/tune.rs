@@ -56,9 +56,9 @@ pub struct Tune {
     keep_top: Option<usize>,
     #[command(flatten)]
     memory: MemoryOptions,
-    /// What the setting to take should be best in, of those within --max-perplexity-increase; a memory being given, that is mostly
-    /// speed. Where settings differ by less than their spread they count as equal, and the next figure decides: tokens per second,
-    /// misses, perplexity, memory
+    /// What the setting to take should be best in, of those whose perplexity is within the tolerance: with a memory given, mostly
+    /// speed. Settings that differ by less than their spread count as equal, and the next figure decides, in the order tokens per
+    /// second, misses, perplexity, memory
     #[arg(long, value_enum, value_name = "WHAT", default_value = "speed")]
     prefer: Prefer,
     /// How much more perplexity the setting to take may have than the model as it is, as a fraction of 1

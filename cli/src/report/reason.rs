@@ -101,7 +101,7 @@ impl Reasons<'_> {
                 by.best(),
                 equal.join(" and ")
             ),
-            None => format!("the first of those that are equal in everything, of {of} settings {within}"),
+            None => format!("led by none of {of} settings {within} in anything, beyond the noise"),
         }
     }
 }

@@ -145,8 +145,8 @@ impl TuneReport {
         };
         let runs = self.swept.runs;
         writeln!(f, "\n*           nothing beats it: is as good in tokens/s, misses, perplexity, memory")?;
-        writeln!(f, "            and better in one beyond its spread")?;
-        writeln!(f, ">           the setting to take on this memory")?;
+        writeln!(f, "            and better in one by more than its spread, or the median spread")?;
+        writeln!(f, ">           the setting to take on this memory, of those within the tolerance")?;
         writeln!(f, "bonus       of an expert in fast memory, in score ranges; 0 is plain top-k")?;
         writeln!(f, "hits        share of requests (an expert of a layer and token) found in memory")?;
         writeln!(f, "Belady      the most hits that any order of eviction could have had")?;

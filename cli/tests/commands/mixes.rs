@@ -48,7 +48,7 @@ enum Kind {
 const COMMANDS: [&str; 8] = ["compare", "generate", "tune", "trace", "route", "replay", "logits", "inspect"];
 
 /// Every option of every command.
-const OPTIONS: [(&str, Kind); 44] = [
+const OPTIONS: [(&str, Kind); 45] = [
     ("--admission", Kind::One(&["affinity", "all"])),
     ("--batch-tokens", Kind::Count),
     ("--batches", Kind::One(&["one-kind", "mixed"])),
@@ -77,6 +77,7 @@ const OPTIONS: [(&str, Kind); 44] = [
     ("--out", Kind::Out),
     ("--placement", Kind::One(&["by-speed", "equal"])),
     ("--policy", Kind::One(&["lru", "lfu", "lfru", "affinity"])),
+    ("--prefer", Kind::One(&["speed", "quality", "memory"])),
     ("--prefetch", Kind::One(&["auto", "off", "always"])),
     ("--profile", Kind::Profile),
     ("--prompt", Kind::Text),
