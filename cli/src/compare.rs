@@ -2,7 +2,9 @@
 
 use std::io::Write;
 
+use crate::output::Inputs;
 use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
+use crate::report::option::{Document, ReportOption};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
@@ -46,6 +48,8 @@ pub struct Compare {
     memory: MemoryOptions,
     #[command(flatten)]
     cache: CacheOptions,
+    #[command(flatten)]
+    report: ReportOption,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
@@ -60,7 +64,9 @@ impl Compare {
         self.capacity.rule(1.0)?;
         self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
         self.model.check_memory(self.cached_experts, &self.memory)?;
-        let mut model = self.model.load_with(&self.memory)?;
+        let files = self.model.files()?;
+        let page = self.report.open(&Inputs::default().texts(&self.text.text).model(&files))?;
+        let mut model = self.model.load_from(&files, &self.memory)?;
         if let Some(top_k) = self.top_k {
             model.decoder_mut().set_top_k(top_k)?;
         }
@@ -105,6 +111,11 @@ impl Compare {
             dropless,
             rows,
         };
+        if let Some(page) = page {
+            let spec = model.decoder().spec();
+            let document = Document::new("compare", Some(report.model.clone()), &report)?;
+            document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k).write(page)?;
+        }
         match self.json {
             true => print_json(&report),
             false => Ok(write!(std::io::stdout(), "{report}")?),

@@ -19,6 +19,9 @@ use crate::options::{
     CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, parse, print_json, read_text, set_routing,
     warn_streamed, warn_unlimited,
 };
+use crate::output::{self, Inputs};
+use crate::report::compare::ModelSummary;
+use crate::report::option::{Document, ReportOption};
 
 /// Continues prompts with a chosen router and prints statistics at the end.
 ///
@@ -73,6 +76,8 @@ pub struct Generate {
     memory: MemoryOptions,
     #[command(flatten)]
     cache: CacheOptions,
+    #[command(flatten)]
+    report: ReportOption,
     /// One JSON document instead of the text
     #[arg(long)]
     json: bool,
@@ -98,7 +103,7 @@ struct Output {
     peak_resident_expert_bytes: Option<u64>,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 struct Text {
     prompt: String,
     text: String,
@@ -117,6 +122,9 @@ impl Generate {
         self.model.check_memory(self.cached_experts, &self.memory)?;
         let prompts = self.prompts()?;
         let files = self.model.files()?;
+        let prompt_file = self.prompt_file.iter().filter(|path| path.as_os_str() != "-");
+        let inputs = prompt_file.fold(Inputs::default(), |inputs, path| inputs.file("--prompt-file", path));
+        let page = self.report.open(&inputs.model(&files))?;
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
         let written = |prompt: &String| match &chat {
             Some(chat) => chat.write(self.system.as_deref(), prompt),
@@ -175,7 +183,7 @@ impl Generate {
         };
         warn_streamed(model.decoder());
         let hit_rate = state.memory().and_then(|memory| rate(memory.hits(), memory.requests()));
-        self.print(&model, &prompts, &ids, &generation, hit_rate)
+        self.print(&model, &prompts, &ids, &generation, hit_rate, page)
     }
 
     /// The texts to continue.
@@ -210,18 +218,22 @@ impl Generate {
         before: &[&[u32]],
         generation: &Generation,
         hit_rate: Option<f64>,
+        page: Option<output::Output>,
     ) -> Result<()> {
         let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
         let text = |((prompt, before), ids): ((&String, &&[u32]), &Vec<u32>)| {
             let (text, prompt) = (model.decode_after(before, ids)?, prompt.clone());
             Ok(Text { prompt, text, prompt_tokens: before.len(), new_tokens: ids.len() })
         };
-        let mut texts: Vec<Text> =
-            prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
+        let texts: Vec<Text> = prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
         let decoded = generation.decode_tokens > 0;
-        let mut output = Output {
-            text: None,
-            texts: None,
+        let (alone, several) = match texts.as_slice() {
+            [alone] => (Some(alone.text.clone()), None),
+            _ => (None, Some(texts.clone())),
+        };
+        let output = Output {
+            text: alone,
+            texts: several,
             prompt_tokens: texts.iter().map(|text| text.prompt_tokens).sum(),
             new_tokens: texts.iter().map(|text| text.new_tokens).sum(),
             prefill_tokens_per_second: generation.prompt_tokens.iter().sum::<usize>() as f64
@@ -233,11 +245,12 @@ impl Generate {
             expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
             peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
         };
+        if let Some(page) = page {
+            let spec = model.decoder().spec();
+            let document = Document::new("generate", Some(ModelSummary::new(model.name(), spec)), &output)?;
+            document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k).write(page)?;
+        }
         if self.json {
-            match texts.len() {
-                1 => output.text = texts.pop().map(|text| text.text),
-                _ => output.texts = Some(texts),
-            }
             return print_json(&output);
         }
         let positions = model.decoder().spec().max_positions;

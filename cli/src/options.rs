@@ -168,12 +168,7 @@ impl ModelOptions {
         self.source.files()
     }
 
-    /// Loads the model with an expert cache, where one is asked for, that goes by `memory`.
-    pub fn load_with(&self, memory: &MemoryOptions) -> Result<Model> {
-        self.load_from(&self.files()?, memory)
-    }
-
-    /// The same from files that are open.
+    /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`.
     pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
         Ok(Model::new(files, &self.load_options(Some(memory))?)?)
     }

@@ -129,6 +129,11 @@ impl Inputs {
         self.with(|| option.into(), path)
     }
 
+    /// The same and the texts that `--text` names.
+    pub fn texts(self, paths: &[PathBuf]) -> Self {
+        paths.iter().fold(self, |inputs, path| inputs.file("--text", path))
+    }
+
     /// The same and all files of a model.
     pub fn model(mut self, files: &Weights) -> Self {
         for (name, _) in files.checkpoint().sources() {

@@ -3,6 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use crate::output::{Inputs, Output};
+use crate::report::compare::ModelSummary;
+use crate::report::option::{Document, ReportOption};
 use crate::report::replay::ReplayReport;
 use anyhow::Result;
 use clap::Args;
@@ -57,6 +60,8 @@ pub struct Replay {
     capacity_factor: Option<f64>,
     #[command(flatten)]
     capacity: CapacityOptions,
+    #[command(flatten)]
+    report: ReportOption,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
@@ -67,6 +72,12 @@ struct Source {
     trace: GateTrace,
     name: String,
     bytes_per_expert: Option<u64>,
+    /// `None` for a file of logits.
+    model: Option<ModelSummary>,
+    /// The layers' indices in the model.
+    blocks: Vec<usize>,
+    /// Where a page goes.
+    page: Option<Output>,
 }
 
 impl Replay {
@@ -77,7 +88,7 @@ impl Replay {
         let settings = self.cache.settings(&[self.router])?;
         let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
         let router = self.router.build_with(self.capacity.seed, &settings);
-        let Source { trace, name, bytes_per_expert } = self.source(global, rule.as_ref())?;
+        let Source { trace, name, bytes_per_expert, model, blocks, page } = self.source(global, rule.as_ref())?;
         let (tokens, layers) = (trace.tokens(), trace.layers.len());
         let top_k = self.top_k.unwrap_or(trace.top_k);
         if let Some(rule) = &rule {
@@ -135,6 +146,10 @@ impl Replay {
             beside,
             bytes_per_expert,
         };
+        if let Some(page) = page {
+            let document = Document::new("replay", model, &report)?;
+            document.with_layers(blocks, trace.experts, top_k).write(page)?;
+        }
         match self.json {
             true => print_json(&report),
             false => Ok(write!(std::io::stdout(), "{report}")?),
@@ -157,14 +172,17 @@ impl Replay {
 
     fn source(&self, global: &Global, rule: Option<&CapacityRule>) -> Result<Source> {
         if let Some(path) = &self.logits {
+            let page = self.report.open(&Inputs::default().file("--logits", path))?;
             let trace = GateTrace::read(path)?;
             self.check(trace.experts, trace.top_k, rule)?;
-            return Ok(Source { trace, name: path.display().to_string(), bytes_per_expert: None });
+            let (name, blocks) = (path.display().to_string(), (0..trace.layers.len()).collect());
+            return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page });
         }
         let files = self.model.files()?;
+        let page = self.report.open(&Inputs::default().texts(&self.text).model(&files))?;
         let model = Model::new(&files, &LoadOptions::default())?;
-        let moe = &model.decoder().spec().moe;
-        self.check(moe.experts, moe.top_k, rule)?;
+        let spec = model.decoder().spec();
+        self.check(spec.moe.experts, spec.moe.top_k, rule)?;
         let text = TextOptions {
             text: self.text.clone(),
             tokens: self.tokens,
@@ -177,6 +195,8 @@ impl Replay {
         bar.set_message("tracing");
         let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
         let experts = files.expert_sizes()?;
-        Ok(Source { trace, name: model.name().to_owned(), bytes_per_expert: Some(experts.first) })
+        let (name, blocks) = (model.name().to_owned(), spec.moe_blocks().collect());
+        let model = Some(ModelSummary::new(&name, spec));
+        Ok(Source { trace, name, bytes_per_expert: Some(experts.first), model, blocks, page })
     }
 }

@@ -28,8 +28,7 @@ impl Trace {
     pub fn run(self, global: &Global) -> Result<()> {
         let out = Destination::open("--out", &self.out)?;
         let files = self.model.files()?;
-        let inputs = self.text.text.iter().fold(Inputs::default(), |inputs, path| inputs.file("--text", path));
-        let out = out.apart_from(&inputs.model(&files))?;
+        let out = out.apart_from(&Inputs::default().texts(&self.text.text).model(&files))?;
         let model = self.model.load_plain(&files)?;
         let (_, batches) = self.text.batches(&model)?;
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());

@@ -4,6 +4,9 @@ use std::io::Write;
 
 use crate::choice::Prefer;
 use crate::notice::notice;
+use crate::output::Inputs;
+use crate::report::compare::ModelSummary;
+use crate::report::option::{Document, ReportOption};
 use crate::report::reason::{Memory, Swept};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -64,6 +67,8 @@ pub struct Tune {
     /// How much more perplexity the setting to take may have than the model as it is, as a fraction of 1
     #[arg(long, value_name = "X", default_value_t = 0.01, allow_negative_numbers = true)]
     max_perplexity_increase: f64,
+    #[command(flatten)]
+    report: ReportOption,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
@@ -89,6 +94,7 @@ impl Tune {
         };
         let budgets = self.expert_cache.iter().map(budget).collect::<Result<Vec<_>>>()?;
         let files = self.model.files()?;
+        let page = self.report.open(&Inputs::default().texts(&self.text.text).model(&files))?;
         // The smallest, so that one that no expert fits is found at once. It stays empty.
         let expert_cache = budgets.iter().copied().min_by_key(|options| options.budget_bytes);
         let model = Model::new(&files, &LoadOptions::default().with_expert_cache(expert_cache))?;
@@ -139,6 +145,11 @@ impl Tune {
         let report = swept.judged(self.prefer, most, |row, memory| self.command(row, memory, plain_top_k));
         if let Some(warning) = &report.warning {
             notice(format_args!("warning: {warning}"));
+        }
+        if let Some(page) = page {
+            let spec = model.decoder().spec();
+            let document = Document::new("tune", Some(ModelSummary::new(model.name(), spec)), &report)?;
+            document.with_layers(spec.moe_blocks().collect(), moe.experts, moe.top_k).write(page)?;
         }
         match self.json {
             true => print_json(&report),

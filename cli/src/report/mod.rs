@@ -1,6 +1,9 @@
-//! What was measured, for people: tables at 100 columns. Figures for programs are the same structs as JSON.
+//! What was measured, for people: tables at 100 columns, and a page. Figures for programs are the same structs as JSON.
 
 pub mod compare;
+mod fit;
+pub mod option;
+mod page;
 pub mod reason;
 pub mod replay;
 pub mod tune;
