@@ -5,11 +5,12 @@ use std::io::Write;
 use crate::output::Inputs;
 use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
 use crate::report::option::{Document, ReportOption};
+use crate::report::seen::{Begun, Gathered};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
 use phase_moe::eval::{Setting, compare, dropless};
-use phase_moe::routing::Knowledge;
+use phase_moe::routing::{Knowledge, Shares};
 use phase_moe::{CacheRouter, CapacityRule, RouterKind};
 
 use crate::global::Global;
@@ -75,7 +76,7 @@ impl Compare {
         for rule in &rules {
             rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
-        let (files, batches) = self.text.batches(&model)?;
+        let (texts, batches) = self.text.batches(&model)?;
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
         // What is said of a limit matters to those that know one.
         let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
@@ -92,21 +93,44 @@ impl Compare {
             model.decoder().expert_memory(cached, policy, admission)
         });
         let settings = self.settings(&routers, &rules, &cache, memory.transpose()?);
-        let bar = global.progress(tokens * (1 + settings.len() as u64));
+        // The page shows the gate's own choice beside everything: a pass of its own where no row is that.
+        let has_plain = settings.first().is_some_and(|setting| setting.router == RouterKind::TopK);
+        let extra = usize::from(page.is_some() && !has_plain);
+        let gather = || Gathered::new(&model, &texts, &batches, settings.len() + extra);
+        let mut gathered = page.as_ref().map(|_| gather()).transpose()?;
+        let bar = global.progress(tokens * (1 + extra + settings.len()) as u64);
 
         bar.set_message("dropless");
         let dropless = dropless(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
+        let mut measure = |setting: &Setting, row: Option<usize>| {
+            if let Some(gathered) = &mut gathered {
+                gathered.begin(begun(setting, row));
+            }
+            compare(model.decoder(), &batches, setting, &dropless, |batch, state, bounds| {
+                bar.inc(batch.live_tokens());
+                gathered.as_mut().map_or(Ok(()), |gathered| gathered.batch(state, bounds))
+            })
+        };
+        if extra > 0 {
+            let (router, seed, cache) = (RouterKind::TopK, self.capacity.seed, cache.clone());
+            measure(&Setting { router, capacity: None, seed, cache, memory: None }, None)?;
+        }
         let mut rows = Vec::with_capacity(settings.len());
         for (index, setting) in settings.iter().enumerate() {
             bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
-            rows.push(compare(model.decoder(), &batches, setting, &dropless, |tokens| bar.inc(tokens))?);
+            rows.push(measure(setting, Some(index))?);
         }
         drop(bar);
         warn_streamed(model.decoder());
 
         let report = CompareReport {
             model: ModelSummary::new(model.name(), model.decoder().spec()),
-            text: TextSummary { files, tokens, batch_tokens: self.text.batch_tokens, shuffle: self.text.shuffle },
+            text: TextSummary {
+                files: texts.into_iter().map(|text| text.name).collect(),
+                tokens,
+                batch_tokens: self.text.batch_tokens,
+                shuffle: self.text.shuffle,
+            },
             device_speeds: Some(self.capacity.device_speeds).filter(|speeds| !speeds.is_empty()),
             dropless,
             rows,
@@ -114,7 +138,9 @@ impl Compare {
         if let Some(page) = page {
             let spec = model.decoder().spec();
             let document = Document::new("compare", Some(report.model.clone()), &report)?;
-            document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k).write(page)?;
+            let mut document = document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k);
+            gathered.map(|gathered| gathered.fill(&mut document)).transpose()?;
+            document.write(page)?;
         }
         match self.json {
             true => print_json(&report),
@@ -160,6 +186,22 @@ impl Compare {
         }
         settings
     }
+}
+
+/// What a run is called on the page.
+fn begun(setting: &Setting, row: Option<usize>) -> Begun {
+    let rule = setting.capacity.as_ref();
+    let devices = rule.and_then(|rule| match &rule.shares {
+        Shares::PerExpert { .. } => None,
+        Shares::PerDevice { speeds } | Shares::Placed { speeds, .. } => Some(speeds.len()),
+    });
+    let router = setting.router.name();
+    let name = match (rule.map(|rule| rule.factor), devices) {
+        (None, _) => format!("{router}, no limit"),
+        (Some(factor), None) => format!("{router}, {factor} per expert"),
+        (Some(factor), Some(devices)) => format!("{router}, {factor} per {devices} devices"),
+    };
+    Begun { name, router, capacity_factor: rule.map(|rule| rule.factor), devices, row }
 }
 
 /// Devices of the one rule per device that is run without options.

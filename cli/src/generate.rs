@@ -3,13 +3,15 @@
 use std::io::{IsTerminal, Read, Stdout, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
 use phase_moe::decoder::{Continuation, generate_batch};
-use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, RouterKind, Sampler};
+use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, Router, RouterKind, Sampler};
 use serde::Serialize;
+use serde_json::to_value;
 
 use crate::chat::Chat;
 use crate::global::Global;
@@ -22,6 +24,7 @@ use crate::options::{
 use crate::output::{self, Inputs};
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
+use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
 
 /// Continues prompts with a chosen router and prints statistics at the end.
 ///
@@ -132,7 +135,15 @@ impl Generate {
         };
         let written: Vec<String> = prompts.iter().map(written).collect::<Result<_>>()?;
         let mut model = self.model.load_from(&files, &self.memory)?;
-        let router = self.router.build_with(self.capacity.seed, &settings);
+        let mut router: Arc<dyn Router> = Arc::from(self.router.build_with(self.capacity.seed, &settings));
+        // Batches of several texts are no text that could be shown.
+        let recorder = (page.is_some() && prompts.len() == 1).then(|| {
+            let layers = (0..model.decoder().moe_layers().count()).collect();
+            Recorder::new(router.clone(), self.router.name().into(), layers)
+        });
+        if let Some(recorder) = &recorder {
+            router = recorder.clone();
+        }
         set_routing(&mut model, router, rule.clone(), self.top_k)?;
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
@@ -183,6 +194,7 @@ impl Generate {
         };
         warn_streamed(model.decoder());
         let hit_rate = state.memory().and_then(|memory| rate(memory.hits(), memory.requests()));
+        let page = page.map(|page| (page, recorder));
         self.print(&model, &prompts, &ids, &generation, hit_rate, page)
     }
 
@@ -218,7 +230,7 @@ impl Generate {
         before: &[&[u32]],
         generation: &Generation,
         hit_rate: Option<f64>,
-        page: Option<output::Output>,
+        page: Option<(output::Output, Option<Arc<Recorder>>)>,
     ) -> Result<()> {
         let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
         let text = |((prompt, before), ids): ((&String, &&[u32]), &Vec<u32>)| {
@@ -245,10 +257,22 @@ impl Generate {
             expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
             peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
         };
-        if let Some(page) = page {
+        if let Some((page, recorder)) = page {
             let spec = model.decoder().spec();
             let document = Document::new("generate", Some(ModelSummary::new(model.name(), spec)), &output)?;
-            document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k).write(page)?;
+            let mut document = document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k);
+            if let (Some(recorder), [before], [new]) = (recorder, before, generation.texts.as_slice()) {
+                // The last token has not been through the model.
+                let ids = [before, &new[..new.len().saturating_sub(1)]].concat();
+                let text = ShownText::of_ids(model, &ids, "text", Some(before.len()), MOST_TOKENS)?;
+                let cached = self.cached_experts.or(model.decoder().expert_cache().map(|cache| cache.capacity(0)));
+                let bytes = cache.as_ref().map(|cache| cache.bytes_read).zip(cache.as_ref().map(|cache| cache.misses));
+                let bytes = bytes.and_then(|(bytes, misses)| bytes.checked_div(misses));
+                document.runs.push(recorder.run()?);
+                document.cache.extend(cached.and_then(|cached| recorder.cache(self.router.name(), cached, bytes)));
+                document.text = Some(to_value(text)?);
+            }
+            document.write(page)?;
         }
         if self.json {
             return print_json(&output);

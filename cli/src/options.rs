@@ -208,8 +208,8 @@ impl TextOptions {
     /// Tokens per forward pass where nobody says otherwise.
     pub const BATCH_TOKENS: usize = 512;
 
-    /// The texts' names and their batches.
-    pub fn batches(&self, model: &Model) -> Result<(Vec<String>, Vec<Batch>)> {
+    /// The texts and their batches.
+    pub fn batches(&self, model: &Model) -> Result<(Vec<EvalText>, Vec<Batch>)> {
         let read = |path: &PathBuf| -> Result<(String, String)> {
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             Ok((name, read_text(path)?))
@@ -226,7 +226,7 @@ impl TextOptions {
         };
         let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
         let batches = batching.batches(model.sequence_start(), &texts)?;
-        Ok((texts.into_iter().map(|text| text.name).collect(), batches))
+        Ok((texts, batches))
     }
 }
 
@@ -427,14 +427,14 @@ impl MemoryOptions {
 /// Sets router, room and top-k of every layer.
 pub fn set_routing(
     model: &mut Model,
-    router: Box<dyn Router>,
+    router: Arc<dyn Router>,
     rule: Option<CapacityRule>,
     top_k: Option<usize>,
 ) -> Result<()> {
     if let Some(top_k) = top_k {
         model.decoder_mut().set_top_k(top_k)?;
     }
-    model.decoder_mut().set_router(Arc::from(router));
+    model.decoder_mut().set_router(router);
     model.decoder_mut().set_capacity(rule);
     Ok(())
 }

@@ -2,17 +2,19 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::output::{Inputs, Output};
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
 use crate::report::replay::ReplayReport;
+use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
 use phase_moe::eval::{BatchCapacity, GateTrace, Replay as Replayer};
 use phase_moe::routing::Knowledge;
-use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, RouterKind};
+use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, Router, RouterKind};
 
 use crate::global::Global;
 use crate::mistake::UserMistake;
@@ -78,6 +80,8 @@ struct Source {
     blocks: Vec<usize>,
     /// Where a page goes.
     page: Option<Output>,
+    /// The text of the trace, where a page is to show it.
+    text: Option<ShownText>,
 }
 
 impl Replay {
@@ -87,8 +91,15 @@ impl Replay {
         }
         let settings = self.cache.settings(&[self.router])?;
         let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
-        let router = self.router.build_with(self.capacity.seed, &settings);
-        let Source { trace, name, bytes_per_expert, model, blocks, page } = self.source(global, rule.as_ref())?;
+        let mut router: Arc<dyn Router> = Arc::from(self.router.build_with(self.capacity.seed, &settings));
+        let Source { trace, name, bytes_per_expert, model, blocks, page, text } = self.source(global, rule.as_ref())?;
+        let recorder = page.as_ref().map(|_| {
+            let layers = trace.layers.iter().map(|layer| layer.layer).collect();
+            Recorder::new(router.clone(), self.router.name().into(), layers)
+        });
+        if let Some(recorder) = &recorder {
+            router = recorder.clone();
+        }
         let (tokens, layers) = (trace.tokens(), trace.layers.len());
         let top_k = self.top_k.unwrap_or(trace.top_k);
         if let Some(rule) = &rule {
@@ -146,9 +157,13 @@ impl Replay {
             beside,
             bytes_per_expert,
         };
-        if let Some(page) = page {
+        if let (Some(page), Some(recorder)) = (page, recorder) {
             let document = Document::new("replay", model, &report)?;
-            document.with_layers(blocks, trace.experts, top_k).write(page)?;
+            let mut document = document.with_layers(blocks, trace.experts, top_k);
+            document.runs.push(recorder.run()?);
+            document.cache.extend(recorder.cache(report.router, report.cached_experts, bytes_per_expert));
+            document.text = text.map(serde_json::to_value).transpose()?;
+            document.write(page)?;
         }
         match self.json {
             true => print_json(&report),
@@ -176,7 +191,7 @@ impl Replay {
             let trace = GateTrace::read(path)?;
             self.check(trace.experts, trace.top_k, rule)?;
             let (name, blocks) = (path.display().to_string(), (0..trace.layers.len()).collect());
-            return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page });
+            return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page, text: None });
         }
         let files = self.model.files()?;
         let page = self.report.open(&Inputs::default().texts(&self.text).model(&files))?;
@@ -196,7 +211,9 @@ impl Replay {
         let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
         let experts = files.expert_sizes()?;
         let (name, blocks) = (model.name().to_owned(), spec.moe_blocks().collect());
-        let model = Some(ModelSummary::new(&name, spec));
-        Ok(Source { trace, name, bytes_per_expert: Some(experts.first), model, blocks, page })
+        let summary = Some(ModelSummary::new(&name, spec));
+        let shown = |ids: &Vec<u32>| ShownText::of_ids(&model, ids, "text", None, MOST_TOKENS);
+        let text = trace.token_ids.as_ref().filter(|_| page.is_some()).map(shown).transpose()?;
+        Ok(Source { trace, name, bytes_per_expert: Some(experts.first), model: summary, blocks, page, text })
     }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::perplexity::Perplexity;
 use crate::decoder::memory::ExpertMemory;
-use crate::decoder::{Batch, Decoder};
+use crate::decoder::{Batch, Decoder, DecoderState};
 use crate::error::Result;
 use crate::layer::Routed;
 use crate::routing::cache_aware::CacheRouter;
@@ -117,16 +117,17 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
     Ok(Dropless { perplexity: perplexity.value()?, tokens_per_second: tokens as f64 / time.as_secs_f64() })
 }
 
-/// Runs the model over `batches` with one router. `progress` is called after each batch with its tokens.
+/// Runs the model over `batches` with one router. `seen` is called after each batch with what every layer did, [`DecoderState::routed`], and
+/// with an upper bound on the gate mass of each, where there is one.
 ///
 /// # Errors
-/// Whatever the capacity rule, the router or the forward pass reports.
+/// Whatever the capacity rule, the router, the forward pass or `seen` reports.
 pub fn compare(
     decoder: &Decoder,
     batches: &[Batch],
     setting: &Setting,
     dropless: &Dropless,
-    mut progress: impl FnMut(u64),
+    mut seen: impl FnMut(&Batch, &DecoderState, &[Option<f64>]) -> Result<()>,
 ) -> Result<RouterFigures> {
     let mut decoder = decoder.clone();
     let router: Arc<dyn Router> = Arc::from(setting.router.build_with(setting.seed, &setting.cache));
@@ -143,17 +144,20 @@ pub fn compare(
     let layers = decoder.spec().moe_layers();
     let mut bounds = BoundTracker::new(router.as_ref(), layers);
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
+    let mut known = Vec::with_capacity(layers);
     for batch in batches {
         let started = Instant::now();
         let logits = decoder.forward(batch, &mut state)?;
         time += started.elapsed();
+        known.clear();
         for (layer, routed) in state.routed().iter().enumerate() {
             let bound = bounds.bound(routed, RouteContext { layer, ..batch.context() })?;
             sums.add(routed, bound)?;
+            known.push(bound);
         }
         perplexity.add(&logits, batch)?;
         tokens += batch.live_tokens();
-        progress(batch.live_tokens());
+        seen(batch, &state, &known)?;
     }
     Ok(sums.figures(setting, layers, perplexity.value()?, dropless, tokens as f64 / time.as_secs_f64()))
 }

@@ -31,7 +31,7 @@ fn texts(model: &Model) -> Vec<EvalText> {
 
 fn figures(model: &Model, batches: &[Batch], base: &Dropless, router: RouterKind, rule: CapacityRule) -> RouterFigures {
     let setting = Setting { router, capacity: Some(rule), seed: 42, cache: CacheRouter::default(), memory: None };
-    compare(model.decoder(), batches, &setting, base, |_| ()).unwrap()
+    compare(model.decoder(), batches, &setting, base, |_, _, _| Ok(())).unwrap()
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub mod option;
 mod page;
 pub mod reason;
 pub mod replay;
+pub mod seen;
 pub mod tune;
 
 /// So many times as much, for a table; a dash where there is no telling: a load where there should have been none.
