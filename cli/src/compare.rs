@@ -1,15 +1,13 @@
 //! `compare`: every router over the same text, at every capacity, in one table.
 
-use std::io::Write;
-
 use crate::output::Inputs;
-use crate::report::compare::{CompareReport, ModelSummary, TextSummary};
+use crate::report::compare::{CompareReport, Measured, ModelSummary, TextSummary};
 use crate::report::option::{Document, ReportOption};
 use crate::report::seen::{Begun, Gathered};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
-use phase_moe::eval::{Setting, compare, dropless};
+use phase_moe::eval::{Dropless, Setting, compare};
 use phase_moe::routing::{Knowledge, Shares};
 use phase_moe::{CacheRouter, CapacityRule, RouterKind};
 
@@ -19,9 +17,10 @@ use crate::options::{
     warn_streamed, warn_unlimited,
 };
 
-/// Runs the model over text with each router at each capacity and prints one table.
+/// Runs the model over text with each router at each capacity; prints one table, and in two sentences what it means.
 ///
 /// Without options: dropless; limits per expert at factors 1.0, 1.25 and 2.0; limits per 4 devices at 1.0.
+/// With --devices rows without a limit have the loads of these devices too.
 ///
 /// Example: phase-moe compare --devices 4 --capacity-factor 1.0 --router phase,top-k-arrival
 #[derive(Args)]
@@ -49,6 +48,9 @@ pub struct Compare {
     memory: MemoryOptions,
     #[command(flatten)]
     cache: CacheOptions,
+    /// Print the load of every expert in every layer, for each row [default: for a single router alone, where there are few lines of it]
+    #[arg(long)]
+    loads: bool,
     #[command(flatten)]
     report: ReportOption,
     /// One JSON document instead of the table
@@ -65,6 +67,7 @@ impl Compare {
         self.capacity.rule(1.0)?;
         self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
         self.model.check_memory(self.cached_experts, &self.memory)?;
+        let loading = global.waiting("loading the model");
         let files = self.model.files()?;
         let page = self.report.open(&Inputs::default().texts(&self.text.text).model(&files))?;
         let mut model = self.model.load_from(&files, &self.memory)?;
@@ -77,9 +80,11 @@ impl Compare {
             rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
         let (texts, batches) = self.text.batches(&model)?;
+        drop(loading);
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
         // What is said of a limit matters to those that know one.
         let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
+        let mut never_applied = Vec::new();
         for rule in rules.iter().filter(|_| is_limited) {
             let mut unlimited = 0;
             for batch in &batches {
@@ -87,64 +92,85 @@ impl Compare {
                 unlimited += usize::from(capacity.limits().is_none());
             }
             warn_unlimited(rule, unlimited, batches.len());
+            if unlimited == batches.len() {
+                never_applied.push(rule);
+            }
         }
         let memory = self.cached_experts.map(|cached| {
             let (policy, admission) = (self.memory.policy(), self.memory.admission());
             model.decoder().expert_memory(cached, policy, admission)
         });
         let settings = self.settings(&routers, &rules, &cache, memory.transpose()?);
-        // The page shows the gate's own choice beside everything: a pass of its own where no row is that.
-        let has_plain = settings.first().is_some_and(|setting| setting.router == RouterKind::TopK);
-        let extra = usize::from(page.is_some() && !has_plain);
-        let gather = || Gathered::new(&model, &texts, &batches, settings.len() + extra);
+        let own_choice = Setting {
+            router: RouterKind::TopK,
+            capacity: None,
+            seed: self.capacity.seed,
+            cache,
+            memory: None,
+            devices: devices(&rules),
+        };
+        let own_row = settings.iter().position(|setting| setting.router == RouterKind::TopK);
+        let runs = settings.len() + usize::from(own_row.is_none());
+        // The page shows the gate's own choice beside everything.
+        let gather = || Gathered::new(&model, &texts, &batches, runs);
         let mut gathered = page.as_ref().map(|_| gather()).transpose()?;
-        let bar = global.progress(tokens * (1 + extra + settings.len()) as u64);
-
-        bar.set_message("dropless");
-        let dropless = dropless(model.decoder(), &batches, |tokens| bar.inc(tokens))?;
-        let mut measure = |setting: &Setting, row: Option<usize>| {
+        let bar = global.progress(tokens * runs as u64);
+        let mut measure = |setting: &Setting, row: Option<usize>, dropless: Option<&Dropless>| {
             if let Some(gathered) = &mut gathered {
                 gathered.begin(begun(setting, row));
             }
-            compare(model.decoder(), &batches, setting, &dropless, |batch, state, bounds| {
+            compare(model.decoder(), &batches, setting, dropless, |batch, state, bounds| {
                 bar.inc(batch.live_tokens());
                 gathered.as_mut().map_or(Ok(()), |gathered| gathered.batch(state, bounds))
             })
         };
-        if extra > 0 {
-            let (router, seed, cache) = (RouterKind::TopK, self.capacity.seed, cache.clone());
-            measure(&Setting { router, capacity: None, seed, cache, memory: None }, None)?;
-        }
+
+        bar.set_message("dropless");
+        let own_choice = measure(&own_choice, own_row, None)?;
+        let (perplexity, tokens_per_second) = (own_choice.perplexity, own_choice.tokens_per_second);
+        let dropless = Dropless { perplexity, tokens_per_second };
         let mut rows = Vec::with_capacity(settings.len());
         for (index, setting) in settings.iter().enumerate() {
             bar.set_message(format!("{} of {}: {}", index + 1, settings.len(), setting.router.name()));
-            rows.push(measure(setting, Some(index))?);
+            rows.push(match own_row {
+                // What others are measured against is that row.
+                Some(own_row) if own_row == index => own_choice.clone(),
+                _ => measure(setting, Some(index), Some(&dropless))?,
+            });
         }
         drop(bar);
         warn_streamed(model.decoder());
 
-        let report = CompareReport {
-            model: ModelSummary::new(model.name(), model.decoder().spec()),
+        let is_applied =
+            |setting: &Setting| setting.capacity.as_ref().is_none_or(|rule| !never_applied.contains(&rule));
+        let spec = model.decoder().spec();
+        let measured = Measured {
+            model: ModelSummary::new(model.name(), spec),
             text: TextSummary {
                 files: texts.into_iter().map(|text| text.name).collect(),
                 tokens,
                 batch_tokens: self.text.batch_tokens,
                 shuffle: self.text.shuffle,
             },
-            device_speeds: Some(self.capacity.device_speeds).filter(|speeds| !speeds.is_empty()),
-            dropless,
+            applied: settings.iter().map(is_applied).collect(),
+            moe_layers: spec.moe_blocks().collect(),
+            device_speeds: self.capacity.device_speeds,
+            own_choice,
             rows,
         };
+        let report = CompareReport::new(measured, self.loads);
         if let Some(page) = page {
-            let spec = model.decoder().spec();
             let document = Document::new("compare", Some(report.model.clone()), &report)?;
-            let mut document = document.with_layers(spec.moe_blocks().collect(), spec.moe.experts, spec.moe.top_k);
+            let mut document = document.with_layers(report.moe_layers.clone(), spec.moe.experts, spec.moe.top_k);
             gathered.map(|gathered| gathered.fill(&mut document)).transpose()?;
             document.write(page)?;
         }
         match self.json {
             true => print_json(&report),
-            false => Ok(write!(std::io::stdout(), "{report}")?),
+            false => {
+                let terminal = global.terminal();
+                terminal.print(&report.text(&terminal))
+            }
         }
     }
 
@@ -177,7 +203,8 @@ impl Compare {
         let unlimited = routers.iter().filter(|kind| !limited(kind));
         let setting = |router: RouterKind, capacity: Option<CapacityRule>| {
             let memory = memory.clone().filter(|_| router.understands(Knowledge::Memory));
-            Setting { router, capacity, seed, cache: cache.clone(), memory }
+            let devices = devices(rules).filter(|_| capacity.is_none());
+            Setting { router, capacity, seed, cache: cache.clone(), memory, devices }
         };
         let mut settings: Vec<Setting> = unlimited.map(|&router| setting(router, None)).collect();
         for rule in rules {
@@ -206,6 +233,11 @@ fn begun(setting: &Setting, row: Option<usize>) -> Begun {
 
 /// Devices of the one rule per device that is run without options.
 const DEFAULT_DEVICES: usize = 4;
+
+/// The devices of the first rule that has some: loads without a limit are counted on these.
+fn devices(rules: &[CapacityRule]) -> Option<Shares> {
+    rules.iter().map(|rule| &rule.shares).find(|shares| !matches!(shares, Shares::PerExpert { .. })).cloned()
+}
 
 /// Each value once, in order of first appearance.
 fn distinct<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {

@@ -1,4 +1,4 @@
-//! What holds for every command: threads, and whether progress is shown.
+//! What holds for every command: threads, whether progress is shown, and in which colours.
 
 use std::process::Command;
 #[cfg(feature = "hub")]
@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ColorChoice};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::mistake::UserMistake;
+use crate::terminal::Terminal;
 
 /// What `--quiet` says, for downloads, which begin where the model is opened; nothing else is told by it, so any order will do.
 #[cfg(feature = "hub")]
@@ -26,6 +27,9 @@ pub struct Global {
     /// No progress bars
     #[arg(long, global = true)]
     quiet: bool,
+    /// Colour in tables: auto is where standard output is a terminal and NO_COLOR is not set
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value = "auto")]
+    color: ColorChoice,
 }
 
 impl Global {
@@ -56,11 +60,25 @@ impl Global {
         std::process::exit(again.status().context("starting over")?.code().unwrap_or(1));
     }
 
+    /// What standard output can show.
+    pub fn terminal(&self) -> Terminal {
+        Terminal::of_stdout(self.color)
+    }
+
+    /// The time that something takes of which nobody knows how long it will, on standard error; gone as a bar is.
+    pub fn waiting(&self, message: impl Into<String>) -> Progress {
+        self.shown(None, "{msg} {spinner} {elapsed}").saying(message)
+    }
+
     /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
     pub fn progress(&self, length: u64) -> Progress {
+        self.shown(Some(length), "{msg:32} {wide_bar} {percent:>3} %, {eta} left")
+    }
+
+    fn shown(&self, length: Option<u64>, template: &str) -> Progress {
         let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        let bar = ProgressBar::with_draw_target(Some(length), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:44} {wide_bar} {percent:>3} % {eta:>4}") {
+        let bar = ProgressBar::with_draw_target(length, target);
+        if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -70,6 +88,13 @@ impl Global {
 
 /// A progress bar that is gone when it is dropped, so also before an error is printed.
 pub struct Progress(ProgressBar);
+
+impl Progress {
+    fn saying(self, message: impl Into<String>) -> Self {
+        self.0.set_message(message.into());
+        self
+    }
+}
 
 impl std::ops::Deref for Progress {
     type Target = ProgressBar;

@@ -1,12 +1,12 @@
 //! `inspect`: what a checkpoint holds, from its headers alone.
 
-use std::io::Write;
-
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
+use crate::global::Global;
 use crate::options::{ModelSource, print_json};
+use crate::report::table::{Cell, Column, Table};
 
 /// Tells what a checkpoint holds and what would fit in how much memory; reads headers only.
 ///
@@ -39,7 +39,8 @@ struct Output {
 }
 
 impl Inspect {
-    pub fn run(self) -> Result<()> {
+    pub fn run(self, global: &Global) -> Result<()> {
+        let reading = global.waiting("reading headers");
         let files = self.model.files()?;
         let spec = files.spec()?;
         let experts = files.expert_sizes()?;
@@ -59,37 +60,52 @@ impl Inspect {
             parameters: spec.parameters(),
             active_parameters: spec.active_parameters(),
         };
+        drop(reading);
         if self.json {
             return print_json(&output);
         }
-        let mut out = std::io::stdout();
-        writeln!(out, "{}: {}, stored in {}", files.name(), output.family, output.dtype)?;
-        writeln!(
-            out,
-            "  {} layers of {} experts, top {}, hidden {}, expert width {}",
-            output.moe_layers, output.experts, output.top_k, output.hidden, output.expert_width
-        )?;
-        writeln!(
-            out,
-            "  {} parameters, {} active per token",
-            count(output.parameters),
-            count(output.active_parameters)
-        )?;
-        writeln!(
-            out,
-            "  {} an expert, {} all experts, {} the rest",
-            bytes(output.bytes_per_expert),
-            bytes(output.expert_bytes),
-            bytes(output.other_bytes)
-        )?;
-        writeln!(out, "  memory for the weights in {}, with this share of the experts resident:", output.dtype)?;
+        let terminal = global.terminal();
+        let sizes = [
+            format!("{}: {}, stored in {}", files.name(), output.family, output.dtype),
+            format!(
+                "  {} layers of {} experts, top {}, hidden {}, expert width {}",
+                output.moe_layers, output.experts, output.top_k, output.hidden, output.expert_width
+            ),
+            format!("  {} parameters, {} active per token", count(output.parameters), count(output.active_parameters)),
+            format!(
+                "  {} an expert, {} all experts, {} the rest",
+                bytes(output.bytes_per_expert),
+                bytes(output.expert_bytes),
+                bytes(output.other_bytes)
+            ),
+        ];
+        let mut text: String = sizes.iter().map(|line| terminal.wrapped(line, 4) + "\n").collect();
+        text += &format!("\n{}", output.memory().text(&terminal));
+        terminal.print(&text)
+    }
+}
+
+impl Output {
+    /// What the weights need with all experts in memory, or some of them.
+    fn memory(&self) -> Table {
+        let mut table = Table::new(vec![
+            Column::figures("experts in\nmemory").legend("the others are read when they are needed: --expert-cache"),
+            Column::figures("per layer"),
+            Column::figures("experts").legend("what these take: about what --expert-cache needs"),
+            Column::figures("memory").legend(format!("these and the rest of the weights, in {}", self.dtype)),
+        ]);
         for percent in [100, 50, 25] {
-            let resident = output.experts * percent / 100;
-            let experts = (resident as u64).saturating_mul(output.moe_layers as u64);
-            let needed = output.other_bytes.saturating_add(output.bytes_per_expert.saturating_mul(experts));
-            writeln!(out, "    {percent:>3} % ({resident} per layer)  {}", bytes(needed))?;
+            let resident = self.experts * percent / 100;
+            let experts = (resident as u64).saturating_mul(self.moe_layers as u64);
+            let experts = self.bytes_per_expert.saturating_mul(experts);
+            table.row(vec![
+                Cell::name(format!("{percent} %")),
+                Cell::name(resident.to_string()),
+                Cell::name(bytes(experts)),
+                Cell::name(bytes(self.other_bytes.saturating_add(experts))),
+            ]);
         }
-        Ok(())
+        table
     }
 }
 

@@ -8,6 +8,7 @@ use clap::Args;
 use phase_moe::Batch;
 use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 
+use crate::global::Global;
 use crate::mistake::UserMistake;
 use crate::options::{ModelOptions, read_text, warn_streamed};
 use crate::output::{Destination, Inputs};
@@ -32,7 +33,7 @@ pub struct Logits {
 }
 
 impl Logits {
-    pub fn run(self) -> Result<()> {
+    pub fn run(self, global: &Global) -> Result<()> {
         let out = Destination::open("--out", &self.out)?;
         let ids = match (&self.ids, &self.ids_file) {
             (Some(ids), _) => ids.clone(),
@@ -53,8 +54,12 @@ impl Logits {
         let files = self.model.files()?;
         let inputs = self.ids_file.iter().fold(Inputs::default(), |inputs, path| inputs.file("--ids-file", path));
         let out = out.apart_from(&inputs.model(&files))?;
+        let loading = global.waiting("loading the model");
         let decoder = self.model.decoder_from(&files)?;
+        drop(loading);
+        let passing = global.waiting(format!("one pass over {} tokens", ids.len()));
         let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state())?;
+        drop(passing);
         warn_streamed(&decoder);
         let logits = logits.squeeze(0)?.to_dtype(DType::F32)?;
         let values = logits.flatten_all()?.to_vec1::<f32>()?;

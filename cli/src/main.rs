@@ -19,12 +19,14 @@ mod output;
 mod replay;
 mod report;
 mod route;
+mod shell;
+mod terminal;
 mod trace;
 mod tune;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Mixture-of-Experts routing, measured in real forward passes of a real model.
 #[derive(Parser)]
@@ -46,6 +48,8 @@ enum Command {
     Replay(replay::Replay),
     Logits(logits::Logits),
     Inspect(inspect::Inspect),
+    Completions(shell::Completions),
+    Man(shell::Man),
 }
 
 fn main() -> ExitCode {
@@ -57,10 +61,12 @@ fn main() -> ExitCode {
             Command::Generate(command) => command.run(&global),
             Command::Tune(command) => command.run(&global),
             Command::Trace(command) => command.run(&global),
-            Command::Route(command) => command.run(),
+            Command::Route(command) => command.run(&global),
             Command::Replay(command) => command.run(&global),
-            Command::Logits(command) => command.run(),
-            Command::Inspect(command) => command.run(),
+            Command::Logits(command) => command.run(&global),
+            Command::Inspect(command) => command.run(&global),
+            Command::Completions(command) => command.run(Cli::command()),
+            Command::Man(command) => command.run(Cli::command()),
         }
     };
     match run() {

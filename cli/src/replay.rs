@@ -1,13 +1,12 @@
 //! `replay`: captured gate logits against an expert cache, without the experts.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::output::{Inputs, Output};
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
-use crate::report::replay::ReplayReport;
+use crate::report::replay::{Beside, ReplayReport};
 use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
 use anyhow::Result;
 use clap::Args;
@@ -25,7 +24,8 @@ use crate::options::{
 /// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.
 ///
 /// Without --logits the model runs over text first, as `trace` does. A step is one token (decode) unless --batch-tokens says
-/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy and every miss admitted: plain top-k, and phase for cache+phase.
+/// otherwise; a request is a distinct expert of a layer and step. Above the router stand those that see no cache, with the same policy: plain top-k, and phase for cache+phase, with every miss admitted and
+/// with the router's own admission, so that what either saves is told apart.
 ///
 /// Example: phase-moe replay --cached-experts 16 --cache-bonus 0.2 --max-mass-loss 0.1
 #[derive(Args)]
@@ -122,19 +122,15 @@ impl Replay {
             policy: self.memory.policy(),
             admission: self.memory.admission(),
         };
-        let beside: &[RouterKind] = match self.router {
-            RouterKind::TopK => &[],
-            RouterKind::CachePhase => &[RouterKind::TopK, RouterKind::Phase],
-            _ => &[RouterKind::TopK],
-        };
+        let beside = self.beside();
         let bar = global.progress((tokens * layers * (1 + beside.len())) as u64);
         bar.set_message("replaying");
         let figures = replay.run(&trace, |tokens| bar.inc(tokens))?;
-        let blind = |kind: &RouterKind| -> Result<_> {
+        let blind = |&(kind, admission): &(RouterKind, Admission)| -> Result<_> {
             let router = kind.build(self.capacity.seed);
-            let blind = Replayer { router: router.as_ref(), admission: Admission::All, ..replay };
+            let blind = Replayer { router: router.as_ref(), admission, ..replay };
             let figures = blind.run(&trace, |tokens| bar.inc(tokens))?;
-            Ok((kind.name(), figures))
+            Ok(Beside { router: kind.name(), admission: admission.to_string(), figures })
         };
         let beside = beside.iter().map(blind).collect::<Result<_>>()?;
         drop(bar);
@@ -155,8 +151,10 @@ impl Replay {
             figures,
             bytes_read: bytes_per_expert.map(|bytes| bytes.saturating_mul(figures.misses)),
             beside,
+            meaning: String::new(),
             bytes_per_expert,
         };
+        let report = report.explained();
         if let (Some(page), Some(recorder)) = (page, recorder) {
             let document = Document::new("replay", model, &report)?;
             let mut document = document.with_layers(blocks, trace.experts, top_k);
@@ -167,8 +165,25 @@ impl Replay {
         }
         match self.json {
             true => print_json(&report),
-            false => Ok(write!(std::io::stdout(), "{report}")?),
+            false => {
+                let terminal = global.terminal();
+                terminal.print(&report.text(&terminal))
+            }
         }
+    }
+
+    /// Routers that see no cache, each with what it admits: every miss, and what the router admits, where that is something else.
+    fn beside(&self) -> Vec<(RouterKind, Admission)> {
+        let base = if self.router == RouterKind::CachePhase { RouterKind::Phase } else { RouterKind::TopK };
+        let all = [(RouterKind::TopK, Admission::All), (base, Admission::All), (base, self.memory.admission())];
+        let mut beside = Vec::new();
+        for run in all {
+            // The router's own row is below them.
+            if run != (self.router, self.memory.admission()) && !beside.contains(&run) {
+                beside.push(run);
+            }
+        }
+        beside
     }
 
     /// Checks what was asked for against what there is, before the model runs.
@@ -188,11 +203,13 @@ impl Replay {
     fn source(&self, global: &Global, rule: Option<&CapacityRule>) -> Result<Source> {
         if let Some(path) = &self.logits {
             let page = self.report.open(&Inputs::default().file("--logits", path))?;
+            let _reading = global.waiting("reading the trace");
             let trace = GateTrace::read(path)?;
             self.check(trace.experts, trace.top_k, rule)?;
             let (name, blocks) = (path.display().to_string(), (0..trace.layers.len()).collect());
             return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page, text: None });
         }
+        let loading = global.waiting("loading the model");
         let files = self.model.files()?;
         let page = self.report.open(&Inputs::default().texts(&self.text).model(&files))?;
         let model = Model::new(&files, &LoadOptions::default())?;
@@ -206,6 +223,7 @@ impl Replay {
             shuffle: None,
         };
         let (_, batches) = text.batches(&model)?;
+        drop(loading);
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
         let trace = GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?;

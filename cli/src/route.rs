@@ -1,17 +1,16 @@
 //! `route`: captured gate logits through any router, without the model.
 
-use std::io::Write;
 use std::path::PathBuf;
 
-use crate::report::times;
+use crate::report::route::{Limits, RouteReport, Routed};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::checkpoint::tensor_bytes;
-use phase_moe::eval::{BatchCapacity, GateTrace, LayerFigures, OfflineRouter};
+use phase_moe::eval::{BatchCapacity, GateTrace, OfflineRouter};
 use phase_moe::routing::Knowledge;
 use phase_moe::{Capacity, Placement, RouterKind};
-use serde::Serialize;
 
+use crate::global::Global;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
 use crate::options::{CacheOptions, CapacityOptions, parse, print_json, refuse_unheard, warn_unlimited};
@@ -50,20 +49,16 @@ pub struct Route {
     /// Where experts, weights and capacities go
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Print the load of every expert in every layer [default: where there are few layers]
+    #[arg(long)]
+    loads: bool,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
 }
 
-#[derive(Serialize)]
-struct Output {
-    router: &'static str,
-    top_k: usize,
-    layers: Vec<LayerFigures>,
-}
-
 impl Route {
-    pub fn run(self) -> Result<()> {
+    pub fn run(self, global: &Global) -> Result<()> {
         if self.batch_tokens == Some(0) {
             return Err(UserMistake("--batch-tokens is 0: expected at least 1".into()).into());
         }
@@ -76,7 +71,9 @@ impl Route {
         let out = self.out.as_ref().map(|out| Destination::open("--out", out)).transpose()?;
         let inputs = Inputs::default().file("--logits", &self.logits);
         let out = out.map(|out| out.apart_from(&inputs)).transpose()?;
+        let reading = global.waiting("reading the trace");
         let trace = GateTrace::read(&self.logits)?;
+        drop(reading);
         let top_k = self.top_k.unwrap_or(trace.top_k);
         let router = OfflineRouter {
             router: self.router,
@@ -94,50 +91,46 @@ impl Route {
             ));
         }
         let (mut layers, mut tensors, mut unlimited) = (Vec::new(), Vec::new(), 0);
+        let bar = global.progress(trace.layers.len() as u64);
+        bar.set_message("routing");
         for layer in &trace.layers {
             let routed = router.route(&trace, layer)?;
             unlimited = unlimited.max(routed.batches_below_minimum);
             tensors.extend(out.iter().flat_map(|_| routed.tensors()));
-            layers.push(routed.figures);
+            layers.push(Routed::new(routed));
+            bar.inc(1);
         }
+        drop(bar);
+        let batch_tokens = self.batch_tokens.unwrap_or(trace.tokens()).max(1);
+        let batches = trace.tokens().div_ceil(batch_tokens);
         if let BatchCapacity::Rule(rule) = &router.capacity {
-            warn_unlimited(
-                rule,
-                unlimited,
-                trace.tokens().div_ceil(self.batch_tokens.unwrap_or(trace.tokens()).max(1)),
-            );
+            warn_unlimited(rule, unlimited, batches);
         }
         if let Some(out) = out {
             out.write(&tensor_bytes(&tensors, None)?)?;
         }
-        let router = self.router;
-        let output = Output { router: router.name(), top_k, layers };
-        if self.json {
-            return print_json(&output);
+        let limits =
+            Limits::new(&router.capacity, &self.capacities, self.capacity.devices, &self.capacity.device_speeds);
+        let report = RouteReport {
+            source: self.logits.display().to_string(),
+            router: self.router.name(),
+            top_k,
+            limits,
+            batch_tokens: batch_tokens.min(trace.tokens()),
+            batches,
+            batches_below_minimum: unlimited,
+            experts: trace.experts,
+            tokens: trace.tokens(),
+            all_loads: self.loads,
+            layers,
+        };
+        match self.json {
+            true => print_json(&report),
+            false => {
+                let terminal = global.terminal();
+                terminal.print(&report.text(&terminal))
+            }
         }
-        let mut out = std::io::stdout();
-        writeln!(out, "{} on {}, top {top_k}", output.router, self.logits.display())?;
-        writeln!(
-            out,
-            "{:>6}{:>8}{:>10}{:>10}{:>10}{:>11}{:>10}{:>8}",
-            "layer", "tokens", "survival", "feasible", "gate mass", "of bound", "max load", "ns/tok"
-        )?;
-        let percent = |share: f64| format!("{:.2} %", 100.0 * share);
-        for layer in &output.layers {
-            writeln!(
-                out,
-                "{:>6}{:>8}{:>10}{:>10}{:>10}{:>11}{:>10}{:>8.0}",
-                layer.layer,
-                layer.tokens,
-                percent(layer.survival),
-                percent(layer.feasible_survival),
-                percent(layer.gate_mass),
-                layer.gate_mass_vs_bound.map_or("–".into(), percent),
-                times(layer.max_violation + 1.0),
-                layer.route_nanos_per_token
-            )?;
-        }
-        Ok(())
     }
 
     fn capacity_of_batches(&self, experts: usize) -> Result<BatchCapacity> {

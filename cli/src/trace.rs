@@ -29,8 +29,10 @@ impl Trace {
         let out = Destination::open("--out", &self.out)?;
         let files = self.model.files()?;
         let out = out.apart_from(&Inputs::default().texts(&self.text.text).model(&files))?;
+        let loading = global.waiting("loading the model");
         let model = self.model.load_plain(&files)?;
         let (_, batches) = self.text.batches(&model)?;
+        drop(loading);
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
         let trace = GateTrace {

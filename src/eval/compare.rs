@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::layer::Routed;
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{CapacityRule, Rounding, Shares};
-use crate::routing::metrics::RouteMetrics;
+use crate::routing::metrics::{Balance, RouteMetrics};
 use crate::routing::phase::PhaseRouter;
 use crate::routing::registry::RouterKind;
 use crate::routing::router::{RouteContext, RouteRequest, RouteState, Router};
@@ -34,6 +34,8 @@ pub struct Setting {
     pub cache: CacheRouter,
     /// Experts in fast memory at the start, for routers that look at them; `None` where no account is kept.
     pub memory: Option<ExpertMemory>,
+    /// Devices whose loads are counted where `capacity` has none; `None` counts those of `capacity` alone.
+    pub devices: Option<Shares>,
 }
 
 /// What one router did with all batches, means over layers and batches unless said otherwise. Rates and shares are
@@ -49,9 +51,9 @@ pub struct RouterFigures {
     pub profile: Option<&'static str>,
     /// `exact` or `ceil`.
     pub capacity_rule: Option<&'static str>,
-    /// Devices that share the limit; `None` per expert.
+    /// Devices that share the limit or, without one, on which loads are counted; `None` per expert.
     pub devices: Option<usize>,
-    /// Largest load of a device over its share, minus 1.
+    /// Largest load of a device over its share, minus 1; `None` without devices.
     pub device_max_violation: Option<f64>,
     /// Kept slots / slots asked for; above 1 where tokens get more experts than they asked for.
     pub survival: f64,
@@ -82,6 +84,12 @@ pub struct RouterFigures {
     pub route_nanos_per_token: f64,
     /// Tokens per second of the whole forward pass.
     pub tokens_per_second: f64,
+    /// Kept slots of each expert of each MoE layer, all batches together.
+    #[serde(skip)]
+    pub loads: Vec<Vec<u64>>,
+    /// Of each batch the negative log likelihoods' sum, in nats, and of how many tokens: what noise is told by.
+    #[serde(skip)]
+    pub batch_nats: Vec<(f64, u64)>,
 }
 
 /// Perplexity and speed of the model without any limit.
@@ -118,7 +126,8 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
 }
 
 /// Runs the model over `batches` with one router. `seen` is called after each batch with what every layer did, [`DecoderState::routed`], and
-/// with an upper bound on the gate mass of each, where there is one.
+/// with an upper bound on the gate mass of each, where there is one. Without `dropless` this is the run that others are measured
+/// against: the first batch goes through once untimed, and `perplexity_increase` is 0.
 ///
 /// # Errors
 /// Whatever the capacity rule, the router, the forward pass or `seen` reports.
@@ -126,13 +135,17 @@ pub fn compare(
     decoder: &Decoder,
     batches: &[Batch],
     setting: &Setting,
-    dropless: &Dropless,
+    dropless: Option<&Dropless>,
     mut seen: impl FnMut(&Batch, &DecoderState, &[Option<f64>]) -> Result<()>,
 ) -> Result<RouterFigures> {
     let mut decoder = decoder.clone();
     let router: Arc<dyn Router> = Arc::from(setting.router.build_with(setting.seed, &setting.cache));
     decoder.set_router(router.clone());
     decoder.set_capacity(setting.capacity.clone());
+    if let Some(first) = batches.first().filter(|_| dropless.is_none()) {
+        // The first pass pays for memory and threads.
+        decoder.forward(first, &mut decoder.batch_state())?;
+    }
     if let Some(cache) = decoder.expert_cache() {
         // A row must not depend on the rows before it.
         cache.forget()?;
@@ -143,6 +156,8 @@ pub fn compare(
     }
     let layers = decoder.spec().moe_layers();
     let mut bounds = BoundTracker::new(router.as_ref(), layers);
+    let mut sums_of_loads = vec![vec![0; decoder.spec().moe.experts]; layers];
+    let mut batch_nats = Vec::with_capacity(batches.len());
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     let mut known = Vec::with_capacity(layers);
     for batch in batches {
@@ -152,14 +167,51 @@ pub fn compare(
         known.clear();
         for (layer, routed) in state.routed().iter().enumerate() {
             let bound = bounds.bound(routed, RouteContext { layer, ..batch.context() })?;
-            sums.add(routed, bound)?;
+            let devices = device_violation(routed, setting.device_shares())?;
+            sums.add(routed, bound, devices)?;
+            let loads = routed.assignment.load();
+            sums_of_loads[layer].iter_mut().zip(loads).for_each(|(sum, load): (&mut u64, _)| *sum += u64::from(load));
             known.push(bound);
         }
+        let before = perplexity;
         perplexity.add(&logits, batch)?;
+        batch_nats.push(perplexity.since(&before));
         tokens += batch.live_tokens();
         seen(batch, &state, &known)?;
     }
-    Ok(sums.figures(setting, layers, perplexity.value()?, dropless, tokens as f64 / time.as_secs_f64()))
+    let perplexity = perplexity.value()?;
+    let base = dropless.map_or(perplexity, |dropless| dropless.perplexity);
+    let figures = sums.figures(setting, layers, perplexity, base, tokens as f64 / time.as_secs_f64());
+    Ok(RouterFigures { loads: sums_of_loads, batch_nats, ..figures })
+}
+
+impl Setting {
+    /// The shares of the devices on which loads are counted.
+    fn device_shares(&self) -> Option<&Shares> {
+        let own = self.capacity.as_ref().map(|rule| &rule.shares);
+        own.or(self.devices.as_ref()).filter(|shares| shares.speeds().is_some())
+    }
+}
+
+/// Largest load of a device over its share, minus 1: its limit's part of the demand or, in a batch without limits, its speed's.
+fn device_violation(routed: &Routed, shares: Option<&Shares>) -> Result<Option<f64>> {
+    let Some((shares, speeds)) = shares.and_then(|shares| Some((shares, shares.speeds()?))) else { return Ok(None) };
+    let load = routed.assignment.load();
+    let Some(placement) = shares.placement(load.len())? else { return Ok(None) };
+    let mut devices = vec![0; placement.devices()];
+    load.iter().zip(placement.device_of()).for_each(|(load, &device)| devices[usize::from(device)] += load);
+    let fair: Vec<f64> = match routed.capacity.limits() {
+        Some(limits) => limits.iter().map(|&limit| f64::from(limit)).collect(),
+        // Divided by the fastest, so that no sum of them overflows.
+        None => {
+            let fastest = speeds.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+            speeds.iter().map(|speed| speed / fastest).collect()
+        }
+    };
+    let live =
+        routed.padding.as_ref().map_or(routed.assignment.tokens(), |pads| pads.iter().filter(|pad| !**pad).count());
+    let demand = live as u64 * routed.assignment.top_k() as u64;
+    Ok(Some(Balance::new(&devices, &fair, demand).max_violation))
 }
 
 /// Certified bounds on gate mass, from the router itself or, for those that know none, from the phase router's prices on
@@ -209,7 +261,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, routed: &Routed, bound: Option<f64>) -> Result<()> {
+    fn add(&mut self, routed: &Routed, bound: Option<f64>, device_violation: Option<f64>) -> Result<()> {
         let metrics = routed.metrics()?;
         self.count += 1.0;
         self.demand += metrics.demand;
@@ -222,24 +274,25 @@ impl Sums {
         }
         let live = metrics.demand as f64 / routed.assignment.top_k() as f64;
         self.nanos_per_token.push(routed.route_time.as_nanos() as f64 / live.max(1.0));
-        self.add_balance(&metrics, routed.capacity.limits().is_some());
+        self.add_balance(&metrics, device_violation, routed.capacity.limits().is_some());
         Ok(())
     }
 
-    fn add_balance(&mut self, metrics: &RouteMetrics, limited: bool) {
+    fn add_balance(&mut self, metrics: &RouteMetrics, device_violation: Option<f64>, limited: bool) {
         match (self.limited, limited) {
             (true, false) => return,
             (false, true) => {
                 self.limited = true;
                 (self.balanced, self.demand_max_violation, self.max_violation) = (0.0, 0.0, 0.0);
                 (self.load_cv, self.gini, self.jain) = (0.0, 0.0, 0.0);
+                self.device_max_violation = None;
             }
             _ => {}
         }
         self.balanced += 1.0;
         self.demand_max_violation += metrics.demand_max_violation;
-        if let Some(devices) = metrics.devices {
-            *self.device_max_violation.get_or_insert(0.0) += devices.max_violation;
+        if let Some(violation) = device_violation {
+            *self.device_max_violation.get_or_insert(0.0) += violation;
         }
         self.max_violation += metrics.experts.max_violation;
         self.load_cv += metrics.experts.cv;
@@ -252,7 +305,7 @@ impl Sums {
         setting: &Setting,
         moe_layers: usize,
         perplexity: f64,
-        dropless: &Dropless,
+        dropless_perplexity: f64,
         tokens_per_second: f64,
     ) -> RouterFigures {
         let (count, balanced) = (self.count.max(1.0), self.balanced.max(1.0));
@@ -261,7 +314,7 @@ impl Sums {
         self.nanos_per_token.drain(..cold);
         self.nanos_per_token.sort_by(f64::total_cmp);
         let rule = setting.capacity.as_ref();
-        let devices = rule.and_then(|rule| rule.shares.speeds()).map(<[f64]>::len);
+        let devices = setting.device_shares().and_then(Shares::speeds).map(<[f64]>::len);
         let profile = match rule.map(|rule| &rule.shares) {
             Some(Shares::PerExpert { profile, .. }) => Some(profile.name()),
             _ => None,
@@ -283,13 +336,15 @@ impl Sums {
             gate_mass: self.gate_mass / count,
             gate_mass_vs_bound: self.gate_mass_vs_bound.map(|sum| sum / count),
             perplexity,
-            perplexity_increase: perplexity / dropless.perplexity - 1.0,
+            perplexity_increase: perplexity / dropless_perplexity - 1.0,
             max_violation: self.max_violation / balanced,
             load_cv: self.load_cv / balanced,
             gini: self.gini / balanced,
             jain: self.jain / balanced,
             route_nanos_per_token: self.nanos_per_token.get(self.nanos_per_token.len() / 2).copied().unwrap_or(0.0),
             tokens_per_second,
+            loads: Vec::new(),
+            batch_nats: Vec::new(),
         }
     }
 }

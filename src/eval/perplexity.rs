@@ -35,6 +35,11 @@ impl Perplexity {
         }
     }
 
+    /// What came after `before`: nats, and the tokens that they are of.
+    pub(super) fn since(&self, before: &Self) -> (f64, u64) {
+        (self.nats - before.nats, self.tokens - before.tokens)
+    }
+
     /// The perplexity.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::eval::{Batching, Dropless, EvalText, GateTrace, RouterFigures, Setting, compare, dropless};
 use crate::layer::{OutputNorms, ProbeFit};
-use crate::routing::Knowledge;
+use crate::routing::{Knowledge, Shares};
 use crate::{
     Batch, CacheRouter, CapacityRule, GenerateOptions, LoadOptions, Logits, Model, PhaseRouter, RouteContext,
     RouteMetrics, RouteRequest, RouteState, Router, RouterKind, Sampler, generate,
@@ -30,8 +30,9 @@ fn texts(model: &Model) -> Vec<EvalText> {
 }
 
 fn figures(model: &Model, batches: &[Batch], base: &Dropless, router: RouterKind, rule: CapacityRule) -> RouterFigures {
-    let setting = Setting { router, capacity: Some(rule), seed: 42, cache: CacheRouter::default(), memory: None };
-    compare(model.decoder(), batches, &setting, base, |_, _, _| Ok(())).unwrap()
+    let setting =
+        Setting { router, capacity: Some(rule), seed: 42, cache: CacheRouter::default(), memory: None, devices: None };
+    compare(model.decoder(), batches, &setting, Some(base), |_, _, _| Ok(())).unwrap()
 }
 
 #[test]
@@ -100,6 +101,46 @@ fn four_devices_are_filled_exactly_for_next_to_nothing() {
     assert!(phase.perplexity_increase < 0.005, "{phase:?}");
     let arrival = figures(RouterKind::TopKArrival);
     assert!(arrival.perplexity_increase >= 10.0 * phase.perplexity_increase.max(0.0), "{arrival:?}");
+}
+
+#[test]
+fn loads_of_devices_are_counted_without_a_limit_too() {
+    let model = model();
+    let batches = Batching { tokens: Some(1200), ..Batching::default() }.batches(&[], &texts(&model)).unwrap();
+    let setting = |devices: Option<usize>| Setting {
+        router: RouterKind::TopK,
+        capacity: None,
+        seed: 42,
+        cache: CacheRouter::default(),
+        memory: None,
+        devices: devices.map(|devices| Shares::PerDevice { speeds: vec![1.0; devices] }),
+    };
+    let run = |devices| compare(model.decoder(), &batches, &setting(devices), None, |_, _, _| Ok(())).unwrap();
+    let (plain, counted) = (run(None), run(Some(4)));
+    let base = dropless(model.decoder(), &batches, |_| ()).unwrap();
+    assert_eq!((plain.devices, plain.device_max_violation), (None, None));
+    assert_eq!((plain.perplexity, plain.perplexity_increase), (base.perplexity, 0.0));
+    assert_eq!((counted.perplexity, &counted.loads, counted.devices), (plain.perplexity, &plain.loads, Some(4)));
+
+    let (mut violations, mut loads) = (Vec::new(), vec![vec![0u64; 32]; 4]);
+    for batch in &batches {
+        let mut state = model.decoder().batch_state().keeping_routed();
+        model.decoder().forward(batch, &mut state).unwrap();
+        for (layer, routed) in state.routed().iter().enumerate() {
+            let load = routed.assignment.load();
+            let fullest = load.chunks(8).map(|device| device.iter().sum::<u32>()).max().unwrap();
+            violations.push(f64::from(fullest) / (batch.live_tokens() as f64) - 1.0);
+            loads[layer].iter_mut().zip(load).for_each(|(sum, load)| *sum += u64::from(load));
+        }
+    }
+    let mean = violations.iter().sum::<f64>() / violations.len() as f64;
+    assert!(mean > 0.2 && (counted.device_max_violation.unwrap() - mean).abs() < 1e-12, "{counted:?} {mean}");
+    assert_eq!(counted.loads, loads);
+    let (nats, tokens) = counted.batch_nats.iter().fold((0.0, 0), |(nats, tokens), of| (nats + of.0, tokens + of.1));
+    assert!(
+        counted.batch_nats.len() == batches.len()
+            && ((nats / tokens as f64).exp() / base.perplexity - 1.0).abs() < 1e-9
+    );
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! The result of `compare`: which model, which text, and one row per router and capacity.
 
-use std::fmt::{self, Display, Formatter};
-
+use phase_moe::ModelSpec;
+use phase_moe::eval::RouterFigures;
 use serde::Serialize;
 
-use super::times;
-use phase_moe::ModelSpec;
-use phase_moe::eval::{Dropless, RouterFigures};
+use super::loads::{Loads, SHOWN_UNASKED};
+use super::meaning::{Evidence, Limit, is_causal};
+use super::table::{Best, Cell, Column, Table};
+use super::{load_cell, percent, percent_cell, signed_percent, times};
+use crate::terminal::Terminal;
 
 /// Which model was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -47,6 +49,29 @@ pub struct TextSummary {
     pub shuffle: Option<u64>,
 }
 
+/// The model without any limit.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Dropless {
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Tokens per second of the forward pass.
+    pub tokens_per_second: f64,
+    /// Largest load of a device over its share, minus 1; `None`, and no key in JSON, without devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_max_violation: Option<f64>,
+}
+
+/// What one router did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// Its figures.
+    #[serde(flatten)]
+    pub figures: RouterFigures,
+    /// Slots of each expert of each MoE layer; `None`, and no key in JSON, where they were not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loads: Option<Vec<Vec<u64>>>,
+}
+
 /// The whole result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CompareReport {
@@ -60,90 +85,224 @@ pub struct CompareReport {
     /// The model without any limit.
     pub dropless: Dropless,
     /// One row per router and capacity.
-    pub rows: Vec<RouterFigures>,
+    pub rows: Vec<Row>,
+    /// What the rows mean: which router to take, what the limit costs.
+    pub meaning: String,
+    /// The gate's own choice, as a row.
+    #[serde(skip)]
+    pub own_choice: RouterFigures,
+    /// Index of each MoE layer in the model.
+    #[serde(skip)]
+    pub moe_layers: Vec<usize>,
 }
 
-impl Display for CompareReport {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+/// What was run, before it is known what it means.
+pub struct Measured {
+    /// Which model.
+    pub model: ModelSummary,
+    /// Which text.
+    pub text: TextSummary,
+    /// Relative speeds of the devices that share a limit; empty where all are alike.
+    pub device_speeds: Vec<f64>,
+    /// The gate's own choice, without any limit.
+    pub own_choice: RouterFigures,
+    /// One row per router and capacity, those of a limit one after the other.
+    pub rows: Vec<RouterFigures>,
+    /// Whether any batch was large enough for the limit of a row; true where it has none.
+    pub applied: Vec<bool>,
+    /// Index of each MoE layer in the model.
+    pub moe_layers: Vec<usize>,
+}
+
+impl CompareReport {
+    /// With what it means; `loads` asks for those of every row.
+    pub fn new(measured: Measured, loads: bool) -> Self {
+        let meaning = measured.evidence().meaning();
+        let Measured { model, text, device_speeds, own_choice, rows, moe_layers, .. } = measured;
+        let row = |figures: RouterFigures| Row { loads: loads.then(|| figures.loads.clone()), figures };
+        let dropless = Dropless {
+            perplexity: own_choice.perplexity,
+            tokens_per_second: own_choice.tokens_per_second,
+            device_max_violation: own_choice.device_max_violation,
+        };
+        Self {
+            model,
+            text,
+            device_speeds: Some(device_speeds).filter(|speeds| !speeds.is_empty()),
+            dropless,
+            rows: rows.into_iter().map(row).collect(),
+            meaning,
+            own_choice,
+            moe_layers,
+        }
+    }
+
+    /// For people.
+    pub fn text(&self, terminal: &Terminal) -> String {
         let (model, text) = (&self.model, &self.text);
-        writeln!(
-            f,
+        let of_model = format!(
             "{}: {} layers, {} experts, top {}, {:.1} M parameters",
             model.name,
             model.layers,
             model.experts,
             model.top_k,
             model.parameters as f64 / 1e6
-        )?;
-        writeln!(f, "{} tokens of {}, {} a batch", text.tokens, text.files.join(", "), text.batch_tokens)?;
-        let Dropless { perplexity, tokens_per_second } = self.dropless;
-        writeln!(f, "dropless: perplexity {perplexity:.3}, {tokens_per_second:.0} tokens/s")?;
-        for (index, row) in self.rows.iter().enumerate() {
-            let capacity = self.heading(row);
-            if index == 0 || self.heading(&self.rows[index - 1]) != capacity {
-                writeln!(f, "\n{capacity}")?;
-                writeln!(
-                    f,
-                    "  {:<14}{:>9}{:>10}{:>10}{:>9}{:>11}{:>10}{:>9}{:>7}{:>8}",
-                    "router",
-                    "survival",
-                    "no expert",
-                    "gate mass",
-                    "of bound",
-                    "perplexity",
-                    "increase",
-                    "max load",
-                    "ns/tok",
-                    "tok/s"
-                )?;
-            }
-            // What a load is measured against: its device where limits are per device, else the expert.
-            let violation = row.device_max_violation.unwrap_or(row.max_violation);
-            writeln!(
-                f,
-                "  {:<14}{:>9}{:>10}{:>10}{:>9}{:>11.3}{:>10}{:>9}{:>7.0}{:>8.0}",
-                row.router,
-                percent(row.survival),
-                row.tokens_without_expert,
-                percent(row.gate_mass),
-                row.gate_mass_vs_bound.map_or("–".into(), percent),
-                row.perplexity,
-                signed_percent(row.perplexity_increase),
-                times(violation + 1.0),
-                row.route_nanos_per_token,
-                row.tokens_per_second
-            )?;
+        );
+        let of_text = format!("{} tokens of {}, {} a batch", text.tokens, text.files.join(", "), text.batch_tokens);
+        let Dropless { perplexity, tokens_per_second, device_max_violation } = self.dropless;
+        let fullest =
+            device_max_violation.zip(self.own_choice.devices).map_or(String::new(), |(violation, devices)| {
+                format!(", fullest of {devices} devices {}", times(violation + 1.0))
+            });
+        let dropless = format!("dropless: perplexity {perplexity:.3}, {tokens_per_second:.0} tokens/s{fullest}");
+        let mut shown = String::new();
+        for line in [of_model, of_text, dropless] {
+            shown += &(terminal.wrapped(&line, 2) + "\n");
         }
-        Ok(())
+        shown += &format!("\n{}", self.table().text(terminal));
+        if self.rows.iter().any(|row| !is_causal(&row.figures)) {
+            let note = "  expert-choice looks at later tokens of its batch too: a baseline, not for generation";
+            shown += &(terminal.wrapped(note, 2) + "\n");
+        }
+        for loads in self.loads() {
+            shown += &format!("\n{}", loads.text(terminal));
+        }
+        shown + &format!("\n{}\n", terminal.wrapped(&self.meaning, 0))
     }
-}
 
-impl CompareReport {
-    /// What the limit of a row is, in words.
-    fn heading(&self, row: &RouterFigures) -> String {
-        let Some(factor) = row.capacity_factor else { return "no limit".into() };
-        let rule = match row.capacity_rule {
-            Some("ceil") => ", rounded up",
-            _ => "",
+    fn table(&self) -> Table {
+        let figures = || self.rows.iter().map(|row| &row.figures);
+        let mut table = Table::new(columns(figures()));
+        let mut before = None;
+        for row in figures() {
+            let heading = heading(row, self.device_speeds.as_deref().unwrap_or_default());
+            if before.as_ref() != Some(&heading) {
+                table.section(&heading);
+                before = Some(heading);
+            }
+            table.row(cells(row));
+        }
+        table
+    }
+
+    /// Loads of every row where they were asked for or there are few, those of the gate's own choice first.
+    fn loads(&self) -> Vec<Loads<'_>> {
+        let asked = self.rows.iter().any(|row| row.loads.is_some());
+        let single = self.rows.iter().all(|row| row.figures.router == self.rows[0].figures.router);
+        let few = single && (1 + self.rows.len()) * self.moe_layers.len() <= SHOWN_UNASKED;
+        if !asked && !few {
+            return Vec::new();
+        }
+        let speeds = self.device_speeds.as_deref().unwrap_or_default();
+        let has_own = self.rows.iter().any(|row| is_own_choice(&row.figures));
+        let own = (!has_own).then(|| (&self.own_choice, "dropless".to_owned()));
+        let title = |row: &RouterFigures| match row.capacity_factor {
+            Some(_) => format!("{}, {}", row.router, limit(row, speeds, " at ")),
+            None => format!("{}, no limit", row.router),
         };
-        let factor = format!("capacity factor {factor:?}{rule}");
-        match (row.devices, row.profile) {
-            (Some(devices), _) => {
-                let speeds: Vec<String> = self.device_speeds.iter().flatten().map(f64::to_string).collect();
-                let speeds =
-                    if speeds.is_empty() { String::new() } else { format!(" of speeds {}", speeds.join(", ")) };
-                format!("per {devices} devices{speeds}, {factor}")
-            }
-            (None, Some("uniform") | None) => format!("per expert, {factor}"),
-            (None, Some(profile)) => format!("per expert, profile {profile}, {factor}"),
-        }
+        let rows = self.rows.iter().map(|row| (&row.figures, title(&row.figures)));
+        own.into_iter()
+            .chain(rows)
+            .map(|(row, title)| Loads { title, layers: &self.moe_layers, loads: &row.loads, devices: row.devices })
+            .collect()
     }
 }
 
-fn percent(share: f64) -> String {
-    format!("{:.2} %", 100.0 * share)
+impl Measured {
+    fn evidence(&self) -> Evidence<'_> {
+        let mut limits: Vec<Limit<'_>> = Vec::new();
+        for (row, &applied) in self.rows.iter().zip(&self.applied).filter(|(row, _)| row.capacity_factor.is_some()) {
+            let label = limit(row, &self.device_speeds, " at ");
+            match limits.last_mut().filter(|limit| limit.label == label) {
+                Some(limit) => limit.rows.push(row),
+                None => limits.push(Limit { label, applied, rows: vec![row] }),
+            }
+        }
+        let unlimited = self.rows.iter().filter(|row| row.capacity_factor.is_none()).collect();
+        Evidence { dropless: &self.own_choice, unlimited, limits }
+    }
 }
 
-fn signed_percent(share: f64) -> String {
-    if share >= 1.0 { format!("{:+.0} %", 100.0 * share) } else { format!("{:+.2} %", 100.0 * share) }
+/// Whether a row is the gate's own choice without any limit.
+fn is_own_choice(row: &RouterFigures) -> bool {
+    row.router == "top-k" && row.capacity_factor.is_none()
+}
+
+/// What the limit of a row is, in words.
+fn heading(row: &RouterFigures, speeds: &[f64]) -> String {
+    match (row.capacity_factor, row.devices) {
+        (None, None) => "no limit".into(),
+        (None, Some(devices)) => format!("no limit (max load over {devices} devices{})", of_speeds(speeds)),
+        (Some(_), _) => limit(row, speeds, ", capacity factor "),
+    }
+}
+
+/// The limit with its factor after `before_factor`.
+fn limit(row: &RouterFigures, speeds: &[f64], before_factor: &str) -> String {
+    let Some(factor) = row.capacity_factor else { return String::new() };
+    let rule = if row.capacity_rule == Some("ceil") { ", rounded up" } else { "" };
+    let pools = match (row.devices, row.profile) {
+        (Some(devices), _) => format!("per {devices} devices{}", of_speeds(speeds)),
+        (None, Some("uniform") | None) => "per expert".into(),
+        (None, Some(profile)) => format!("per expert, profile {profile}"),
+    };
+    format!("{pools}{before_factor}{factor:?}{rule}")
+}
+
+fn of_speeds(speeds: &[f64]) -> String {
+    let names: Vec<String> = speeds.iter().map(f64::to_string).collect();
+    if names.is_empty() { String::new() } else { format!(" of speeds {}", names.join(", ")) }
+}
+
+/// What is shown of a row; where there is too little room, speed goes first, then what the other columns tell too.
+fn columns<'a>(rows: impl Iterator<Item = &'a RouterFigures> + Clone) -> Vec<Column> {
+    let per_device = |row: &RouterFigures| row.device_max_violation.is_some();
+    let of = match (rows.clone().any(per_device), rows.clone().all(per_device)) {
+        (_, true) => "the fullest device's load over its share",
+        (true, false) => "the fullest expert's load over its share; where devices are named, the fullest device's",
+        (false, false) => "the fullest expert's load over its share",
+    };
+    vec![
+        Column::names("router"),
+        Column::figures("survival")
+            .legend("slots that have an expert, of those asked for")
+            .worth(8)
+            .best(Best::Highest),
+        Column::figures("no\nexpert").legend("tokens without any expert in a layer, all layers together").worth(5),
+        Column::figures("gate\nmass").legend("kept gate scores over those of plain top-k").worth(7).best(Best::Highest),
+        Column::figures("of\nbound")
+            .legend("kept gate scores over the most that this limit allows any router")
+            .worth(3)
+            .best(Best::Highest),
+        Column::figures("perplexity").worth(2).best(Best::Lowest),
+        Column::figures("increase").legend("of perplexity, over dropless").best(Best::Lowest),
+        Column::figures("max\nload").legend(format!("{of}, mean over layers and batches")).worth(6),
+        Column::figures("ns/tok")
+            .legend("median time in the router a token and layer, states warm")
+            .worth(4)
+            .best(Best::Lowest),
+        Column::figures("tok/s").legend("tokens a second of the whole forward pass").worth(1),
+    ]
+}
+
+fn cells(row: &RouterFigures) -> Vec<Cell> {
+    let whole = |value: f64| Cell::figure(format!("{value:.0}"), value);
+    let cells = vec![
+        Cell::name(row.router),
+        Cell::figure(percent(row.survival), row.survival).bad(row.dropped_slots > 0),
+        Cell::figure(row.tokens_without_expert.to_string(), row.tokens_without_expert as f64)
+            .bad(row.tokens_without_expert > 0),
+        percent_cell(Some(row.gate_mass)),
+        percent_cell(row.gate_mass_vs_bound),
+        Cell::figure(format!("{:.3}", row.perplexity), row.perplexity),
+        Cell::figure(signed_percent(row.perplexity_increase), row.perplexity_increase),
+        load_cell(row.device_max_violation.unwrap_or(row.max_violation)),
+        whole(row.route_nanos_per_token),
+        whole(row.tokens_per_second),
+    ];
+    match is_causal(row) {
+        true => cells,
+        // It is none that could be taken.
+        false => cells.into_iter().map(Cell::unranked).collect(),
+    }
 }
