@@ -30,11 +30,17 @@ impl Loads<'_> {
         let digits = self.layers.iter().max().map_or(1, |layer| layer.to_string().len());
         let largest = format!("{fullest:.2}").len();
         let devices = self.devices.filter(|&devices| devices > 1 && devices <= experts).unwrap_or(1);
-        // "  layer 3 |", a bar before each further device, "|  2.31 ×, expert 12".
-        let around =
-            2 + "layer ".len() + digits + " |".len() + (devices - 1) + "|  ".len() + largest + " ×, expert 12345".len();
-        let room = terminal.width.saturating_sub(around).max(devices);
-        let group = experts.div_ceil(devices).div_ceil((room / devices).max(1)).max(1);
+        // "  3 |", a bar before each further device, "|  2.31 ×"; "layer " and ", expert 12" where there is room for them.
+        let around = 2 + digits + 2 + (devices - 1) + 3 + largest + 2;
+        let words = "layer , expert ".len() + experts.to_string().len();
+        let group_beside = |taken: usize| {
+            let room = terminal.width.saturating_sub(taken).max(devices);
+            experts.div_ceil(devices).div_ceil(room / devices).max(1)
+        };
+        let (group, in_words) = match (group_beside(around + words), group_beside(around)) {
+            (group, 1) if group > 1 => (1, false),
+            (group, _) => (group, true),
+        };
         let several = if group > 1 { format!(", {group} experts a bar") } else { String::new() };
         let borders = if devices > 1 { ", devices apart" } else { "" };
         let heading = format!("{}: loads of experts, █ is {fullest:.2} × a layer's mean{several}{borders}", self.title);
@@ -45,8 +51,10 @@ impl Loads<'_> {
                 groups(loads.len(), devices).map(|device| bars(&loads[device], group, top)).collect();
             let busiest = (0..loads.len()).rev().max_by_key(|&expert| loads[expert]).unwrap_or(0);
             let ratio = format!("{:>largest$}", format!("{:.2}", over_mean(loads)));
-            let aside = terminal.marked(Mark::Aside, &format!("{ratio} ×, expert {busiest}"));
-            text.push_str(&format!("  layer {layer:>digits$} |{}|  {aside}\n", bars.join("|")));
+            let (before, after) =
+                if in_words { ("layer ", format!(", expert {busiest}")) } else { ("", String::new()) };
+            let aside = terminal.marked(Mark::Aside, &format!("{ratio} ×{after}"));
+            text.push_str(&format!("  {before}{layer:>digits$} |{}|  {aside}\n", bars.join("|")));
         }
         text
     }
@@ -101,10 +109,12 @@ phase: loads of experts, █ is 2.00 × a layer's mean
 
     #[test]
     fn more_experts_than_columns_share_bars() {
-        for (experts, devices) in [(256, None), (256, Some(4)), (300, Some(7)), (64, None)] {
+        for (experts, devices) in [(256, None), (256, Some(4)), (300, Some(7)), (64, None), (32, Some(4)), (48, None)] {
             let shown = text(&[(0..experts).collect()], devices, 80);
             assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
             assert_eq!(shown.contains("experts a bar"), experts > 64, "{shown}");
+            // Words go before bars are shared.
+            assert_eq!(shown.contains("  layer 1 |"), experts != 64, "{shown}");
         }
     }
 }

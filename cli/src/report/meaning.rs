@@ -321,8 +321,8 @@ mod tests {
             "{found}"
         );
         // As good and as lossless, and ten times as slow; or faster, and of less gate mass.
-        let slow = RouterFigures { route_nanos_per_token: 1e4, ..row("auction", 0.0019, 0, 0.05) };
-        let hasty = RouterFigures { gate_mass: 0.9, route_nanos_per_token: 1.0, ..row("quota", 0.0019, 0, 0.05) };
+        let slow = RouterFigures { route_nanos_per_token: 1e4, ..row("auction", 0.0019, 0, 0.0) };
+        let hasty = RouterFigures { gate_mass: 0.9, route_nanos_per_token: 1.0, ..row("quota", 0.0019, 0, 0.0) };
         assert!(meaning(&free, &[], &[(DEVICES, &[&slow, &hasty, &phase])]).ends_with("Take phase."));
     }
 

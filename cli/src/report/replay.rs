@@ -187,10 +187,10 @@ mod tests {
 
     fn figures(misses: u64) -> ReplayFigures {
         ReplayFigures {
-            requests: 1000,
-            hits: 1000 - misses,
+            requests: 4000,
+            hits: 4000 - misses,
             misses,
-            hit_rate: Some(1.0 - misses as f64 / 1e3),
+            hit_rate: Some(1.0 - misses as f64 / 4e3),
             ..Default::default()
         }
     }
