@@ -22,7 +22,7 @@ function filled(element, attributes, children) {
     if (typeof value === "function") element.addEventListener(name, value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -32,23 +32,32 @@ const THIN = "\u202f";
 const NONE = "–";
 const or = (format) => (value) => (isNumber(value) ? format(value) : NONE);
 const grouped = (text) => text.replace(/\B(?=(\d{3})+(?!\d))/g, THIN);
+/** Digits after the point, with a true minus; no minus before nothing. */
+const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=0\.?0*$)/, "").replace("-", "−");
 const format = {
-  count: or((value) => grouped(value.toFixed(0))),
-  percent: or((value) => `${(100 * value).toFixed(2)}${THIN}%`),
-  signed: or((value) => `${value < 0 ? "−" : "+"}${Math.abs(100 * value).toFixed(2)}${THIN}%`),
-  times: or((value) => `${value.toFixed(2)}${THIN}×`),
-  perplexity: or((value) => value.toFixed(3)),
-  score: or((value) => (value === 0 ? "0" : value.toPrecision(3))),
-  mass: or((value) => grouped(value.toFixed(1))),
-  nanos: or((value) => `${grouped(value.toFixed(0))}${THIN}ns`),
-  rate: or((value) => grouped(value.toFixed(0))),
+  count: or((value) => grouped(fixed(value, 0))),
+  percent: or((value) => `${fixed(100 * value, 2)}${THIN}%`),
+  signed: or((value) => `${value < 0 ? "−" : "+"}${fixed(Math.abs(100 * value), 2)}${THIN}%`),
+  times: or((value) => `${fixed(value, 2)}${THIN}×`),
+  perplexity: or((value) => fixed(value, 3)),
+  ratio: or((value) => fixed(value, 3)),
+  score: or((value) => (value === 0 ? "0" : value.toPrecision(3).replace("-", "−"))),
+  mass: or((value) => grouped(fixed(value, 1))),
+  nanos: or((value) => `${grouped(fixed(value, 0))}${THIN}ns`),
+  rate: or((value) => grouped(fixed(value, 0))),
   bytes: or((value) => {
     const unit = [[1e9, "GB"], [1e6, "MB"], [1e3, "KB"]].find(([size]) => Math.abs(value) >= size);
-    return unit ? `${(value / unit[0]).toFixed(1)}${THIN}${unit[1]}` : `${value.toFixed(0)}${THIN}B`;
+    return unit ? `${fixed(value / unit[0], 1)}${THIN}${unit[1]}` : `${fixed(value, 0)}${THIN}B`;
   }),
-  factor: or((value) => (Number.isInteger(value) ? value.toFixed(1) : String(value))),
-  plain: or((value) => String(Number(value.toPrecision(6)))),
+  factor: or((value) => (Number.isInteger(value) ? fixed(value, 1) : format.plain(value))),
+  plain: or((value) => String(Number(value.toPrecision(6))).replace("-", "−")),
 };
+
+/** The same at an axis, whose steps are round: no digits that say nothing. */
+const ticks = new Map([
+  [format.percent, (value) => `${format.plain(100 * value)}${THIN}%`], [format.perplexity, format.plain],
+]);
+const atAxis = (shape) => ticks.get(shape) ?? shape;
 
 // ---- colours: the style sheet's, as they are now ----
 
@@ -171,11 +180,17 @@ const layerOptions = (count, all) =>
 
 // ---- sections and figures ----
 
-/** A part of the page; nothing where nothing is in it. */
-function section(id, title, words, ...children) {
+/** A part of the page; nothing where nothing is in it. `short` is its name in the list of contents. */
+function section(id, short, title, words, ...children) {
   const there = children.flat().filter(Boolean);
   return there.length === 0 ? null
-    : el("section", { id, "data-title": title }, el("h2", null, title), words ? el("p", null, words) : null, there);
+    : el("section", { id, "data-title": short }, el("h2", null, title), words ? el("p", null, words) : null, there);
+}
+
+/** Figures side by side where there is room; nothing where there are none. */
+function panels(...figures) {
+  const there = figures.filter(Boolean);
+  return there.length ? el("div", { class: "panels" }, there) : null;
 }
 
 /** A drawing with its heading, a sentence about it and its switches. `name` is how tests find it. */

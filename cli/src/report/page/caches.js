@@ -5,10 +5,9 @@ const SIZES = ["--phase", "--arrival", "--quota", "--drop", "--score", "--choice
 
 function caches() {
   const rows = list(report.result?.rows).filter((row) => isNumber(row.cached_experts));
-  const panels = [frontFigure(rows), bytesFigure(), residencyFigure()].filter(Boolean);
-  return section("caches", "Experts in fast memory",
+  return section("caches", "Memory", "Experts in fast memory",
     "A request finds its expert in fast memory (a hit) or has to read it (a miss). The bonus lets a token prefer experts that are already there, within a bound on what it may lose.",
-    panels.length ? el("div", { class: "panels" }, panels) : null);
+    panels(frontFigure(rows), bytesFigure(), residencyFigure()));
 }
 
 const sizeOf = (row) => (isNumber(row.expert_cache_bytes) ? format.bytes(row.expert_cache_bytes) : `${row.cached_experts} experts`);
@@ -18,24 +17,24 @@ function frontFigure(rows) {
   const measures = [["tokens_per_second", "tokens/s", format.rate], ["hit_rate", "hit rate", format.percent], ["bytes_read_per_token", "bytes/token", format.bytes]].filter(([key]) => rows.some((row) => isNumber(row[key])));
   const sizes = [...new Set(rows.map(sizeOf))];
   const mark = (row) => `var(${SIZES[Math.min(sizes.indexOf(sizeOf(row)), SIZES.length - 1)]})`;
-  const chosen = JSON.stringify(report.result.recommended ?? null);
+  const chosen = new Set([report.result.recommended, ...list(report.result.per_memory).map((one) => one.recommended)].filter(Boolean).map((row) => JSON.stringify(row)));
   const holder = el("div");
   const show = (measure) => {
     const [key, name, shape] = measure;
     const there = rows.filter((row) => isNumber(row[key]) && isNumber(row.perplexity));
-    const points = there.map((row) => ({ x: row.perplexity, y: row[key], mark: mark(row), star: row.pareto, hollow: !row.pareto, ring: JSON.stringify(row) === chosen, heading: settingOf(row), pairs: rowPairs(row) }));
+    const points = there.map((row) => ({ x: row.perplexity, y: row[key], mark: mark(row), star: row.pareto, hollow: !row.pareto, ring: chosen.has(JSON.stringify(row)), heading: settingOf(row), pairs: rowPairs(row) }));
     const paths = sizes.map((size) => ({ points: points.filter((_, index) => sizeOf(there[index]) === size).sort((a, b) => a.x - b.x), mark: `var(${SIZES[Math.min(sizes.indexOf(size), SIZES.length - 1)]})` }));
     holder.replaceChildren(scatter(points, paths, { x: format.perplexity, y: shape, xLabel: "perplexity (lower is better)", yLabel: name }));
   };
   show(measures[0]);
   const marks = keys([...sizes.map((size, index) => [`background:var(${SIZES[Math.min(index, SIZES.length - 1)]})`, size]),
-    ["border-radius:50%;box-shadow:inset 0 0 0 2px var(--soft)", "hollow: another setting with as little memory beats it"], ["border-radius:50%;box-shadow:0 0 0 1.5px var(--ink)", "ring: the one to take"]]);
+    ["border-radius:50%;box-shadow:inset 0 0 0 2px var(--soft)", "hollow: another setting with as little memory beats it"], ...(chosen.size ? [["border-radius:50%;box-shadow:0 0 0 1.5px var(--ink)", "ring: the one to take with that memory"]] : [])]);
   return widened(figure("front", "Speed, quality, hits", "Every setting that was tried. Lines join settings with the same memory; filled ones are on the front.",
     [choose("front-measure", "Against perplexity", measures.map((measure) => [measure, measure[1]]), measures[0], show)], holder, marks));
 }
 
-const settingOf = (row) => `bonus ${row.cache_bonus}, ${sizeOf(row)}${isNumber(row.top_k) ? `, top ${row.top_k}` : ""}`;
-const rowPairs = (row) => [["tokens/s", format.rate(row.tokens_per_second)], ["perplexity", format.perplexity(row.perplexity)], ["hit rate", format.percent(row.hit_rate)], ["Belady's hit rate", format.percent(row.belady_hit_rate)], ["bytes/token", format.bytes(row.bytes_read_per_token)], ["on the front", row.pareto ? "yes" : "no"]];
+const settingOf = (row) => `${row.baseline ? "plain top-k" : `bonus ${format.factor(row.cache_bonus)}`}, ${sizeOf(row)}${isNumber(row.top_k) ? `, top ${row.top_k}` : ""}`;
+const rowPairs = (row) => [["tokens/s", isNumber(row.spread) ? `${format.rate(row.tokens_per_second)} ± ${format.percent(row.spread)}` : format.rate(row.tokens_per_second)], ["perplexity", format.perplexity(row.perplexity)], ["hit rate", format.percent(row.hit_rate)], ["Belady's hit rate", format.percent(row.belady_hit_rate)], ["bytes/token", format.bytes(row.bytes_read_per_token)], ["on the front", row.pareto ? "yes" : "no"]];
 
 function bytesFigure() {
   const entries = list(report.cache).filter((cache) => isNumber(cache.bytes_per_token) || isNumber(cache.hit_rate));
@@ -65,7 +64,7 @@ function residencyFigure() {
     const stepAt = (column) => Math.round(column * stride);
     const names = expertNames(count).map((name, expert) => (expert % Math.ceil(count / 16) === 0 ? name : ""));
     holder.replaceChildren(grid("residency", names, sets.map((_, column) => String(stepAt(column))), count > 64 ? 5 : 9, {
-      value: (expert, step) => (held(step, expert) ? 1 : 0), format: (value) => (value ? "in fast memory" : "not"), high: 1,
+      value: (expert, step) => (held(step, expert) ? 1 : 0), format: (value) => (value ? "in fast memory" : "not"), high: 1, two: true,
       tell: (expert, step) => [`step ${format.count(stepAt(step))}, expert ${expert}`, [["in fast memory", held(step, expert) ? "yes" : "no"], ["experts there", String(size(step))], ["layer", layerName(layer)]]],
     }).element);
   };

@@ -4,8 +4,8 @@ const expertNames = (count) => Array.from({ length: count }, (_, index) => Strin
 const layerNames = (count) => Array.from({ length: count }, (_, index) => layerName(index));
 
 function experts() {
-  return section("experts", "Experts", "Who was asked, who worked, and for which text.".replace("Who was asked, who worked", "What each was asked for, what it got"),
-    el("div", { class: "panels" }, [loadFigure(), kindsFigure(), togetherFigure()].filter(Boolean)));
+  return section("experts", "Experts", "Experts", "What each was asked for, what it got, and for which text.",
+    panels(loadFigure(), kindsFigure(), togetherFigure()));
 }
 
 /** The load of every expert in every layer. */
@@ -99,12 +99,12 @@ function togetherFigure() {
     const share = report.top_k > 1 ? (report.top_k - 1) / report.top_k : 1;
     const chance = (a, b) => (share * load(a) * load(b)) / (tokens || 1);
     const lift = (a, b) => (chance(a, b) > 0 ? both(a, b) / chance(a, b) : null);
-    holder.replaceChildren(grid("chosen together", expertNames(count).map((name) => (count > 40 ? "" : name)), expertNames(count), count > 40 ? 7 : 15, {
+    holder.replaceChildren(grid("chosen together", expertNames(count).map((name) => (count > 40 ? "" : name)), expertNames(count), count > 40 ? 8 : 18, {
       around: mode === "chance", format: mode === "chance" ? format.times : format.count, unit: mode === "chance" ? "as often as by chance" : "tokens",
       value: (a, b) => (a === b ? null : mode === "chance" ? lift(a, b) : both(a, b)),
       tell: (a, b) => (a === b ? [`expert ${a}, ${layerName(layer)}`, [["chosen by", `${format.count(load(a))} tokens`]]]
         : [`experts ${a} and ${b}, ${layerName(layer)}`, [["both chosen by", `${format.count(both(a, b))} tokens`], ["derived: over chance", format.times(lift(a, b))]]]),
-    }).element);
+    }, count > 40 ? 14 : 26).element);
   };
   show();
   return widened(figure("together", "Experts chosen together", "How many tokens choose both of two experts. Derived: how often that is, compared with experts of the same load chosen independently of each other.",
@@ -127,20 +127,19 @@ function capacity() {
     const correlation = (key) => (varied ? correlate(pools.map((pool) => pool.room), pools.map((pool) => pool[key])) : null);
     const shown = (value) => (isNumber(value) ? value.toFixed(3) : NONE);
     below.replaceChildren(numbers([
-      [shown(correlation("load")), varied ? "derived: correlation of load with capacity" : "correlation of load with capacity: none, as all have the same room"],
-      [shown(correlation("demand")), varied ? "derived: the same of the demand, before limits" : "the same of the demand"],
-      [format.percent(sum(pools.map((pool) => pool.load)) / sum(pools.map((pool) => pool.room))), "derived: of all room in use"]]));
+      ...(varied ? [[shown(correlation("load")), "derived: correlation of load with capacity"], [shown(correlation("demand")), "derived: the same of the demand, before limits"]] : []),
+      [format.percent(sum(pools.map((pool) => pool.load)) / sum(pools.map((pool) => pool.room))), "derived: of all room in use"]]), varied ? "" : el("p", { class: "aside" }, "All have the same room here, so there is no correlation to give."));
     table.replaceChildren(endsTable(run, pools, varied));
     headroom(curve, run, layer);
   };
   const switches = [choose("capacity-router", "Router", runOptions(runs), run, (next) => { run = next; show(); }),
     choose("capacity-layer", "Layer", layerOptions(run.layers.length), layer, (next) => { layer = next; show(); })].filter(Boolean);
-  const panels = el("div", { class: "panels" },
-    switches.length ? el("div", { class: "controls", style: "margin-top:0" }, switches) : null,
+  const figures = panels(
+    switches.length ? el("div", { class: "controls" }, switches) : null,
     figure("load-capacity", "Load against capacity", "Filled: what it got. Hollow: what the gate asked for.", [], holder, below),
     figure("load-ends", "Load over capacity, top and bottom", "The ten at either end: by capacity where capacities differ, else by what was asked of them.", [], table),
     widened(figure("headroom", "Headroom for 90 % survival", "Derived from the gate's demand: how many slots fit if a full expert or device just drops the rest, against the room as a multiple of this run's.", [], curve)));
-  const made = section("capacity", "Load and capacity", "A limit is met where load follows capacity. How much more room than demand does a router that only drops need?", panels);
+  const made = section("capacity", "Capacity", "Load and capacity", "A limit is met where load follows capacity. How much more room than demand does a router that only drops need?", figures);
   show();
   return made;
 }
@@ -211,7 +210,7 @@ function headroom(holder, run, layer) {
     [isNumber(needed) ? format.factor(Number((needed * factor).toFixed(2))) : NONE, "derived: as a capacity factor"],
     [format.percent(run.layers[layer].kept / run.layers[layer].slots), `${runName(run)}: slots kept, measured`]]));
   lines(drawing, xs, [{ label: "slots that fit", style: { name: "--plain", dash: [], width: 2 }, values: xs.map(survival) }], {
-    name: "headroom", x: (value) => `${Number(value.toFixed(2))}×`, y: format.percent, label: "room, as a multiple of this run's", from: 0, to: 1,
+    name: "headroom", x: (value) => `${Number(value.toFixed(2))}×`, y: format.percent, label: "room, as a multiple of this run's", ends: [0, 1.02],
     marks: [{ value: 0.9, words: "90 %" }], heading: (value) => `${format.times(value)} of the room` });
 }
 

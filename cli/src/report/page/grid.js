@@ -7,7 +7,7 @@ const SMALLEST = 5;
  * A map of `rows` × `columns`, lists of labels. `content` is { value(row, column), tell(row, column), format, around, low, high, few }:
  * with `around` the colours part at 1; cells without a value stay empty. `draw(content)` draws another content of the same shape.
  */
-function grid(label, rows, columns, height, content) {
+function grid(label, rows, columns, height, content, widest = 64) {
   const canvas = el("canvas");
   const scale = el("div", { class: "bar" });
   const wrap = el("div", { class: "scroll" }, canvas);
@@ -98,7 +98,7 @@ function grid(label, rows, columns, height, content) {
   for (const event of ["pointerleave", "blur"]) canvas.addEventListener(event, left);
   canvas.addEventListener("keydown", walked);
   sized(wrap, (width) => {
-    cell = Math.min(Math.max(width / columns.length, SMALLEST), 64);
+    cell = Math.min(Math.max(width / columns.length, SMALLEST), widest);
     cell = cell > 12 ? Math.floor(cell) : Math.max(Math.floor(cell * 2) / 2, SMALLEST);
     draw();
   });
@@ -129,6 +129,8 @@ function shareOf(content, value, low, high) {
 
 /** The scale of colours with its ends in words. */
 function scaleOf(content, stops, low, high) {
+  // Two values need no gradient: a mark each.
+  if (content.two) return [low, high].map((value) => el("span", { class: "pair" }, el("i", { class: "swatch", style: `background:${shade(stops, value)}` }), content.format(value)));
   const gradient = `background:linear-gradient(to right,${stops.join(",")})`;
   const middle = content.around ? ` · middle: ${content.format(1)}` : "";
   return [content.format(low), el("i", { style: gradient }), `${content.format(high)}${content.around ? " and above" : ""}`, ` ${content.unit ?? ""}${middle}`];

@@ -1,6 +1,6 @@
 // The page: its head, its sections in the order in which they are read, and what holds for all of it.
 
-const TITLES = { compare: "Routers compared", tune: "A cache tuned", replay: "A cache replayed", generate: "A text generated" };
+const TITLES = { compare: "Routers compared", tune: "Which memory setting to take", replay: "A cache of experts, replayed", generate: "A text, and its experts" };
 
 function modelLine(model) {
   if (!model) return null;
@@ -20,7 +20,20 @@ function facts() {
 
 function notes() {
   const sentences = list(report.notes).filter(Boolean);
-  return section("notes", "What it means", null, sentences.length ? el("ul", { class: "notes" }, sentences.map((sentence) => el("li", null, sentence))) : null);
+  return section("notes", "What it means", "What it means", null,
+    sentences.length ? el("ul", { class: "notes" }, sentences.map((sentence) => el("li", null, sentence))) : null, panels(adviceFigure()));
+}
+
+/** Of `tune`: what to take with each memory, why, and the command that runs it. */
+function adviceFigure() {
+  const result = report.result ?? {};
+  const advice = list(result.per_memory).filter((one) => one.reason);
+  if (advice.length === 0) return null;
+  const memory = ({ memory }) => (/^\d+$/.test(memory) ? `${memory} experts a layer` : memory);
+  const entry = (one) => el("tr", { class: one.command === result.command ? "best" : null },
+    el("th", { scope: "row", class: "left" }, memory(one)), el("td", { class: "left prose" }, one.reason, el("code", null, one.command)));
+  return widened(figure("advice", "What to take, by how much memory there is", result.warning ?? null, [],
+    el("div", { class: "scroll" }, el("table", null, el("tbody", null, advice.map(entry))))));
 }
 
 function head() {
@@ -57,7 +70,9 @@ function main() {
   document.body.append(probe, tip);
   const about = el("section", { id: "run", "data-title": "The run" }, el("h2", { class: "hidden" }, "What was run"), facts());
   about.style.paddingTop = "0";
-  const sections = [about, notes(), routers(), prices(), experts(), words(), caches(), capacity(), figures()].filter(Boolean);
+  // Where a cache is what the command is about, it comes first.
+  const cached = ["tune", "replay"].includes(report.command);
+  const sections = [about, notes(), cached ? caches() : null, routers(), prices(), experts(), words(), cached ? null : caches(), capacity(), figures()].filter(Boolean);
   const contents = el("nav", { "aria-label": "Sections" }, el("ul", null, sections.map((part) => el("li", null, el("a", { href: `#${part.id}` }, part.dataset.title)))));
   const foot = el("footer", null, `Written by phase-moe ${report.run?.version ?? ""}. This file needs no network; its data can be downloaded above. Plots over an axis by uPlot (MIT licence, © Leon Sorokin).`);
   document.body.append(el("div", { class: "page" }, head(), contents, el("main", null, sections), foot));

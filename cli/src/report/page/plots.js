@@ -2,22 +2,23 @@
 
 const PLOT_HEIGHT = 220;
 
-/** Lines over common values of x. Each of `series` is { label, style, values }; `setup` is { x, y, marks, from, to }, of which x and y are formats. */
+/** Lines over common values of x. Each of `series` is { label, style, values }; `setup` is { x, y, marks, ends, off }: formats, values with a name, the ends of y, labels not shown at first. */
 function lines(container, xs, series, setup) {
-  const shown = new Set(series.map((one) => one.label));
+  const shown = new Set(series.map((one) => one.label).filter((label) => !setup.off?.has(label)));
+  const named = list(setup.marks).map(({ value }) => value);
   let strong = null;
   const axis = (format, size, label) => ({
     stroke: () => colour("--soft"), grid: { stroke: () => colour("--grid"), width: 1 }, ticks: { show: false },
     font: "11px system-ui, sans-serif", size, values: (_, values) => values.map((value) => (value === null ? "" : format(value))),
-    label, labelFont: "11px system-ui, sans-serif", labelSize: label ? 16 : 0, labelGap: 0, space: size > 40 ? 34 : 56,
+    label, labelFont: "11px system-ui, sans-serif", labelSize: label ? 20 : 0, labelGap: 0, space: size > 40 ? 34 : 56,
   });
   const options = {
     width: 300, height: PLOT_HEIGHT, legend: { show: false }, padding: [8, 10, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 8 } },
-    scales: { x: { time: false, range: (_, low, high) => padded(low, high, 0.03) }, y: { range: (_, low, high) => padded(setup.from ?? low, setup.to ?? high, 0.06) } },
-    axes: [axis(setup.x, 34, setup.label), axis(setup.y, 64, "")],
+    scales: { x: { time: false, range: (_, low, high) => padded(low, high, 0.03) }, y: { range: (_, low, high) => setup.ends ?? padded(Math.min(low ?? Infinity, ...named), Math.max(high ?? -Infinity, ...named), 0.06) } },
+    axes: [axis(atAxis(setup.x), 22, setup.label), axis(atAxis(setup.y), 64, "")],
     series: [{}, ...series.map((one) => ({
-      label: one.label, spanGaps: true, dash: one.style.dash, width: one.style.width, stroke: () => faded(one),
+      label: one.label, show: shown.has(one.label), spanGaps: true, dash: one.style.dash, width: one.style.width, stroke: () => faded(one),
       points: { show: xs.length < 20, size: 6, fill: () => faded(one), stroke: () => faded(one) },
     }))],
     hooks: { setCursor: [tell], draw: [marks] },
@@ -66,8 +67,10 @@ function lines(container, xs, series, setup) {
     element: container,
     /** Shows or hides a line. */
     toggle(label, visible) {
+      const index = series.findIndex((one) => one.label === label);
+      if (index < 0) return;
       visible ? shown.add(label) : shown.delete(label);
-      plot.setSeries(series.findIndex((one) => one.label === label) + 1, { show: visible });
+      plot.setSeries(index + 1, { show: visible });
     },
     /** Draws one line strongly and the others weakly; all alike for null. */
     stress(label) {
@@ -109,8 +112,8 @@ function stepped(element, label, count, go) {
   element.addEventListener("blur", hideTip);
 }
 
-/** A legend for lines of several plots: hovering stresses one, pressing hides or shows it. */
-function legend(series, plots) {
+/** A legend for several plots: hovering stresses one of the series, pressing takes it into `off`, which are not shown, or out. */
+function legend(series, off, plots) {
   const sample = ({ style }) => svg("svg", { width: 22, height: 10, "aria-hidden": "true" },
     svg("line", { x1: 0, x2: 22, y1: 5, y2: 5, stroke: `var(${style.name})`, "stroke-width": style.width + 0.4, "stroke-dasharray": style.dash.join(" ") || null }));
   const entry = (one) => {
@@ -118,10 +121,11 @@ function legend(series, plots) {
     const press = () => {
       const visible = button.getAttribute("aria-pressed") === "false";
       button.setAttribute("aria-pressed", visible);
+      visible ? off.delete(one.label) : off.add(one.label);
       plots().forEach((plot) => plot.toggle(one.label, visible));
     };
     const button = el("button", {
-      type: "button", "aria-pressed": "true", click: press,
+      type: "button", "aria-pressed": String(!off.has(one.label)), click: press,
       pointerenter: stress(one.label), focus: stress(one.label), pointerleave: stress(null), blur: stress(null),
     }, sample(one), one.label);
     return el("li", null, button);
@@ -166,15 +170,21 @@ function steps(low, high, count) {
 
 /** Points on two axes as SVG. Each of `points` is { x, y, mark, hollow, star, ring, heading, pairs }; `paths` are { points, mark, dash }, `level` is a line of equal values. */
 function scatter(points, paths, setup) {
-  const [wide, high, left, bottom] = [560, 300, 64, 40];
+  const holder = el("div");
+  sized(holder, (width) => holder.replaceChildren(scattered(points, paths, setup, width)));
+  return holder;
+}
+
+function scattered(points, paths, setup, wide) {
+  const [high, left, bottom] = [300, 64, 40];
   const [x0, x1] = setup.xEnds ?? ends(points.map((point) => point.x));
   const [y0, y1] = setup.yEnds ?? ends(points.map((point) => point.y));
   const x = (value) => left + ((value - x0) / (x1 - x0)) * (wide - left - 12);
   const y = (value) => high - bottom - ((value - y0) / (y1 - y0)) * (high - bottom - 12);
   const across = steps(y0, y1, 5).map((value) => [
     svg("line", { class: "line", x1: left, x2: wide - 12, y1: y(value), y2: y(value) }),
-    svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, setup.y(value))]);
-  const up = steps(x0, x1, 5).map((value) => svg("text", { x: x(value), y: high - bottom + 18, "text-anchor": "middle" }, setup.x(value)));
+    svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, atAxis(setup.y)(value))]);
+  const up = steps(x0, x1, 5).map((value) => svg("text", { x: x(value), y: high - bottom + 18, "text-anchor": "middle" }, atAxis(setup.x)(value)));
   const route = ({ points: way, mark, dash }) => svg("polyline", {
     points: way.map((point) => `${x(point.x)},${y(point.y)}`).join(" "), fill: "none", stroke: mark, "stroke-width": 1.6, "stroke-dasharray": dash, opacity: 0.65 });
   const shape = (point) => explained(svg("circle", {

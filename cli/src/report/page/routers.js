@@ -27,65 +27,74 @@ const MEASURES = [
   { name: "survival", key: "survival", title: "Slots kept", words: "Of all token–expert places that the gate asked for.", format: format.percent, better: 1 },
   { name: "gate-mass", key: "gate_mass", title: "Gate mass kept", words: "Of what dropless top-k keeps: a slot with an expert that the gate did not want adds little.", format: format.percent, better: 1 },
   { name: "of-bound", key: "gate_mass_vs_bound", title: "Gate mass, of what is possible", words: "100 % is the certified upper bound: no router could keep more under the same limits.", format: format.percent, better: 1 },
-  { name: "perplexity", key: "perplexity", title: "Perplexity", words: "Of the model's own predictions, lower is better.", format: format.perplexity, better: -1, increase: true },
+  { name: "perplexity", key: "perplexity", title: "Perplexity", words: "How well the model predicts the text with this router in its layers; lower is better.", format: format.perplexity, better: -1, increase: true },
 ];
 
+/** A router below this share of dropless top-k's gate mass chooses all but blindly: it would squeeze the others into a corner. */
+const BLIND = 0.5;
+
 function routers() {
-  const rows = list(report.result?.rows).filter((row) => row.router);
-  const limits = limitsOf(rows);
+  const limits = limitsOf(list(report.result?.rows).filter((row) => row.router));
   if (limits.length === 0) return null;
   const dropless = report.result.dropless?.perplexity;
-  const holder = el("div", { class: "panels" });
+  const holder = el("div", { class: "panels even" });
   const first = limits.reduce((most, limit) => (limit.factors.length > most.factors.length ? limit : most));
+  const blind = (limit) => limit.routers.filter((router) => limit.rows.every((row) => row.router !== router || row.gate_mass < BLIND));
   const show = (limit) => {
+    const off = new Set(blind(limit).length < limit.routers.length ? blind(limit) : []);
     const measures = MEASURES.filter((measure) => limit.rows.some((row) => isNumber(row[measure.key])));
-    const panels = limit.factors.length > 1 ? linePanels(limit, measures, dropless) : dotPanels(limit, measures, dropless);
-    holder.replaceChildren(...panels);
+    const views = [];
+    const panel = limit.factors.length > 1 ? linePanel : dotPanel;
+    const figures = measures.map((measure) => panel(limit, measure, dropless, off, views));
+    const series = limit.routers.map((router) => ({ label: router, style: styleOf(router) }));
+    holder.replaceChildren(el("div", { class: "wide" }, legend(series, off, () => views), off.size ? el("p", { class: "aside" }, offWords([...off])) : null), ...figures);
   };
   show(first);
   const pick = choose("limit", "Limits", limits.map((limit) => [limit, `${limit.name}${limit.factors.length === 1 ? `, factor ${format.factor(limit.factors[0])}` : ""}`]), first, show);
-  return section("routers", "Routers under a limit",
-    "The capacity factor is the room over the demand: at 1.0 there is exactly one place for every slot, so a full expert or device must turn some away. One line per router; the dotted one is the model without limits.",
-    pick ? el("div", { class: "controls", style: "margin-top:1rem" }, pick) : null, holder);
+  return section("routers", "Routers", "Routers under a limit",
+    "The capacity factor is the room over the demand: at 1.0 there is exactly one place for every slot, so a full expert or device must turn some away. The dotted line is the model without limits.",
+    pick ? el("div", { class: "controls above" }, pick) : null, holder);
 }
 
-function linePanels(limit, measures, dropless) {
-  const plots = [];
-  const valueOf = (router, key) => limit.factors.map((factor) => {
+const offWords = (off) => `${off.join(", ")}: less than half of the gate mass at every factor, so switched off at first. Press a name to show or hide it.`;
+
+function linePanel(limit, measure, dropless, off, views) {
+  const holder = el("div");
+  const valuesOf = (router) => limit.factors.map((factor) => {
     const row = limit.rows.find((row) => row.router === router && row.capacity_factor === factor);
-    return isNumber(row?.[key]) ? row[key] : null;
+    return isNumber(row?.[measure.key]) ? row[measure.key] : null;
   });
-  const series = limit.routers.map((router) => ({ label: router, style: styleOf(router) }));
-  const panel = (measure) => {
-    const holder = el("div");
-    const there = series.map((one) => {
-      const values = valueOf(one.label, measure.key);
-      const tell = measure.increase ? (index) => `${measure.format(values[index])} (${format.signed(values[index] / dropless - 1)})` : null;
-      return { ...one, values, tell: isNumber(dropless) ? tell : null };
-    }).filter((one) => one.values.some(isNumber));
-    const marks = measure.increase && isNumber(dropless) ? [{ value: dropless, words: "dropless" }] : [];
-    plots.push(lines(holder, limit.factors, there, {
-      name: measure.title, x: format.factor, y: measure.format, label: "capacity factor", marks, from: marks[0]?.value,
-      heading: (factor) => `capacity factor ${format.factor(factor)}` }));
-    return figure(measure.name, measure.title, measure.words, [], holder);
-  };
-  const panels = measures.map(panel);
-  return [el("div", { class: "wide" }, legend(series, () => plots)), ...panels];
+  const against = measure.increase && isNumber(dropless);
+  const series = limit.routers.map((router) => {
+    const values = valuesOf(router);
+    const tell = (index) => `${measure.format(values[index])} (${format.signed(values[index] / dropless - 1)})`;
+    return { label: router, style: styleOf(router), values, tell: against ? tell : null };
+  }).filter((one) => one.values.some(isNumber));
+  views.push(lines(holder, limit.factors, series, {
+    name: measure.title, x: format.factor, y: measure.format, label: "capacity factor", off,
+    marks: against ? [{ value: dropless, words: "dropless" }] : [], heading: (factor) => `capacity factor ${format.factor(factor)}` }));
+  return figure(measure.name, measure.title, wordsOf(measure, limit), [], holder);
 }
 
-function dotPanels(limit, measures, dropless) {
-  const panel = (measure) => {
-    const rows = limit.rows.filter((row) => isNumber(row[measure.key])).sort((a, b) => measure.better * (b[measure.key] - a[measure.key]));
-    const entries = rows.map((row) => ({
-      label: row.router, mark: `var(${styleOf(row.router).name})`, value: row[measure.key], text: measure.format(row[measure.key]),
-      heading: `${row.router}, ${limit.name}, factor ${format.factor(row.capacity_factor)}`,
-      pairs: [[measure.title, measure.format(row[measure.key])], ...(measure.increase ? [["over dropless", format.signed(row.perplexity_increase)]] : [])],
-    }));
+function dotPanel(limit, measure, dropless, off, views) {
+  const holder = el("div");
+  const rows = limit.rows.filter((row) => isNumber(row[measure.key])).sort((a, b) => measure.better * (b[measure.key] - a[measure.key]));
+  const entryOf = (row) => ({
+    label: row.router, mark: `var(${styleOf(row.router).name})`, value: row[measure.key], text: measure.format(row[measure.key]),
+    heading: `${row.router}, ${limit.name}, factor ${format.factor(row.capacity_factor)}`,
+    pairs: [[measure.title, measure.format(row[measure.key])], ...(measure.increase ? [["over dropless", format.signed(row.perplexity_increase)]] : [])] });
+  const draw = () => {
+    const entries = rows.filter((row) => !off.has(row.router)).map(entryOf);
     const values = entries.map((entry) => entry.value).concat(measure.increase && isNumber(dropless) ? [dropless] : []);
-    return figure(measure.name, measure.title, measure.words, [], dots(entries, ends(values), measure.format));
+    holder.replaceChildren(dots(entries, ends(values), measure.format));
   };
-  return measures.map(panel);
+  draw();
+  views.push({ toggle: draw, stress: () => {} });
+  return figure(measure.name, measure.title, wordsOf(measure, limit), [], holder);
 }
+
+const wordsOf = (measure, limit) =>
+  measure.words + (measure.key === "survival" && limit.rows.some((row) => row.survival > 1) ? " Above 100 %: more than was asked for." : "");
 
 // ---- prices, and what they cost ----
 
@@ -104,9 +113,9 @@ function perPool(layer, slots) {
 function prices() {
   const runs = list(report.runs);
   const priced = runs.filter((run) => list(run.layers).some((layer) => list(layer.prices).length > 0));
-  return section("prices", "Prices, and what they cost",
+  return section("prices", "Prices", "Prices, and what they cost",
     "Where an expert or a device is asked for more than it has room for, the phase router gives it a price, and each token takes the experts whose score less price is highest. The same prices prove how much any router could keep.",
-    el("div", { class: "panels" }, [priceFigure(priced), regretFigure(runs)].filter(Boolean)));
+    panels(priceFigure(priced), regretFigure(runs)));
 }
 
 function priceFigure(runs) {
@@ -124,7 +133,7 @@ function priceFigure(runs) {
       (pool) => [`${word} ${pool}, ${layerName(layer)}`, [["price", format.score(of.prices[pool])], ["asked for", `${format.count(demand[pool])} slots`], ["room", `${format.count(of.room[pool])} slots`], ["got", `${format.count(loads[pool])} slots`]]]));
   };
   show();
-  return widened(figure("prices", "Price of each pool", "A price is the score margin of the first token that found no room: zero where there is room to spare. A mean over the batches.",
+  return widened(figure("prices", "Price and demand", "A price is the score margin of the first token that found no room: zero where there is room to spare. A mean over the batches.",
     [choose("prices-router", "Router", runOptions(runs), run, (next) => { run = next; show(); }),
       choose("prices-layer", "Layer", layerOptions(run.layers.length), layer, (next) => { layer = next; show(); })], holder));
 }

@@ -2,10 +2,10 @@
 
 /** How a key of the JSON is written, by name; everything else as a plain number. */
 const SHAPES = [
-  [/^(survival|gate_mass.*|hit_rate|belady_hit_rate|agreement|.*_share)$/, format.percent],
+  [/^(survival|gate_mass.*|hit_rate|belady_hit_rate|agreement|spread|perplexity_error|.*_share)$/, format.percent],
   [/perplexity_increase$/, format.signed],
   [/perplexity$/, format.perplexity],
-  [/(^max_violation|violation|load_cv|gini|jain)$/, (value) => (isNumber(value) ? value.toFixed(3) : NONE)],
+  [/(^max_violation|violation|load_cv|gini|jain)$/, format.ratio],
   [/nanos/, format.nanos],
   [/per_second$/, format.rate],
   [/bytes/, format.bytes],
@@ -17,9 +17,13 @@ const WORDS = {
   max_violation: "Largest load of an expert over its share, less 1", device_max_violation: "Largest load of a device over its share, less 1",
   demand_max_violation: "The same of the gate's own top-k, before limits", load_cv: "Deviation of loads over their mean", gini: "Inequality of loads, 0 if all are alike", jain: "Evenness of loads, 1 if all are alike",
   gate_mass: "Kept gate mass over that of dropless top-k", gate_mass_vs_bound: "Kept gate mass over the certified upper bound", survival: "Slots kept of those asked for",
+  spread: "Of tokens/s: half the distance between the quartiles of the repeated runs, over their median", perplexity_error: "Standard error of the increase",
   perplexity_increase: "Over the model without limits", route_nanos_per_token: "Median time in the router, a token and layer", tokens_without_expert: "Tokens that got no expert, over all layers",
   belady_hit_rate: "Hits of the best possible eviction for the same requests", gate_mass_kept: "Kept gate mass over that of plain top-k", pareto: "No setting with as few experts in memory beats it", agreement: "Slots that are also the gate's choice",
 };
+
+/** What is looked for first stands in front; the rest as the JSON has it. */
+const FIRST = ["router", "cached_experts", "cache_bonus", "capacity_factor", "devices", "survival", "gate_mass", "gate_mass_vs_bound", "perplexity", "perplexity_increase", "hit_rate", "belady_hit_rate", "tokens_per_second"];
 
 function cellText(key, value) {
   if (value === null || value === undefined) return NONE;
@@ -34,12 +38,12 @@ const headingOf = (key) => key.replace(/_/g, " ").replace("tokens per second", "
 function figures() {
   const rows = list(report.result?.rows);
   const content = rows.length ? sortable(rows) : single(report.result ?? {});
-  return section("figures", "All figures", rows.length ? "The rows of the result as --json prints them. Press a heading to sort." : "The result as --json prints it.",
-    content ? el("div", { class: "panels" }, content) : null);
+  return section("figures", "All figures", "All figures", rows.length ? "The rows of the result as --json prints them. Press a heading to sort." : "The result as --json prints it.",
+    panels(content));
 }
 
 function sortable(rows) {
-  const keys = [...new Set(rows.flatMap((row) => Object.keys(row)))].filter((key) => rows.some((row) => row[key] !== null && row[key] !== undefined));
+  const keys = [...new Set([...FIRST, ...rows.flatMap((row) => Object.keys(row))])].filter((key) => rows.some((row) => row[key] !== null && row[key] !== undefined));
   const recommended = JSON.stringify(report.result.recommended ?? null);
   const isText = (key) => rows.some((row) => typeof row[key] === "string");
   const body = el("tbody");

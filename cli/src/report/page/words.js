@@ -37,7 +37,7 @@ function words() {
   const shown = isNumber(text.total) && text.total > tokens.length ? ` The first ${format.count(tokens.length)} of ${format.count(text.total)} tokens are shown.` : "";
   const made = figure("words", "Token by token", `Hover over a token, or walk with the arrow keys, to see its experts.${shown}`, controls, holder, legendHolder);
   made.classList.add("wide", "long");
-  return section("words", "The text, and what happened to it", "Each token asks its experts in every layer. With all layers chosen, the colour is the worst that happened in any of them.", el("div", { class: "panels" }, made));
+  return section("words", "Text", "The text, and what happened to it", "Each token asks its experts in every layer. With all layers chosen, the colour is the worst that happened in any of them.", panels(made));
 }
 
 const hasMisses = (run) => list(run.words).some((layer) => layer.misses);
@@ -75,9 +75,12 @@ function meanMisses(state, index) {
 
 function classOf(state, index) {
   if (state.mode === "fate") return FATES[fateOf(state, index)][0];
-  const misses = meanMisses(state, index);
-  return misses ? `m${Math.min(Math.ceil(misses), 4)}` : "";
+  const level = missLevel(state, index);
+  return level ? `m${level}` : "";
 }
+
+/** How many of a token's experts missed, in quarters of them, rounded up: 0 for none. */
+const missLevel = (state, index) => Math.min(Math.ceil((4 * (meanMisses(state, index) ?? 0)) / (report.top_k || 1)), 4);
 
 /** What colours mean, with how many tokens have each. */
 function wordKeys(state, count) {
@@ -88,10 +91,10 @@ function wordKeys(state, count) {
     const style = { "": "box-shadow:inset 0 0 0 1px var(--faint)", moved: "background:var(--moved);box-shadow:inset 0 -3px var(--moved-line)", lost: "background:var(--lost);box-shadow:inset 0 -3px var(--lost-line)", none: "background:var(--none)" };
     return keys(Object.entries(FATES).map(([letter, [name, words]]) => [style[name], `${words}: ${share((index) => fates[index] === letter)}`]));
   }
-  const misses = indices.map((index) => meanMisses(state, index) ?? 0);
+  const levels = indices.map((index) => missLevel(state, index));
   const style = ["box-shadow:inset 0 0 0 1px var(--faint)", "background:color-mix(in srgb,var(--lost) 40%,transparent)", "background:color-mix(in srgb,var(--lost) 75%,transparent)", "background:var(--lost);box-shadow:inset 0 -3px var(--lost-line)", "background:var(--lost-line)"];
-  const label = ["no miss", "1 miss or less", "2", "3", "4 or more"];
-  return keys(style.map((one, level) => [one, `${label[level]}${state.layer < 0 ? (level === 1 ? " a layer, on average" : "") : ""}: ${share((index) => Math.min(Math.ceil(misses[index]), 4) === level)}`]));
+  const label = ["no expert missed", "up to a quarter of its experts", "up to a half", "up to three quarters", "more"];
+  return keys(style.map((one, level) => [one, `${label[level]}: ${share((index) => levels[index] === level)}`]));
 }
 
 /** What happened to a token, in words: its fate and its experts beside the gate's. */
