@@ -28,7 +28,7 @@ function frontFigure(rows) {
   };
   show(measures[0]);
   const marks = keys([...sizes.map((size, index) => [`background:var(${SIZES[Math.min(index, SIZES.length - 1)]})`, size]),
-    ["border-radius:50%;box-shadow:inset 0 0 0 2px var(--soft)", "hollow: another setting with as little memory beats it"], ...(chosen.size ? [["border-radius:50%;box-shadow:0 0 0 1.5px var(--ink)", "ring: the one to take with that memory"]] : [])]);
+    ["border-radius:50%;box-shadow:inset 0 0 0 2px var(--soft)", "hollow: not on the front"], ...(chosen.size ? [["border-radius:50%;box-shadow:0 0 0 1.5px var(--ink)", "ring: the one to take with that memory"]] : [])]);
   return widened(figure("front", "Speed, quality, hits", "Every setting that was tried. Lines join settings with the same memory; filled ones are on the front.",
     [choose("front-measure", "Against perplexity", measures.map((measure) => [measure, measure[1]]), measures[0], show)], holder, marks));
 }
@@ -45,8 +45,9 @@ function bytesFigure() {
   const rows = entries.filter((cache) => isNumber(cache[key])).map((cache, index) => ({
     label: cache.name, mark: `var(${SIZES[index % SIZES.length]})`, value: cache[key], span: cache[best], text: shape(cache[key]), heading: cache.name,
     pairs: [["bytes/token", format.bytes(cache.bytes_per_token)], ["Belady's bytes/token", format.bytes(cache.belady_bytes_per_token)], ["hit rate", format.percent(cache.hit_rate)], ["Belady's hit rate", format.percent(cache.belady_hit_rate)], ["experts in memory", format.count(cache.cached_experts)]] }));
-  return widened(figure("bytes", bytes ? "Bytes per token against Belady" : "Hit rate against Belady", "Filled: what was read. Hollow: what Belady's rule would read, which knows the future; no eviction policy reads less for the same requests.",
-    [], dots(rows, [0, Math.max(...values, 1e-9) * 1.03], shape)));
+  return widened(figure("bytes", bytes ? "Bytes per token against Belady" : "Hit rate against Belady", bytes ? "Filled: what was read. Hollow: what Belady's rule would read, which knows the future; no eviction policy reads less for the same requests."
+    : "Filled: what was found. Hollow: what Belady's rule would find, which knows the future; no eviction policy finds more for the same requests.",
+    [], dots(rows, [0, bytes ? Math.max(...values, 1e-9) * 1.03 : 1], shape)));
 }
 
 function residencyFigure() {

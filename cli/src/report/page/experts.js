@@ -117,7 +117,7 @@ function togetherFigure() {
 function capacity() {
   const runs = list(report.runs).filter(isLimited);
   if (runs.length === 0) return null;
-  let [run, layer] = [runs[0], 0];
+  let [run, layer] = [hardest(runs), 0];
   const [holder, table, curve] = [el("div"), el("div"), el("div")];
   const below = el("div");
   const show = () => {

@@ -30,10 +30,9 @@ function adviceFigure() {
   const advice = list(result.per_memory).filter((one) => one.reason);
   if (advice.length === 0) return null;
   const memory = ({ memory }) => (/^\d+$/.test(memory) ? `${memory} experts a layer` : memory);
-  const entry = (one) => el("tr", { class: one.command === result.command ? "best" : null },
-    el("th", { scope: "row", class: "left" }, memory(one)), el("td", { class: "left prose" }, one.reason, el("code", null, one.command)));
+  const entry = (one) => [el("dt", null, memory(one)), el("dd", null, one.command === result.command ? el("b", null, one.reason) : one.reason, el("code", null, one.command))];
   return widened(figure("advice", "What to take, by how much memory there is", result.warning ?? null, [],
-    el("div", { class: "scroll" }, el("table", null, el("tbody", null, advice.map(entry))))));
+    el("dl", { class: "facts advice" }, advice.map(entry))));
 }
 
 function head() {

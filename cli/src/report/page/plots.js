@@ -15,7 +15,7 @@ function lines(container, xs, series, setup) {
   const options = {
     width: 300, height: PLOT_HEIGHT, legend: { show: false }, padding: [8, 10, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 8 } },
-    scales: { x: { time: false, range: (_, low, high) => padded(low, high, 0.03) }, y: { range: (_, low, high) => setup.ends ?? padded(Math.min(low ?? Infinity, ...named), Math.max(high ?? -Infinity, ...named), 0.06) } },
+    scales: { x: { time: false, range: (_, low, high) => padded(low, high, 0.03) }, y: { range: (_, low, high) => setup.ends ?? padded(Math.min(low ?? Infinity, ...named), Math.max(high ?? -Infinity, ...named), 0.1) } },
     axes: [axis(atAxis(setup.x), 22, setup.label), axis(atAxis(setup.y), 64, "")],
     series: [{}, ...series.map((one) => ({
       label: one.label, show: shown.has(one.label), spanGaps: true, dash: one.style.dash, width: one.style.width, stroke: () => faded(one),
@@ -53,7 +53,8 @@ function lines(container, xs, series, setup) {
       ctx.stroke();
       ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
       ctx.textAlign = "right";
-      ctx.fillText(words, bbox.left + bbox.width - 4 * devicePixelRatio, y - 4 * devicePixelRatio);
+      ctx.textBaseline = "top";
+      ctx.fillText(words, bbox.left + bbox.width - 4 * devicePixelRatio, y + 3 * devicePixelRatio);
       ctx.restore();
     }
   }
@@ -199,7 +200,7 @@ function scattered(points, paths, setup, wide) {
 
 /** Columns of two measures of the same things, one above the other, each { heading, format, values, line }; `tell` gives a column's words. */
 function columns(count, upper, lower, tell) {
-  const step = Math.max(Math.min(Math.floor(1000 / count), 60), 7);
+  const step = Math.max(Math.min(Math.floor(1000 / count), 110), 7);
   const [left, wide, tall, gap] = [58, 58 + step * count + 4, 96, 26];
   const band = (measure, top) => {
     const most = Math.max(...measure.values.filter(isNumber), measure.line ?? 0, 1e-12);

@@ -121,7 +121,7 @@ function prices() {
 function priceFigure(runs) {
   if (runs.length === 0) return null;
   const holder = el("div");
-  let [run, layer] = [runs[0], 0];
+  let [run, layer] = [hardest(runs), 0];
   const show = () => {
     const of = run.layers[layer];
     const [demand, loads] = [perPool(of, of.demand), perPool(of, of.loads)];
@@ -140,22 +140,36 @@ function priceFigure(runs) {
 
 const widened = (element) => { element.classList.add("wide"); return element; };
 
+const limitName = (run) => (isNumber(run.capacity_factor) ? `${format.factor(run.capacity_factor)} ${isNumber(run.devices) ? `per ${run.devices} devices` : "per expert"}` : runName(run));
+
+/** The run to look at first: of phase, else of any router with a limit, where the limit costs most; else any. */
+function hardest(runs) {
+  const limited = runs.filter(isLimited);
+  const phase = limited.filter((run) => run.router === "phase");
+  const keeps = (run) => sum(run.layers.map((layer) => layer.kept_mass)) / (sum(run.layers.map((layer) => layer.top_k_mass)) || 1);
+  const among = phase.length ? phase : limited;
+  return among.length ? among.reduce((least, run) => (keeps(run) < keeps(least) ? run : least)) : runs[1] ?? runs[0];
+}
+
 /** What each run lost of the gate's mass: what no router could have kept, and the router's own regret. */
 function regretFigure(runs) {
-  const bounded = runs.filter((run) => list(run.layers).some((layer) => isNumber(layer.bound)));
+  const bounded = runs.filter((run) => isLimited(run) && run.layers.some((layer) => isNumber(layer.bound)));
   if (bounded.length === 0) return null;
   const layers = Math.max(...bounded.map((run) => run.layers.length));
+  const limits = [...new Set(bounded.map(limitName))];
   const holder = el("div");
-  const show = (chosen) => {
-    const costs = bounded.map((run) => costOf(run, chosen)).sort((a, b) => a.total - b.total);
+  let [limit, layer] = [limitName(hardest(bounded)), -1];
+  const show = () => {
+    const costs = bounded.filter((run) => limitName(run) === limit).map((run) => costOf(run, layer)).sort((a, b) => a.total - b.total);
     const most = Math.max(...costs.map((cost) => cost.total), 1e-9);
     holder.replaceChildren(el("div", { class: "dots" }, costs.map((cost) => costRow(cost, most))));
   };
-  show(-1);
+  show();
   const marks = keys([["background:var(--hash)", "the limit itself: top-k mass − bound"], ["background:var(--arrival)", "regret: bound − kept mass"]]);
   return widened(figure("regret", "Gate mass lost: to the limit, and to the router",
-    "The bound is what the best assignment could keep at most. What dropless top-k has above it is lost to any router; regret is what this router lost on top. Shares of top-k's gate mass.",
-    [choose("regret-layer", "Layer", layerOptions(layers, true), -1, show)], holder, marks));
+    "The bound is what the best assignment could keep at most. What dropless top-k has above it is lost to any router; regret is what this router lost on top. Shares of top-k's gate mass, which differ a little from router to router: each layer is given what the layers before it made.",
+    [choose("regret-limit", "Limit", limits.map((name) => [name, name]), limit, (next) => { limit = next; show(); }),
+      choose("regret-layer", "Layer", layerOptions(layers, true), layer, (next) => { layer = next; show(); })], holder, marks));
 }
 
 function costOf(run, chosen) {
@@ -169,7 +183,7 @@ function costOf(run, chosen) {
 function costRow({ run, kept, bound, topK, limit, regret, total }, most) {
   const share = (value) => `${(100 * value) / most}%`;
   const pairs = [["top-k's mass", format.mass(topK)], ["bound", format.mass(bound)], ["kept", format.mass(kept)], ["lost to the limit", format.percent(limit)], ["regret", format.percent(regret)]];
-  return explained(el("div", { class: "row" }, el("span", { class: "name" }, runName(run)),
+  return explained(el("div", { class: "row" }, el("span", { class: "name" }, run.router ?? runName(run)),
     el("span", { class: "track" },
       el("i", { class: "fill", style: `left:0;width:${share(limit)};background:var(--hash)` }),
       el("i", { class: "fill", style: `left:${share(limit)};width:${share(regret)};background:var(--arrival)` })),

@@ -77,5 +77,5 @@ function single(result) {
   const entries = Object.entries(result).filter(([, value]) => value !== null && value !== undefined && !(value && typeof value === "object" && !Array.isArray(value)));
   if (entries.length === 0) return null;
   const row = ([key, value]) => el("tr", null, el("th", { class: "left", scope: "row", title: WORDS[key] }, headingOf(key)), el("td", { class: "left", style: "white-space:normal" }, Array.isArray(value) ? `${value.length} entries` : cellText(key, value)));
-  return widened(figure("figures", "The result", null, [], el("div", { class: "scroll" }, el("table", null, el("tbody", null, entries.map(row))))));
+  return widened(figure("figures", "The result", null, [], el("div", { class: "scroll" }, el("table", { class: "pairs" }, el("tbody", null, entries.map(row))))));
 }

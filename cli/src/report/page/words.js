@@ -15,7 +15,7 @@ function words() {
   const text = report.text;
   const runs = list(report.runs).filter((run) => list(run.words).length > 0);
   if (!text || list(text.tokens).length === 0) return null;
-  const state = { run: runs[1] ?? runs[0], layer: -1, mode: "fate" };
+  const state = { run: hardest(runs), layer: 0, mode: "fate" };
   if (state.run && !hasFates(state.run) && hasMisses(state.run)) state.mode = "misses";
   const [holder, legendHolder] = [el("div"), el("div")];
   const tokens = text.tokens.map((token, index) => tokenElement(token, index, text));
