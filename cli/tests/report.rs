@@ -316,7 +316,7 @@ fn expected_plots(document: &Value) -> BTreeSet<&'static str> {
         ("of-bound", of_rows("gate_mass_vs_bound")),
         ("perplexity", of_rows("perplexity")),
         ("prices", layers.iter().any(|layer| many(&layer["prices"]))),
-        ("regret", layers.iter().any(|layer| layer["bound"].is_number())),
+        ("regret", layers.iter().any(|layer| many(&layer["room"]) && layer["bound"].is_number())),
         ("load", !layers.is_empty()),
         ("kinds", each(&document["kinds"]).iter().any(|kind| many(&kind["layers"]))),
         ("together", each(&document["together"]).iter().any(many)),
