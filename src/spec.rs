@@ -303,8 +303,10 @@ pub struct ModelSpec {
     pub ffn: String,
     /// Blocks that have no experts.
     pub(crate) dense: DenseBlocks,
-    /// The MoE layer of every other block.
+    /// The MoE layer of every other block. Where layers have numbers of experts per token of their own, its `top_k` is the largest.
     pub moe: MoeSpec,
+    /// Experts per token of each MoE layer where they are not all alike, else empty.
+    pub layer_top_k: Vec<usize>,
 }
 
 impl LatentSpec {
@@ -431,7 +433,11 @@ impl ModelSpec {
 
     /// Weights that one token meets.
     pub fn active_parameters(&self) -> usize {
-        self.shared_parameters() + self.moe_layers() * self.moe.top_k * self.moe.parameters_per_expert()
+        let slots = match self.layer_top_k.as_slice() {
+            [] => self.moe_layers() * self.moe.top_k,
+            each => each.iter().sum(),
+        };
+        self.shared_parameters() + slots * self.moe.parameters_per_expert()
     }
 
     /// Weights that every token meets: all but those of the experts it is routed to.

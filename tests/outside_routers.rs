@@ -266,6 +266,7 @@ fn replays_refuse_wrong_answers() {
         model: None,
         experts: 16,
         top_k: 2,
+        layer_top_k: Vec::new(),
         scoring: Scoring::softmax(),
         batch_tokens: None,
         token_ids: None,

@@ -13,8 +13,8 @@ use phase_moe::{CacheRouter, CapacityRule, RouterKind};
 
 use crate::global::Global;
 use crate::options::{
-    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, TextOptions, parse, print_json, refuse_unheard,
-    warn_streamed, warn_unlimited,
+    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, TextOptions, TopKOptions, fewest_experts, parse,
+    print_json, refuse_unheard, warn_streamed, warn_unlimited,
 };
 
 /// Runs the model over text with each router at each capacity; prints one table, and in two sentences what it means.
@@ -32,9 +32,8 @@ pub struct Compare {
     /// Routers to compare [default: all but cache and cache+phase, which are run where they are named]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = parse::<RouterKind>)]
     router: Vec<RouterKind>,
-    /// Experts per token [default: the model's]
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
+    #[command(flatten)]
+    top_k: TopKOptions,
     /// Room over demand; routers that know no limit run once, without [default: 1.0, 1.25, 2.0 per expert and 1.0 per 4 devices]
     #[arg(long, value_name = "F,..", value_delimiter = ',', allow_hyphen_values = true)]
     capacity_factor: Vec<f64>,
@@ -71,10 +70,8 @@ impl Compare {
         let files = self.model.files()?;
         let page = self.report.open(&Inputs::default().texts(&self.text.text).model(&files))?;
         let mut model = self.model.load_from(&files, &self.memory)?;
-        if let Some(top_k) = self.top_k {
-            model.decoder_mut().set_top_k(top_k)?;
-        }
-        let moe = &model.decoder().spec().moe;
+        self.top_k.set(model.decoder_mut())?;
+        let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
         let rules = self.rules(moe.experts)?;
         for rule in &rules {
             rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
@@ -88,7 +85,7 @@ impl Compare {
         for rule in rules.iter().filter(|_| is_limited) {
             let mut unlimited = 0;
             for batch in &batches {
-                let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, moe.top_k)?;
+                let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, fewest)?;
                 unlimited += usize::from(capacity.limits().is_none());
             }
             warn_unlimited(rule, unlimited, batches.len());
@@ -225,8 +222,8 @@ fn begun(setting: &Setting, row: Option<usize>) -> Begun {
     let router = setting.router.name();
     let name = match (rule.map(|rule| rule.factor), devices) {
         (None, _) => format!("{router}, no limit"),
-        (Some(factor), None) => format!("{router}, {factor} per expert"),
-        (Some(factor), Some(devices)) => format!("{router}, {factor} per {devices} devices"),
+        (Some(factor), None) => format!("{router}, {factor:?} per expert"),
+        (Some(factor), Some(devices)) => format!("{router}, {factor:?} per {devices} devices"),
     };
     Begun { name, router, capacity_factor: rule.map(|rule| rule.factor), devices, row }
 }

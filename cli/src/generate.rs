@@ -1,6 +1,13 @@
-//! `generate`: continues a prompt.
+//! `generate`: continues prompts, or holds a conversation.
 
-use std::io::{IsTerminal, Read, Stdout, Write};
+mod conversation;
+mod figures;
+mod interrupt;
+mod limits;
+mod live;
+mod screen;
+
+use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,18 +15,23 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::{Continuation, generate_batch};
-use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, Router, RouterKind, Sampler};
+use phase_moe::decoder::{DecoderState, generate_batch};
+use phase_moe::{Error, GenerateOptions, Generation, Model, Router, RouterKind, Sampler};
 use serde::Serialize;
 use serde_json::to_value;
 
-use crate::chat::Chat;
+use self::conversation::Conversation;
+use self::figures::{Figures, Reads, Sums};
+use self::limits::Limits;
+use self::live::Live;
+use self::screen::Screen;
+use crate::chat::{Chat, Message};
 use crate::global::Global;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
 use crate::options::{
-    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, parse, print_json, read_text, set_routing,
-    warn_streamed, warn_unlimited,
+    CacheOptions, CapacityOptions, MemoryOptions, ModelOptions, TopKOptions, parse, print_json, read_text, set_routing,
+    warn_streamed,
 };
 use crate::output::{self, Inputs};
 use crate::report::compare::ModelSummary;
@@ -31,18 +43,22 @@ use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
 /// One prompt is printed token by token, several and --json at the end. A prompt begins with the tokens that the model's tokenizer
 /// has begin a text; with --chat that is left to the template.
 ///
+/// --chat without a prompt is a conversation: messages are read from standard input, a line each; what was said before stays in
+/// the model's memory. /clear begins another, /exit or the end of input ends it, Ctrl-C stops an answer. With --json each turn is a
+/// line of JSON.
+///
 /// Example: phase-moe generate --prompt "And it came to pass" --new-tokens 60 --temperature 0.7
 #[derive(Args)]
 pub struct Generate {
     #[command(flatten)]
     model: ModelOptions,
     /// Text to continue, repeatable: several are continued side by side in one batch
-    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
+    #[arg(long, value_name = "TEXT", required_unless_present_any = ["prompt_file", "chat"])]
     prompt: Vec<String>,
     /// File of the one text to continue, - for standard input; one end of line at its end is not of the text
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompt_file: Option<PathBuf>,
-    /// Take each prompt as a user's message, written as the model's chat template has it
+    /// Take each prompt as a user's message, written as the model's chat template has it; without one, hold a conversation
     #[arg(long)]
     chat: bool,
     /// What the chat is to be like: its system message
@@ -63,9 +79,8 @@ pub struct Generate {
     /// Router to use
     #[arg(long, value_name = "NAME", default_value = "top-k", value_parser = parse::<RouterKind>)]
     router: RouterKind,
-    /// Experts per token [default: the model's]
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
+    #[command(flatten)]
+    top_k: TopKOptions,
     /// Room over demand while the prompt is read; decoding one text has no limit [default: none]
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     capacity_factor: Option<f64>,
@@ -91,19 +106,11 @@ struct Output {
     /// Of one prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<String>,
-    /// Of several; the figures below are then of all.
+    /// Of several; the figures are then of all.
     #[serde(skip_serializing_if = "Option::is_none")]
     texts: Option<Vec<Text>>,
-    prompt_tokens: usize,
-    new_tokens: usize,
-    prefill_tokens_per_second: f64,
-    decode_tokens_per_second: Option<f64>,
-    survival: f64,
-    /// Needs `--expert-cache` or `--cached-experts`.
-    hit_rate: Option<f64>,
-    /// These two need `--expert-cache`.
-    expert_bytes_read: Option<u64>,
-    peak_resident_expert_bytes: Option<u64>,
+    #[serde(flatten)]
+    figures: Figures,
 }
 
 #[derive(Clone, Serialize)]
@@ -128,12 +135,20 @@ impl Generate {
         let prompt_file = self.prompt_file.iter().filter(|path| path.as_os_str() != "-");
         let inputs = prompt_file.fold(Inputs::default(), |inputs, path| inputs.file("--prompt-file", path));
         let page = self.report.open(&inputs.model(&files))?;
+        if page.is_some() && prompts.is_empty() {
+            let message = "--report: expected --prompt or --prompt-file beside it, a conversation has no page";
+            return Err(UserMistake(message.into()).into());
+        }
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
-        let written = |prompt: &String| match &chat {
-            Some(chat) => chat.write(self.system.as_deref(), prompt),
+        let message = |role, text: &str| Message { role, content: text.into() };
+        let write = |prompt: &String| match &chat {
+            Some(chat) => {
+                let system = self.system.iter().map(|system| message("system", system));
+                chat.write(&system.chain([message("user", prompt)]).collect::<Vec<_>>())
+            }
             None => Ok(prompt.clone()),
         };
-        let written: Vec<String> = prompts.iter().map(written).collect::<Result<_>>()?;
+        let written: Vec<String> = prompts.iter().map(write).collect::<Result<_>>()?;
         let mut model = self.model.load_from(&files, &self.memory)?;
         let mut router: Arc<dyn Router> = Arc::from(self.router.build_with(self.capacity.seed, &settings));
         // Batches of several texts are no text that could be shown.
@@ -144,12 +159,44 @@ impl Generate {
         if let Some(recorder) = &recorder {
             router = recorder.clone();
         }
-        set_routing(&mut model, router, rule.clone(), self.top_k)?;
+        self.top_k.set(model.decoder_mut())?;
+        set_routing(model.decoder_mut(), router, rule.clone());
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
             let (policy, admission) = (self.memory.policy(), self.memory.admission());
             state = state.with_memory(model.decoder().expert_memory(cached, policy, admission)?);
         }
+        let mut limits = Limits::new(rule);
+        match (&chat, prompts.as_slice()) {
+            (Some(chat), []) => {
+                let (system, options) = (self.system.as_deref(), self.generate_options());
+                let conversation =
+                    Conversation { model: &model, chat, system, state, sampler, options, limits: &mut limits };
+                let (sums, state) = conversation.run(self.json, global.quiet())?;
+                limits.warn();
+                warn_streamed(model.decoder());
+                self.say(&model, &sums.figures(Reads::of(model.decoder(), &state)), "messages");
+                Ok(())
+            }
+            (_, prompts) => {
+                let ids = self.ids(&model, &written)?;
+                let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+                limits.count(model.decoder(), &ids, self.chunk_tokens)?;
+                limits.warn();
+                let generation = self.generate(global, &model, prompts, &ids, &mut state, sampler)?;
+                warn_streamed(model.decoder());
+                let page = page.map(|page| (page, recorder));
+                self.print(&model, prompts, &ids, &generation, Reads::of(model.decoder(), &state), page)
+            }
+        }
+    }
+
+    fn generate_options(&self) -> GenerateOptions {
+        GenerateOptions { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens }
+    }
+
+    /// The tokens to continue.
+    fn ids(&self, model: &Model, written: &[String]) -> Result<Vec<Vec<u32>>> {
         let encode = |prompt: &String| -> Result<Vec<u32>> {
             let ids = model.encode(prompt)?;
             match self.chat {
@@ -158,44 +205,39 @@ impl Generate {
                 false => Ok(model.encode_sequence(prompt)?),
             }
         };
-        let ids: Vec<Vec<u32>> = written.iter().map(encode).collect::<Result<_>>()?;
-        let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
-        if let Some(rule) = &rule {
-            let (moe, batch) = (&model.decoder().spec().moe, Batch::new(&ids)?);
-            let (mut chunks, mut unlimited) = (0, 0);
-            for chunk in batch.chunks(self.chunk_tokens) {
-                let capacity = rule.capacity(chunk.live_tokens() as usize, moe.experts, moe.top_k)?;
-                chunks += 1;
-                unlimited += usize::from(capacity.limits().is_none());
-            }
-            warn_unlimited(rule, unlimited, chunks);
-        }
-        let options = GenerateOptions { new_tokens: self.new_tokens, chunk_tokens: self.chunk_tokens };
-        let mut samplers = vec![sampler; ids.len()];
-        let generation = match (ids.as_slice(), self.json) {
-            ([prompt], false) => {
-                let mut screen = Screen::new(model.continuation(prompt)?, (!self.chat).then_some(&prompts[0]))?;
-                let on_token = |_, id| screen.show(id);
-                let generation = generate_batch(&model, &ids, options, &mut state, &mut samplers, on_token);
-                // The line ends before anything else is said, an error too.
-                let shown = screen.finish(generation.is_ok());
-                let generation = generation?;
-                shown?;
-                generation
-            }
-            _ => {
-                let bar = global.progress((ids.len() as u64).saturating_mul(self.new_tokens as u64));
-                bar.set_message("generating");
-                generate_batch(&model, &ids, options, &mut state, &mut samplers, |_, _| {
-                    bar.inc(1);
-                    ControlFlow::Continue(())
-                })?
-            }
+        written.iter().map(encode).collect()
+    }
+
+    /// Continues `ids`: one text on the screen as it comes.
+    fn generate(
+        &self,
+        global: &Global,
+        model: &Model,
+        prompts: &[String],
+        ids: &[&[u32]],
+        state: &mut DecoderState,
+        mut sampler: Sampler,
+    ) -> Result<Generation> {
+        let options = self.generate_options();
+        let ([prompt], false) = (ids, self.json) else {
+            let bar = global.progress((ids.len() as u64).saturating_mul(self.new_tokens as u64));
+            bar.set_message("generating");
+            let mut samplers = vec![sampler; ids.len()];
+            return Ok(generate_batch(model, ids, options, state, &mut samplers, |_, _, _| {
+                bar.inc(1);
+                ControlFlow::Continue(())
+            })?);
         };
-        warn_streamed(model.decoder());
-        let hit_rate = state.memory().and_then(|memory| rate(memory.hits(), memory.requests()));
-        let page = page.map(|page| (page, recorder));
-        self.print(&model, &prompts, &ids, &generation, hit_rate, page)
+        let shown = prompts.first().filter(|_| !self.chat).map(String::as_str);
+        let mut screen = Screen::new(model.continuation(prompt)?, shown, Live::new(global.quiet()))?;
+        let generation = stream(model, prompt, options, state, &mut sampler, |id, state| {
+            screen.show(id, state, || Reads::of(model.decoder(), state))
+        });
+        // The line ends before anything else is said, an error too.
+        let shown = screen.finish(generation.is_ok());
+        let generation = generation?;
+        shown?;
+        Ok(generation)
     }
 
     /// The texts to continue.
@@ -229,33 +271,20 @@ impl Generate {
         prompts: &[String],
         before: &[&[u32]],
         generation: &Generation,
-        hit_rate: Option<f64>,
+        reads: Reads,
         page: Option<(output::Output, Option<Arc<Recorder>>)>,
     ) -> Result<()> {
-        let cache = model.decoder().expert_cache().map(|cache| cache.statistics());
         let text = |((prompt, before), ids): ((&String, &&[u32]), &Vec<u32>)| {
             let (text, prompt) = (model.decode_after(before, ids)?, prompt.clone());
             Ok(Text { prompt, text, prompt_tokens: before.len(), new_tokens: ids.len() })
         };
         let texts: Vec<Text> = prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
-        let decoded = generation.decode_tokens > 0;
-        let (alone, several) = match texts.as_slice() {
-            [alone] => (Some(alone.text.clone()), None),
-            _ => (None, Some(texts.clone())),
-        };
-        let output = Output {
-            text: alone,
-            texts: several,
-            prompt_tokens: texts.iter().map(|text| text.prompt_tokens).sum(),
-            new_tokens: texts.iter().map(|text| text.new_tokens).sum(),
-            prefill_tokens_per_second: generation.prompt_tokens.iter().sum::<usize>() as f64
-                / generation.prefill_time.as_secs_f64(),
-            decode_tokens_per_second: decoded
-                .then(|| generation.decode_tokens as f64 / generation.decode_time.as_secs_f64()),
-            survival: generation.slots.survival(),
-            hit_rate: cache.as_ref().map_or(hit_rate, |cache| rate(cache.hits, cache.requests)),
-            expert_bytes_read: cache.as_ref().map(|cache| cache.bytes_read),
-            peak_resident_expert_bytes: cache.as_ref().map(|cache| cache.peak_bytes as u64),
+        let mut sums = Sums::default();
+        sums.add(generation);
+        let figures = sums.figures(reads);
+        let output = match texts.as_slice() {
+            [alone] => Output { text: Some(alone.text.clone()), texts: None, figures },
+            _ => Output { text: None, texts: Some(texts.clone()), figures },
         };
         if let Some((page, recorder)) = page {
             let spec = model.decoder().spec();
@@ -265,11 +294,14 @@ impl Generate {
                 // The last token has not been through the model.
                 let ids = [before, &new[..new.len().saturating_sub(1)]].concat();
                 let text = ShownText::of_ids(model, &ids, "text", Some(before.len()), MOST_TOKENS)?;
-                let cached = self.cached_experts.or(model.decoder().expert_cache().map(|cache| cache.capacity(0)));
-                let bytes = cache.as_ref().map(|cache| cache.bytes_read).zip(cache.as_ref().map(|cache| cache.misses));
-                let bytes = bytes.and_then(|(bytes, misses)| bytes.checked_div(misses));
+                let cache = model.decoder().expert_cache();
+                let rooms = (0..model.decoder().moe_layers().count())
+                    .map(|layer| self.cached_experts.or(cache.map(|cache| cache.capacity(layer))))
+                    .collect::<Option<Vec<_>>>();
+                let read = cache.map(|cache| cache.statistics()).map(|read| (read.bytes_read, read.misses));
+                let bytes = read.and_then(|(bytes, misses)| bytes.checked_div(misses));
                 document.runs.push(recorder.run()?);
-                document.cache.extend(cached.and_then(|cached| recorder.cache(self.router.name(), cached, bytes)));
+                document.cache.extend(rooms.and_then(|rooms| recorder.cache(self.router.name(), &rooms, bytes)));
                 document.text = Some(to_value(text)?);
             }
             document.write(page)?;
@@ -294,77 +326,26 @@ impl Generate {
             }
             writeln!(out, "{}", text.text)?;
         }
-        let decode = output.decode_tokens_per_second.map_or("–".into(), |rate| format!("{rate:.0}"));
-        let hits = output.hit_rate.map_or(String::new(), |rate| format!(", {:.1} % of experts hit", 100.0 * rate));
-        let ahead = cache.map(|cache| cache.prefetch).filter(|ahead| ahead.issued > 0);
-        let ahead =
-            ahead.map_or(String::new(), |ahead| format!(", {} of {} reads ahead used", ahead.used, ahead.issued));
-        notice(format_args!(
-            "{} tokens of prompt{} at {:.0} tokens/s, {} new at {decode} tokens/s, {:.1} % of slots kept{hits}{ahead}",
-            output.prompt_tokens,
-            if texts.len() > 1 { "s" } else { "" },
-            output.prefill_tokens_per_second,
-            output.new_tokens,
-            100.0 * output.survival
-        ));
+        self.say(model, &output.figures, if texts.len() > 1 { "prompts" } else { "prompt" });
         Ok(())
     }
-}
 
-/// A text on standard output as it comes, so that whatever ends the run leaves there what was generated.
-struct Screen {
-    out: Stdout,
-    text: Continuation,
-    /// Whether something stands on the line.
-    begun: bool,
-    failed: Option<anyhow::Error>,
-}
-
-impl Screen {
-    /// On a terminal the prompt reads on into the continuation; in a pipe there is the continuation alone.
-    fn new(text: Continuation, prompt: Option<&String>) -> Result<Self> {
-        let mut screen = Self { out: std::io::stdout(), text, begun: false, failed: None };
-        if let Some(prompt) = prompt.filter(|_| screen.out.is_terminal()) {
-            screen.write(prompt)?;
-        }
-        Ok(screen)
-    }
-
-    fn show(&mut self, id: u32) -> ControlFlow<()> {
-        let shown = self.text.push(id).map_err(anyhow::Error::from).and_then(|text| Ok(self.write(&text)?));
-        match shown {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                self.failed = Some(error);
-                ControlFlow::Break(())
-            }
-        }
-    }
-
-    fn write(&mut self, text: &str) -> std::io::Result<()> {
-        if text.is_empty() {
-            return Ok(());
-        }
-        self.begun = true;
-        self.out.write_all(text.as_bytes())?;
-        self.out.flush()
-    }
-
-    /// What was held back, and the end of the line, also of an empty one if the text is `whole`; or what went wrong on the way.
-    fn finish(mut self, whole: bool) -> Result<()> {
-        if let Some(error) = self.failed {
-            return Err(error);
-        }
-        let rest = self.text.finish()?;
-        self.write(&rest)?;
-        if whole || self.begun {
-            self.write("\n")?;
-        }
-        Ok(())
+    /// Says on standard error how it went.
+    fn say(&self, model: &Model, figures: &Figures, prompts: &str) {
+        let ahead = model.decoder().expert_cache().map(|cache| cache.statistics().prefetch);
+        figures.say(prompts, ahead);
     }
 }
 
-/// Hits of requests; `None` without any.
-fn rate(hits: u64, requests: u64) -> Option<f64> {
-    (requests > 0).then(|| hits as f64 / requests as f64)
+/// Continues one prompt; `on_token` sees the state as it is then.
+fn stream(
+    model: &Model,
+    prompt: &[u32],
+    options: GenerateOptions,
+    state: &mut DecoderState,
+    sampler: &mut Sampler,
+    mut on_token: impl FnMut(u32, &DecoderState) -> ControlFlow<()>,
+) -> phase_moe::Result<Generation> {
+    let samplers = std::slice::from_mut(sampler);
+    generate_batch(model, &[prompt], options, state, samplers, |_, id, state| on_token(id, state))
 }

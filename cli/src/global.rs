@@ -70,6 +70,11 @@ impl Global {
         self.shown(None, "{msg} {spinner} {elapsed}").saying(message)
     }
 
+    /// True where progress is not to be shown.
+    pub fn quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
     pub fn progress(&self, length: u64) -> Progress {
         self.shown(Some(length), "{msg:32} {wide_bar} {percent:>3} %, {eta} left")

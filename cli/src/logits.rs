@@ -10,7 +10,7 @@ use phase_moe::checkpoint::{NamedTensor, tensor_bytes};
 
 use crate::global::Global;
 use crate::mistake::UserMistake;
-use crate::options::{ModelOptions, read_text, warn_streamed};
+use crate::options::{ModelOptions, TopKOptions, read_text, warn_streamed};
 use crate::output::{Destination, Inputs};
 
 /// Writes the model's logits for given token ids: one tensor `logits`, f32 [tokens, vocab].
@@ -21,6 +21,8 @@ use crate::output::{Destination, Inputs};
 pub struct Logits {
     #[command(flatten)]
     model: ModelOptions,
+    #[command(flatten)]
+    top_k: TopKOptions,
     /// Token ids
     #[arg(long, value_name = "ID,..", value_delimiter = ',')]
     ids: Option<Vec<u32>>,
@@ -55,7 +57,8 @@ impl Logits {
         let inputs = self.ids_file.iter().fold(Inputs::default(), |inputs, path| inputs.file("--ids-file", path));
         let out = out.apart_from(&inputs.model(&files))?;
         let loading = global.waiting("loading the model");
-        let decoder = self.model.decoder_from(&files)?;
+        let mut decoder = self.model.decoder_from(&files)?;
+        self.top_k.set(&mut decoder)?;
         drop(loading);
         let passing = global.waiting(format!("one pass over {} tokens", ids.len()));
         let logits = decoder.forward(&Batch::new(&[&ids])?, &mut decoder.batch_state())?;

@@ -10,7 +10,7 @@ use bytesize::ByteSize;
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use phase_moe::checkpoint::text;
-use phase_moe::eval::{Batching, EvalText, Mixing};
+use phase_moe::eval::{Batching, EvalText, GateTrace, Mixing};
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
 use phase_moe::{
     Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Policy, Router, RouterKind,
@@ -424,19 +424,59 @@ impl MemoryOptions {
     }
 }
 
-/// Sets router, room and top-k of every layer.
-pub fn set_routing(
-    model: &mut Model,
-    router: Arc<dyn Router>,
-    rule: Option<CapacityRule>,
+/// How many experts a token gets.
+#[derive(Args)]
+pub struct TopKOptions {
+    /// Experts per token [default: the model's]
+    #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-) -> Result<()> {
-    if let Some(top_k) = top_k {
-        model.decoder_mut().set_top_k(top_k)?;
+    /// Experts per token of each MoE layer, the first layer's first [default: the model's]
+    #[arg(long, value_name = "A,B,..", value_delimiter = ',', conflicts_with = "top_k")]
+    layer_top_k: Vec<usize>,
+}
+
+impl TopKOptions {
+    /// Sets what is given; nothing leaves a model as it is.
+    pub fn set(&self, decoder: &mut Decoder) -> Result<()> {
+        if let Some(top_k) = self.top_k {
+            decoder.set_top_k(&[top_k])?;
+        }
+        let (layers, given) = (decoder.moe_layers().count(), self.layer_top_k.len());
+        match given {
+            0 => Ok(()),
+            // One number would stand for all.
+            _ if given != layers => {
+                let message = format!("--layer-top-k: expected {layers} values, one for each MoE layer, got {given}");
+                Err(UserMistake(message).into())
+            }
+            _ => decoder.set_top_k(&self.layer_top_k).context("--layer-top-k"),
+        }
     }
-    model.decoder_mut().set_router(router);
-    model.decoder_mut().set_capacity(rule);
-    Ok(())
+}
+
+/// The fewest experts that a token gets in a layer: where these have a limit, all have.
+pub fn fewest_experts(decoder: &Decoder) -> usize {
+    decoder.moe_layers().map(|layer| layer.spec().top_k).min().unwrap_or(1)
+}
+
+/// The one number of experts per token to route a trace with.
+pub fn trace_top_k(given: Option<usize>, trace: &GateTrace) -> Result<usize> {
+    match (given, trace.layer_top_k.as_slice()) {
+        (Some(top_k), _) => Ok(top_k),
+        (None, []) => Ok(trace.top_k),
+        (None, each) => {
+            let each: Vec<String> = each.iter().map(usize::to_string).collect();
+            let message =
+                format!("--logits: taken with --layer-top-k {}: give one number with --top-k", each.join(","));
+            Err(UserMistake(message).into())
+        }
+    }
+}
+
+/// Sets router and room of every layer.
+pub fn set_routing(decoder: &mut Decoder, router: Arc<dyn Router>, rule: Option<CapacityRule>) {
+    decoder.set_router(router);
+    decoder.set_capacity(rule);
 }
 
 /// Reads text from a file, or from whatever else has a path.

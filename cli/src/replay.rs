@@ -18,7 +18,8 @@ use phase_moe::{Admission, CapacityRule, Error, LoadOptions, Model, Router, Rout
 use crate::global::Global;
 use crate::mistake::UserMistake;
 use crate::options::{
-    Batches, CacheOptions, CapacityOptions, MemoryOptions, ModelSource, TextOptions, parse, print_json, warn_unlimited,
+    Batches, CacheOptions, CapacityOptions, MemoryOptions, ModelSource, TextOptions, parse, print_json, trace_top_k,
+    warn_unlimited,
 };
 
 /// Replays gate logits against a cache of experts: hits, misses, bytes, lost gate mass, Belady's bound.
@@ -101,7 +102,7 @@ impl Replay {
             router = recorder.clone();
         }
         let (tokens, layers) = (trace.tokens(), trace.layers.len());
-        let top_k = self.top_k.unwrap_or(trace.top_k);
+        let top_k = trace_top_k(self.top_k, &trace)?;
         if let Some(rule) = &rule {
             let below = |size: usize| -> Result<bool> {
                 Ok(size > 0 && rule.capacity(size, trace.experts, top_k)?.limits().is_none())
@@ -159,7 +160,8 @@ impl Replay {
             let document = Document::new("replay", model, &report)?;
             let mut document = document.with_layers(blocks, trace.experts, top_k);
             document.runs.push(recorder.run()?);
-            document.cache.extend(recorder.cache(report.router, report.cached_experts, bytes_per_expert));
+            let rooms = vec![report.cached_experts; trace.layers.len()];
+            document.cache.extend(recorder.cache(report.router, &rooms, bytes_per_expert));
             document.text = text.map(serde_json::to_value).transpose()?;
             document.write(page)?;
         }
@@ -205,7 +207,7 @@ impl Replay {
             let page = self.report.open(&Inputs::default().file("--logits", path))?;
             let _reading = global.waiting("reading the trace");
             let trace = GateTrace::read(path)?;
-            self.check(trace.experts, trace.top_k, rule)?;
+            self.check(trace.experts, trace_top_k(self.top_k, &trace)?, rule)?;
             let (name, blocks) = (path.display().to_string(), (0..trace.layers.len()).collect());
             return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page, text: None });
         }

@@ -13,7 +13,7 @@ use phase_moe::{Capacity, Placement, RouterKind};
 use crate::global::Global;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
-use crate::options::{CacheOptions, CapacityOptions, parse, print_json, refuse_unheard, warn_unlimited};
+use crate::options::{CacheOptions, CapacityOptions, parse, print_json, refuse_unheard, trace_top_k, warn_unlimited};
 use crate::output::{Destination, Inputs};
 
 /// Routes captured gate logits with any router, offline. The whole file is one batch unless --batch-tokens says otherwise.
@@ -74,7 +74,7 @@ impl Route {
         let reading = global.waiting("reading the trace");
         let trace = GateTrace::read(&self.logits)?;
         drop(reading);
-        let top_k = self.top_k.unwrap_or(trace.top_k);
+        let top_k = trace_top_k(self.top_k, &trace)?;
         let router = OfflineRouter {
             router: self.router,
             seed: self.capacity.seed,

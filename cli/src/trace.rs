@@ -7,7 +7,7 @@ use clap::Args;
 use phase_moe::eval::GateTrace;
 
 use crate::global::Global;
-use crate::options::{ModelOptions, TextOptions, warn_streamed};
+use crate::options::{ModelOptions, TextOptions, TopKOptions, warn_streamed};
 use crate::output::{Destination, Inputs};
 
 /// Runs the model over text, dropless, and writes the gate logits of every MoE layer.
@@ -19,6 +19,8 @@ pub struct Trace {
     model: ModelOptions,
     #[command(flatten)]
     text: TextOptions,
+    #[command(flatten)]
+    top_k: TopKOptions,
     /// Where the trace goes
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -30,7 +32,8 @@ impl Trace {
         let files = self.model.files()?;
         let out = out.apart_from(&Inputs::default().texts(&self.text.text).model(&files))?;
         let loading = global.waiting("loading the model");
-        let model = self.model.load_plain(&files)?;
+        let mut model = self.model.load_plain(&files)?;
+        self.top_k.set(model.decoder_mut())?;
         let (_, batches) = self.text.batches(&model)?;
         drop(loading);
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());

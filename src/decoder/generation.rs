@@ -73,11 +73,11 @@ pub fn generate(
     sampler: &mut Sampler,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    generate_batch(model, &[prompt], options, state, std::slice::from_mut(sampler), |_, id| on_token(id))
+    generate_batch(model, &[prompt], options, state, std::slice::from_mut(sampler), |_, id, _| on_token(id))
 }
 
-/// Continues several prompts side by side, each as [`generate`] does and with a sampler of its own; `on_token` sees the number of the text
-/// too. Without a limit and a router that looks at the batch, texts are those that each prompt gives alone, but for what rounding turns.
+/// Continues several prompts side by side, each as [`generate`] does and with a sampler of its own; `on_token` sees the number of the text,
+/// the token, and the state as it is then. Without a limit and a router that looks at the batch, texts are those that each prompt gives alone, but for what rounding turns.
 ///
 /// # Errors
 /// [`Error::Shape`] for no prompt or an empty one, for samplers that are not as many, and for a state that keeps no keys and values
@@ -88,7 +88,7 @@ pub fn generate_batch(
     options: GenerateOptions,
     state: &mut DecoderState,
     samplers: &mut [Sampler],
-    mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
+    mut on_token: impl FnMut(usize, u32, &DecoderState) -> ControlFlow<()>,
 ) -> Result<Generation> {
     if !state.keeps_text() {
         return Err(Error::shape("decoder state", "one that keeps keys and values", "one that keeps none"));
@@ -118,7 +118,7 @@ pub fn generate_batch(
                 continue;
             }
             done.texts[text].push(id);
-            stopped |= on_token(text, id).is_break();
+            stopped |= on_token(text, id, state).is_break();
             if done.texts[text].len() == options.new_tokens || state.lengths()[text] == decoder.spec().max_positions {
                 *next = None;
             }

@@ -75,6 +75,10 @@ impl Decoder {
     /// contradict.
     pub fn new(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let body = ByCandle::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))?;
-        Ok(Self { spec: spec.clone(), body: Body::ByCandle(body), checkpoint: None })
+        let mut decoder = Self { spec: spec.clone(), body: Body::ByCandle(body), checkpoint: None };
+        if !spec.layer_top_k.is_empty() {
+            decoder.set_top_k(&spec.layer_top_k)?;
+        }
+        Ok(decoder)
     }
 }

@@ -57,6 +57,7 @@ use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
 use crate::offload::cached::CachedExperts;
 use crate::offload::residency::Policy;
+use crate::routing::assignment::check_top_k;
 use crate::routing::capacity::CapacityRule;
 use crate::routing::layer::Buffers;
 use crate::routing::router::{RouteState, Router};
@@ -135,14 +136,30 @@ impl Decoder {
         self.moe_layers_mut().for_each(|layer| layer.set_capacity(rule.clone()));
     }
 
-    /// Sets how many experts a token gets in every layer.
+    /// Sets how many experts a token gets: one number for all MoE layers, or one for each, the first layer's first. The spec says so
+    /// afterwards, which a layer that is set by itself does not see to; a text of its own numbers has them in its
+    /// [state](DecoderState::top_k).
     ///
     /// # Errors
-    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`].
-    pub fn set_top_k(&mut self, top_k: usize) -> Result<()> {
-        self.moe_layers_mut().try_for_each(|layer| layer.set_top_k(top_k))?;
-        self.spec.moe.top_k = top_k;
+    /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::Shape`] for another count of numbers; nothing has changed then.
+    pub fn set_top_k(&mut self, top_k: &[usize]) -> Result<()> {
+        self.check_top_k("top_k", top_k)?;
+        let (first, each) = (top_k[0], top_k.iter().cycle());
+        self.moe_layers_mut().zip(each).try_for_each(|(layer, &top_k)| layer.set_top_k(top_k))?;
+        let is_one = top_k.iter().all(|&top_k| top_k == first);
+        self.spec.layer_top_k = if is_one { Vec::new() } else { top_k.to_vec() };
+        self.spec.moe.top_k = top_k.iter().copied().max().unwrap_or(first);
         Ok(())
+    }
+
+    /// Checks numbers of experts that a token is to get, one or one a layer.
+    fn check_top_k(&self, what: &'static str, top_k: &[usize]) -> Result<()> {
+        let layers = self.spec.moe_layers();
+        if top_k.len() != 1 && top_k.len() != layers {
+            let expected = format!("one number, or one for each of {layers} MoE layers");
+            return Err(Error::shape(what, expected, format!("{} numbers", top_k.len())));
+        }
+        top_k.iter().try_for_each(|&top_k| check_top_k(top_k, self.spec.moe.experts))
     }
 
     /// A fresh state that keeps keys and values, for generating one text or a batch of them token by token.
@@ -167,6 +184,7 @@ impl Decoder {
     pub fn batch_state(&self) -> DecoderState {
         let prefetch = self.expert_cache().map_or(Prefetch::Off, |cache| cache.options().prefetch);
         DecoderState {
+            top_k: Vec::new(),
             kv: None,
             seen: Seen::default(),
             torn: false,
@@ -338,6 +356,9 @@ impl Decoder {
                 return Err(Error::shape("expert memory", sizes(expected.0, expected.1), sizes(got.0, got.1)));
             }
         }
+        if !state.top_k.is_empty() {
+            self.check_top_k("top_k of the decoder state", &state.top_k)?;
+        }
         if state.torn {
             return Err(Error::shape("decoder state", TORN_NEEDS, "one whose last forward pass failed"));
         }
@@ -384,7 +405,7 @@ const DECODE_TOKENS: usize = 4;
 const WORTH_STAYING_AWAKE: usize = 1 << 25;
 
 /// What a state needs to go on with its text.
-const TORN_NEEDS: &str = "a text that all blocks have seen (`begin_text` begins another)";
+const TORN_NEEDS: &str = "a text that all blocks have seen (`truncate(0)` begins another)";
 
 /// The row of a sequence's last token in `batch`.
 fn last_row(batch: &Batch, sequence: usize) -> usize {

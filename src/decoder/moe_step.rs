@@ -38,7 +38,7 @@ impl Ffn {
     }
 }
 
-/// Runs MoE layer `layer` of block `block`: `run` gets what its router is to know and whether what that saw is kept, and gives it then.
+/// Runs MoE layer `layer` of block `block`: `run` gets what its router is to know, how many experts a token gets, and whether what that saw is kept, and gives it then.
 pub(super) fn moe_step<T>(
     checks: Checks<'_>,
     [block, layer]: [usize; 2],
@@ -46,7 +46,7 @@ pub(super) fn moe_step<T>(
     batch: &Batch,
     pass: Pass,
     state: &mut DecoderState,
-    run: impl FnOnce(RouteContext<'_>, &mut RouteState, &mut Buffers, bool) -> Result<(T, Option<LayerPass>)>,
+    run: impl FnOnce(RouteContext<'_>, usize, &mut RouteState, &mut Buffers, bool) -> Result<(T, Option<LayerPass>)>,
 ) -> Result<T> {
     let resident = match (&state.memory, moe.cached()) {
         (Some(memory), _) => memory.counted(layer),
@@ -57,7 +57,8 @@ pub(super) fn moe_step<T>(
         (None, None) => None,
     };
     let context = RouteContext { step: state.step, resident, ..batch.context() };
-    let done = run(context, &mut state.routes[layer], &mut state.buffers, state.routed.is_some());
+    let top_k = state.top_k_of(layer).unwrap_or(moe.spec().top_k);
+    let done = run(context, top_k, &mut state.routes[layer], &mut state.buffers, state.routed.is_some());
     let (output, routed) = done.map_err(|error| checks.named(error, block))?;
     if let Some(experts) = moe.cached().filter(|_| pass.ahead) {
         experts.cache().cancel_prefetch(experts.layer());
@@ -88,7 +89,8 @@ pub(super) fn guess_ahead(
         }
         cache.counted_into(at, &mut resident)?;
         let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
-        cache.prefetch(at, &moe.guess(&normed()?, context, &state.routes[at])?)
+        let top_k = state.top_k_of(at).unwrap_or(moe.spec().top_k);
+        cache.prefetch(at, &moe.guess(&normed()?, context, top_k, &state.routes[at])?)
     };
     // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
     let _ = guess();

@@ -92,6 +92,30 @@ impl Seen {
         (self.columns..columns).flat_map(|own| (0..columns).map(move |column| cell(own, column))).collect()
     }
 
+    /// Columns so far, those of padding too.
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Forgets all but the first `tokens` tokens of each sequence: what others have in the same columns leaves a hole.
+    pub(super) fn truncate(&mut self, tokens: usize) {
+        if tokens == 0 {
+            return *self = Self::default();
+        }
+        self.lengths.iter_mut().for_each(|length| *length = tokens.min(*length));
+        if self.holes.is_empty() {
+            self.columns = self.columns.min(tokens);
+            return;
+        }
+        for holes in &mut self.holes {
+            let mut next = 0..;
+            holes.iter_mut().filter(|hole| !**hole).for_each(|hole| *hole = next.next() >= Some(tokens));
+        }
+        let is_used = |&column: &usize| self.holes.iter().any(|holes| !holes[column]);
+        self.columns = (0..self.columns).rev().find(is_used).map_or(0, |column| column + 1);
+        self.holes.iter_mut().for_each(|holes| holes.truncate(self.columns));
+    }
+
     /// Takes note of `batch`, whose keys and values are kept now.
     pub(super) fn add(&mut self, batch: &Batch) {
         let sequences = batch.sequences();
@@ -154,6 +178,29 @@ mod tests {
         assert_eq!(seen.starts(&more, 9).unwrap(), [3, 2]);
         let second = [[true, false, false, true, true, false], [true, false, false, true, true, true]];
         assert_eq!(mask(&seen, &more).unwrap()[2..], second);
+    }
+
+    #[test]
+    fn what_is_cut_off_leaves_holes_only_beside_what_is_kept() {
+        let (mut seen, prompts) = (Seen::default(), Batch::new(&[&[1, 2, 3], &[4]]).unwrap());
+        seen.add(&prompts);
+        seen.add(&Batch::new(&[&[5], &[6]]).unwrap());
+        // Columns: 1 2 3 5 of the first, 4 _ _ 6 of the second.
+        let cut = |tokens: usize| {
+            let mut cut = seen.clone();
+            cut.truncate(tokens);
+            (cut.lengths.clone(), cut.columns, cut.holes.clone())
+        };
+        assert_eq!(cut(9), (seen.lengths.clone(), seen.columns, seen.holes.clone()));
+        assert_eq!(cut(3).0, [3, 2]);
+        assert_eq!(cut(3).1, 4, "the second has its last token there");
+        assert_eq!(cut(3).2, [[false, false, false, true], [false, true, true, false]]);
+        assert_eq!(cut(1), (vec![1, 1], 1, vec![vec![false], vec![false]]));
+        assert_eq!(cut(0), (vec![], 0, vec![]));
+        let mut alone = Seen::default();
+        alone.add(&Batch::new(&[&[1, 2, 3]]).unwrap());
+        alone.truncate(2);
+        assert_eq!((alone.lengths.as_slice(), alone.columns, alone.holes.len()), ([2].as_slice(), 2, 0));
     }
 
     #[test]

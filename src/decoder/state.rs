@@ -1,11 +1,13 @@
 //! What a decoder carries from one forward pass to the next.
 
+use candle_core::Tensor;
 use candle_nn::kv_cache::KvCache;
 
 use super::by_engine::kept::{KeptBlocks, Scratch};
 use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
 use super::seen::Seen;
+use crate::error::Result;
 use crate::expert::ExpertSet;
 use crate::layer::Routed;
 use crate::routing::assignment::Assignment;
@@ -15,6 +17,12 @@ use crate::routing::router::RouteState;
 /// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.
 #[derive(Debug)]
 pub struct DecoderState {
+    /// Experts a token gets in the passes of this state, whatever the layers are set to: one number for all of them, or one for each;
+    /// empty for the layers' own. So one text of a server may have other numbers than the next; a decoder refuses what it has no experts
+    /// for.
+    pub top_k: Vec<usize>,
+    /// Slots of all forward passes so far.
+    pub slots: Slots,
     /// `None` keeps no keys and values: each forward pass is a text of its own.
     pub(super) kv: Option<Kept>,
     /// Whose they are.
@@ -32,7 +40,6 @@ pub struct DecoderState {
     /// Of all layers, one after the other.
     pub(super) buffers: Buffers,
     pub(super) scratch: Scratch,
-    pub(super) slots: Slots,
     /// What routers saw and did; `None` keeps none.
     pub(super) routed: Option<Vec<Routed>>,
 }
@@ -91,6 +98,14 @@ impl DecoderState {
         self.seen.lengths()
     }
 
+    /// Experts a token gets in MoE layer `layer`, where this state says so.
+    pub(super) fn top_k_of(&self, layer: usize) -> Option<usize> {
+        match self.top_k.as_slice() {
+            [all] => Some(*all),
+            each => each.get(layer).copied(),
+        }
+    }
+
     /// True where keys and values are kept: each forward pass goes on with its sequences' texts.
     pub(crate) fn keeps_text(&self) -> bool {
         self.kv.is_some()
@@ -128,12 +143,32 @@ impl DecoderState {
         &self.routes
     }
 
-    /// Begins another text: keys and values go, router states and the experts in fast memory stay, as in a server.
-    #[cfg(test)]
-    pub(crate) fn begin_text(&mut self) {
+    /// Keeps the first `tokens` tokens of each sequence, to go on from there; with 0 another text begins. Keys and values of what came
+    /// after go; router states and the experts in fast memory stay, as in a server. A forward pass that failed on its way is forgotten with
+    /// what it had added.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) where keys and values are Candle's and it refuses to cut them.
+    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
+        self.seen.truncate(tokens);
         if let Some(Kept::Tensors(caches)) = &mut self.kv {
-            caches.iter_mut().for_each(KvCache::reset);
+            caches.iter_mut().try_for_each(|cache| cut(cache, self.seen.columns()))?;
         }
-        (self.seen, self.torn) = (Seen::default(), false);
+        self.torn = false;
+        Ok(())
     }
+}
+
+/// Leaves the first `columns` of keys and values.
+fn cut(cache: &mut KvCache, columns: usize) -> Result<()> {
+    if cache.current_seq_len() <= columns {
+        return Ok(());
+    }
+    let (keys, values, dim) = (cache.k()?, cache.v()?, cache.k_cache().dim());
+    cache.reset();
+    if let (Some(keys), Some(values), 1..) = (keys, values, columns) {
+        let kept = |all: Tensor| all.narrow(dim, 0, columns)?.contiguous();
+        cache.append(&kept(keys)?, &kept(values)?)?;
+    }
+    Ok(())
 }

@@ -286,6 +286,7 @@ mod tests {
             model: None,
             experts,
             top_k: 2,
+            layer_top_k: Vec::new(),
             scoring: Scoring::softmax(),
             batch_tokens: None,
             token_ids: None,

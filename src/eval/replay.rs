@@ -180,6 +180,7 @@ mod tests {
             model: None,
             experts: 16,
             top_k: 4,
+            layer_top_k: Vec::new(),
             scoring: Scoring::softmax(),
             batch_tokens: None,
             token_ids: None,

@@ -36,8 +36,10 @@ pub struct GateTrace {
     pub model: Option<String>,
     /// Experts per layer.
     pub experts: usize,
-    /// Experts per token.
+    /// Experts per token; where layers had numbers of their own, the largest.
     pub top_k: usize,
+    /// Experts per token of each layer where they were not all alike, else empty.
+    pub layer_top_k: Vec<usize>,
     /// How logits become scores.
     pub scoring: Scoring,
     /// Tokens per forward pass when it was taken.
@@ -81,6 +83,7 @@ impl GateTrace {
             model: None,
             experts: moe.experts,
             top_k: moe.top_k,
+            layer_top_k: decoder.spec().layer_top_k.clone(),
             scoring: moe.scoring,
             batch_tokens: None,
             token_ids: Some(token_ids),
@@ -120,6 +123,10 @@ impl GateTrace {
             ("normalize".to_owned(), self.scoring.normalize.to_string()),
             ("scale".to_owned(), self.scoring.scale.to_string()),
         ]);
+        if !self.layer_top_k.is_empty() {
+            let each: Vec<String> = self.layer_top_k.iter().map(usize::to_string).collect();
+            metadata.insert("layer_top_k".into(), each.join(","));
+        }
         if let ScoreFunction::SparseMixer { jitter } = self.scoring.function {
             metadata.insert("jitter".into(), jitter.to_string());
         }
@@ -216,6 +223,15 @@ impl GateTrace {
             }
             layers.push(LayerTrace { layer, logits, selection_bias });
         }
+        let layer_top_k = match text("layer_top_k") {
+            None => Vec::new(),
+            Some(each) => {
+                let size = |value: &str| value.parse().ok().filter(|size| (1..=experts).contains(size));
+                let sizes: Option<Vec<usize>> = each.split(',').map(size).collect();
+                let expected = format!("{} numbers from 1 to {experts}", layers.len());
+                sizes.filter(|sizes| sizes.len() == layers.len()).ok_or_else(|| bad("layer_top_k", &expected, each))?
+            }
+        };
         let token_ids = match file.tensors().contains_key(TOKENS) {
             true => Some(ids(&file, TOKENS, &[tokens]).map_err(wrong)?),
             false => None,
@@ -224,6 +240,7 @@ impl GateTrace {
             model: text("model").map(str::to_owned),
             experts,
             top_k,
+            layer_top_k,
             scoring: Scoring { function, normalize, scale, groups },
             batch_tokens: size("batch_tokens")?,
             token_ids,
@@ -360,6 +377,7 @@ mod tests {
             model: Some("m".into()),
             experts: 3,
             top_k: 2,
+            layer_top_k: Vec::new(),
             scoring: Scoring { scale: 2.5, ..Scoring::sigmoid().normalized(true) },
             batch_tokens: Some(512),
             token_ids: Some(vec![7, 9]),
@@ -381,7 +399,8 @@ mod tests {
         let path = directory.path().join("t.safetensors");
         for score in [GroupScore::Max, GroupScore::TopTwo] {
             let groups = Some(GroupLimit { groups: 3, top_groups: 2, score });
-            let grouped = GateTrace { scoring: Scoring { groups, ..Scoring::sigmoid() }, ..trace() };
+            let scoring = Scoring { groups, ..Scoring::sigmoid() };
+            let grouped = GateTrace { scoring, layer_top_k: vec![1, 2], ..trace() };
             std::fs::write(&path, grouped.to_bytes().unwrap()).unwrap();
             assert_eq!(GateTrace::read(&path).unwrap(), grouped);
         }
@@ -415,6 +434,12 @@ mod tests {
         assert_eq!(error(&[wide], &good), "tensor `layer.0`: expected F32 [tokens, 2], got F32 [1, 3]");
         let longer = NamedTensor::f32("layer.1", [2, 2], &[0.0; 4]);
         assert_eq!(error(&[layer.clone(), longer], &good), "tensor `layer.1`: expected F32 [1, 2], got F32 [2, 2]");
+        for each in ["3", "1,1", "x"] {
+            assert_eq!(
+                error(std::slice::from_ref(&layer), &[good[0], good[1], ("layer_top_k", each)]),
+                format!("metadata `layer_top_k`: expected 1 numbers from 1 to 2, got {each}")
+            );
+        }
         let nan = NamedTensor::f32("layer.0", [1, 2], &[0.0, f32::NAN]);
         assert!(error(&[nan], &good).starts_with("tensor `layer.0`: logit of token 0, expert 1 is NaN"));
         let tokens = NamedTensor::i32("tokens", [1], &[-1]);

@@ -189,7 +189,7 @@ impl Sweep {
     /// Checks every setting before the first one takes its time.
     fn check(&self, decoder: &Decoder) -> Result<()> {
         self.bonus.iter().try_for_each(|&bonus| self.cache.clone().with_bonus(bonus).map(drop))?;
-        self.top_k.iter().try_for_each(|&top_k| decoder.clone().set_top_k(top_k))?;
+        self.top_k.iter().try_for_each(|&top_k| decoder.clone().set_top_k(&[top_k]))?;
         self.memories.iter().try_for_each(|memory| match *memory {
             FastMemory::Counted { experts, policy, admission } => {
                 decoder.expert_memory(experts, policy, admission).map(drop)
@@ -202,7 +202,7 @@ impl Sweep {
     /// What one setting runs on.
     fn setting(&self, held: &Held, (top_k, bonus): (usize, f64)) -> Result<(Decoder, Decoding)> {
         let mut decoder = held.decoder.clone();
-        decoder.set_top_k(top_k)?;
+        decoder.set_top_k(&[top_k])?;
         let router = Arc::new(self.cache.clone().with_bonus(bonus)?);
         let Held { policy, admission, .. } = *held;
         Ok((decoder, Decoding { router, cached_experts: held.fewest(), policy, admission }))

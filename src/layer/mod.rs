@@ -285,20 +285,26 @@ impl MoeLayer {
         context: RouteContext<'_>,
         state: &mut LayerState,
     ) -> Result<(Tensor, Routed)> {
-        let (output, pass) = self.pass(hidden, context, &mut state.router, &mut state.buffers)?;
+        let (output, pass) = self.pass(hidden, context, self.spec.top_k, &mut state.router, &mut state.buffers)?;
         state.step = context.step.saturating_add(1);
         Ok((output, pass.routed(&state.buffers.assignment, context.padding)))
     }
 
-    /// The experts that the layer would use for `hidden`, without a limit; nothing runs and `state` stays what it is. Expert caches read
+    /// The experts that the layer would use for `hidden`, `top_k` a token, without a limit; nothing runs and `state` stays what it is. Expert caches read
     /// them before the layer comes to them.
     ///
     /// # Errors
     /// As [`MoeLayer::route_with`].
-    pub(crate) fn guess(&self, hidden: &Tensor, context: RouteContext<'_>, state: &RouteState) -> Result<ExpertSet> {
+    pub(crate) fn guess(
+        &self,
+        hidden: &Tensor,
+        context: RouteContext<'_>,
+        top_k: usize,
+        state: &RouteState,
+    ) -> Result<ExpertSet> {
         let values = self.logits(&self.tokens(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
         let bias = self.gate.selection_bias()?;
-        let gated = self.gated(&values, bias.as_deref());
+        let gated = self.gated(&values, top_k, bias.as_deref());
         let (capacity, mut buffers) = (Capacity::unlimited(self.spec.experts)?, Buffers::default());
         self.decide(&gated, None, &capacity, context, &mut state.clone(), &mut buffers)?;
         let mut used = ExpertSet::default();
@@ -306,11 +312,12 @@ impl MoeLayer {
         Ok(used)
     }
 
-    /// One forward pass: the output, and what was seen on the way; the assignment is in `buffers`.
+    /// One forward pass with `top_k` experts a token: the output, and what was seen on the way; the assignment is in `buffers`.
     pub(crate) fn pass(
         &self,
         hidden: &Tensor,
         context: RouteContext<'_>,
+        top_k: usize,
         state: &mut RouteState,
         buffers: &mut Buffers,
     ) -> Result<(Tensor, Pass)> {
@@ -321,7 +328,7 @@ impl MoeLayer {
         }
         let logits = self.logits(&input)?;
         let (values, selection_bias) = (logits.flatten_all()?.to_vec1::<f32>()?, self.gate.selection_bias()?);
-        let gated = self.gated(&values, selection_bias.as_deref());
+        let gated = self.gated(&values, top_k, selection_bias.as_deref());
         let capacity = self.routing.capacity(&gated, context.padding)?;
         let route_time = self.decide(&gated, Some(&input), &capacity, context, state, buffers)?;
 
@@ -353,6 +360,7 @@ impl MoeLayer {
         &self,
         rows: &[f32],
         context: RouteContext<'_>,
+        top_k: usize,
         state: &mut RouteState,
         buffers: &mut Buffers,
         output: &mut [f32],
@@ -361,7 +369,7 @@ impl MoeLayer {
         let tokens = rows.len() / hidden;
         let tensor = || Tensor::from_slice(rows, (tokens, hidden), &Device::Cpu);
         if !self.fits_engine {
-            let (values, pass) = self.pass(&tensor()?, context, state, buffers)?;
+            let (values, pass) = self.pass(&tensor()?, context, top_k, state, buffers)?;
             output.copy_from_slice(&values.flatten_all()?.to_vec1::<f32>()?);
             buffers.logits = pass.logits.flatten_all()?.to_vec1()?;
             let Pass { capacity, route_time, selection_bias, .. } = pass;
@@ -371,7 +379,7 @@ impl MoeLayer {
         let mut logits = std::mem::take(&mut buffers.logits);
         self.gate.logits_of_rows(&self.engine, input, &mut logits)?;
         let selection_bias = self.gate.selection_bias()?;
-        let gated = self.gated(&logits, selection_bias.as_deref());
+        let gated = self.gated(&logits, top_k, selection_bias.as_deref());
         let capacity = self.routing.capacity(&gated, context.padding)?;
         let tensor = self.norms.is_some().then(tensor).transpose()?;
         let route_time = self.decide(&gated, tensor.as_ref(), &capacity, context, state, buffers);
@@ -419,8 +427,8 @@ impl MoeLayer {
         time
     }
 
-    fn gated<'a>(&self, logits: &'a [f32], selection_bias: Option<&'a [f32]>) -> Gated<'a> {
-        let MoeSpec { experts, top_k, scoring, .. } = self.spec;
+    fn gated<'a>(&self, logits: &'a [f32], top_k: usize, selection_bias: Option<&'a [f32]>) -> Gated<'a> {
+        let MoeSpec { experts, scoring, .. } = self.spec;
         Gated { logits, experts, top_k, scoring, selection_bias }
     }
 
@@ -453,8 +461,8 @@ impl MoeLayer {
 /// A cold start: the router has learnt nothing. [`MoeLayer::route`] keeps what it learns.
 impl Module for MoeLayer {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        let (output, _) =
-            self.pass(hidden, RouteContext::default(), &mut RouteState::default(), &mut Buffers::default())?;
+        let (context, top_k) = (RouteContext::default(), self.spec.top_k);
+        let (output, _) = self.pass(hidden, context, top_k, &mut RouteState::default(), &mut Buffers::default())?;
         Ok(output)
     }
 }

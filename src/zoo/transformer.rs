@@ -58,6 +58,7 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
         ffn: "mlp".into(),
         dense: DenseBlocks::default(),
         moe,
+        layer_top_k: Vec::new(),
     })
 }
 

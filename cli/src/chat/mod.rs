@@ -35,6 +35,14 @@ const BYTE_ORDER_MARK: char = '\u{feff}';
 /// In GGUF files.
 const TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
+/// One message of a conversation.
+#[derive(Clone)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: &'static str,
+    pub content: String,
+}
+
 /// A model's chat template and its special tokens.
 pub struct Chat {
     template: String,
@@ -96,11 +104,10 @@ impl Chat {
         Ok(Self { template, file, tokens })
     }
 
-    /// The prompt that a user's message is, with what the chat is to be like, up to where the model's answer begins.
-    pub fn write(&self, system: Option<&str>, user: &str) -> Result<String> {
-        let message = |role: &str, content: &str| context! { role, content };
-        let system = system.map(|system| message("system", system));
-        let messages: Vec<Value> = system.into_iter().chain([message("user", user)]).collect();
+    /// The prompt that a conversation is, up to where the model's next answer begins.
+    pub fn write(&self, messages: &[Message]) -> Result<String> {
+        let message = |message: &Message| context! { role => message.role, content => message.content.as_str() };
+        let messages: Vec<Value> = messages.iter().map(message).collect();
         let none = Value::from(());
         let shown = [("messages", Value::from(messages)), ("tools", none.clone()), ("documents", none)];
         let mut context: BTreeMap<&str, Value> = shown.into();

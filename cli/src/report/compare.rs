@@ -21,8 +21,11 @@ pub struct ModelSummary {
     pub layers: usize,
     /// Experts per MoE layer.
     pub experts: usize,
-    /// Experts per token.
+    /// Experts per token; where layers have numbers of their own, the largest.
     pub top_k: usize,
+    /// Those of each MoE layer; no key in JSON where all are alike.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layer_top_k: Vec<usize>,
     /// Weights in all.
     pub parameters: usize,
 }
@@ -31,7 +34,16 @@ impl ModelSummary {
     /// The summary of a model.
     pub fn new(name: &str, spec: &ModelSpec) -> Self {
         let (layers, experts, top_k) = (spec.layers, spec.moe.experts, spec.moe.top_k);
-        Self { name: name.into(), family: spec.family, layers, experts, top_k, parameters: spec.parameters() }
+        let (layer_top_k, parameters) = (spec.layer_top_k.clone(), spec.parameters());
+        Self { name: name.into(), family: spec.family, layers, experts, top_k, layer_top_k, parameters }
+    }
+
+    /// Experts per token, those of each layer where they are not alike.
+    fn tops(&self) -> String {
+        match self.layer_top_k.as_slice() {
+            [] => self.top_k.to_string(),
+            each => each.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
+        }
     }
 }
 
@@ -145,7 +157,7 @@ impl CompareReport {
             model.name,
             model.layers,
             model.experts,
-            model.top_k,
+            model.tops(),
             model.parameters as f64 / 1e6
         );
         let of_text = format!("{} tokens of {}, {} a batch", text.tokens, text.files.join(", "), text.batch_tokens);

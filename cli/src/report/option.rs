@@ -69,7 +69,9 @@ impl Document {
     /// What every command knows of its run.
     pub fn new(command: &'static str, model: Option<ModelSummary>, result: &impl Serialize) -> Result<Self> {
         let (runs, kinds, together, cache) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (result, notes, layers) = (to_value(result)?, Vec::new(), Vec::new());
+        let (result, layers) = (to_value(result)?, Vec::new());
+        // Where a command says what its figures mean, the page begins with it.
+        let notes = result["meaning"].as_str().filter(|text| !text.is_empty()).map(String::from).into_iter().collect();
         let (experts, top_k, text) = (0, 0, None);
         Ok(Self {
             command,

@@ -149,8 +149,8 @@ impl ByCandle {
                     if pass.ahead {
                         self.read_ahead(layer + 1, batch, &hidden, state);
                     }
-                    moe_step(checks, [index, layer], moe, batch, pass, state, |context, route, buffers, _| {
-                        let (output, seen) = moe.pass(&normed, context, route, buffers)?;
+                    moe_step(checks, [index, layer], moe, batch, pass, state, |context, top_k, route, buffers, _| {
+                        let (output, seen) = moe.pass(&normed, context, top_k, route, buffers)?;
                         checks.check_gate(index, moe, &seen.logits)?;
                         Ok((output, Some(seen)))
                     })?

@@ -167,19 +167,27 @@ impl ByEngine {
                     if pass.ahead {
                         self.read_ahead(layer + 1, batch, hidden, state);
                     }
-                    moe_step(checks, [index, layer], moe, batch, pass, state, |context, route, buffers, keep| {
-                        let seen = moe.pass_rows(normed, context, route, buffers, added)?;
-                        let experts = checks.spec.moe.experts;
-                        checks.check_gate_rows(index, moe, buffers.logits())?;
-                        let tensor = |rows: &[f32], width| Tensor::from_slice(rows, (count, width), &Device::Cpu);
-                        Ok((
-                            (),
-                            match keep {
-                                true => Some(seen.pass(tensor(normed, width)?, tensor(buffers.logits(), experts)?)),
-                                false => None,
-                            },
-                        ))
-                    })?;
+                    moe_step(
+                        checks,
+                        [index, layer],
+                        moe,
+                        batch,
+                        pass,
+                        state,
+                        |context, top_k, route, buffers, keep| {
+                            let seen = moe.pass_rows(normed, context, top_k, route, buffers, added)?;
+                            let experts = checks.spec.moe.experts;
+                            checks.check_gate_rows(index, moe, buffers.logits())?;
+                            let tensor = |rows: &[f32], width| Tensor::from_slice(rows, (count, width), &Device::Cpu);
+                            Ok((
+                                (),
+                                match keep {
+                                    true => Some(seen.pass(tensor(normed, width)?, tensor(buffers.logits(), experts)?)),
+                                    false => None,
+                                },
+                            ))
+                        },
+                    )?;
                 }
             }
             add(hidden, added, residual);

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
-use crate::decoder::{ExpertMemory, generate_batch, var_builder};
+use crate::decoder::{DecoderState, ExpertMemory, generate_batch, var_builder};
 use crate::offload::Prefetch;
 use crate::{
     Admission, Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
@@ -207,7 +207,7 @@ fn texts_generated_side_by_side_are_those_generated_alone() {
             let mut state = MODEL.decoder().generation_state();
             let mut samplers = vec![sampler.clone(); 4];
             let options = GenerateOptions { chunk_tokens, ..GenerateOptions::new(24) };
-            let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id| {
+            let done = generate_batch(&MODEL, &parts, options, &mut state, &mut samplers, |text, id, _| {
                 seen[text].push(id);
                 ControlFlow::Continue(())
             })
@@ -229,7 +229,7 @@ fn texts_end_each_at_its_own_place() {
     let (long, short) = (ids(MODEL.decoder(), 1, positions - 3), ids(MODEL.decoder(), 2, 4));
     let mut samplers = vec![Sampler::new(0.0, 1.0, 1).unwrap(); 2];
     let mut state = MODEL.decoder().generation_state();
-    let go_on = |_, _| ControlFlow::Continue(());
+    let go_on = |_, _, _: &DecoderState| ControlFlow::Continue(());
     let done =
         generate_batch(&MODEL, &[&long, &short], GenerateOptions::new(9), &mut state, &mut samplers, go_on).unwrap();
     assert_eq!(done.texts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 9], "the model's positions, then new tokens");
@@ -271,7 +271,7 @@ fn mistakes_are_named() {
         error(decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state)),
         "batch: expected the 2 sequences whose keys and values are kept, got 1"
     );
-    state.begin_text();
+    state.truncate(0).unwrap();
     decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
     let mut limited = decoder.clone();
     limited.set_capacity(Some(CapacityRule::per_expert(1.0)));
@@ -280,8 +280,8 @@ fn mistakes_are_named() {
         "capacity: expected a router that keeps within it, got top-k"
     );
     let torn = error(decoder.forward_last(&Batch::new(&[&[2]]).unwrap(), &mut state));
-    assert!(torn.ends_with("(`begin_text` begins another), got one whose last forward pass failed"), "{torn}");
-    state.begin_text();
+    assert!(torn.ends_with("(`truncate(0)` begins another), got one whose last forward pass failed"), "{torn}");
+    state.truncate(0).unwrap();
     let again = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut state).unwrap();
     let fresh = decoder.forward_last(&Batch::new(&[&[1]]).unwrap(), &mut decoder.generation_state()).unwrap();
     assert!(values(&again) == values(&fresh), "other bits");
@@ -298,8 +298,95 @@ fn mistakes_are_named() {
         "decoder state: expected one that keeps keys and values, got one that keeps none"
     );
     let mut sampler = [Sampler::new(0.0, 1.0, 1).unwrap()];
-    let wrong = generate_batch(&MODEL, &[&[1], &[2]], GenerateOptions::new(3), &mut state, &mut sampler, |_, _| {
+    let wrong = generate_batch(&MODEL, &[&[1], &[2]], GenerateOptions::new(3), &mut state, &mut sampler, |_, _, _| {
         ControlFlow::Continue(())
     });
     assert_eq!(wrong.unwrap_err().to_string(), "samplers: expected one for each of 2 prompts, got 1");
+}
+
+/// Numbers of experts per token: one or one a layer, set in the decoder or in a state.
+#[test]
+fn a_state_with_another_top_k_gives_what_another_model_would() {
+    for (family, decoder) in decoders() {
+        let layers = decoder.spec().moe_layers();
+        let most = if family == "phimoe" { 2 } else { decoder.spec().moe.top_k };
+        let each: Vec<usize> = (0..layers).map(|layer| 1 + (layer + 1) % most).collect();
+        let prompt = Batch::new(&[&ids(&decoder, 3, 23)]).unwrap();
+        let run = |decoder: &Decoder, mut state: DecoderState| {
+            let mut logits = values(&decoder.prefill(&prompt, 7, &mut state).unwrap());
+            let widths: Vec<usize> = state.routed()[..layers].iter().map(|routed| routed.assignment.top_k()).collect();
+            logits.extend(values(&decoder.forward(&Batch::new(&[&[5]]).unwrap(), &mut state).unwrap()));
+            (logits, widths, state.slots)
+        };
+        let plain = run(&decoder, decoder.generation_state().keeping_routed());
+        assert_eq!(plain.1, vec![decoder.spec().moe.top_k; layers], "{family}");
+        for top_k in [vec![1], vec![most; layers], each] {
+            let mut other = decoder.clone();
+            other.set_top_k(&top_k).unwrap();
+            let expected = run(&other, other.generation_state().keeping_routed());
+            let all = if top_k.len() == 1 { vec![top_k[0]; layers] } else { top_k.clone() };
+            assert_eq!(expected.1, all, "{family}");
+            let mut state = decoder.generation_state().keeping_routed();
+            state.top_k = top_k;
+            assert!(run(&decoder, state) == expected, "{family}: other bits, widths or slots");
+            // What shares the model's weights is as it was.
+            assert!(run(&decoder, decoder.generation_state().keeping_routed()) == plain, "{family}");
+        }
+    }
+}
+
+#[test]
+fn what_is_said_of_top_k_is_checked_and_stands_in_the_spec() {
+    let mut decoder = MODEL.decoder().clone();
+    let (plain, expert) = (decoder.spec().clone(), decoder.spec().moe.parameters_per_expert());
+    for (top_k, expected) in [
+        (vec![33], "top_k 33 exceeds experts 32"),
+        (vec![4, 0, 4, 4], "top_k is 0: expected at least 1"),
+        (vec![4, 4], "top_k: expected one number, or one for each of 4 MoE layers, got 2 numbers"),
+        (vec![], "top_k: expected one number, or one for each of 4 MoE layers, got 0 numbers"),
+    ] {
+        assert_eq!(decoder.set_top_k(&top_k).unwrap_err().to_string(), expected);
+        let mut state = decoder.generation_state();
+        state.top_k = top_k.clone();
+        let error = decoder.forward(&Batch::new(&[&[1]]).unwrap(), &mut state);
+        let expected = expected.replace("top_k:", "top_k of the decoder state:");
+        assert_eq!(error.err().map(|error| error.to_string()), Some(expected).filter(|_| !top_k.is_empty()));
+    }
+    assert_eq!(decoder.spec(), &plain);
+    decoder.set_top_k(&[4, 2, 1, 3]).unwrap();
+    let spec = decoder.spec();
+    assert_eq!((spec.moe.top_k, spec.layer_top_k.as_slice()), (4, [4, 2, 1, 3].as_slice()));
+    assert_eq!(plain.active_parameters() - spec.active_parameters(), 6 * expert);
+    decoder.set_top_k(&[2; 4]).unwrap();
+    assert_eq!((decoder.spec().moe.top_k, decoder.spec().layer_top_k.len()), (2, 0));
+    assert_eq!(plain.active_parameters() - decoder.spec().active_parameters(), 8 * expert);
+}
+
+#[test]
+fn a_text_that_is_cut_goes_on_as_if_the_rest_had_never_been() {
+    for (family, decoder) in decoders() {
+        let [first, second] = [3, 4].map(|seed| ids(&decoder, seed, 17));
+        let prompts = [Batch::new(&[&first]).unwrap(), Batch::new(&[&first, &second[..6]]).unwrap()];
+        for prompt in prompts {
+            let more: Vec<&[u32]> = vec![&second[6..11]; prompt.sequences()];
+            let (more, sequences) = (Batch::new(&more).unwrap(), prompt.sequences());
+            for kept in [0, 1, 5, 9, 17, 40] {
+                let mut state = decoder.generation_state();
+                decoder.forward(&prompt, &mut state).unwrap();
+                state.truncate(kept).unwrap();
+                assert_eq!(state.position(), kept.min(17));
+                let cut = values(&decoder.forward(&more, &mut state).unwrap());
+                let mut state = decoder.generation_state();
+                if kept > 0 {
+                    let short: Vec<&[u32]> = [first.as_slice(), &second[..6]][..sequences]
+                        .iter()
+                        .map(|ids| &ids[..kept.min(ids.len())])
+                        .collect();
+                    decoder.forward(&Batch::new(&short).unwrap(), &mut state).unwrap();
+                }
+                let expected = values(&decoder.forward(&more, &mut state).unwrap());
+                assert_close(&format!("{family}: {sequences} sequences cut to {kept}"), &cut, &expected);
+            }
+        }
+    }
 }

@@ -239,8 +239,12 @@ fn a_shared_expert_stays_beside_cached_ones() {
             );
             assert_eq!(bits(&output), bits(&expected), "room for {room}");
             assert_eq!(routed.assignment, held_routed.assignment, "room for {room}");
-            let guess = layer.guess(&hidden, RouteContext::default(), &RouteState::default()).unwrap();
-            assert_eq!(guess, held.guess(&hidden, RouteContext::default(), &RouteState::default()).unwrap());
+            let guess =
+                layer.guess(&hidden, RouteContext::default(), layer.spec().top_k, &RouteState::default()).unwrap();
+            assert_eq!(
+                guess,
+                held.guess(&hidden, RouteContext::default(), layer.spec().top_k, &RouteState::default()).unwrap()
+            );
         }
     }
 }

@@ -60,7 +60,7 @@ fn by_token(decoding: &Decoding, tokens: usize) -> (f64, ExpertMemory) {
             let places = row * batch.positions()..(row + 1) * batch.positions();
             let live = places.filter(|&at| batch.padding().is_none_or(|padding| !padding[at]));
             let ids: Vec<u32> = live.map(|at| batch.ids()[at]).collect();
-            state.begin_text();
+            state.truncate(0).unwrap();
             let step = |id: &u32| decoder.forward(&Batch::new(&[&[*id]]).unwrap(), &mut state).unwrap();
             let logits: Vec<Tensor> = ids.iter().map(step).collect();
             perplexity.add(&Tensor::cat(&logits, 1).unwrap(), &Batch::new(&[&ids]).unwrap()).unwrap();

@@ -36,7 +36,9 @@ fn a_guess_refuses_a_wrong_answer() {
     let zeros = |rows: usize, columns: usize| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
     let held = vec![Expert::new(zeros(4, 4), zeros(4, 4), zeros(4, 4)); 3];
     let layer = MoeLayer::new(MoeSpec::new(4, 3, 1, 4).unwrap(), Gate::new(zeros(3, 4)), held, None).unwrap();
-    let guess = |layer: &MoeLayer| layer.guess(&zeros(2, 4), RouteContext::default(), &RouteState::default());
+    let guess = |layer: &MoeLayer| {
+        layer.guess(&zeros(2, 4), RouteContext::default(), layer.spec().top_k, &RouteState::default())
+    };
     assert_eq!(guess(&layer).unwrap().len(), 1);
     let error = guess(&layer.with_router(std::sync::Arc::new(OneTooMany))).unwrap_err();
     assert!(matches!(error, Error::Answer(_)), "{error}");

@@ -130,7 +130,8 @@ impl CacheRouter {
     ///
     /// # Errors
     /// [`Error::Parameter`] for what is not above 0 and below 1 in 32 bits.
-    pub fn with_decay(self, decay: f64) -> Result<Self> {
+    #[cfg(test)]
+    pub(crate) fn with_decay(self, decay: f64) -> Result<Self> {
         Ok(Self { decay: Decay::new(decay)?, ..self })
     }
 

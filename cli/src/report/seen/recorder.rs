@@ -37,6 +37,8 @@ struct MemorySeen {
     misses: u64,
     requests: u64,
     log: RequestLog,
+    /// Experts that were asked for so far.
+    asked: ExpertSet,
     /// A hexadecimal number for each step from the second on: what was in memory as it began.
     resident: Vec<String>,
 }
@@ -58,16 +60,17 @@ impl Recorder {
         Ok(to_value(&self.written.lock().unwrap_or_else(PoisonError::into_inner).run)?)
     }
 
-    /// What was in memory and what was read, with room for `cached` experts of a layer and `bytes` an expert; `None` where no account was
+    /// What was in memory and what was read, with so many experts' room in each layer and `bytes` an expert; `None` where no account was
     /// kept of one.
-    pub fn cache(&self, name: &str, cached: usize, bytes: Option<u64>) -> Option<Value> {
+    pub fn cache(&self, name: &str, rooms: &[usize], bytes: Option<u64>) -> Option<Value> {
         let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let sum = |of: fn(&MemorySeen) -> u64| written.memory.iter().map(of).sum::<u64>();
         let (requests, misses) = (sum(|layer| layer.requests), sum(|layer| layer.misses));
         if requests == 0 {
             return None;
         }
-        let best: u64 = written.memory.iter().map(|layer| layer.log.most_hits(cached) as u64).sum();
+        let layers = written.memory.iter().zip(rooms);
+        let best: u64 = layers.map(|(layer, &room)| layer.log.most_hits(room) as u64).sum();
         let tokens = written.run.layers.iter().map(|layer| layer.tokens()).max().unwrap_or(0).max(1);
         let read = |misses: u64| bytes.map(|bytes| bytes as f64 * misses as f64 / tokens as f64);
         let layers = written.memory.iter().zip(&self.layers).map(
@@ -76,7 +79,7 @@ impl Recorder {
         let rate = |hits: u64| hits as f64 / requests as f64;
         Some(json!({
             "name": name,
-            "cached_experts": cached,
+            "cached_experts": rooms.iter().min(),
             "hit_rate": rate(requests - misses),
             "belady_hit_rate": rate(best),
             "bytes_per_token": read(misses),
@@ -129,21 +132,36 @@ impl Router for Recorder {
         let answered = Answered { request, assignment, prices: state.prices(), bound };
         let choice = answered.choice()?;
         run.layers[layer].add(&answered, &choice);
-        let resident = request.context().resident;
+        let experts = request.scores().experts();
+        let seen = &memory[layer].asked;
+        // While there is room, routers are told that every expert is in memory, so that nothing is swapped: what is there then is what was
+        // asked for.
+        let resident = request.context().resident.map(|resident| match resident.len() == experts {
+            true if memory[layer].steps == 0 => ExpertSet::new(experts),
+            true => Ok(seen.clone()),
+            false => Ok(resident.clone()),
+        });
+        let resident = resident.transpose()?;
         if let Some(words) = &mut run.words {
             let rows = (0..request.scores().tokens()).filter(|&row| !request.is_padding(row));
             let left = MOST_TOKENS.saturating_sub(words[layer].len());
-            words[layer].add(&answered, &choice, rows.take(left), resident);
+            words[layer].add(&answered, &choice, rows.take(left), resident.as_ref());
         }
         if let Some(resident) = resident {
             let memory = &mut memory[layer];
+            if memory.steps == 0 {
+                memory.asked = ExpertSet::new(experts)?;
+            }
             let mut asked = ExpertSet::default();
             assignment.used_experts(&mut asked)?;
             memory.requests += asked.len() as u64;
             memory.misses += asked.iter().filter(|&expert| !resident.contains(expert)).count() as u64;
             memory.log.push(&asked);
+            for expert in asked.iter() {
+                memory.asked.insert(expert);
+            }
             if memory.steps > 0 && memory.resident.len() < MOST_STEPS {
-                memory.resident.push(hexadecimal(resident, request.scores().experts()));
+                memory.resident.push(hexadecimal(&resident, experts));
             }
             memory.steps += 1;
         }
@@ -162,18 +180,18 @@ mod tests {
         let recorder = Recorder::new(Arc::new(TopK { drop: None }), "plain".into(), vec![3]);
         let free = Capacity::unlimited(6).unwrap();
         let mut state = RouteState::default();
-        // Expert 5 is wanted twice, then expert 1; in memory are none, then 5, then 5.
-        for (step, (wanted, held)) in [(5, None), (5, Some(5)), (1, Some(5))].into_iter().enumerate() {
+        // Expert 5 is wanted twice, then expert 1; nothing is in memory, so routers are told that all is, then 5 is, and stays.
+        for (step, (wanted, held)) in [(5, 0..6), (5, 5..6), (1, 5..6)].into_iter().enumerate() {
             let logits: Vec<f32> = (0..6).map(|expert| if expert == wanted { 1.0 } else { 0.0 }).collect();
             let scores = Scoring::softmax().scores(&Logits::new(&logits, 1, 6).unwrap(), None).unwrap();
             let mut resident = ExpertSet::new(6).unwrap();
-            held.map(|expert| resident.insert(ExpertId::new(expert, 6).unwrap()));
+            held.for_each(|expert| resident.insert(ExpertId::new(expert, 6).unwrap()));
             let context =
                 RouteContext { layer: 3, step: step as u64, resident: Some(&resident), ..RouteContext::default() };
             let request = RouteRequest::new(&scores, 1, &free, context).unwrap();
             recorder.route(&request, &mut state).unwrap();
         }
-        let cache = recorder.cache("lru", 1, Some(30)).unwrap();
+        let cache = recorder.cache("lru", &[1], Some(30)).unwrap();
         assert_eq!((&cache["hit_rate"], &cache["belady_hit_rate"]), (&json!(1.0 / 3.0), &json!(1.0 / 3.0)));
         assert_eq!((&cache["bytes_per_token"], &cache["belady_bytes_per_token"]), (&json!(20.0), &json!(20.0)));
         assert_eq!(cache["layers"], json!([{"layer": 3, "steps": 3, "shown": 2, "resident": ["20", "20"]}]));

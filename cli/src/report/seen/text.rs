@@ -32,7 +32,8 @@ pub struct ShownText {
 }
 
 impl ShownText {
-    /// At most `most` tokens, shared evenly between the kinds of text: the first of each.
+    /// At most `most` tokens, shared evenly between the kinds of text: of each kind the end of its first batches, since what drops by arrival
+    /// drops there.
     pub fn of_batches(model: &Model, texts: &[EvalText], batches: &[Batch], most: usize) -> Result<Self> {
         let start = model.sequence_start().len();
         let kinds = known(texts, batches, start);
@@ -41,6 +42,7 @@ impl ShownText {
         for batch in batches {
             let (ids, positions) = (batch.ids(), batch.positions());
             let (mut rows, mut kind_of) = (Vec::new(), vec![None; ids.len()]);
+            let mut sequences = Vec::new();
             for sequence in 0..ids.len().checked_div(positions).unwrap_or(0) {
                 let all = sequence * positions..(sequence + 1) * positions;
                 let live: Vec<usize> =
@@ -48,13 +50,19 @@ impl ShownText {
                 let first: Vec<u32> = live.iter().skip(start).take(KNOWN_BY).map(|&row| ids[row]).collect();
                 let Some(&kind) = kinds.get(&first) else { continue };
                 live.iter().for_each(|&row| kind_of[row] = Some(kind));
-                let taken = live.len().min(left[kind]);
-                if taken > 0 {
-                    left[kind] -= taken;
-                    let sequence: Vec<u32> = live[..taken].iter().map(|&row| ids[row]).collect();
-                    shown.push(model, &sequence, &texts[kind].name)?;
-                    rows.extend(&live[..taken]);
-                }
+                sequences.push((kind, live));
+            }
+            // From the last sequence of the batch on, as long as there is room; then in their order again.
+            let mut taken: Vec<(usize, &[usize], usize)> = Vec::new();
+            for (kind, live) in sequences.iter().rev() {
+                let count = live.len().min(left[*kind]);
+                left[*kind] -= count;
+                taken.extend((count > 0).then_some((*kind, live.as_slice(), live.len() - count)));
+            }
+            for (kind, live, from) in taken.into_iter().rev() {
+                let sequence: Vec<u32> = live.iter().map(|&row| ids[row]).collect();
+                shown.push(model, &sequence[..from], &sequence[from..], &texts[kind].name)?;
+                rows.extend(&live[from..]);
             }
             shown.rows.push(rows);
             shown.kind_of.push(kind_of);
@@ -65,7 +73,7 @@ impl ShownText {
     /// The first `most` of these tokens, which are one text; `new_from` of them were there before it was continued.
     pub fn of_ids(model: &Model, ids: &[u32], name: &str, new_from: Option<usize>, most: usize) -> Result<Self> {
         let mut shown = Self::empty(ids.len() as u64);
-        shown.push(model, &ids[..ids.len().min(most)], name)?;
+        shown.push(model, &[], &ids[..ids.len().min(most)], name)?;
         shown.new_from = new_from;
         Ok(shown)
     }
@@ -75,10 +83,11 @@ impl ShownText {
         Self { tokens, sequences, kinds, total, new_from: None, rows: Vec::new(), kind_of: Vec::new() }
     }
 
-    fn push(&mut self, model: &Model, ids: &[u32], kind: &str) -> Result<()> {
+    /// A piece of a sequence, and what of it came before.
+    fn push(&mut self, model: &Model, before: &[u32], ids: &[u32], kind: &str) -> Result<()> {
         self.sequences.push(self.tokens.len());
         self.kinds.push(kind.into());
-        let mut continuation = model.continuation(&[])?;
+        let mut continuation = model.continuation(before)?;
         for &id in ids {
             self.tokens.push(continuation.push(id)?);
         }

@@ -1,0 +1,206 @@
+//! A conversation: messages come from standard input, a line each, and keys and values stay from turn to turn.
+//!
+//! Each turn the template writes the whole conversation, which becomes tokens. The first of them are those that the model has seen, and
+//! only what comes after goes through it. Where the template writes earlier turns otherwise than before (some leave out what the model
+//! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same. So a turn is answered
+//! as the whole conversation would be in a prompt.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::ops::ControlFlow;
+
+use anyhow::{Context, Result};
+use phase_moe::checkpoint::text;
+use phase_moe::decoder::DecoderState;
+use phase_moe::{Error, GenerateOptions, Generation, Model, Sampler, generate};
+use serde::Serialize;
+
+use super::figures::{Figures, Reads, Sums};
+use super::interrupt::Interrupt;
+use super::limits::Limits;
+use super::live::Live;
+use super::screen::Screen;
+use crate::chat::{Chat, Message};
+use crate::notice::notice;
+
+/// Where messages come from, to error messages.
+const INPUT: &str = "standard input";
+
+/// What a line may ask for instead of saying something to the model.
+const CLEAR: &str = "/clear";
+const EXIT: &str = "/exit";
+
+/// A model and what was said to it.
+pub struct Conversation<'a> {
+    pub model: &'a Model,
+    pub chat: &'a Chat,
+    pub system: Option<&'a str>,
+    pub state: DecoderState,
+    pub sampler: Sampler,
+    pub options: GenerateOptions,
+    pub limits: &'a mut Limits,
+}
+
+/// What has been said, what the chat is to be like first, and what of it the model has seen.
+struct Past {
+    messages: Vec<Message>,
+    /// Tokens whose keys and values the state keeps.
+    seen: Vec<u32>,
+}
+
+/// A turn as JSON.
+#[derive(Serialize)]
+struct Turn<'a> {
+    user: &'a str,
+    /// What the model answered; `None` where there was no room for an answer.
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    /// Tokens of the whole conversation whose keys and values were there already; `prompt_tokens` are those that went through.
+    kept_tokens: usize,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    figures: Option<Figures>,
+}
+
+impl Conversation<'_> {
+    /// Answers line after line until there are no more. Gives sums over all turns.
+    pub fn run(mut self, json: bool, quiet: bool) -> Result<(Sums, DecoderState)> {
+        let (mut past, mut sums, interrupt) = (self.begin(), Sums::default(), Interrupt::new()?);
+        while let Some(line) = next_line()? {
+            match line.trim() {
+                "" => continue,
+                EXIT => break,
+                CLEAR => {
+                    past = self.begin();
+                    self.state.truncate(0)?;
+                    continue;
+                }
+                _ => {}
+            }
+            past.messages.push(Message { role: "user", content: line.clone() });
+            let ids = self.model.encode(&self.chat.write(&past.messages)?)?;
+            let most = self.model.decoder().spec().max_positions;
+            if ids.len() > most {
+                let message = format!(
+                    "the conversation would have {} tokens, and the model has {most} positions: this message is left out; \
+                     {CLEAR} begins another conversation, {EXIT} ends this one",
+                    ids.len()
+                );
+                past.messages.pop();
+                match json {
+                    true => self.print(&Turn {
+                        user: &line,
+                        text: None,
+                        error: Some(&message),
+                        kept_tokens: past.seen.len(),
+                        figures: None,
+                    })?,
+                    false => notice(message),
+                }
+                continue;
+            }
+            let kept = self.keep(&mut past, &ids)?;
+            self.limits.count(self.model.decoder(), &[&ids[kept..]], self.options.chunk_tokens)?;
+            let before = Reads::of(self.model.decoder(), &self.state);
+            let generation = {
+                let _answering = interrupt.answering();
+                self.answer(&ids, kept, (!json).then(|| Live::new(quiet)), &interrupt)?
+            };
+            let answer = generation.texts.first().map_or(&[][..], Vec::as_slice);
+            let text = self.model.decode_after(&ids, answer)?;
+            past.seen = [ids.as_slice(), answer].concat();
+            past.seen.truncate(self.state.position());
+            sums.add(&generation);
+            if json {
+                let mut turn = Sums::default();
+                turn.add(&generation);
+                let reads = Reads::of(self.model.decoder(), &self.state).since(before);
+                self.print(&Turn {
+                    user: &line,
+                    text: Some(&text),
+                    error: None,
+                    kept_tokens: kept,
+                    figures: Some(turn.figures(reads)),
+                })?;
+            } else if answer.len() < self.options.new_tokens && ids.len() + answer.len() >= most {
+                notice(format_args!("stopped at the model's {most} positions"));
+            }
+            past.messages.push(Message { role: "assistant", content: text });
+        }
+        Ok((sums, self.state))
+    }
+
+    fn begin(&self) -> Past {
+        let system = self.system.map(|system| Message { role: "system", content: system.into() });
+        Past { messages: system.into_iter().collect(), seen: Vec::new() }
+    }
+
+    /// Cuts the state back to what it has seen of `ids`; how many of them that is. The last one goes through in any case, for what
+    /// comes after it.
+    fn keep(&mut self, past: &mut Past, ids: &[u32]) -> Result<usize> {
+        let same = past.seen.iter().zip(ids).take_while(|(seen, id)| seen == id).count();
+        let kept = same.min(ids.len().saturating_sub(1));
+        if kept < past.seen.len() {
+            self.state.truncate(kept)?;
+            past.seen.truncate(kept);
+        }
+        Ok(kept)
+    }
+
+    /// Continues `ids`, of which the first `kept` are in the state; on the screen where there is a `live` line.
+    fn answer(&mut self, ids: &[u32], kept: usize, live: Option<Live>, interrupt: &Interrupt) -> Result<Generation> {
+        let Self { model, state, sampler, options, .. } = self;
+        let go_on = |shown: ControlFlow<()>| if interrupt.is_asked() { ControlFlow::Break(()) } else { shown };
+        let Some(live) = live else {
+            let on_token = |_| go_on(ControlFlow::Continue(()));
+            return Ok(generate(model, &ids[kept..], *options, state, sampler, on_token)?);
+        };
+        let mut screen = Screen::new(model.continuation(ids)?, None, live)?;
+        let generation = super::stream(model, &ids[kept..], *options, state, sampler, |id, state| {
+            go_on(screen.show(id, state, || Reads::of(model.decoder(), state)))
+        });
+        // The line ends before anything else is said, an error too.
+        let shown = screen.finish(generation.is_ok());
+        let generation = generation?;
+        shown?;
+        Ok(generation)
+    }
+
+    /// One line of JSON.
+    fn print(&self, turn: &Turn<'_>) -> Result<()> {
+        let mut out = std::io::stdout();
+        writeln!(out, "{}", serde_json::to_string(turn)?)?;
+        Ok(out.flush()?)
+    }
+}
+
+/// The next message, asked for where a person types it; `None` at the end.
+fn next_line() -> Result<Option<String>> {
+    let mut input = std::io::stdin().lock();
+    let is_typed = input.is_terminal();
+    if is_typed {
+        prompt("> ")?;
+    }
+    let mut bytes = Vec::new();
+    if input.read_until(b'\n', &mut bytes).context(INPUT)? == 0 {
+        if is_typed {
+            prompt("\n")?;
+        }
+        return Ok(None);
+    }
+    let mut line = text(bytes).map_err(|reason| Error::Io { path: INPUT.into(), reason })?;
+    line.truncate(line.trim_end_matches(['\n', '\r']).len());
+    Ok(Some(line))
+}
+
+/// Text for who types: not among the answers where these go to a file.
+fn prompt(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    match out.is_terminal() {
+        true => out.write_all(text.as_bytes()).and_then(|()| out.flush())?,
+        false => {
+            // Nothing depends on whether anybody sees it.
+            let _ = std::io::stderr().write_all(text.as_bytes());
+        }
+    }
+    Ok(())
+}
