@@ -87,6 +87,15 @@ pub fn table(ran: &Ran) -> Result<(), String> {
     }
 }
 
+/// A whole page.
+pub fn page(path: &Path) -> Result<(), String> {
+    let page = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    match page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>") {
+        true => Ok(()),
+        false => Err(format!("{} bytes, expected a page", page.len())),
+    }
+}
+
 /// The file's tensors, whose floats must all be finite.
 pub fn tensors(path: &Path) -> Result<Checkpoint, String> {
     let file = Checkpoint::open(path).map_err(|error| error.to_string())?;
