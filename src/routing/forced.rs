@@ -135,11 +135,11 @@ mod tests {
             let recorded = vec![vec![record(0, 1), record(0, 2)], vec![record(1, 3), record(1, 4)]];
             assert!(recorded[0][0].kept() < 18, "nothing was dropped");
             let forced = Forced { layers: recorded.clone() };
-            for layer in 0..2 {
+            for (layer, recorded) in recorded.iter().enumerate() {
                 let mut state = RouteState::default();
                 for (batch, seed) in [1 + 2 * layer as u64, 2 + 2 * layer as u64].into_iter().enumerate() {
                     let again = answer(&forced, &scores(scoring, seed, 10), &free, context(layer), &mut state).unwrap();
-                    assert_eq!(again, recorded[layer][batch]);
+                    assert_eq!(again, recorded[batch]);
                 }
                 let error = answer(&forced, &scores(scoring, 1, 10), &free, context(layer), &mut state).unwrap_err();
                 let expected = format!(
