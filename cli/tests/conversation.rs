@@ -6,21 +6,24 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+/// A user's message, and the answer to it where there is one yet.
+type Said = (String, Option<String>);
+
 /// A template, and what it writes.
 struct Template {
     jinja: &'static str,
     /// A system message, if there is one, then turns of the user's message and the answer, without the last one's.
-    written: fn(Option<&str>, &[(String, Option<String>)]) -> String,
+    written: fn(Option<&str>, &[Said]) -> String,
 }
 
 /// Adds to what it wrote before.
 const GROWS: Template = Template {
-    jinja: "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}<assistant>",
+    jinja: "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>",
     written: |system, turns| {
-        let mut text = system.map_or(String::new(), |system| format!("<system> {system}\n"));
+        let mut text = system.map_or(String::new(), |system| format!("<system>{system}\n"));
         for (user, answer) in turns {
-            text += &format!("<user> {user}\n");
-            text += &answer.as_ref().map_or(String::new(), |answer| format!("<assistant> {answer}\n"));
+            text += &format!("<user>{user}\n");
+            text += &answer.as_ref().map_or(String::new(), |answer| format!("<assistant>{answer}\n"));
         }
         text + "<assistant>"
     },
@@ -65,7 +68,8 @@ fn model(template: &str) -> tempfile::TempDir {
 
 fn command(directory: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_phase-moe"));
-    command.args(["generate", "--new-tokens", "12", "--model"]).arg(directory).args(arguments);
+    let short = if arguments.contains(&"--new-tokens") { &[][..] } else { &["--new-tokens", "12"] };
+    command.arg("generate").args(short).arg("--model").arg(directory).args(arguments);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -106,7 +110,7 @@ fn a_turn_is_answered_as_its_whole_conversation_would_be() {
         let said = system.map_or(vec![], |system| vec!["--system", system]);
         let turns = turns(directory.path(), &[options, &said].concat(), &MESSAGES);
         assert_eq!(turns.len(), MESSAGES.len());
-        let mut past: Vec<(String, Option<String>)> = Vec::new();
+        let mut past: Vec<Said> = Vec::new();
         for (index, (turn, message)) in turns.iter().zip(MESSAGES).enumerate() {
             past.push((message.into(), None));
             let written = (template.written)(system, &past);
@@ -178,7 +182,11 @@ fn hits_are_of_each_turn_and_mistakes_are_named() {
     let directory = model(GROWS.jinja);
     let cached = turns(directory.path(), &["--cached-experts", "8", "--router", "cache"], &MESSAGES);
     assert!(cached.iter().all(|turn| turn["hit_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate))));
-    let bytes = turns(directory.path(), &["--expert-cache", "1GiB"], &[MESSAGES[0], "/clear", MESSAGES[0]]);
+    let bytes = turns(
+        directory.path(),
+        &["--expert-cache", "1GiB", "--prefetch", "off"],
+        &[MESSAGES[0], "/clear", MESSAGES[0]],
+    );
     assert!(bytes[0]["expert_bytes_read"].as_u64() > Some(0));
     assert_eq!((bytes[1]["expert_bytes_read"].as_u64(), &bytes[1]["text"]), (Some(0), &bytes[0]["text"]));
     for (arguments, input, expected) in [

@@ -2,11 +2,13 @@
 #![cfg(unix)]
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -16,7 +18,10 @@ struct Terminal {
     path: PathBuf,
     /// Held open until commands have ended, so that nothing of what they wrote is lost.
     held: File,
-    reader: JoinHandle<Vec<u8>>,
+    /// Who types.
+    keys: File,
+    got: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
     size: (u16, u16),
 }
 
@@ -28,32 +33,43 @@ impl Terminal {
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(ptsname(&ours, Vec::new()).unwrap().as_bytes()));
         tcsetwinsize(&ours, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let held = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let mut ours = File::from(ours);
+        let (mut ours, got) = (File::from(ours), Arc::new(Mutex::new(Vec::new())));
+        let (keys, all) = (ours.try_clone().unwrap(), got.clone());
         let reader = std::thread::spawn(move || {
-            let (mut all, mut some) = (Vec::new(), [0; 4096]);
+            let mut some = [0; 4096];
             // An error once nobody holds the other end.
             while let Ok(count @ 1..) = ours.read(&mut some) {
-                all.extend_from_slice(&some[..count]);
+                all.lock().unwrap().extend_from_slice(&some[..count]);
             }
-            all
         });
-        Self { path, held, reader, size: (rows, columns) }
+        Self { path, held, keys, got, reader, size: (rows, columns) }
     }
 
     fn stream(&self) -> Stdio {
         OpenOptions::new().read(true).write(true).open(&self.path).unwrap().into()
     }
 
+    /// Types a line once the command has asked for it so often.
+    fn type_line(&mut self, asked: usize, line: &str) {
+        let began = Instant::now();
+        while self.got.lock().unwrap().windows(3).filter(|bytes| bytes == b"\n> ").count() < asked {
+            assert!(began.elapsed() < Duration::from_secs(60), "nobody asks");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.keys.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
     /// Everything that was written on it.
     fn bytes(self) -> Vec<u8> {
         drop(self.held);
-        self.reader.join().unwrap()
+        self.reader.join().unwrap();
+        std::mem::take(&mut *self.got.lock().unwrap())
     }
 }
 
 /// What a terminal of this size showed after each escape and each letter, as rows of text; the last is what it shows at the end.
 fn shown(bytes: &[u8], (rows, columns): (u16, u16)) -> (Vec<Vec<String>>, Vec<String>) {
-    let mut parser = vt100::Parser::new(rows, columns, 0);
+    let mut parser = vt100::Parser::new(rows.try_into().unwrap(), columns.try_into().unwrap(), 0);
     let screen = |parser: &vt100::Parser| parser.screen().rows(0, columns).collect::<Vec<_>>();
     let mut all = Vec::new();
     for piece in bytes.chunks(7) {
@@ -154,4 +170,46 @@ fn nobody_sees_it_who_is_not_to() {
         let figures = bytes.strip_prefix(&format!("{PROMPT}{text}")).expect("the text first");
         assert!(figures.contains(" tokens of prompt at ") && figures.lines().count() == 1, "{figures}");
     }
+}
+
+#[test]
+fn a_conversation_has_it_under_each_answer() {
+    let directory = tempfile::tempdir().unwrap();
+    let bundled = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("models/tiny-moe");
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(bundled.join(file), directory.path().join(file)).unwrap();
+    }
+    let template = "{% for message in messages %}{{ message.content }}\n{% endfor %}";
+    std::fs::write(directory.path().join("chat_template.jinja"), template).unwrap();
+    let command = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_phase-moe"));
+        command.args(["generate", "--chat", "--new-tokens", "300", "--model"]).arg(directory.path());
+        command.env("TERM", "xterm");
+        command
+    };
+    let lines = ["And God said", "fn main() {"];
+    let mut piped = command().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    piped.stdin.take().unwrap().write_all(lines.join("\n").as_bytes()).unwrap();
+    let answers = String::from_utf8(piped.wait_with_output().unwrap().stdout).unwrap();
+
+    let mut terminal = Terminal::new(400, 120);
+    let mut typed = command();
+    typed.stdin(terminal.stream()).stdout(terminal.stream()).stderr(terminal.stream());
+    let mut child = typed.spawn().unwrap();
+    drop(typed);
+    for (asked, line) in [lines[0], lines[1], "/exit"].into_iter().enumerate() {
+        terminal.type_line(asked + 1, line);
+    }
+    assert!(child.wait().unwrap().success());
+    let (all, last) = shown(&terminal.bytes(), (400, 120));
+    assert!(all.iter().flatten().any(|row| is_live(row)));
+    assert!(!last.iter().any(|row| is_live(row)), "{last:#?}");
+    // What was typed and what was answered, between the first line and the last.
+    let said: Vec<&String> = last.iter().filter(|row| !row.starts_with("> ")).collect();
+    let expected = wrapped(&answers, (400, 120));
+    let answered = &said[1..said.len() - 1];
+    assert!(answered.iter().copied().filter(|row| !row.is_empty()).eq(expected.iter().filter(|row| !row.is_empty())));
+    let asked: Vec<&String> = last.iter().filter(|row| row.starts_with("> ")).collect();
+    assert_eq!(asked, ["> And God said", "> fn main() {", "> /exit"]);
+    assert!(last[0].starts_with("each line is a message; ") && last.last().unwrap().contains(" of slots kept"));
 }

@@ -65,6 +65,11 @@ impl Conversation<'_> {
     /// Answers line after line until there are no more. Gives sums over all turns.
     pub fn run(mut self, json: bool, quiet: bool) -> Result<(Sums, DecoderState)> {
         let (mut past, mut sums, interrupt) = (self.begin(), Sums::default(), Interrupt::new()?);
+        if std::io::stdin().is_terminal() && !quiet {
+            notice(format_args!(
+                "each line is a message; {CLEAR} begins another conversation, {EXIT} ends, Ctrl-C stops an answer"
+            ));
+        }
         while let Some(line) = next_line()? {
             match line.trim() {
                 "" => continue,

@@ -185,7 +185,9 @@ mod tests {
             let logits: Vec<f32> = (0..6).map(|expert| if expert == wanted { 1.0 } else { 0.0 }).collect();
             let scores = Scoring::softmax().scores(&Logits::new(&logits, 1, 6).unwrap(), None).unwrap();
             let mut resident = ExpertSet::new(6).unwrap();
-            held.for_each(|expert| resident.insert(ExpertId::new(expert, 6).unwrap()));
+            for expert in held {
+                resident.insert(ExpertId::new(expert, 6).unwrap());
+            }
             let context =
                 RouteContext { layer: 3, step: step as u64, resident: Some(&resident), ..RouteContext::default() };
             let request = RouteRequest::new(&scores, 1, &free, context).unwrap();
