@@ -144,7 +144,7 @@ impl Decoder {
     /// [`Error::TopKZero`], [`Error::TopKExceedsExperts`], [`Error::Shape`] for another count of numbers; nothing has changed then.
     pub fn set_top_k(&mut self, top_k: &[usize]) -> Result<()> {
         self.check_top_k("top_k", top_k)?;
-        let (first, each) = (top_k[0], top_k.iter().cycle());
+        let (first, each) = (top_k.first().copied().unwrap_or_default(), top_k.iter().cycle());
         self.moe_layers_mut().zip(each).try_for_each(|(layer, &top_k)| layer.set_top_k(top_k))?;
         let is_one = top_k.iter().all(|&top_k| top_k == first);
         self.spec.layer_top_k = if is_one { Vec::new() } else { top_k.to_vec() };

@@ -124,7 +124,7 @@ impl Model {
         py.detach(|| {
             let mut model = self.model.write().unwrap_or_else(PoisonError::into_inner);
             let decoder = model.decoder_mut();
-            decoder.set_top_k(top_k)?;
+            decoder.set_top_k(&[top_k])?;
             decoder.set_router(routing);
             decoder.set_capacity(rule);
             Ok(())
