@@ -34,7 +34,7 @@ function words() {
     choose("words-layer", "Layer", layerOptions(state.run.words.length, true), state.layer, set("layer")),
     runs.some(hasMisses) ? choose("words-mode", "Colour", [["fate", "experts"], ["misses", "cache misses"]], state.mode, set("mode")) : null,
   ] : [];
-  const shown = isNumber(text.total) && text.total > tokens.length ? ` The first ${format.count(tokens.length)} of ${format.count(text.total)} tokens are shown.` : "";
+  const shown = isNumber(text.total) && text.total > tokens.length ? ` ${format.count(tokens.length)} of ${format.count(text.total)} tokens are shown.` : "";
   const made = figure("words", "Token by token", `Hover over a token, or walk with the arrow keys, to see its experts.${shown}`, controls, holder, legendHolder);
   made.classList.add("wide", "long");
   return section("words", "Text", "The text, and what happened to it", "Each token asks its experts in every layer. With all layers chosen, the colour is the worst that happened in any of them.", panels(made));
