@@ -48,7 +48,7 @@ enum Kind {
 const COMMANDS: [&str; 8] = ["compare", "generate", "tune", "trace", "route", "replay", "logits", "inspect"];
 
 /// Every option of every command.
-const OPTIONS: [(&str, Kind); 45] = [
+const OPTIONS: [(&str, Kind); 47] = [
     ("--admission", Kind::One(&["affinity", "all"])),
     ("--batch-tokens", Kind::Count),
     ("--batches", Kind::One(&["one-kind", "mixed"])),
@@ -59,6 +59,7 @@ const OPTIONS: [(&str, Kind); 45] = [
     ("--capacity-factor", Kind::Numbers),
     ("--chat", Kind::Flag),
     ("--chunk-tokens", Kind::Count),
+    ("--color", Kind::One(&["auto", "always", "never"])),
     ("--device-speeds", Kind::Numbers),
     ("--devices", Kind::Count),
     ("--dtype", Kind::One(&["f32", "bf16", "f16"])),
@@ -69,6 +70,7 @@ const OPTIONS: [(&str, Kind); 45] = [
     ("--keep-top", Kind::Count),
     ("--kv-dtype", Kind::One(&["f32", "bf16", "f16"])),
     ("--layer-top-k", Kind::Counts),
+    ("--loads", Kind::Flag),
     ("--logits", Kind::Trace),
     ("--max-mass-loss", Kind::Number),
     ("--max-perplexity-increase", Kind::Number),
