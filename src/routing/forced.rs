@@ -8,18 +8,18 @@
 //! use std::sync::Arc;
 //!
 //! use phase_moe::routing::{Forced, LayerRouter};
-//! use phase_moe::{LayerState, Logits, RouteContext, Scoring};
+//! use phase_moe::{Assignment, LayerState, Logits, Result, RouteContext, Scoring};
 //!
 //! let first = [2.0, 1.0, 0.0, 0.0, 1.0, 2.0];
-//! let route = |router: &LayerRouter, values: &[f32], state: &mut LayerState| {
-//!     let logits = Logits::new(values, 2, 3)?;
-//!     let (assignment, ..) = router.route(&logits, Scoring::softmax(), 1, None, RouteContext::default(), state)?;
-//!     phase_moe::Result::Ok(assignment.clone())
+//! let route = |router: &LayerRouter, values: &[f32]| -> Result<Assignment> {
+//!     let (logits, mut state) = (Logits::new(values, 2, 3)?, LayerState::default());
+//!     let (assignment, ..) = router.route(&logits, Scoring::softmax(), 1, None, RouteContext::default(), &mut state)?;
+//!     Ok(assignment.clone())
 //! };
-//! let recorded = route(&LayerRouter::default(), &first, &mut LayerState::default())?;
+//! let recorded = route(&LayerRouter::default(), &first)?;
 //! let forced = LayerRouter { router: Arc::new(Forced { layers: vec![vec![recorded]] }), capacity: None };
 //! // Other logits, the same experts.
-//! let again = route(&forced, &[0.0, 1.0, 2.0, 2.0, 1.0, 0.0], &mut LayerState::default())?;
+//! let again = route(&forced, &[0.0, 1.0, 2.0, 2.0, 1.0, 0.0])?;
 //! assert_eq!(again.ids().collect::<Vec<_>>(), [0, 2]);
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
