@@ -1,4 +1,4 @@
-//! `completions` and `man`: what shells and manuals know of the command line, made from its own description.
+//! `completions` and `man`: what shells and manuals know of the command line, made from its own description; and words as a shell takes them.
 
 use std::path::PathBuf;
 
@@ -58,4 +58,25 @@ fn page(command: clap::Command) -> Result<(String, Vec<u8>)> {
     let (page, mut text) = (Page::new(command), Vec::new());
     page.render(&mut text)?;
     Ok((page.get_filename(), text))
+}
+
+/// A word as a shell would take it back.
+pub fn quoted(word: &str) -> String {
+    let plain = |character: char| character.is_alphanumeric() || "-_.,/:=+@%".contains(character);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.into(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_part_them() {
+        let words = ["--tokens", "1,2", "And it", "it's", "", "$x", "größe"];
+        let expected = ["--tokens", "1,2", "'And it'", r"'it'\''s'", "''", "'$x'", "größe"];
+        assert_eq!(words.map(quoted), expected);
+    }
 }

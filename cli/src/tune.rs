@@ -8,6 +8,7 @@ use crate::output::Inputs;
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
 use crate::report::reason::{Memory, Swept};
+use crate::shell::quoted;
 use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::eval::{FastMemory, Sweep, TuneRow};
@@ -184,26 +185,5 @@ impl Tune {
         self.memory.given().into_iter().for_each(|(option, value)| add(option, value));
         add("--prompt", "Once upon a time".into());
         words.join(" ")
-    }
-}
-
-/// A word as a shell takes it for one.
-fn quoted(word: &str) -> String {
-    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./:=+,@%".contains(letter);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.into(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::quoted;
-
-    #[test]
-    fn a_word_stays_one_in_a_shell() {
-        assert_eq!(quoted("models/tiny-moe"), "models/tiny-moe");
-        assert_eq!(quoted("my models/o'clock"), "'my models/o'\\''clock'");
-        assert_eq!(quoted(""), "''");
     }
 }

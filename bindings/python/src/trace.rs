@@ -108,6 +108,12 @@ impl Trace {
         self.trace.top_k
     }
 
+    /// Experts a token has in each layer where they were not all alike, else empty.
+    #[getter]
+    fn layer_top_k(&self) -> Vec<usize> {
+        self.trace.layer_top_k.clone()
+    }
+
     /// Vocabulary ids of the tokens, uint32.
     #[getter]
     fn token_ids<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyArray1<u32>>> {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,23 @@ def test_a_trace_is_arrays_and_a_file(trace: Trace, tmp_path: Path) -> None:
     made = Trace(trace.logits, 4, normalize=False, token_ids=trace.token_ids.tolist())
     counts = [(made.requests, made.hits) for made in (replay(made, "top-k"), replay(trace, "top-k"))]
     assert counts[0] == counts[1]
+
+
+def test_a_trace_of_unequal_layers_wants_one_number(trace: Trace, tmp_path: Path) -> None:
+    """The number of experts of each layer is in the file's metadata, as the command writes it."""
+    trace.save(tmp_path / "t.safetensors")
+    file = (tmp_path / "t.safetensors").read_bytes()
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"]["layer_top_k"] = "4,2,1,4"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "u.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + file[8 + length :])
+    unequal = Trace.read(tmp_path / "u.safetensors")
+    assert unequal.layer_top_k == [4, 2, 1, 4] and trace.layer_top_k == []
+    with pytest.raises(ValueError, match="top_k: expected one number"):
+        replay(unequal, "top-k")
+    assert replay(unequal, "top-k", top_k=2).requests == replay(trace, "top-k", top_k=2).requests
 
 
 def test_replays_count_as_a_plain_simulation_does(trace: Trace) -> None:

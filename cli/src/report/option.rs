@@ -11,6 +11,7 @@ use serde_json::{Value, to_value};
 use super::compare::ModelSummary;
 use super::page::page;
 use crate::output::{Destination, Inputs, Output};
+use crate::shell::quoted;
 
 #[derive(Args)]
 pub struct ReportOption {
@@ -118,26 +119,5 @@ impl Run {
             machine: format!("{architecture} {system}, {}, {threads}", Isa::default()),
             date: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
         }
-    }
-}
-
-/// A word as a shell would take it back.
-fn quoted(word: &str) -> String {
-    let plain = |character: char| character.is_alphanumeric() || "-_.,/:=+@%".contains(character);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.into(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::quoted;
-
-    #[test]
-    fn words_are_quoted_where_a_shell_would_part_them() {
-        let words = ["--tokens", "1,2", "And it", "it's", "", "$x", "größe"];
-        let expected = ["--tokens", "1,2", "'And it'", r"'it'\''s'", "''", "'$x'", "größe"];
-        assert_eq!(words.map(quoted), expected);
     }
 }

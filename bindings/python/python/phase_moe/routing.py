@@ -207,6 +207,8 @@ def replay(
     what the trace says (how logits become scores). Raises ``ValueError`` for what does not fit.
     """
     refuse(settings, ("scoring", "normalize", "scale", "groups", "group_score", "layer"), "those of the trace")
+    if top_k is None and trace.layer_top_k:
+        raise ValueError(f"top_k: expected one number, the trace was taken with {trace.layer_top_k} in its layers, got none")
     made = Router(router, trace.top_k if top_k is None else top_k, **settings)
     return _phase_moe.replay(
         trace,
