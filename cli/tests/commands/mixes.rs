@@ -40,6 +40,8 @@ enum Kind {
     TextFile,
     IdsFile,
     Trace,
+    /// A word, or a file of a worker's directory.
+    Placement,
     Out,
     Flag,
     Threads,
@@ -77,7 +79,7 @@ const OPTIONS: [(&str, Kind); 47] = [
     ("--model", Kind::Model),
     ("--new-tokens", Kind::Count),
     ("--out", Kind::Out),
-    ("--placement", Kind::One(&["by-speed", "equal"])),
+    ("--placement", Kind::Placement),
     ("--policy", Kind::One(&["lru", "lfu", "lfru", "affinity"])),
     ("--prefer", Kind::One(&["speed", "quality", "memory"])),
     ("--prefetch", Kind::One(&["auto", "off", "always"])),
@@ -152,6 +154,8 @@ const TEXT_FILES: [&str; 9] = [
     "one.txt",
 ];
 const TRACES: [&str; 6] = ["trace.safetensors", "routes.safetensors", "model.safetensors", "missing", ".", "empty.txt"];
+const PLACEMENTS: [&str; 7] =
+    ["speed", "equal", "placement.json", "layers.json", "model.safetensors", "empty.txt", "missing"];
 const OUTS: [&str; 9] = [
     "out.safetensors",
     "out.safetensors",
@@ -199,6 +203,10 @@ fn value<R: Rng>(random: &mut R, kind: Kind) -> String {
         Kind::Model => "@@".into(),
         Kind::TextFile => file(pick(random, &TEXT_FILES[..if odd { TEXT_FILES.len() } else { 2 }])),
         Kind::IdsFile => file(pick(random, &["ids.txt", "text0.txt", "empty.txt", "binary.txt", "missing"])),
+        Kind::Placement => match pick(random, &PLACEMENTS[..if odd { PLACEMENTS.len() } else { 3 }]).as_str() {
+            word @ ("speed" | "equal") => word.into(),
+            name => file(name.into()),
+        },
         Kind::Trace => file(pick(random, &TRACES[..if odd { TRACES.len() } else { 1 }])),
         Kind::Out if odd => match random.random_range(0..4) {
             0 => pick(random, &["/dev/full", "/dev/null", "", "/dev/stdout"]),
@@ -298,6 +306,9 @@ impl Place {
         write("bom.txt", "\u{feff}w1 w2 w3 w4".as_bytes());
         write("binary.txt", &[0xff, 0xfe, 0, 1]);
         write("ids.txt", b"1,2, 3\n4");
+        // Fits one of the models, and none.
+        write("placement.json", br#"{"devices": 2, "layers": [[0, 1, 1, 0, 0, 1, 1, 0]]}"#);
+        write("layers.json", br#"{"devices": 3, "layers": [[0, 1, 2, 2], [0, 1, 2, 2], [2, 1, 0, 0]]}"#);
         std::fs::create_dir(ready.file("empty")).unwrap();
         let [model, text] = [&ready.model, &ready.texts[0]].map(|path| path.to_str().unwrap());
         let [trace, routes] = ["trace.safetensors", "routes.safetensors"].map(|name| ready.file(name));
@@ -394,7 +405,7 @@ fn is_input(words: &[String], path: &Path) -> bool {
             true => given.parent().filter(|_| !path.ends_with("model.safetensors")),
             false => Some(given),
         };
-        let reads = ["--model", "--text", "--logits", "--ids-file", "--prompt-file"].contains(&option);
+        let reads = ["--model", "--text", "--logits", "--ids-file", "--placement", "--prompt-file"].contains(&option);
         (reads && given == path) || (option == "--model" && is_of_a_model && path.parent() == model)
     })
 }

@@ -40,7 +40,7 @@ class Router:
 
     ``router`` is one of ``ROUTERS``. At most one of ``capacity_factor`` and ``capacities`` limits it: the factor times the demand, shared out evenly or,
     with ``devices``, per device; or slots per expert (per device with ``devices``). ``devices`` is a number of groups of neighbouring experts, or the
-    device of each expert; ``speeds`` are their relative capacities. Below ``minimum_mean`` slots per pool on average a factor does not limit:
+    device of each expert; ``speeds`` are their relative capacities, and groups hold experts in proportion to them. Below ``minimum_mean`` slots per pool on average a factor does not limit:
     ``Report.capacities`` says. ``cache`` and ``cache+phase`` prefer resident experts by ``cache_bonus`` score ranges (0.1 unless said, or steered towards
     ``target_hit_rate``), at the cost of at most ``max_mass_loss`` of a token's gate mass (0.1), and never swap its ``keep_top`` best (1). ``groups`` are how many groups experts are in and how many of them a token may use (DeepSeek). ``seed`` is for routers that draw, ``threads`` how many threads of its own it works on; results do not depend on it.
 
