@@ -270,6 +270,7 @@ fn replays_refuse_wrong_answers() {
         scoring: Scoring::softmax(),
         batch_tokens: None,
         token_ids: None,
+        kinds: None,
         layers: vec![LayerTrace { layer: 0, logits, selection_bias: None }],
     };
     for batch_tokens in [1, 4] {

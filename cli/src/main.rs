@@ -16,6 +16,7 @@ mod mistake;
 mod notice;
 mod options;
 mod output;
+mod place;
 mod placement;
 mod replay;
 mod report;
@@ -47,6 +48,7 @@ enum Command {
     Trace(trace::Trace),
     Route(route::Route),
     Replay(replay::Replay),
+    Place(place::Place),
     Logits(logits::Logits),
     Inspect(inspect::Inspect),
     Completions(shell::Completions),
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
             Command::Trace(command) => command.run(&global),
             Command::Route(command) => command.run(&global),
             Command::Replay(command) => command.run(&global),
+            Command::Place(command) => command.run(&global),
             Command::Logits(command) => command.run(&global),
             Command::Inspect(command) => command.run(&global),
             Command::Completions(command) => command.run(Cli::command()),

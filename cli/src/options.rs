@@ -212,6 +212,18 @@ impl TextOptions {
 
     /// The texts and their batches.
     pub fn batches(&self, model: &Model) -> Result<(Vec<EvalText>, Vec<Batch>)> {
+        let texts = self.texts(model)?;
+        let batches = self.batching().batches(model.sequence_start(), &texts)?;
+        Ok((texts, batches))
+    }
+
+    /// Of each token of the batches the number of its text, where there are several.
+    pub fn kinds(&self, model: &Model, texts: &[EvalText]) -> Result<Option<Vec<u32>>> {
+        let kinds = (texts.len() > 1).then(|| self.batching().kinds(model.sequence_start(), texts));
+        Ok(kinds.transpose()?)
+    }
+
+    fn texts(&self, model: &Model) -> Result<Vec<EvalText>> {
         let read = |path: &PathBuf| -> Result<(String, String)> {
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             Ok((name, read_text(path)?))
@@ -221,14 +233,15 @@ impl TextOptions {
             paths => paths.iter().map(read).collect::<Result<_>>()?,
         };
         let encode = |(name, text): (String, String)| Ok(EvalText { name, ids: model.encode(&text)? });
-        let texts: Vec<EvalText> = texts.into_iter().map(encode).collect::<Result<_>>()?;
+        texts.into_iter().map(encode).collect()
+    }
+
+    fn batching(&self) -> Batching {
         let mixing = match self.batches {
             Batches::OneKind => Mixing::OneKind,
             Batches::Mixed => Mixing::Mixed,
         };
-        let batching = Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle };
-        let batches = batching.batches(model.sequence_start(), &texts)?;
-        Ok((texts, batches))
+        Batching { tokens: self.tokens, batch_tokens: self.batch_tokens, mixing, shuffle: self.shuffle }
     }
 }
 

@@ -12,6 +12,8 @@ use crate::output::{Destination, Inputs};
 
 /// Runs the model over text, dropless, and writes the gate logits of every MoE layer.
 ///
+/// With several texts it says of each token which one it is of: `place` balances them all.
+///
 /// Example: phase-moe trace --tokens 4096 --out trace.safetensors
 #[derive(Args)]
 pub struct Trace {
@@ -34,13 +36,15 @@ impl Trace {
         let loading = global.waiting("loading the model");
         let mut model = self.model.load_plain(&files)?;
         self.top_k.set(model.decoder_mut())?;
-        let (_, batches) = self.text.batches(&model)?;
+        let (texts, batches) = self.text.batches(&model)?;
+        let kinds = self.text.kinds(&model, &texts)?;
         drop(loading);
         let bar = global.progress(batches.iter().map(|batch| batch.live_tokens()).sum());
         bar.set_message("tracing");
         let trace = GateTrace {
             model: Some(model.name().to_owned()),
             batch_tokens: Some(self.text.batch_tokens),
+            kinds,
             ..GateTrace::capture(model.decoder(), &batches, |tokens| bar.inc(tokens))?
         };
         drop(bar);

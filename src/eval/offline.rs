@@ -300,6 +300,7 @@ mod tests {
             scoring: Scoring::softmax(),
             batch_tokens: None,
             token_ids: None,
+            kinds: None,
             layers: vec![LayerTrace { layer: 3, logits, selection_bias: None }],
         }
     }

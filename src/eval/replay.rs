@@ -185,6 +185,7 @@ mod tests {
             scoring: Scoring::softmax(),
             batch_tokens: None,
             token_ids: None,
+            kinds: None,
             layers: vec![layer(0), layer(1)],
         }
     }

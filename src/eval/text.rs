@@ -57,6 +57,22 @@ impl Batching {
     /// [`Error::Parameter`] for `batch_tokens` below 2, above 256 and no multiple of it, or so few that `start` leaves no room for a token
     /// of text, and for texts of fewer than two tokens in all.
     pub fn batches(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Batch>> {
+        let rows = |(sequences, _): (Vec<Vec<u32>>, _)| batch(&sequences);
+        self.grouped(start, texts)?.into_iter().map(rows).collect()
+    }
+
+    /// Of every token of [`Batching::batches`], padding not among them, the number of its text.
+    ///
+    /// # Errors
+    /// As [`Batching::batches`].
+    pub fn kinds(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<u32>> {
+        let groups = self.grouped(start, texts)?;
+        let sequences = groups.iter().flat_map(|(sequences, kinds)| sequences.iter().zip(kinds));
+        Ok(sequences.flat_map(|(sequence, &kind)| std::iter::repeat_n(kind, sequence.len())).collect())
+    }
+
+    /// The sequences of each batch, and of which text each is.
+    fn grouped(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<(Vec<Vec<u32>>, Vec<u32>)>> {
         if self.batch_tokens < 2 {
             return Err(Error::parameter("batch tokens", self.batch_tokens, "at least 2"));
         }
@@ -84,21 +100,32 @@ impl Batching {
         if let Some(seed) = self.shuffle {
             sequences.iter_mut().zip(0..).for_each(|(text, key)| Stream::new(seed, key).shuffle(text));
         }
-        let batches = match self.mixing {
+        let group = |sequences: &[(&Vec<u32>, u32)]| sequences.iter().map(|&(ids, kind)| (ids.clone(), kind)).unzip();
+        let of_kinds = sequences.iter().zip(0..);
+        let groups: Vec<(Vec<Vec<u32>>, Vec<u32>)> = match self.mixing {
             Mixing::OneKind => {
-                sequences.iter().flat_map(|text| text.chunks(per_batch)).map(batch).collect::<Result<Vec<_>>>()?
+                let text = |(text, kind): (&Vec<Vec<u32>>, u32)| {
+                    let sequences: Vec<_> = text.iter().map(|ids| (ids, kind)).collect();
+                    sequences.chunks(per_batch).map(group).collect::<Vec<_>>()
+                };
+                of_kinds.flat_map(text).collect()
             }
             Mixing::Mixed => {
                 let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
-                let turns = |turn: usize| sequences.iter().filter_map(move |text| text.get(turn));
-                let interleaved: Vec<&Vec<u32>> = (0..longest).flat_map(turns).collect();
-                interleaved.chunks(per_batch).map(batch).collect::<Result<Vec<_>>>()?
+                let turns = |turn: usize| {
+                    let text =
+                        move |(text, kind): (&'_ Vec<Vec<u32>>, u32)| Some((turn, kind)).filter(|_| turn < text.len());
+                    of_kinds.clone().filter_map(text)
+                };
+                let interleaved: Vec<_> =
+                    (0..longest).flat_map(turns).map(|(turn, kind)| (&sequences[kind as usize][turn], kind)).collect();
+                interleaved.chunks(per_batch).map(group).collect()
             }
         };
-        if batches.is_empty() {
+        if groups.is_empty() {
             return Err(Error::parameter("tokens of evaluation text", "below 2", "at least 2 in one text"));
         }
-        Ok(batches)
+        Ok(groups)
     }
 
     /// Tokens taken of each text, whose lengths these are: an even share of the limit, what short texts leave going to the longer
@@ -178,6 +205,21 @@ mod tests {
         let batching = Batching { mixing: Mixing::Mixed, ..Batching::default() };
         let batches = batching.batches(&[], &texts(&[512, 512])).unwrap();
         assert_eq!((batches[0].ids()[0], batches[0].ids()[256]), (0, 1));
+    }
+
+    #[test]
+    fn every_token_is_of_its_text() {
+        for mixing in [Mixing::OneKind, Mixing::Mixed] {
+            let (batching, texts) =
+                (Batching { mixing, shuffle: Some(1), ..Batching::default() }, texts(&[1000, 300, 2]));
+            // Ids are the texts' numbers, the start is 9.
+            let batches = batching.batches(&[9], &texts).unwrap();
+            let rows = batches.iter().flat_map(|batch| {
+                let rows = batch.ids().chunks(batch.positions()).zip(batch.lengths());
+                rows.flat_map(|(row, &length)| vec![row[1]; length]).collect::<Vec<_>>()
+            });
+            assert_eq!(batching.kinds(&[9], &texts).unwrap(), rows.collect::<Vec<_>>(), "{mixing:?}");
+        }
     }
 
     #[test]

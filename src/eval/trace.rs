@@ -1,9 +1,9 @@
 //! Gate traces: the logits of every MoE layer over a text, in a safetensors file that routers can be run on offline.
 //!
 //! One tensor `layer.{i}` f32 `[tokens, experts]` per MoE layer (raw, before scoring), `tokens` i32 `[tokens]` vocabulary
-//! ids, `layer.{i}.bias` f32 `[experts]` where the model has a selection bias; metadata says how logits become scores.
-//! `tokens` and all metadata but `experts` and `top_k` are optional on reading. Logits and biases are read from f16, bf16 and f64 too,
-//! and ids from i64 and u32: what torch writes.
+//! ids, `kinds` i32 `[tokens]` numbers of the texts they are of, `layer.{i}.bias` f32 `[experts]` where the model has a selection bias;
+//! metadata says how logits become scores. `tokens`, `kinds` and all metadata but `experts` and `top_k` are optional on reading. Logits and biases are read from f16, bf16 and f64 too,
+//! and ids and numbers from i64 and u32: what torch writes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -46,6 +46,8 @@ pub struct GateTrace {
     pub batch_tokens: Option<usize>,
     /// Vocabulary ids of the tokens.
     pub token_ids: Option<Vec<u32>>,
+    /// Which text each token is of, where there were several kinds.
+    pub kinds: Option<Vec<u32>>,
     /// MoE layers in order.
     pub layers: Vec<LayerTrace>,
 }
@@ -57,7 +59,8 @@ impl GateTrace {
     }
 
     /// Runs `decoder` as it is over `batches` and keeps the gate logits of every token but padding. `progress` is called
-    /// after each batch with its tokens. [`GateTrace::model`] and [`GateTrace::batch_tokens`] are left for the caller.
+    /// after each batch with its tokens. [`GateTrace::model`], [`GateTrace::batch_tokens`] and [`GateTrace::kinds`] are left for the
+    /// caller.
     ///
     /// # Errors
     /// Whatever the forward pass reports.
@@ -87,6 +90,7 @@ impl GateTrace {
             scoring: moe.scoring,
             batch_tokens: None,
             token_ids: Some(token_ids),
+            kinds: None,
             layers,
         })
     }
@@ -105,9 +109,11 @@ impl GateTrace {
             }
             tensors.push(NamedTensor::f32(name, [tokens, experts], &layer.logits));
         }
-        if let Some(ids) = &self.token_ids {
-            let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-            tensors.push(NamedTensor::i32("tokens", [tokens], &ids));
+        for (name, ids) in [(TOKENS, &self.token_ids), (KINDS, &self.kinds)] {
+            if let Some(ids) = ids {
+                let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+                tensors.push(NamedTensor::i32(name, [tokens], &ids));
+            }
         }
         let mut metadata = HashMap::from([
             ("experts".to_owned(), experts.to_string()),
@@ -232,10 +238,11 @@ impl GateTrace {
                 sizes.filter(|sizes| sizes.len() == layers.len()).ok_or_else(|| bad("layer_top_k", &expected, each))?
             }
         };
-        let token_ids = match file.tensors().contains_key(TOKENS) {
-            true => Some(ids(&file, TOKENS, &[tokens]).map_err(wrong)?),
-            false => None,
+        let of_tokens = |name: &str| match file.tensors().contains_key(name) {
+            true => ids(&file, name, &[tokens]).map(Some).map_err(wrong),
+            false => Ok(None),
         };
+        let (token_ids, kinds) = (of_tokens(TOKENS)?, of_tokens(KINDS)?);
         Ok(Self {
             model: text("model").map(str::to_owned),
             experts,
@@ -244,6 +251,7 @@ impl GateTrace {
             scoring: Scoring { function, normalize, scale, groups },
             batch_tokens: size("batch_tokens")?,
             token_ids,
+            kinds,
             layers,
         })
     }
@@ -251,6 +259,9 @@ impl GateTrace {
 
 /// The tensor of vocabulary ids.
 const TOKENS: &str = "tokens";
+
+/// The tensor of numbers of texts.
+const KINDS: &str = "kinds";
 
 /// The number of a layer and what follows it in a tensor's name, `layer.3.bias` for one.
 fn of_layer(name: &str) -> Option<(usize, &str)> {
@@ -346,7 +357,7 @@ fn floats(file: &Checkpoint, name: &str, shape: &[Option<usize>]) -> Result<(usi
     Ok((rows, values))
 }
 
-/// A tensor of vocabulary ids.
+/// A tensor of ids: of the vocabulary, or of texts.
 fn ids(file: &Checkpoint, name: &str, shape: &[Option<usize>]) -> Result<Vec<u32>, String> {
     let (dtype, _, bytes) = sized(file, name, &[Dtype::I32, Dtype::I64, Dtype::U32], shape)?;
     let id = |id: i64| {
@@ -381,6 +392,7 @@ mod tests {
             scoring: Scoring { scale: 2.5, ..Scoring::sigmoid().normalized(true) },
             batch_tokens: Some(512),
             token_ids: Some(vec![7, 9]),
+            kinds: Some(vec![0, 1]),
             layers: vec![layer(1, None), layer(10, Some(vec![0.5, 0.0, -0.5]))],
         }
     }
@@ -444,6 +456,8 @@ mod tests {
         assert!(error(&[nan], &good).starts_with("tensor `layer.0`: logit of token 0, expert 1 is NaN"));
         let tokens = NamedTensor::i32("tokens", [1], &[-1]);
         assert_eq!(error(&[layer.clone(), tokens], &good), "tensor `tokens`: expected ids from 0, got -1");
+        let kinds = NamedTensor::i32("kinds", [2], &[0, 0]);
+        assert_eq!(error(&[layer.clone(), kinds], &good), "tensor `kinds`: expected I32 [1], got I32 [2]");
         let score = [good[0], good[1], ("score", "tanh")];
         let other = NamedTensor { name: "layer.00".into(), ..layer.clone() };
         assert_eq!(

@@ -68,8 +68,10 @@ impl Trace {
             layers.push(LayerTrace { layer, logits: values.to_vec(), selection_bias });
         }
         let scoring = self::scoring(scoring, normalize, scale, groups)?;
-        let (model, layer_top_k, batch_tokens) = (None, Vec::new(), None);
-        Ok(Self { trace: GateTrace { model, experts, top_k, layer_top_k, scoring, batch_tokens, token_ids, layers } })
+        let (model, layer_top_k, batch_tokens, kinds) = (None, Vec::new(), None, None);
+        let trace =
+            GateTrace { model, experts, top_k, layer_top_k, scoring, batch_tokens, token_ids, kinds, layers };
+        Ok(Self { trace })
     }
 
     /// From a file that `phase-moe trace` or `Trace.save` wrote.

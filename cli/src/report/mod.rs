@@ -6,6 +6,7 @@ pub mod loads;
 pub mod meaning;
 pub mod option;
 mod page;
+pub mod place;
 pub mod reason;
 pub mod replay;
 pub mod route;

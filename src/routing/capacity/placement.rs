@@ -109,7 +109,7 @@ impl Placement {
     }
 
     /// Device of each expert, `[experts]`.
-    pub(crate) fn device_of(&self) -> &[u16] {
+    pub fn device_of(&self) -> &[u16] {
         &self.device_of
     }
 }
