@@ -115,3 +115,61 @@ fn route_places_by_the_layers_of_its_trace() {
     let message = mistake(&["route", "--logits", &trace, "--placement", &placement]);
     assert!(message.contains("--placement limits nothing by itself: add --capacity-factor or --cap"), "{message}");
 }
+
+/// Rows of `place` by their names.
+fn placed(report: &Value, name: &str) -> [f64; 4] {
+    let rows = report["rows"].as_array().unwrap();
+    let row = rows.iter().find(|row| row["placement"] == name).unwrap_or_else(|| panic!("{name}: {report}"));
+    ["devices_per_token", "straggler_ratio", "worst_kind_straggler_ratio", "gate_mass"]
+        .map(|key| row[key].as_f64().unwrap())
+}
+
+#[test]
+fn a_placement_by_a_trace_is_better_on_text_it_has_not_seen() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (trace, placement, again) = (path("t.safetensors"), path("p.json"), path("again.json"));
+    assert!(run(&["trace", "--tokens", "12288", "--out", &trace]).status.success());
+    let place = ["place", "--trace", &trace, "--devices", "4", "--json", "--out"];
+    let report_of = |out: &str| report(&[&place[..], &[out]].concat());
+    let placed_report = report_of(&placement);
+    assert_eq!((&placed_report["kinds"], &placed_report["devices"]), (&json!(3), &json!(4)));
+    let [chosen, contiguous, random, packed] =
+        ["chosen", "contiguous", "random", "packed"].map(|name| placed(&placed_report, name));
+    for other in [contiguous, random, packed] {
+        assert!(chosen[0] < other[0] - 0.05, "fewer devices: {placed_report}");
+        assert!(chosen[1] < other[1] && chosen[2] < other[2] && chosen[3] > other[3], "{placed_report}");
+    }
+    // The same again, and groups of eight experts in every layer.
+    assert_eq!(report_of(&again), placed_report);
+    let file = std::fs::read_to_string(&placement).unwrap();
+    assert_eq!(std::fs::read_to_string(&again).unwrap(), file);
+    let file: Value = serde_json::from_str(&file).unwrap();
+    for layer in file["layers"].as_array().unwrap() {
+        let of = |device: u64| layer.as_array().unwrap().iter().filter(|own| **own == json!(device)).count();
+        assert_eq!([0, 1, 2, 3].map(of), [8; 4]);
+    }
+    // Real forward passes say so too.
+    let compare = ["compare", "--devices", "4", "--router", "phase", "--tokens", "6144", "--json"];
+    let row = |more: &[&str]| report(&[&compare[..], more].concat())["rows"][0].clone();
+    let (by_file, plain) = (row(&["--placement", &placement]), row(&[]));
+    assert!(by_file["gate_mass"].as_f64() > plain["gate_mass"].as_f64(), "{by_file} {plain}");
+
+    let speeds = report(&["place", "--trace", &trace, "--device-speeds", "3,1", "--json"]);
+    let [chosen, contiguous] = ["chosen", "contiguous"].map(|name| placed(&speeds, name));
+    assert!(chosen[0] < contiguous[0] && chosen[2] < contiguous[2], "{speeds}");
+
+    for (more, expected) in [
+        (&[][..], "required arguments were not provided"),
+        (&["--devices", "0"], "--devices is 0: expected 1 to experts 32"),
+        (&["--devices", "33"], "--devices is 33: expected 1 to experts 32"),
+        (&["--devices", "3", "--device-speeds", "1,2"], "--device-speeds: expected --devices 3 values, got 2"),
+        (&["--device-speeds", "1,nan"], "--device-speeds: expected positive finite numbers, got NaN"),
+        (&["--devices", "2", "--top-k", "33"], "top_k 33 exceeds experts 32"),
+        (&["--devices", "2", "--batch-tokens", "0"], "--batch-tokens is 0: expected at least 1"),
+        (&["--devices", "2", "--out", &trace], "expected another file than --trace, got the same"),
+    ] {
+        let message = mistake(&[&["place", "--trace", &trace][..], more].concat());
+        assert!(message.contains(expected), "{message}");
+    }
+}

@@ -4,7 +4,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-const COMMANDS: [&str; 8] = ["compare", "generate", "tune", "trace", "route", "replay", "logits", "inspect"];
+const COMMANDS: [&str; 9] = ["compare", "generate", "tune", "trace", "route", "replay", "place", "logits", "inspect"];
 
 /// Runs a command that must succeed in an environment of these variables beside its own.
 fn output(arguments: &[&str], variables: &[(&str, &str)]) -> Output {

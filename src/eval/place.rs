@@ -85,9 +85,9 @@ struct Sums {
 }
 
 impl Placing {
-    /// A placement of each layer, chosen from the whole of `trace`: of exchanges from contiguous groups and from packed ones the better
-    /// outcome. What they are exchanged for is devices per token times the fullness of the fullest device, over all kinds of text (in a trace without
-    /// kinds, over all batches).
+    /// A placement of each layer, chosen from the whole of `trace`: the better outcome of exchanges from contiguous groups and from packed
+    /// ones. Exchanges lower the devices per token times how far devices are over their share, with every kind of text; in a trace without
+    /// kinds, in every batch.
     ///
     /// # Errors
     /// [`Error::Parameter`] for batches of no tokens and as [`Placement::by_speed`], [`Error::TopKZero`], [`Error::TopKExceedsExperts`].

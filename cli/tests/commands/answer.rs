@@ -32,8 +32,8 @@ const MAY_BE_NULL: [&str; 20] = [
     "hit_rate",
     "max_mass_loss",
 ];
-const MAY_BE_NULL_TOO: [&str; 6] =
-    ["command", "peak_resident_expert_bytes", "perplexity_error", "profile", "recommended", "warning"];
+const MAY_BE_NULL_TOO: [&str; 7] =
+    ["command", "kinds", "peak_resident_expert_bytes", "perplexity_error", "profile", "recommended", "warning"];
 
 /// Keys whose figure is a share of 1. Gate mass is none: where experts are selected by other scores, one that takes another's place
 /// may weigh more.
@@ -93,6 +93,20 @@ pub fn page(path: &Path) -> Result<(), String> {
     match page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>") {
         true => Ok(()),
         false => Err(format!("{} bytes, expected a page", page.len())),
+    }
+}
+
+/// A placement, every expert of every layer on a device that there is.
+pub fn placement(path: &Path) -> Result<(), String> {
+    let text = std::fs::read(path).map_err(|error| error.to_string())?;
+    let file: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let devices = file["devices"].as_u64().ok_or("no number of devices")?;
+    let on_device = |device: &Value| device.as_u64().is_some_and(|device| device < devices);
+    let is_layer =
+        |layer: &Value| layer.as_array().is_some_and(|layer| !layer.is_empty() && layer.iter().all(on_device));
+    match file["layers"].as_array().filter(|layers| !layers.is_empty() && layers.iter().all(is_layer)) {
+        Some(_) => Ok(()),
+        None => Err(format!("no placement: {}", start(&file.to_string()))),
     }
 }
 

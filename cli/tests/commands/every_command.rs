@@ -34,7 +34,7 @@ impl Bench<'_> {
             }
             _ => &[],
         };
-        let model: &[&str] = if command.contains(&"--logits") { &[] } else { &self.model };
+        let model: &[&str] = if command.contains(&"--logits") || command[0] == "place" { &[] } else { &self.model };
         let dtype: &[&str] = match command[0] {
             "compare" | "generate" | "trace" | "logits" => &["--dtype", self.dtype],
             _ => &[],
@@ -97,6 +97,12 @@ impl Bench<'_> {
             is(rows == layers, "route", &routed)?;
             self.file(&command, "routes")?;
         }
+        let placement = self.path("placement");
+        let placed = self.json(&["place", "--trace", &trace, "--devices", "2", "--out", &placement])?;
+        is(count(&placed, "layers") == layers && placed["rows"].as_array().map_or(0, Vec::len) == 4, "place", &placed)?;
+        answer::placement(Path::new(&placement))?;
+        let placed = ["route", "--logits", &trace, "--capacity-factor", "1", "--placement", &placement];
+        is(count(&self.json(&placed)?, "devices") == 2, "route --placement", "expected two devices")?;
         let replayed = self.json(&["replay", "--logits", &trace, "--cached-experts", "2"])?;
         for report in [&replayed, &self.json(&["replay", "--cached-experts", "2"])?] {
             let requests = count(report, "requests");

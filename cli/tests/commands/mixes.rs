@@ -47,7 +47,7 @@ enum Kind {
     Threads,
 }
 
-const COMMANDS: [&str; 8] = ["compare", "generate", "tune", "trace", "route", "replay", "logits", "inspect"];
+const COMMANDS: [&str; 9] = ["compare", "generate", "tune", "trace", "route", "replay", "place", "logits", "inspect"];
 
 /// Every option of every command.
 const OPTIONS: [(&str, Kind); 47] = [
@@ -99,7 +99,7 @@ const OPTIONS: [(&str, Kind); 47] = [
     ("--tokens", Kind::Count),
     ("--top-k", Kind::Counts),
 ];
-const MORE_OPTIONS: [(&str, Kind); 1] = [("--top-p", Kind::Number)];
+const MORE_OPTIONS: [(&str, Kind); 2] = [("--top-p", Kind::Number), ("--trace", Kind::Trace)];
 
 /// What fits an option, mostly.
 const COUNTS: [&str; 9] = ["0", "1", "2", "3", "4", "6", "8", "16", "64"];
@@ -241,6 +241,7 @@ fn needed(command: &str) -> &'static [(&'static str, Kind)] {
         "generate" => &[("--model", Kind::Model), ("--prompt", Kind::Text), ("--new-tokens", Kind::Count)],
         "route" => &[("--logits", Kind::Trace)],
         "replay" => &[("--logits", Kind::Trace)],
+        "place" => &[("--trace", Kind::Trace), ("--devices", Kind::Count)],
         "logits" => &[("--model", Kind::Model), ("--ids", Kind::Counts), ("--out", Kind::Out)],
         _ => &[("--model", Kind::Model)],
     }
@@ -372,6 +373,7 @@ fn check(place: &mut Option<Place>, mix: &Mix) -> Result<(), String> {
         }
         match result && out.exists() {
             true if words.iter().any(|word| word == "--report") => answer::page(&out)?,
+            true if words[0] == "place" => answer::placement(&out)?,
             true => drop(answer::tensors(&out)?),
             false => {}
         }
@@ -405,7 +407,8 @@ fn is_input(words: &[String], path: &Path) -> bool {
             true => given.parent().filter(|_| !path.ends_with("model.safetensors")),
             false => Some(given),
         };
-        let reads = ["--model", "--text", "--logits", "--ids-file", "--placement", "--prompt-file"].contains(&option);
+        let reads = ["--model", "--text", "--logits", "--trace", "--ids-file", "--placement", "--prompt-file"]
+            .contains(&option);
         (reads && given == path) || (option == "--model" && is_of_a_model && path.parent() == model)
     })
 }

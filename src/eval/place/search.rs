@@ -1,11 +1,13 @@
 //! The search for a placement of one layer: pairs of experts on different devices change places while that lowers
 //!
 //! ```text
-//! cost = devices that a token's experts are on, mean over tokens  ×  crowding
+//! cost = devices that a token's experts are on, mean over tokens  ×  crowding  ×  (1 + slots over)
 //! crowding = (mean over kinds and devices of r^16)^(1/16),  r = share of the kind's slots / share of the speed
+//! slots over = those beyond a device's share, of all slots of a kind, mean over kinds
 //! ```
 //!
-//! so that one percent of either counts the same. The power mean stands for the largest `r`, and unlike it sees what becomes of the others.
+//! so that one percent of each counts the same. The power mean stands for the largest `r`, what the fullest device takes longer, and unlike it
+//! sees the others too; slots over its share are those that a router within limits has to move.
 //! The first factor is what hypergraph partitioning calls connectivity, a token being a net of its experts (Çatalyürek, Aykanat 1999). Exchanges of
 //! pairs, which keep the sizes of the parts, are Kernighan and Lin's (1970); that gains are kept in tables and mended net by net is Fiduccia and
 //! Mattheyses' (1982). Every expert in turn takes the best exchange that there is, until none has any: a local optimum, no more.
@@ -53,6 +55,25 @@ impl Uses<'_> {
     }
 }
 
+/// What ratios come to: sums over kinds and devices.
+#[derive(Clone, Copy, Debug, Default)]
+struct Crowding {
+    /// Of their powers.
+    powers: f64,
+    /// Of the slots above a device's share, as shares of the kind's.
+    over: f64,
+}
+
+impl Crowding {
+    fn of(ratio: f64, slowness: f64) -> Self {
+        Self { powers: ratio.powi(POWER), over: f64::max(ratio - 1.0, 0.0) / slowness }
+    }
+
+    fn plus(self, other: Self, sign: f64) -> Self {
+        Self { powers: self.powers + sign * other.powers, over: self.over + sign * other.over }
+    }
+}
+
 /// A placement, and what every exchange would change.
 struct Search<'a> {
     uses: &'a Uses<'a>,
@@ -73,8 +94,8 @@ struct Search<'a> {
     /// One over a device's share of the speed.
     slowness: Vec<f64>,
     kinds: usize,
-    /// The sum of all ratios' powers.
-    crowding: f64,
+    /// What all ratios come to.
+    crowding: Crowding,
 }
 
 impl<'a> Search<'a> {
@@ -106,10 +127,22 @@ impl<'a> Search<'a> {
                 ratio[device * kinds + kind] += share[expert * kinds + kind] * slowness[device];
             }
         }
-        let crowding = ratio.iter().map(|ratio: &f64| ratio.powi(POWER)).sum();
         let (alone, beside) = (vec![0; experts * experts], vec![0; experts * devices]);
-        let mut search =
-            Self { uses, device_of, starts, tokens, alone, beside, pairs: 0, share, ratio, slowness, kinds, crowding };
+        let mut search = Self {
+            uses,
+            device_of,
+            starts,
+            tokens,
+            alone,
+            beside,
+            pairs: 0,
+            share,
+            ratio,
+            slowness,
+            kinds,
+            crowding: Crowding::default(),
+        };
+        search.crowding = search.crowding_now();
         (0..uses.kinds.len()).for_each(|token| search.count(token, true));
         search
     }
@@ -137,12 +170,19 @@ impl<'a> Search<'a> {
         self.cost_of(self.pairs, self.crowding)
     }
 
-    fn cost_of(&self, pairs: i64, crowding: f64) -> f64 {
-        (pairs.max(1) as f64).ln() + crowding.max(f64::MIN_POSITIVE).ln() / f64::from(POWER)
+    fn cost_of(&self, pairs: i64, crowding: Crowding) -> f64 {
+        let power_mean = crowding.powers.max(f64::MIN_POSITIVE).ln() / f64::from(POWER);
+        (pairs.max(1) as f64).ln() + power_mean + (1.0 + crowding.over / self.kinds as f64).ln()
+    }
+
+    fn crowding_now(&self) -> Crowding {
+        let all = self.ratio.iter().enumerate();
+        all.map(|(at, &ratio)| Crowding::of(ratio, self.slowness[at / self.kinds]))
+            .fold(Crowding::default(), |sum, own| sum.plus(own, 1.0))
     }
 
     /// What pairs and crowding are once two experts have changed places.
-    fn after(&self, a: usize, b: usize) -> (i64, f64) {
+    fn after(&self, a: usize, b: usize) -> (i64, Crowding) {
         let (experts, devices, kinds) = (self.uses.experts, self.uses.speeds.len(), self.kinds);
         let (from, to) = (usize::from(self.device_of[a]), usize::from(self.device_of[b]));
         // Its tokens leave the device where it is alone there, and come to the other one where they have nothing yet.
@@ -158,7 +198,9 @@ impl<'a> Search<'a> {
             let moved = self.share[a * kinds + kind] - self.share[b * kinds + kind];
             for (device, sign) in [(from, -1.0), (to, 1.0)] {
                 let ratio = self.ratio[device * kinds + kind];
-                crowding += (ratio + sign * moved * self.slowness[device]).powi(POWER) - ratio.powi(POWER);
+                let slowness = self.slowness[device];
+                let moved = Crowding::of(ratio + sign * moved * slowness, slowness);
+                crowding = crowding.plus(moved, 1.0).plus(Crowding::of(ratio, slowness), -1.0);
             }
         }
         (pairs, crowding)
@@ -181,7 +223,7 @@ impl<'a> Search<'a> {
                 self.ratio[device * self.kinds + kind] += sign * moved * self.slowness[device];
             }
         }
-        self.crowding = self.ratio.iter().map(|ratio| ratio.powi(POWER)).sum();
+        self.crowding = self.crowding_now();
     }
 
     /// Has every expert in turn take its best exchange; true where some did.
@@ -272,11 +314,14 @@ mod tests {
                 if search.device_of[a] == search.device_of[b] {
                     continue;
                 }
-                let (pairs, crowding) = search.after(a, b);
+                let (pairs, after) = search.after(a, b);
                 search.exchange(a, b);
                 let fresh = Search::new(&uses, search.device_of.clone());
                 prop_assert_eq!((pairs, search.pairs), (fresh.pairs, fresh.pairs));
-                prop_assert!(crowding / fresh.crowding - 1.0 < 1e-9 && search.crowding / fresh.crowding - 1.0 < 1e-9);
+                for crowding in [after, search.crowding] {
+                    prop_assert!((crowding.powers / fresh.crowding.powers - 1.0).abs() < 1e-9);
+                    prop_assert!((crowding.over - fresh.crowding.over).abs() < 1e-9);
+                }
                 prop_assert!(search.alone == fresh.alone && search.beside == fresh.beside);
             }
         }
