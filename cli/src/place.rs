@@ -22,13 +22,12 @@ use crate::report::place::PlaceReport;
 ///
 /// Example: phase-moe place --trace trace.safetensors --devices 4 --out placement.json
 #[derive(Args)]
-#[group(id = "of_devices", required = true, multiple = true, args = ["devices", "device_speeds"])]
 pub struct Place {
     /// Gate logits, as `trace` writes them
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
     /// How many devices
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", required_unless_present = "device_speeds")]
     devices: Option<usize>,
     /// Relative speeds of the devices: one twice as fast has twice the experts [default: all alike]
     #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]

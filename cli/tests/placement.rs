@@ -160,7 +160,7 @@ fn a_placement_by_a_trace_is_better_on_text_it_has_not_seen() {
     assert!(chosen[0] < contiguous[0] && chosen[2] < contiguous[2], "{speeds}");
 
     for (more, expected) in [
-        (&[][..], "required arguments were not provided"),
+        (&[][..], "the following required arguments were not provided"),
         (&["--devices", "0"], "--devices is 0: expected 1 to experts 32"),
         (&["--devices", "33"], "--devices is 33: expected 1 to experts 32"),
         (&["--devices", "3", "--device-speeds", "1,2"], "--device-speeds: expected --devices 3 values, got 2"),

@@ -21,10 +21,11 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     let (tokens, top_k): (usize, usize) = (bytes.arbitrary::<u16>()?.into(), bytes.int_in_range(0..=70)?);
     let experts: usize =
         if bytes.ratio(1, 64)? { bytes.arbitrary::<u16>()?.into() } else { bytes.int_in_range(0..=70)? };
-    let shares = match bytes.int_in_range(0..=2)? {
-        0 => {
+    let shares = match bytes.int_in_range(0..=3)? {
+        kind @ 0..=1 => {
             let speeds: Result<Vec<f64>> = (0..bytes.int_in_range(0..=12)?).map(|_| float(bytes)).collect();
-            Shares::PerDevice { speeds: speeds? }
+            let speeds = speeds?;
+            if kind == 0 { Shares::PerDevice { speeds } } else { Shares::EqualGroups { speeds } }
         }
         _ => Shares::PerExpert { profile: *bytes.choose(&[Profile::Uniform, Profile::Mild, Profile::Strong, Profile::Extreme])?, seed: bytes.arbitrary()? },
     };

@@ -18,6 +18,14 @@ pub struct EvalText {
     pub ids: Vec<u32>,
 }
 
+/// What runs without any context but its own.
+#[derive(Clone, Debug)]
+struct Sequence {
+    /// The number of its text.
+    kind: u32,
+    ids: Vec<u32>,
+}
+
 /// Which sequences share a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mixing {
@@ -57,8 +65,10 @@ impl Batching {
     /// [`Error::Parameter`] for `batch_tokens` below 2, above 256 and no multiple of it, or so few that `start` leaves no room for a token
     /// of text, and for texts of fewer than two tokens in all.
     pub fn batches(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Batch>> {
-        let rows = |(sequences, _): (Vec<Vec<u32>>, _)| batch(&sequences);
-        self.grouped(start, texts)?.into_iter().map(rows).collect()
+        let batch = |group: Vec<Sequence>| {
+            Batch::new(&group.iter().map(|sequence| sequence.ids.as_slice()).collect::<Vec<_>>())
+        };
+        self.grouped(start, texts)?.into_iter().map(batch).collect()
     }
 
     /// Of every token of [`Batching::batches`], padding not among them, the number of its text.
@@ -66,13 +76,12 @@ impl Batching {
     /// # Errors
     /// As [`Batching::batches`].
     pub fn kinds(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<u32>> {
-        let groups = self.grouped(start, texts)?;
-        let sequences = groups.iter().flat_map(|(sequences, kinds)| sequences.iter().zip(kinds));
-        Ok(sequences.flat_map(|(sequence, &kind)| std::iter::repeat_n(kind, sequence.len())).collect())
+        let sequences = self.grouped(start, texts)?.into_iter().flatten();
+        Ok(sequences.flat_map(|Sequence { kind, ids }| std::iter::repeat_n(kind, ids.len())).collect())
     }
 
-    /// The sequences of each batch, and of which text each is.
-    fn grouped(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<(Vec<Vec<u32>>, Vec<u32>)>> {
+    /// The sequences of each batch.
+    fn grouped(&self, start: &[u32], texts: &[EvalText]) -> Result<Vec<Vec<Sequence>>> {
         if self.batch_tokens < 2 {
             return Err(Error::parameter("batch tokens", self.batch_tokens, "at least 2"));
         }
@@ -100,28 +109,18 @@ impl Batching {
         if let Some(seed) = self.shuffle {
             sequences.iter_mut().zip(0..).for_each(|(text, key)| Stream::new(seed, key).shuffle(text));
         }
-        let group = |sequences: &[(&Vec<u32>, u32)]| sequences.iter().map(|&(ids, kind)| (ids.clone(), kind)).unzip();
-        let of_kinds = sequences.iter().zip(0..);
-        let groups: Vec<(Vec<Vec<u32>>, Vec<u32>)> = match self.mixing {
-            Mixing::OneKind => {
-                let text = |(text, kind): (&Vec<Vec<u32>>, u32)| {
-                    let sequences: Vec<_> = text.iter().map(|ids| (ids, kind)).collect();
-                    sequences.chunks(per_batch).map(group).collect::<Vec<_>>()
-                };
-                of_kinds.flat_map(text).collect()
-            }
-            Mixing::Mixed => {
-                let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
-                let turns = |turn: usize| {
-                    let text =
-                        move |(text, kind): (&'_ Vec<Vec<u32>>, u32)| Some((turn, kind)).filter(|_| turn < text.len());
-                    of_kinds.clone().filter_map(text)
-                };
-                let interleaved: Vec<_> =
-                    (0..longest).flat_map(turns).map(|(turn, kind)| (&sequences[kind as usize][turn], kind)).collect();
-                interleaved.chunks(per_batch).map(group).collect()
-            }
+        let of_text = |(text, kind): (Vec<Vec<u32>>, u32)| -> Vec<Sequence> {
+            text.into_iter().map(|ids| Sequence { kind, ids }).collect()
         };
+        let mut texts: Vec<Vec<Sequence>> = sequences.into_iter().zip(0..).map(of_text).collect();
+        if self.mixing == Mixing::Mixed {
+            let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+            let mut each: Vec<_> = texts.into_iter().map(Vec::into_iter).collect();
+            let turn = |_| each.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>();
+            texts = vec![(0..longest).flat_map(turn).collect()];
+        }
+        let groups = texts.iter().flat_map(|text| text.chunks(per_batch)).map(<[Sequence]>::to_vec);
+        let groups: Vec<Vec<Sequence>> = groups.collect();
         if groups.is_empty() {
             return Err(Error::parameter("tokens of evaluation text", "below 2", "at least 2 in one text"));
         }
@@ -141,10 +140,6 @@ impl Batching {
         }
         shares
     }
-}
-
-fn batch<T: AsRef<[u32]>>(sequences: &[T]) -> Result<Batch> {
-    Batch::new(&sequences.iter().map(AsRef::as_ref).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
