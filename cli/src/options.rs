@@ -11,6 +11,7 @@ use candle_core::DType;
 use clap::{Args, ValueEnum};
 use phase_moe::checkpoint::text;
 use phase_moe::eval::{Batching, EvalText, GateTrace, Mixing};
+use phase_moe::parallel::ExpertParallel;
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
 use phase_moe::{
     Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Policy, Router, RouterKind,
@@ -121,7 +122,7 @@ impl From<Dtype> for DType {
 }
 
 impl ModelOptions {
-    fn load_options(&self, memory: Option<&MemoryOptions>) -> Result<LoadOptions> {
+    fn load_options(&self, memory: Option<&MemoryOptions>, parallel: Option<ExpertParallel>) -> Result<LoadOptions> {
         let expert_cache = match self.expert_cache {
             None => None,
             Some(bytes) => {
@@ -138,7 +139,7 @@ impl ModelOptions {
         };
         let mut options = LoadOptions::default().with_dtype(self.dtype.into()).with_expert_cache(expert_cache);
         options.kv_dtype = self.kv_dtype.map(DType::from);
-        Ok(options)
+        Ok(options.with_parallel(parallel))
     }
 
     /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
@@ -160,7 +161,7 @@ impl ModelOptions {
 
     /// Loads the model from files that are open.
     pub fn load_plain(&self, files: &Weights) -> Result<Model> {
-        Ok(Model::new(files, &self.load_options(None)?)?)
+        Ok(Model::new(files, &self.load_options(None, None)?)?)
     }
 
     /// Opens the files; nothing is loaded yet.
@@ -170,12 +171,22 @@ impl ModelOptions {
 
     /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`.
     pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::new(files, &self.load_options(Some(memory))?)?)
+        Ok(Model::new(files, &self.load_options(Some(memory), None)?)?)
+    }
+
+    /// The same with its experts over the ranks of a job, if there are any.
+    pub fn load_over(
+        &self,
+        files: &Weights,
+        memory: &MemoryOptions,
+        parallel: Option<ExpertParallel>,
+    ) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(Some(memory), parallel)?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer, from files that are open.
     pub fn decoder_from(&self, files: &Weights) -> Result<Decoder> {
-        Ok(Decoder::load(files, &self.load_options(None)?)?)
+        Ok(Decoder::load(files, &self.load_options(None, None)?)?)
     }
 }
 

@@ -66,7 +66,7 @@ impl Batch {
     }
 
     /// The same without sequences but some, of as many positions.
-    pub(super) fn part(&self, sequences: Range<usize>) -> Self {
+    pub(crate) fn part(&self, sequences: Range<usize>) -> Self {
         let rows = sequences.start * self.positions..sequences.end * self.positions;
         let padding = self.padding.as_ref().map(|padding| padding[rows.clone()].to_vec());
         let (ids, lengths) = (self.ids[rows].to_vec(), self.lengths[sequences].to_vec());

@@ -84,7 +84,7 @@ impl MoeLayer {
         let few = share.rows() * top_k < OVERLAP_ROWS * self.spec.experts;
         let rows = Rows { share, input, hidden, at_once: few || self.cached().is_some() };
         spread.forward(&rows, &buffers.assignment, output, &mut Own { layer: self, spread })?;
-        spread.count_stage(started);
+        spread.count(&buffers.assignment, capacity.limits().is_some(), started);
         Ok(Seen { capacity, route_time, scoring, selection_bias })
     }
 }

@@ -33,7 +33,14 @@ pub(super) enum Kind {
     Numbers = 5,
 }
 
-/// How bytes went between the ranks so far.
+impl Kind {
+    /// Whether it is part of an MoE layer's pass, whose traffic counts.
+    fn is_of_layers(self) -> bool {
+        matches!(self, Self::Logits | Self::Rows | Self::Sums)
+    }
+}
+
+/// How bytes of MoE layers went between the ranks so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Traffic {
     /// Bytes that all ranks sent to others, as far as this one knows: heads, and what it was told with [`Ranks::count`].
@@ -166,8 +173,10 @@ impl Ranks {
         received.resize(full.iter().sum(), 0);
         let started = Instant::now();
         self.world.gather(send, &full, received)?;
-        traffic.time += started.elapsed();
-        traffic.bytes += (full.iter().sum::<usize>() * (self.count() - 1)) as u64;
+        if what.0.is_of_layers() {
+            traffic.time += started.elapsed();
+            traffic.bytes += (full.iter().sum::<usize>() * (self.count() - 1)) as u64;
+        }
         each(what, *calls, sizes, received, |from, bytes| read(from, bytes))?;
         *calls = calls.wrapping_add(1);
         Ok(())

@@ -25,7 +25,7 @@ pub(crate) mod spread;
 pub(crate) mod tests;
 mod world;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -45,22 +45,17 @@ pub struct ExpertParallel {
     ranks: Arc<Ranks>,
     /// One for all layers, or one for each.
     placements: Arc<[Placement]>,
+    /// Of each rank, relative.
+    speeds: Arc<[f64]>,
     repeats: usize,
-    stage: Arc<Mutex<Stage>>,
+    totals: Arc<Mutex<RankTotals>>,
 }
 
-/// Time of this rank in MoE layers so far, and in their experts.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Stage {
-    time: Duration,
-    experts: Duration,
-}
-
-/// What a rank did so far, and what all of them sent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+/// What happened so far: messages of all ranks, loads of all, and the time of this one.
+#[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
-pub struct RankFigures {
-    /// Bytes from one rank to another, of all ranks together.
+pub struct RankTotals {
+    /// Bytes that went from one rank to another, of all ranks together.
     pub bytes: u64,
     /// Time of this rank in messages, also where it waited for others.
     pub exchange: Duration,
@@ -68,18 +63,34 @@ pub struct RankFigures {
     pub stage: Duration,
     /// Its time in experts.
     pub experts: Duration,
+    /// Kept slots of each rank's experts, all layers together.
+    pub loads: Vec<u64>,
+    /// Of layers and batches with a limit, and of all others.
+    balance: [Balance; 2],
 }
 
-impl RankFigures {
-    /// What came after `before`.
-    pub fn since(&self, before: &Self) -> Self {
-        Self {
-            bytes: self.bytes - before.bytes,
-            exchange: self.exchange - before.exchange,
-            stage: self.stage - before.stage,
-            experts: self.experts - before.experts,
-        }
-    }
+/// Slots per unit of speed, of the rank with the most of them and the mean, summed over layers and batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Balance {
+    slowest: f64,
+    mean: f64,
+}
+
+/// What the ranks of a job did with some batches, the same on every rank.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct RankShares {
+    /// How many there are.
+    pub ranks: usize,
+    /// Kept slots of each rank's experts, all layers and batches together.
+    pub rank_loads: Vec<u64>,
+    /// Slots of the rank with the most per unit of speed, over the mean: what the time of the layers is over what it could be. Of the layers and
+    /// batches that had a limit, or of all where none had.
+    pub straggler_ratio: f64,
+    /// Bytes from one rank to another, all layers and both ways, over the tokens.
+    pub bytes_exchanged_per_token: f64,
+    /// Time in messages, where ranks wait for each other too, over the time of the forward passes; the mean of the ranks.
+    pub exchange_share_of_time: f64,
 }
 
 impl ExpertParallel {
@@ -96,7 +107,23 @@ impl ExpertParallel {
         if placements.is_empty() {
             return Err(Error::shape("placements", "one for all layers or one for each", "none"));
         }
-        Ok(Self { ranks, placements: placements.into(), repeats: 1, stage: Arc::default() })
+        let speeds = vec![1.0; ranks.count()].into();
+        Ok(Self { ranks, placements: placements.into(), speeds, repeats: 1, totals: Arc::default() })
+    }
+
+    /// The same with the ranks' relative speeds, by which figures say who is the slowest.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where there is not one for each rank, [`Error::Parameter`] for one that is not positive and finite.
+    pub fn with_speeds(self, speeds: &[f64]) -> Result<Self> {
+        if speeds.len() != self.ranks.count() {
+            let expected = format!("{} ranks", self.ranks.count());
+            return Err(Error::shape("rank speeds", expected, format!("{} values", speeds.len())));
+        }
+        match speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
+            Some(bad) => Err(Error::parameter("rank speed", bad, "a positive finite number")),
+            None => Ok(Self { speeds: speeds.into(), ..self }),
+        }
     }
 
     /// The same with this rank's experts computed so many times over: what a slower machine would be, to be measured on equal ones.
@@ -109,11 +136,59 @@ impl ExpertParallel {
         &self.ranks
     }
 
-    /// What this rank did so far.
-    pub fn figures(&self) -> RankFigures {
+    /// What happened so far.
+    pub fn totals(&self) -> RankTotals {
         let Traffic { bytes, time } = self.ranks.traffic();
-        let stage = *self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-        RankFigures { bytes, exchange: time, stage: stage.time, experts: stage.experts }
+        RankTotals { bytes, exchange: time, ..self.lock().clone() }
+    }
+
+    /// What all ranks did since `before` with `tokens` in `time`; all of them call this.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] where messages fail.
+    pub fn shares(&self, before: &RankTotals, tokens: u64, time: Duration) -> Result<RankShares> {
+        let (now, ranks) = (self.totals(), self.ranks.count());
+        let own = (now.exchange - before.exchange).as_secs_f64() / time.as_secs_f64().max(f64::MIN_POSITIVE);
+        let exchange = self.gather_numbers(&[own], &vec![1; ranks])?;
+        let loads = (0..ranks).map(|rank| {
+            let of = |totals: &RankTotals| totals.loads.get(rank).copied().unwrap_or(0);
+            of(&now) - of(before)
+        });
+        let since = |at: usize| {
+            let (now, before) = (now.balance[at], before.balance[at]);
+            Balance { slowest: now.slowest - before.slowest, mean: now.mean - before.mean }
+        };
+        let balance = Some(since(0)).filter(|limited| limited.mean > 0.0).unwrap_or_else(|| since(1));
+        Ok(RankShares {
+            ranks,
+            rank_loads: loads.collect(),
+            straggler_ratio: if balance.mean > 0.0 { balance.slowest / balance.mean } else { 1.0 },
+            bytes_exchanged_per_token: (now.bytes - before.bytes) as f64 / tokens.max(1) as f64,
+            exchange_share_of_time: exchange.iter().sum::<f64>() / ranks as f64,
+        })
+    }
+
+    /// Counts a pass through a layer: the loads of its experts, and the times of this rank.
+    pub(crate) fn count(&self, load: &[u32], placement: &Placement, is_limited: bool, [stage, experts]: [Duration; 2]) {
+        let mut of_rank = vec![0u64; self.ranks.count()];
+        for (&load, &rank) in load.iter().zip(placement.device_of()) {
+            of_rank[usize::from(rank)] += u64::from(load);
+        }
+        let per_speed = of_rank.iter().zip(self.speeds.iter()).map(|(&load, speed)| load as f64 / speed);
+        let slowest = per_speed.fold(0.0, f64::max);
+        let mean = of_rank.iter().sum::<u64>() as f64 / self.speeds.iter().sum::<f64>();
+        let mut totals = self.lock();
+        totals.loads.resize(of_rank.len(), 0);
+        totals.loads.iter_mut().zip(of_rank).for_each(|(sum, load)| *sum += load);
+        let balance = &mut totals.balance[usize::from(!is_limited)];
+        balance.slowest += slowest;
+        balance.mean += mean;
+        totals.stage += stage;
+        totals.experts += experts;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RankTotals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The placement of a MoE layer's `experts`, of `layers` in all.

@@ -52,6 +52,11 @@ impl Mpi {
         })
     }
 
+    /// True from its start on this thread to its end.
+    pub fn is_running() -> bool {
+        UNIVERSE.with_borrow(|universe| universe.is_some())
+    }
+
     /// Ends MPI when all ranks have come here; messages after this are errors.
     pub fn finish() {
         drop(UNIVERSE.with_borrow_mut(|universe| universe.take()));

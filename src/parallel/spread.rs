@@ -3,7 +3,7 @@
 //! Knows nothing of what experts compute.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 use twox_hash::XxHash3_64;
@@ -41,6 +41,8 @@ struct Buffers {
     index_of: Vec<u32>,
     rows: Vec<f32>,
     sums: Vec<f32>,
+    /// Time in experts.
+    experts: Duration,
 }
 
 /// Marks a row that is not here.
@@ -177,17 +179,18 @@ impl Spread {
         }
     }
 
-    /// Runs this rank's experts, as often as it is to repeat itself.
-    fn repeat(&self, mut run: impl FnMut() -> Result<()>) -> Result<()> {
+    /// Runs this rank's experts, as often as it is to repeat itself, and adds the time.
+    fn repeat(&self, time: &mut Duration, mut run: impl FnMut() -> Result<()>) -> Result<()> {
         let started = Instant::now();
         (0..self.parallel.repeats).try_for_each(|_| run())?;
-        self.parallel.stage.lock().unwrap_or_else(PoisonError::into_inner).experts += started.elapsed();
+        *time += started.elapsed();
         Ok(())
     }
 
-    /// Adds the time of a pass through the layer.
-    pub(crate) fn count_stage(&self, started: Instant) {
-        self.parallel.stage.lock().unwrap_or_else(PoisonError::into_inner).time += started.elapsed();
+    /// Counts a pass through the layer that began at `started`.
+    pub(crate) fn count(&self, assignment: &Assignment, is_limited: bool, started: Instant) {
+        let experts = std::mem::take(&mut self.lock().experts);
+        self.parallel.count(&assignment.load(), &self.placement, is_limited, [started.elapsed(), experts]);
     }
 
     /// Every rank has all rows and runs its experts on them; sums go to everybody, and every rank adds up the same numbers in the same order.
@@ -199,12 +202,12 @@ impl Spread {
         output: &mut [f32],
         run: &mut dyn RunExperts,
     ) -> Result<()> {
-        let Buffers { routes, plan, local, index_of, sums, .. } = buffers;
+        let Buffers { routes, plan, local, index_of, sums, experts, .. } = buffers;
         index_of.clear();
         index_of.extend(0..(input.len() / hidden.max(1)) as u32);
         plan.here(&self.own, index_of, local);
         sums.resize(input.len(), 0.0);
-        self.repeat(|| run.experts(input, local, sums, 0))?;
+        self.repeat(experts, || run.experts(input, local, sums, 0))?;
         let row_bytes = hidden * self.row_size();
         let sizes: Vec<usize> = routes.to.iter().map(|rows| rows.len() * row_bytes).collect();
         let (ranks, rank) = (&self.parallel.ranks, self.parallel.ranks.rank());
@@ -231,7 +234,7 @@ impl Spread {
         output: &mut [f32],
         run: &mut dyn RunExperts,
     ) -> Result<()> {
-        let Buffers { routes, plan, local, index_of, rows, sums } = buffers;
+        let Buffers { routes, plan, local, index_of, rows, sums, experts } = buffers;
         let (ranks, rank) = (&self.parallel.ranks, self.parallel.ranks.rank());
         let (own, row_bytes) = (share.rows_of(rank), hidden * self.row_size());
         let others = |lists: &[Vec<u32>]| -> Vec<usize> {
@@ -267,7 +270,7 @@ impl Spread {
             },
             || {
                 if !at_once {
-                    done = self.repeat(|| run.experts(input, local, output, own.len()));
+                    done = self.repeat(experts, || run.experts(input, local, output, own.len()));
                 }
             },
             |_, bytes| {
@@ -289,7 +292,7 @@ impl Spread {
         }
         plan.here(&self.own, index_of, local);
         sums.resize(rows.len(), 0.0);
-        self.repeat(|| run.experts(rows, local, sums, first_other))?;
+        self.repeat(experts, || run.experts(rows, local, sums, first_other))?;
         if at_once {
             output.copy_from_slice(&sums[..own.len() * hidden]);
         }

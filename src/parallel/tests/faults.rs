@@ -127,7 +127,10 @@ fn one_that_fails_takes_the_others_along() {
 fn bytes_and_heads_are_counted() {
     let counted = each(Thread::ranks(3), |world| {
         let ranks = Arc::new(Ranks::new(world).unwrap());
-        ranks.gather((Kind::Numbers, 0), &[8, 0, 0], |bytes| bytes.fill(0), |_, _| {}).unwrap();
+        // What is no layer's counts for nothing.
+        for kind in [Kind::Numbers, Kind::Sums] {
+            ranks.gather((kind, 0), &[8, 0, 0], |bytes| bytes.fill(0), |_, _| {}).unwrap();
+        }
         ranks.traffic().bytes
     });
     // Eight bytes and a head to each of two others.
