@@ -22,6 +22,7 @@ use phase_moe::{
 use crate::global::QUIET;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
+use crate::ranks::Ranks;
 use crate::{bundled, hub};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -169,13 +170,9 @@ impl ModelOptions {
         self.source.files()
     }
 
-    /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`.
-    pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::new(files, &self.load_options(Some(memory), None)?)?)
-    }
-
-    /// The same with its experts over the ranks of a job, if there are any.
-    pub fn load_over(
+    /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`; with its experts over the
+    /// ranks of a job, if there are any.
+    pub fn load_from(
         &self,
         files: &Weights,
         memory: &MemoryOptions,
@@ -261,6 +258,9 @@ pub struct CapacityOptions {
     /// Relative speeds of the devices
     #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]
     pub device_speeds: Vec<f64>,
+    /// The devices are the ranks of a job: they say where experts are, too.
+    #[arg(skip)]
+    over_ranks: bool,
     /// Seed of routers that draw and of shuffled profiles
     #[arg(long, value_name = "S", default_value_t = 42)]
     pub seed: u64,
@@ -278,7 +278,7 @@ impl CapacityOptions {
             refuse_unheard(&[router], Knowledge::Limits, &[("--capacity-factor", true)])?;
             return Ok(Some(rule));
         }
-        match self.given().into_iter().find(|(_, given)| *given) {
+        match self.given().into_iter().find(|(_, given)| *given && !self.over_ranks) {
             Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
             None => Ok(None),
         }
@@ -291,6 +291,18 @@ impl CapacityOptions {
             ("--profile", self.profile.is_some()),
             ("--capacity", self.capacity.is_some()),
         ]
+    }
+
+    /// Takes the ranks of a job as devices, where there are some.
+    pub fn over(&mut self, ranks: &Ranks) -> Result<()> {
+        let Some(count) = ranks.count() else { return Ok(()) };
+        let given = self.devices.or(Some(self.device_speeds.len()).filter(|&speeds| speeds > 0));
+        if let Some(given) = given.filter(|&given| given != count) {
+            let message = format!("--expert-parallel: expected as many devices as ranks, {count}, got {given}");
+            return Err(UserMistake(message).into());
+        }
+        (self.devices, self.over_ranks) = (Some(count), true);
+        Ok(())
     }
 
     /// The rule for one capacity factor.

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use clap::Args;
-use phase_moe::Placement;
 use phase_moe::parallel::{self, ExpertParallel};
+use phase_moe::{CapacityRule, Weights};
 
 /// Whether this process says what all would say; set once, before anything is said that matters.
 static SPEAKS: AtomicBool = AtomicBool::new(true);
@@ -29,11 +29,6 @@ pub struct ParallelOptions {
 pub struct Ranks(Option<Arc<parallel::Ranks>>);
 
 impl ParallelOptions {
-    /// True where it is given.
-    pub fn is_given(&self) -> bool {
-        self.expert_parallel
-    }
-
     /// Starts MPI where it is asked for. From now on only rank 0 writes to standard output.
     pub fn start(&self) -> Result<Ranks> {
         if !self.expert_parallel {
@@ -60,9 +55,9 @@ fn start() -> Result<Arc<parallel::Ranks>> {
 }
 
 impl Ranks {
-    /// How many there are, of a command by itself one.
-    pub fn count(&self) -> usize {
-        self.0.as_ref().map_or(1, |ranks| ranks.count())
+    /// How many there are, where experts are over several.
+    pub fn count(&self) -> Option<usize> {
+        Some(self.0.as_ref()?.count())
     }
 
     /// Goes on where all ranks can, and ends on all of them with the error of the first one that cannot.
@@ -81,16 +76,27 @@ impl Ranks {
         Ok(agreed?)
     }
 
-    /// Experts over the ranks, of these relative speeds (none where they are equal).
-    pub fn spread(
-        &self,
-        placements: impl FnOnce() -> Result<Vec<Placement>>,
-        speeds: &[f64],
-    ) -> Result<Option<ExpertParallel>> {
+    /// Experts over the ranks, as `rule` has them on devices.
+    pub fn spread(&self, rule: &CapacityRule) -> Result<Option<ExpertParallel>> {
         let Some(ranks) = &self.0 else { return Ok(None) };
-        let parallel = ExpertParallel::new(ranks.clone(), placements()?)?;
-        Ok(Some(if speeds.is_empty() { parallel } else { parallel.with_speeds(speeds)? }))
+        Ok(Some(ExpertParallel::new(ranks.clone(), rule.shares.clone())?))
     }
+}
+
+/// What must be alike on all ranks before the model is loaded: the program, its command line, the model's files.
+pub fn facts(files: &Weights) -> Result<[(&'static str, String); 3]> {
+    let words: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    Ok([
+        ("version", env!("CARGO_PKG_VERSION").into()),
+        ("command line", words.join(" ")),
+        ("model", format!("{:016x}", files.digest()?)),
+    ])
+}
+
+/// A number for tokens that others hardly have (FNV-1a, 64 bits).
+pub fn digest(ids: impl Iterator<Item = u32>) -> String {
+    let hash = ids.fold(0xcbf2_9ce4_8422_2325, |hash: u64, id| (hash ^ u64::from(id)).wrapping_mul(0x0100_0000_01b3));
+    format!("{hash:016x}")
 }
 
 /// True where this process is to be heard: rank 0, or one by itself.

@@ -37,14 +37,13 @@ pub use self::world::World;
 use crate::error::{Error, Result};
 use crate::parallel::message::{Kind, Traffic};
 use crate::parallel::share::Share;
-use crate::routing::capacity::Placement;
+use crate::routing::capacity::{Placement, Shares};
 
 /// Experts of a model over the ranks of a job: which rank has which. Clones are the same job.
 #[derive(Clone, Debug)]
 pub struct ExpertParallel {
     ranks: Arc<Ranks>,
-    /// One for all layers, or one for each.
-    placements: Arc<[Placement]>,
+    shares: Arc<Shares>,
     /// Of each rank, relative.
     speeds: Arc<[f64]>,
     repeats: usize,
@@ -94,36 +93,24 @@ pub struct RankShares {
 }
 
 impl ExpertParallel {
-    /// Experts where `placements` put them, one for all MoE layers or one for each; device `d` of it is rank `d`.
+    /// Experts where `shares` put them: device `d` is rank `d`, and its speed is that rank's.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a placement on another number of devices than there are ranks, or none.
-    pub fn new(ranks: Arc<Ranks>, placements: Vec<Placement>) -> Result<Self> {
-        let wrong = placements.iter().find(|placement| placement.devices() != ranks.count());
-        if let Some(wrong) = wrong {
-            let got = format!("{} devices", wrong.devices());
-            return Err(Error::shape("placement", format!("one on {} ranks", ranks.count()), got));
+    /// [`Error::Shape`] for shares of experts by themselves or of another number of devices than there are ranks, [`Error::Parameter`] for a speed
+    /// that is not positive and finite.
+    pub fn new(ranks: Arc<Ranks>, shares: Shares) -> Result<Self> {
+        let Some(speeds) = shares.speeds() else {
+            return Err(Error::shape("shares of the ranks", "those of devices", "those of experts"));
+        };
+        if speeds.len() != ranks.count() {
+            let (expected, got) = (format!("{} ranks", ranks.count()), format!("{} devices", speeds.len()));
+            return Err(Error::shape("shares of the ranks", expected, got));
         }
-        if placements.is_empty() {
-            return Err(Error::shape("placements", "one for all layers or one for each", "none"));
+        if let Some(bad) = speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
+            return Err(Error::parameter("rank speed", bad, "a positive finite number"));
         }
-        let speeds = vec![1.0; ranks.count()].into();
-        Ok(Self { ranks, placements: placements.into(), speeds, repeats: 1, totals: Arc::default() })
-    }
-
-    /// The same with the ranks' relative speeds, by which figures say who is the slowest.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] where there is not one for each rank, [`Error::Parameter`] for one that is not positive and finite.
-    pub fn with_speeds(self, speeds: &[f64]) -> Result<Self> {
-        if speeds.len() != self.ranks.count() {
-            let expected = format!("{} ranks", self.ranks.count());
-            return Err(Error::shape("rank speeds", expected, format!("{} values", speeds.len())));
-        }
-        match speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
-            Some(bad) => Err(Error::parameter("rank speed", bad, "a positive finite number")),
-            None => Ok(Self { speeds: speeds.into(), ..self }),
-        }
+        let speeds = speeds.into();
+        Ok(Self { ranks, shares: Arc::new(shares), speeds, repeats: 1, totals: Arc::default() })
     }
 
     /// The same with this rank's experts computed so many times over: what a slower machine would be, to be measured on equal ones.
@@ -194,21 +181,15 @@ impl ExpertParallel {
     /// The placement of a MoE layer's `experts`, of `layers` in all.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a placement of other experts, or for placements of other layers.
-    pub(crate) fn placement(&self, layer: usize, layers: usize, experts: usize) -> Result<&Placement> {
-        let placement = match &*self.placements {
-            [all] => all,
-            each if each.len() == layers => &each[layer],
-            each => {
-                return Err(Error::shape(
-                    "placements",
-                    format!("one, or one for each of {layers} MoE layers"),
-                    each.len(),
-                ));
-            }
-        };
-        placement.check(experts)?;
-        Ok(placement)
+    /// [`Error::Shape`] for placements of other experts, layers or ranks.
+    pub(crate) fn placement(&self, layer: usize, layers: usize, experts: usize) -> Result<Placement> {
+        let placement = self.shares.of_layer(layer, layers)?.placement(experts)?;
+        let placement = placement.ok_or_else(|| Error::shape("shares of the ranks", "those of devices", "others"))?;
+        let (expected, got) = (self.ranks.count(), placement.devices());
+        match expected == got {
+            true => Ok(placement),
+            false => Err(Error::shape("placement", format!("one on {expected} ranks"), format!("{got} devices"))),
+        }
     }
 
     /// How a batch is shared out.

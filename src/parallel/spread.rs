@@ -81,7 +81,7 @@ impl Spread {
         experts: usize,
         dtype: Dtype,
     ) -> Result<Self> {
-        let placement = parallel.placement(layer, layers, experts)?.clone();
+        let placement = parallel.placement(layer, layers, experts)?;
         let (mut own, mut position) = (ExpertSet::new(experts)?, Vec::with_capacity(experts));
         for (expert, &rank) in placement.device_of().iter().enumerate() {
             position.push(own.len());

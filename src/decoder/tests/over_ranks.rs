@@ -4,11 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::decoder::generate_batch;
 use crate::parallel::tests::{Thread, each};
 use crate::parallel::{ExpertParallel, Ranks};
+use crate::routing::Shares;
 use crate::{
     Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
     PhaseRouter, Placement, Router, Sampler, TopK, Weights,
@@ -35,8 +36,14 @@ fn over(world: Thread, path: &Path, options: &LoadOptions) -> Decoder {
     let weights = Weights::open(path).unwrap();
     let ranks = Arc::new(Ranks::new(world).unwrap());
     let placement = dealt(weights.spec().unwrap().moe.experts, ranks.count());
-    let parallel = ExpertParallel::new(ranks, vec![placement]).unwrap();
+    let parallel = ExpertParallel::new(ranks, on(placement)).unwrap();
     Decoder::load(&weights, &options.clone().with_parallel(parallel)).unwrap()
+}
+
+/// Equal ranks with experts where a placement puts them.
+fn on(placement: Placement) -> Shares {
+    let speeds = vec![1.0; placement.devices()];
+    CapacityRule::placed(1.0, placement, speeds).shares
 }
 
 fn ids(vocab: usize, seed: usize, count: usize) -> Vec<u32> {
@@ -165,7 +172,7 @@ fn texts_go_on_over_ranks_as_they_do_in_one_process() {
             let texts = each(Thread::ranks(ranks), |world| {
                 let ranks = Arc::new(Ranks::new(world).unwrap());
                 let placement = dealt(model.decoder().spec().moe.experts, ranks.count());
-                let parallel = ExpertParallel::new(ranks, vec![placement]).unwrap();
+                let parallel = ExpertParallel::new(ranks, on(placement)).unwrap();
                 generate(&Model::load(&path, &LoadOptions::default().with_parallel(parallel)).unwrap())
             });
             assert!(texts.iter().all(|texts| *texts == expected), "{ranks} ranks");
@@ -215,17 +222,18 @@ fn a_rank_holds_its_own_experts_and_its_cache_reads_no_others() {
 #[test]
 fn what_does_not_fit_the_ranks_is_refused() {
     let ranks = Arc::new(Ranks::new(Thread::ranks(1).remove(0)).unwrap());
-    let error = |placements: Vec<Placement>| ExpertParallel::new(ranks.clone(), placements).unwrap_err().to_string();
-    assert_eq!(error(vec![dealt(8, 2)]), "placement: expected one on 1 ranks, got 2 devices");
-    assert_eq!(error(vec![]), "placements: expected one for all layers or one for each, got none");
+    let error = |shares: Shares| ExpertParallel::new(ranks.clone(), shares).unwrap_err().to_string();
+    assert_eq!(error(on(dealt(8, 2))), "shares of the ranks: expected 1 ranks, got 2 devices");
+    assert_eq!(error(CapacityRule::per_expert(1.0).shares), "shares of the ranks: expected those of devices, got those of experts");
+    assert_eq!(error(Shares::PerDevice { speeds: vec![0.0] }), "rank speed is 0: expected a positive finite number");
     let weights = Weights::open(&root("models/tiny-moe")).unwrap();
-    let load = |placements: Vec<Placement>, device: Device| {
-        let parallel = ExpertParallel::new(ranks.clone(), placements).unwrap();
-        let options = LoadOptions { device, ..LoadOptions::default() }.with_parallel(parallel);
-        Decoder::load(&weights, &options).unwrap_err().to_string()
+    let load = |shares: Shares| {
+        let parallel = ExpertParallel::new(ranks.clone(), shares).unwrap();
+        Decoder::load(&weights, &LoadOptions::default().with_parallel(parallel)).unwrap_err().to_string()
     };
-    assert_eq!(load(vec![dealt(7, 1)], Device::Cpu), "placement: expected 32 experts, got 7 experts");
+    assert_eq!(load(on(dealt(7, 1))), "placement: expected 32 experts, got 7 experts");
     let layers = weights.spec().unwrap().moe_layers();
-    let expected = format!("placements: expected one, or one for each of {layers} MoE layers, got 2");
-    assert_eq!(load(vec![dealt(32, 1); 2], Device::Cpu), expected);
+    let several = Shares::Placed { placements: vec![dealt(32, 1); layers + 1], speeds: vec![1.0] };
+    let expected = format!("placements: expected one, or one for each of {layers} MoE layers, got {}", layers + 1);
+    assert_eq!(load(several), expected);
 }
