@@ -16,6 +16,7 @@ mod mistake;
 mod notice;
 mod options;
 mod output;
+mod placement;
 mod replay;
 mod report;
 mod route;
