@@ -116,18 +116,18 @@ impl Compare {
     fn measure(self, global: &Global, run: Run) -> Result<()> {
         let Run { opened: Opened { routers, cache, page, .. }, model, texts, batches } = run;
         let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
-        let rules = self.rules(moe.experts)?;
+        let (rules, layers) = (self.rules(moe.experts)?, model.decoder().spec().moe_blocks().count());
         for rule in &rules {
-            rule.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
+            rule.of_layer(0, layers)?.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
         // What is said of a limit matters to those that know one.
         let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
         let mut never_applied = Vec::new();
         for rule in rules.iter().filter(|_| is_limited) {
-            let mut unlimited = 0;
+            let (of_first, mut unlimited) = (rule.of_layer(0, layers)?, 0);
             for batch in &batches {
-                let capacity = rule.capacity(batch.live_tokens() as usize, moe.experts, fewest)?;
+                let capacity = of_first.capacity(batch.live_tokens() as usize, moe.experts, fewest)?;
                 unlimited += usize::from(capacity.limits().is_none());
             }
             warn_unlimited(rule, unlimited, batches.len());
@@ -193,6 +193,7 @@ impl Compare {
             },
             applied: settings.iter().map(is_applied).collect(),
             moe_layers: spec.moe_blocks().collect(),
+            placement: self.capacity.placement(),
             device_speeds: self.capacity.device_speeds,
             own_choice,
             rows,
@@ -259,7 +260,9 @@ fn begun(setting: &Setting, row: Option<usize>) -> Begun {
     let rule = setting.capacity.as_ref();
     let devices = rule.and_then(|rule| match &rule.shares {
         Shares::PerExpert { .. } => None,
-        Shares::PerDevice { speeds } | Shares::Placed { speeds, .. } => Some(speeds.len()),
+        Shares::PerDevice { speeds } | Shares::EqualGroups { speeds } | Shares::Placed { speeds, .. } => {
+            Some(speeds.len())
+        }
     });
     let router = setting.router.name();
     let name = match (rule.map(|rule| rule.factor), devices) {

@@ -16,6 +16,7 @@ mod mistake;
 mod notice;
 mod options;
 mod output;
+mod placement;
 mod ranks;
 mod replay;
 mod report;

@@ -1,5 +1,6 @@
 //! Options that several commands share, and what they stand for in the library.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 #[cfg(feature = "hub")]
@@ -14,14 +15,15 @@ use phase_moe::eval::{Batching, EvalText, GateTrace, Mixing};
 use phase_moe::parallel::ExpertParallel;
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
 use phase_moe::{
-    Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Policy, Router, RouterKind,
-    Weights, offload,
+    Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Placement, Policy, Router,
+    RouterKind, Weights, offload,
 };
 
 #[cfg(feature = "hub")]
 use crate::global::QUIET;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
+use crate::placement::{PlacementChoice, PlacementFile};
 use crate::ranks::Ranks;
 use crate::{bundled, hub};
 
@@ -255,12 +257,19 @@ pub struct CapacityOptions {
     /// Limits per device: experts in N contiguous groups
     #[arg(long, value_name = "N")]
     pub devices: Option<usize>,
-    /// Relative speeds of the devices
+    /// Relative speeds of the devices: one twice as fast has twice the experts and twice the room
     #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]
     pub device_speeds: Vec<f64>,
     /// The devices are the ranks of a job: they say where experts are, too.
     #[arg(skip)]
     over_ranks: bool,
+    /// Experts on devices: contiguous groups in proportion to speed (speed) or equally large (equal), or as a file of `place`
+    /// says, with as many devices as it has [default: speed]
+    #[arg(long, value_name = "speed|equal|FILE")]
+    placement: Option<PlacementChoice>,
+    /// The file's placements, read once.
+    #[arg(skip)]
+    placed: OnceCell<(usize, Vec<Placement>)>,
     /// Seed of routers that draw and of shuffled profiles
     #[arg(long, value_name = "S", default_value_t = 42)]
     pub seed: u64,
@@ -284,10 +293,11 @@ impl CapacityOptions {
         }
     }
 
-    fn given(&self) -> [(&'static str, bool); 4] {
+    fn given(&self) -> [(&'static str, bool); 5] {
         [
             ("--devices", self.devices.is_some()),
             ("--device-speeds", !self.device_speeds.is_empty()),
+            ("--placement", self.placement.is_some()),
             ("--profile", self.profile.is_some()),
             ("--capacity", self.capacity.is_some()),
         ]
@@ -312,19 +322,8 @@ impl CapacityOptions {
             let message = format!("--devices is {devices}: expected at least 1, and at most the model's experts");
             return Err(UserMistake(message).into());
         }
-        let shares = match (self.devices, self.device_speeds.as_slice()) {
-            (None, []) => Shares::PerExpert { profile: self.profile.unwrap_or(Profile::Uniform), seed: self.seed },
-            (Some(devices), []) => Shares::PerDevice { speeds: vec![1.0; devices] },
-            (devices, speeds) => {
-                if let Some(devices) = devices.filter(|&devices| devices != speeds.len()) {
-                    let message = format!("--device-speeds: expected --devices {devices} values, got {}", speeds.len());
-                    return Err(UserMistake(message).into());
-                }
-                Shares::PerDevice { speeds: speeds.to_vec() }
-            }
-        };
-        if matches!(shares, Shares::PerDevice { .. }) && self.profile.is_some_and(|profile| profile != Profile::Uniform)
-        {
+        let shares = self.shares()?;
+        if self.is_per_device() && self.profile.is_some_and(|profile| profile != Profile::Uniform) {
             let message = "--profile is for limits per expert: with --devices, give --device-speeds";
             return Err(UserMistake(message.into()).into());
         }
@@ -333,14 +332,76 @@ impl CapacityOptions {
             Some(RoundingName::Ceil) => Rounding::Ceil,
         };
         let rule = CapacityRule::new(factor, shares).with_rounding(rounding);
-        // Of no tokens there is no limit, but everything else is checked.
-        rule.capacity(0, MAX_DEVICES, 1)?;
+        // Of no tokens there is no limit, but everything else is checked; but for placements, which were when they were read.
+        if !matches!(rule.shares, Shares::Placed { .. }) {
+            rule.capacity(0, MAX_DEVICES, 1)?;
+        }
         Ok(rule)
+    }
+
+    fn shares(&self) -> Result<Shares> {
+        let (devices, mut speeds) = (self.devices, self.device_speeds.clone());
+        if let Some(devices) = devices.filter(|&devices| !speeds.is_empty() && devices != speeds.len()) {
+            let message = format!("--device-speeds: expected --devices {devices} values, got {}", speeds.len());
+            return Err(UserMistake(message).into());
+        }
+        if let Some(PlacementChoice::File(path)) = &self.placement {
+            let (of_file, placements) = match self.placed.get() {
+                Some(placed) => placed,
+                None => {
+                    let placed = PlacementFile::read(path)?;
+                    self.placed.get_or_init(|| placed)
+                }
+            };
+            let file = path.display();
+            if let Some(devices) = devices.filter(|devices| devices != of_file) {
+                let message = format!("--placement {file}: expected --devices {devices}, got {of_file} devices");
+                return Err(UserMistake(message).into());
+            }
+            speeds = if speeds.is_empty() { vec![1.0; *of_file] } else { speeds };
+            if speeds.len() != *of_file {
+                let got = speeds.len();
+                let message = format!(
+                    "--device-speeds: expected one for each of {of_file} devices of --placement {file}, got {got}"
+                );
+                return Err(UserMistake(message).into());
+            }
+            return Ok(Shares::Placed { placements: placements.clone(), speeds });
+        }
+        speeds = if speeds.is_empty() { vec![1.0; devices.unwrap_or(0)] } else { speeds };
+        Ok(match &self.placement {
+            Some(_) if !self.is_per_device() => {
+                let message = "--placement speed and equal are of devices: add --devices or --device-speeds";
+                return Err(UserMistake(message.into()).into());
+            }
+            None if !self.is_per_device() => {
+                Shares::PerExpert { profile: self.profile.unwrap_or(Profile::Uniform), seed: self.seed }
+            }
+            Some(PlacementChoice::Equal) => Shares::EqualGroups { speeds },
+            _ => Shares::PerDevice { speeds },
+        })
     }
 
     /// True when limits are per device.
     pub fn is_per_device(&self) -> bool {
-        self.devices.is_some() || !self.device_speeds.is_empty()
+        self.devices.is_some() || !self.device_speeds.is_empty() || self.placement_file().is_some()
+    }
+
+    /// Where experts are, if it was said.
+    pub fn placement(&self) -> Option<String> {
+        Some(match self.placement.as_ref()? {
+            PlacementChoice::Speed => "speed".into(),
+            PlacementChoice::Equal => "equal".into(),
+            PlacementChoice::File(path) => path.display().to_string(),
+        })
+    }
+
+    /// The file that says where experts are.
+    fn placement_file(&self) -> Option<&Path> {
+        match &self.placement {
+            Some(PlacementChoice::File(path)) => Some(path),
+            _ => None,
+        }
     }
 }
 

@@ -105,6 +105,7 @@ impl Replay {
         let top_k = trace_top_k(self.top_k, &trace)?;
         if let Some(rule) = &rule {
             let below = |size: usize| -> Result<bool> {
+                let rule = rule.of_layer(0, layers)?;
                 Ok(size > 0 && rule.capacity(size, trace.experts, top_k)?.limits().is_none())
             };
             // A step is not larger than the trace.
@@ -189,7 +190,7 @@ impl Replay {
     }
 
     /// Checks what was asked for against what there is, before the model runs.
-    fn check(&self, experts: usize, top_k: usize, rule: Option<&CapacityRule>) -> Result<()> {
+    fn check(&self, layers: usize, experts: usize, top_k: usize, rule: Option<&CapacityRule>) -> Result<()> {
         let top_k = self.top_k.unwrap_or(top_k);
         match top_k {
             0 => return Err(Error::TopKZero.into()),
@@ -198,7 +199,7 @@ impl Replay {
         }
         let cached = self.cached_experts.unwrap_or(0);
         ExpertMemory::new(1, experts, cached, self.memory.policy(), self.memory.admission())?;
-        rule.map(|rule| rule.capacity(0, experts, top_k)).transpose()?;
+        rule.map(|rule| rule.of_layer(0, layers)?.capacity(0, experts, top_k)).transpose()?;
         Ok(())
     }
 
@@ -207,7 +208,7 @@ impl Replay {
             let page = self.report.open(&Inputs::default().file("--logits", path))?;
             let _reading = global.waiting("reading the trace");
             let trace = GateTrace::read(path)?;
-            self.check(trace.experts, trace_top_k(self.top_k, &trace)?, rule)?;
+            self.check(trace.layers.len(), trace.experts, trace_top_k(self.top_k, &trace)?, rule)?;
             let (name, blocks) = (path.display().to_string(), (0..trace.layers.len()).collect());
             return Ok(Source { trace, name, bytes_per_expert: None, model: None, blocks, page, text: None });
         }
@@ -216,7 +217,7 @@ impl Replay {
         let page = self.report.open(&Inputs::default().texts(&self.text).model(&files))?;
         let model = Model::new(&files, &LoadOptions::default())?;
         let spec = model.decoder().spec();
-        self.check(spec.moe.experts, spec.moe.top_k, rule)?;
+        self.check(spec.moe_blocks().count(), spec.moe.experts, spec.moe.top_k, rule)?;
         let text = TextOptions {
             text: self.text.clone(),
             tokens: self.tokens,

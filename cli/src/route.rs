@@ -37,7 +37,7 @@ pub struct Route {
     capacity_factor: Option<f64>,
     /// Slots per expert, or per device with --devices
     #[arg(long, value_name = "C0,C1,..", value_delimiter = ',', allow_hyphen_values = true,
-        conflicts_with_all = ["profile", "capacity", "device_speeds"])]
+        conflicts_with_all = ["profile", "capacity", "device_speeds", "placement"])]
     capacities: Vec<u32>,
     #[command(flatten)]
     capacity: CapacityOptions,
@@ -109,8 +109,9 @@ impl Route {
         if let Some(out) = out {
             out.write(&tensor_bytes(&tensors, None)?)?;
         }
-        let limits =
-            Limits::new(&router.capacity, &self.capacities, self.capacity.devices, &self.capacity.device_speeds);
+        let (devices, speeds) = (self.capacity.devices, &self.capacity.device_speeds);
+        let limits = Limits::new(&router.capacity, &self.capacities, devices, speeds);
+        let limits = limits.with_placement(self.capacity.placement());
         let report = RouteReport {
             source: self.logits.display().to_string(),
             router: self.router.name(),

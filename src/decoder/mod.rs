@@ -147,9 +147,13 @@ impl Decoder {
     }
 
     /// Sets the rule that limits the router in every layer; `None` for no limit. A router that keeps within none gives an error when
-    /// the model runs.
+    /// the model runs, and so does one that has placements for another number of layers.
     pub fn set_capacity(&mut self, rule: Option<CapacityRule>) {
-        self.moe_layers_mut().for_each(|layer| layer.set_capacity(rule.clone()));
+        let layers = self.spec.moe_layers();
+        // The rule of all layers is none for any of them, and says so when it is asked.
+        let of_layer = |layer, rule: &CapacityRule| rule.of_layer(layer, layers).unwrap_or_else(|_| rule.clone());
+        let each = self.moe_layers_mut().enumerate();
+        each.for_each(|(at, layer)| layer.set_capacity(rule.as_ref().map(|rule| of_layer(at, rule))));
     }
 
     /// Sets how many experts a token gets: one number for all MoE layers, or one for each, the first layer's first. The spec says so

@@ -165,6 +165,8 @@ pub fn compare(
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     let mut known = Vec::with_capacity(layers);
     let before = decoder.parallel().map(ExpertParallel::totals);
+    let devices = |layer| setting.device_shares().map(|shares| shares.of_layer(layer, layers)).transpose();
+    let devices = (0..layers).map(devices).collect::<Result<Vec<_>>>()?;
     for batch in batches {
         let started = Instant::now();
         let logits = decoder.forward(batch, &mut state)?;
@@ -172,7 +174,7 @@ pub fn compare(
         known.clear();
         for (layer, routed) in state.routed().iter().enumerate() {
             let bound = bounds.bound(routed, RouteContext { layer, ..batch.context() })?;
-            let devices = device_violation(routed, setting.device_shares())?;
+            let devices = device_violation(routed, devices[layer].as_ref())?;
             sums.add(routed, bound, devices)?;
             let loads = routed.assignment.load();
             sums_of_loads[layer].iter_mut().zip(loads).for_each(|(sum, load): (&mut u64, _)| *sum += u64::from(load));

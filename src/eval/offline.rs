@@ -34,6 +34,15 @@ pub enum BatchCapacity {
 }
 
 impl BatchCapacity {
+    /// That of one layer of `trace`.
+    pub(super) fn of_layer(&self, trace: &GateTrace, layer: &LayerTrace) -> Result<Self> {
+        let at = trace.layers.iter().position(|other| other.layer == layer.layer).unwrap_or(usize::MAX);
+        Ok(match self {
+            Self::Rule(rule) => Self::Rule(rule.of_layer(at, trace.layers.len())?),
+            other => other.clone(),
+        })
+    }
+
     pub(super) fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
         match self {
             Self::Unlimited => Capacity::unlimited(experts),
@@ -150,7 +159,8 @@ impl OfflineRouter {
         };
         let router = self.router.build_with(self.seed, &self.cache);
         let bounded = router.respects_capacity() && router.keeps_top_k();
-        let mut slots = SlotSums::new(experts, self.capacity.placement(experts)?);
+        let room = self.capacity.of_layer(trace, layer)?;
+        let mut slots = SlotSums::new(experts, room.placement(experts)?);
         let (mut state, mut certifier) = (RouteState::default(), RouteState::default());
         let (mut assignments, mut nanos) = (Vec::new(), Vec::new());
         let (mut sums, mut bound_sum, mut batches) = (MassSums::default(), Some(0.0), 0usize);
@@ -159,7 +169,7 @@ impl OfflineRouter {
             let rows = batch_tokens.min(tokens - start);
             let logits = Logits::new(&layer.logits[start * experts..(start + rows) * experts], rows, experts)?;
             let scores = trace.scoring.scores(&logits, layer.selection_bias.as_deref())?;
-            let capacity = self.capacity.capacity(rows, experts, top_k)?;
+            let capacity = room.capacity(rows, experts, top_k)?;
             let token_ids = trace.token_ids.as_ref().map(|ids| &ids[start..start + rows]);
             let step = (start / batch_tokens) as u64;
             let context = RouteContext { layer: layer.layer, token_ids, step, ..RouteContext::default() };

@@ -112,6 +112,7 @@ impl Replay<'_> {
         progress: &mut impl FnMut(u64),
     ) -> Result<()> {
         let experts = trace.experts;
+        let room = self.capacity.of_layer(trace, layer)?;
         let mut memory = ExpertMemory::new(1, experts, self.cached_experts, self.policy, self.admission)?;
         let (mut state, mut plain_state, mut scratch) =
             (RouteState::default(), RouteState::default(), Scratch::default());
@@ -122,7 +123,7 @@ impl Replay<'_> {
         for (step, rows) in layer.logits.chunks(step_tokens * experts).enumerate() {
             let (tokens, start) = (rows.len() / experts, step * step_tokens);
             let scores = trace.scoring.scores(&Logits::new(rows, tokens, experts)?, layer.selection_bias.as_deref())?;
-            let capacity = self.capacity.capacity(tokens, experts, self.top_k)?;
+            let capacity = room.capacity(tokens, experts, self.top_k)?;
             let context = RouteContext {
                 layer: layer.layer,
                 token_ids: trace.token_ids.as_ref().map(|ids| &ids[start..start + tokens]),

@@ -124,7 +124,7 @@ impl Conversation<'_> {
                     text: Some(&text),
                     error: None,
                     kept_tokens: kept,
-                    figures: Some(turn.figures(reads)),
+                    figures: Some(turn.figures(reads, None)),
                 })?;
             } else if answer.len() < self.options.new_tokens && ids.len() + answer.len() >= most {
                 notice(format_args!("stopped at the model's {most} positions"));

@@ -21,9 +21,11 @@ impl Limits {
     /// Takes note of prompts that go through `decoder` in chunks.
     pub fn count(&mut self, decoder: &Decoder, prompts: &[&[u32]], chunk_tokens: usize) -> Result<()> {
         let Some(rule) = &self.rule else { return Ok(()) };
-        let (experts, top_k) = (decoder.spec().moe.experts, fewest_experts(decoder));
+        let (spec, top_k) = (decoder.spec(), fewest_experts(decoder));
+        // Whether there is a limit is the same in all layers.
+        let rule = rule.of_layer(0, spec.moe_blocks().count())?;
         for chunk in Batch::new(prompts)?.chunks(chunk_tokens) {
-            let capacity = rule.capacity(chunk.live_tokens() as usize, experts, top_k)?;
+            let capacity = rule.capacity(chunk.live_tokens() as usize, spec.moe.experts, top_k)?;
             self.chunks += 1;
             self.unlimited += usize::from(capacity.limits().is_none());
         }

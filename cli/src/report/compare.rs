@@ -4,9 +4,9 @@ use phase_moe::ModelSpec;
 use phase_moe::eval::RouterFigures;
 use serde::Serialize;
 
-use super::loads::{Loads, SHOWN_UNASKED};
+use super::loads::{Loads, SHOWN_UNASKED, has_equal_groups};
 use super::meaning::{Evidence, Limit, is_causal};
-use super::table::{Best, Cell, Column, Table};
+use super::table::{Best, Cell, Column, NONE, Table};
 use super::{load_cell, percent, percent_cell, signed_percent, times};
 use crate::terminal::Terminal;
 
@@ -94,6 +94,9 @@ pub struct CompareReport {
     /// Relative speeds of the devices that share a limit; `None`, and no key in JSON, where all are alike.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_speeds: Option<Vec<f64>>,
+    /// `speed`, `equal` or the file that says where experts are; `None`, and no key in JSON, where it was not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<String>,
     /// The model without any limit.
     pub dropless: Dropless,
     /// One row per router and capacity.
@@ -116,6 +119,8 @@ pub struct Measured {
     pub text: TextSummary,
     /// Relative speeds of the devices that share a limit; empty where all are alike.
     pub device_speeds: Vec<f64>,
+    /// Where experts are, if it was said.
+    pub placement: Option<String>,
     /// The gate's own choice, without any limit.
     pub own_choice: RouterFigures,
     /// One row per router and capacity, those of a limit one after the other.
@@ -130,7 +135,7 @@ impl CompareReport {
     /// With what it means; `loads` asks for those of every row.
     pub fn new(measured: Measured, loads: bool) -> Self {
         let meaning = measured.evidence().meaning();
-        let Measured { model, text, device_speeds, own_choice, rows, moe_layers, .. } = measured;
+        let Measured { model, text, device_speeds, placement, own_choice, rows, moe_layers, .. } = measured;
         let row = |figures: RouterFigures| Row { loads: loads.then(|| figures.loads.clone()), figures };
         let dropless = Dropless {
             perplexity: own_choice.perplexity,
@@ -141,6 +146,7 @@ impl CompareReport {
             model,
             text,
             device_speeds: Some(device_speeds).filter(|speeds| !speeds.is_empty()),
+            placement,
             dropless,
             rows: rows.into_iter().map(row).collect(),
             meaning,
@@ -190,7 +196,7 @@ impl CompareReport {
         let mut table = Table::new(all);
         let mut before = None;
         for row in figures() {
-            let heading = heading(row, self.device_speeds.as_deref().unwrap_or_default());
+            let heading = heading(row, &self.devices());
             if before.as_ref() != Some(&heading) {
                 table.section(&heading);
                 before = Some(heading);
@@ -210,26 +216,37 @@ impl CompareReport {
         if !asked && !few {
             return Vec::new();
         }
-        let speeds = self.device_speeds.as_deref().unwrap_or_default();
+        let devices = self.devices();
+        let equal = has_equal_groups(self.device_speeds.as_deref().unwrap_or_default(), self.placement.as_deref());
         let has_own = self.rows.iter().any(|row| is_own_choice(&row.figures));
         let own = (!has_own).then(|| (&self.own_choice, "dropless".to_owned()));
         let title = |row: &RouterFigures| match row.capacity_factor {
-            Some(_) => format!("{}, {}", row.router, limit(row, speeds, " at ")),
+            Some(_) => format!("{}, {}", row.router, limit(row, &devices, " at ")),
             None => format!("{}, no limit", row.router),
         };
         let rows = self.rows.iter().map(|row| (&row.figures, title(&row.figures)));
         own.into_iter()
             .chain(rows)
-            .map(|(row, title)| Loads { title, layers: &self.moe_layers, loads: &row.loads, devices: row.devices })
+            .map(|(row, title)| {
+                let devices = row.devices.filter(|_| equal);
+                Loads { title, layers: &self.moe_layers, loads: &row.loads, devices }
+            })
             .collect()
+    }
+}
+
+impl CompareReport {
+    fn devices(&self) -> String {
+        device_words(self.device_speeds.as_deref().unwrap_or_default(), self.placement.as_deref())
     }
 }
 
 impl Measured {
     fn evidence(&self) -> Evidence<'_> {
         let mut limits: Vec<Limit<'_>> = Vec::new();
+        let devices = device_words(&self.device_speeds, self.placement.as_deref());
         for (row, &applied) in self.rows.iter().zip(&self.applied).filter(|(row, _)| row.capacity_factor.is_some()) {
-            let label = limit(row, &self.device_speeds, " at ");
+            let label = limit(row, &devices, " at ");
             match limits.last_mut().filter(|limit| limit.label == label) {
                 Some(limit) => limit.rows.push(row),
                 None => limits.push(Limit { label, applied, rows: vec![row] }),
@@ -246,29 +263,31 @@ fn is_own_choice(row: &RouterFigures) -> bool {
 }
 
 /// What the limit of a row is, in words.
-fn heading(row: &RouterFigures, speeds: &[f64]) -> String {
+fn heading(row: &RouterFigures, of_devices: &str) -> String {
     match (row.capacity_factor, row.devices) {
         (None, None) => "no limit".into(),
-        (None, Some(devices)) => format!("no limit (max load over {devices} devices{})", of_speeds(speeds)),
-        (Some(_), _) => limit(row, speeds, ", capacity factor "),
+        (None, Some(devices)) => format!("no limit (max load over {devices} devices{of_devices})"),
+        (Some(_), _) => limit(row, of_devices, ", capacity factor "),
     }
 }
 
 /// The limit with its factor after `before_factor`.
-fn limit(row: &RouterFigures, speeds: &[f64], before_factor: &str) -> String {
+fn limit(row: &RouterFigures, of_devices: &str, before_factor: &str) -> String {
     let Some(factor) = row.capacity_factor else { return String::new() };
     let rule = if row.capacity_rule == Some("ceil") { ", rounded up" } else { "" };
     let pools = match (row.devices, row.profile) {
-        (Some(devices), _) => format!("per {devices} devices{}", of_speeds(speeds)),
+        (Some(devices), _) => format!("per {devices} devices{of_devices}"),
         (None, Some("uniform") | None) => "per expert".into(),
         (None, Some(profile)) => format!("per expert, profile {profile}"),
     };
     format!("{pools}{before_factor}{factor:?}{rule}")
 }
 
-fn of_speeds(speeds: &[f64]) -> String {
+/// What is said of devices after their number: " of speeds 3, 1, placement equal".
+pub fn device_words(speeds: &[f64], placement: Option<&str>) -> String {
     let names: Vec<String> = speeds.iter().map(f64::to_string).collect();
-    if names.is_empty() { String::new() } else { format!(" of speeds {}", names.join(", ")) }
+    let speeds = if names.is_empty() { String::new() } else { format!(" of speeds {}", names.join(", ")) };
+    speeds + &placement.map_or(String::new(), |placement| format!(", placement {placement}"))
 }
 
 /// What is shown of a row; where there is too little room, speed goes first, then what the other columns tell too.
@@ -310,7 +329,9 @@ fn rank_columns() -> [Column; 3] {
             .worth(7)
             .best(Best::Lowest),
         Column::figures("KB/tok").legend("bytes from rank to rank, all layers and both ways, a token").worth(5),
-        Column::figures("in\nmessages").legend("share of the time that ranks exchange rows or wait for each other").worth(5),
+        Column::figures("in\nmessages")
+            .legend("share of the time that ranks exchange rows or wait for each other")
+            .worth(5),
     ]
 }
 

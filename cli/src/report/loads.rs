@@ -17,6 +17,15 @@ pub struct Loads<'a> {
     pub devices: Option<usize>,
 }
 
+/// Whether devices of these speeds, placed so, hold groups that can be drawn alike: contiguous and equally large.
+pub fn has_equal_groups(speeds: &[f64], placement: Option<&str>) -> bool {
+    match placement {
+        Some("equal") => true,
+        Some("speed") | None => speeds.is_empty(),
+        Some(_) => false,
+    }
+}
+
 impl Loads<'_> {
     /// A heading and a line for each layer; every line ends.
     pub fn text(&self, terminal: &Terminal) -> String {

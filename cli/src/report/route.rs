@@ -4,7 +4,8 @@ use phase_moe::eval::{BatchCapacity, LayerFigures, RoutedLayer};
 use phase_moe::routing::{Rounding, Shares};
 use serde::Serialize;
 
-use super::loads::{Loads, SHOWN_UNASKED};
+use super::compare::device_words;
+use super::loads::{Loads, SHOWN_UNASKED, has_equal_groups};
 use super::table::{Best, Cell, Column, Table};
 use super::{load_cell, percent_cell};
 use crate::terminal::Terminal;
@@ -75,6 +76,9 @@ pub struct Limits {
     /// Their relative speeds; no key in JSON where they are alike.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub device_speeds: Vec<f64>,
+    /// `speed`, `equal` or the file that says where experts are; no key in JSON where it was not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<String>,
     /// Slots per expert or device and batch, where they were given; no key in JSON where they were not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub capacities: Vec<u32>,
@@ -92,6 +96,7 @@ impl Limits {
             capacity_rule: None,
             devices: None,
             device_speeds: Vec::new(),
+            placement: None,
             capacities: capacities.to_vec(),
             minimum: 0.0,
         };
@@ -101,7 +106,9 @@ impl Limits {
             BatchCapacity::Rule(rule) => {
                 let (profile, devices) = match &rule.shares {
                     Shares::PerExpert { profile, .. } => (Some(profile.to_string()), None),
-                    Shares::PerDevice { speeds } | Shares::Placed { speeds, .. } => (None, Some(speeds.len())),
+                    Shares::PerDevice { speeds } | Shares::EqualGroups { speeds } | Shares::Placed { speeds, .. } => {
+                        (None, Some(speeds.len()))
+                    }
                 };
                 let rule_name = if rule.rounding == Rounding::Ceil { "ceil" } else { "exact" };
                 Self {
@@ -117,12 +124,17 @@ impl Limits {
         }
     }
 
+    /// The same with the words of where experts are.
+    pub fn with_placement(self, placement: Option<String>) -> Self {
+        Self { placement, ..self }
+    }
+
     /// "per 4 devices, capacity factor 1.0, exact".
     fn words(&self) -> String {
-        let joined = |values: &[f64]| values.iter().map(f64::to_string).collect::<Vec<_>>().join(", ");
         let pools = match self.devices {
-            Some(devices) if self.device_speeds.is_empty() => format!("per {devices} devices"),
-            Some(devices) => format!("per {devices} devices of speeds {}", joined(&self.device_speeds)),
+            Some(devices) => {
+                format!("per {devices} devices{}", device_words(&self.device_speeds, self.placement.as_deref()))
+            }
             None => "per expert".into(),
         };
         let profile = self.profile.as_ref().filter(|profile| *profile != "uniform");
@@ -161,7 +173,9 @@ impl RouteReport {
         if self.all_loads || self.layers.len() <= SHOWN_UNASKED {
             let loads: Vec<Vec<u64>> = self.layers.iter().map(|layer| layer.loads.clone()).collect();
             let layers: Vec<usize> = self.layers.iter().map(|layer| layer.figures.layer).collect();
-            let (title, devices) = ((*router).to_owned(), self.limits.devices);
+            let Limits { device_speeds, placement, .. } = &self.limits;
+            let equal = has_equal_groups(device_speeds, placement.as_deref());
+            let (title, devices) = ((*router).to_owned(), self.limits.devices.filter(|_| equal));
             text += &format!("\n{}", Loads { title, layers: &layers, loads: &loads, devices }.text(terminal));
         }
         text

@@ -224,7 +224,10 @@ fn what_does_not_fit_the_ranks_is_refused() {
     let ranks = Arc::new(Ranks::new(Thread::ranks(1).remove(0)).unwrap());
     let error = |shares: Shares| ExpertParallel::new(ranks.clone(), shares).unwrap_err().to_string();
     assert_eq!(error(on(dealt(8, 2))), "shares of the ranks: expected 1 ranks, got 2 devices");
-    assert_eq!(error(CapacityRule::per_expert(1.0).shares), "shares of the ranks: expected those of devices, got those of experts");
+    assert_eq!(
+        error(CapacityRule::per_expert(1.0).shares),
+        "shares of the ranks: expected those of devices, got those of experts"
+    );
     assert_eq!(error(Shares::PerDevice { speeds: vec![0.0] }), "rank speed is 0: expected a positive finite number");
     let weights = Weights::open(&root("models/tiny-moe")).unwrap();
     let load = |shares: Shares| {

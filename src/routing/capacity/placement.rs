@@ -1,11 +1,12 @@
 //! Which device each expert lives on: [`Placement`].
 //!
-//! Knows nothing of how fast devices are.
+//! Knows nothing of how much room there is.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
+use crate::routing::capacity::share::{largest_remainder, relative};
 
 /// Which device each expert lives on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +69,18 @@ impl Placement {
         Self::new(device_of, devices)
     }
 
+    /// Experts in contiguous groups of sizes in proportion to `speeds[device]` (largest remainder, at least one expert each): with
+    /// equal speeds those of [`Placement::contiguous`].
+    ///
+    /// # Errors
+    /// As [`Placement::contiguous`], and [`Error::Parameter`] for a speed that is NaN, infinite or not positive.
+    pub fn by_speed(experts: usize, speeds: &[f64]) -> Result<Self> {
+        let mut placement = Self::contiguous(experts, speeds.len())?;
+        let sizes = by_speed(experts, &relative(speeds)?).into_iter().enumerate();
+        placement.device_of = sizes.flat_map(|(device, size)| std::iter::repeat_n(device as u16, size)).collect();
+        Ok(placement)
+    }
+
     /// Checks that it places `experts`.
     pub(crate) fn check(&self, experts: usize) -> Result<()> {
         match self.experts() == experts {
@@ -98,5 +111,65 @@ impl Placement {
     /// Device of each expert, `[experts]`.
     pub(crate) fn device_of(&self) -> &[u16] {
         &self.device_of
+    }
+}
+
+/// How many of `experts` each of at most as many devices holds, in proportion to `speeds` relative to the fastest. A device whose
+/// share rounds to none holds one, and the others share the rest.
+pub(crate) fn by_speed(experts: usize, speeds: &[f64]) -> Vec<usize> {
+    let mut sizes = vec![1; speeds.len()];
+    let mut sharing: Vec<usize> = (0..speeds.len()).collect();
+    loop {
+        let weights: Vec<f64> = sharing.iter().map(|&device| speeds[device]).collect();
+        let shares = largest_remainder(&weights, (experts - (speeds.len() - sharing.len())) as u64);
+        if !shares.contains(&0) {
+            sharing.iter().zip(shares).for_each(|(&device, share)| sizes[device] = share as usize);
+            return sizes;
+        }
+        // The fastest device's share is at least the mean, which is at least one: it stays.
+        sharing = sharing.into_iter().zip(shares).filter(|(_, share)| *share > 0).map(|(device, _)| device).collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn groups_are_as_large_as_devices_are_fast() {
+        let sizes = |experts, speeds: &[f64]| Placement::by_speed(experts, speeds).unwrap().sizes();
+        assert_eq!(sizes(32, &[3.0, 1.0]), [24, 8]);
+        assert_eq!(sizes(8, &[1.0, 2.0, 1.0]), [2, 4, 2]);
+        // 7 · (1, 2, 4) / 7 and 10 · (1, 2, 4) / 7 = (1.43, 2.86, 5.71).
+        assert_eq!((sizes(7, &[1.0, 2.0, 4.0]), sizes(10, &[1.0, 2.0, 4.0])), (vec![1, 2, 4], vec![1, 3, 6]));
+        // However slow, a device holds an expert.
+        assert_eq!(sizes(8, &[1e6, 1.0, 1.0]), [6, 1, 1]);
+        assert_eq!(sizes(4, &[1e308, 1e-308, 1.0, 1e308]), [1, 1, 1, 1]);
+        assert_eq!(Placement::by_speed(4, &[1.0, 3.0]).unwrap().device_of(), [0, 1, 1, 1]);
+        let message = |experts, speeds: &[f64]| Placement::by_speed(experts, speeds).unwrap_err().to_string();
+        assert_eq!(message(2, &[1.0; 3]), "devices is 3: expected 1 to experts 2");
+        assert_eq!(message(2, &[]), "devices is 0: expected 1 to experts 2");
+        assert_eq!(message(2, &[1.0, 0.0]), "device speed is 0: expected a positive finite number");
+    }
+
+    proptest! {
+        #[test]
+        fn equal_speeds_are_equal_groups(experts in 1usize..300, devices in 1usize..40, speed in 1e-3f64..1e3) {
+            let devices = devices.min(experts);
+            prop_assert_eq!(Placement::by_speed(experts, &vec![speed; devices]), Placement::contiguous(experts, devices));
+        }
+
+        #[test]
+        fn every_device_holds_its_share(experts in 1usize..300, speeds in prop::collection::vec(0.01f64..100.0, 1..40)) {
+            let speeds = &speeds[..speeds.len().min(experts)];
+            let sizes = Placement::by_speed(experts, speeds).unwrap().sizes();
+            prop_assert!(sizes.iter().sum::<usize>() == experts && !sizes.contains(&0));
+            let sum: f64 = speeds.iter().sum();
+            // Who holds one because there is no less takes it from the others: never above one expert more than its share.
+            for (&size, speed) in sizes.iter().zip(speeds) {
+                prop_assert!(size == 1 || (size as f64) < speed / sum * experts as f64 + 1.0, "{sizes:?} {speeds:?}");
+            }
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::expert::check_expert_count;
 use crate::routing::capacity::limits::Capacity;
 use crate::routing::capacity::placement::Placement;
+use crate::routing::capacity::share::{largest_remainder, relative};
 
 /// How shares of the slots become integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -93,15 +94,21 @@ pub enum Shares {
         /// Which experts are the large ones.
         seed: u64,
     },
-    /// Contiguous groups of experts; `speeds[device]` is the relative capacity of a device.
+    /// Contiguous groups of experts, as large as devices are fast ([`Placement::by_speed`]); `speeds[device]` is the relative capacity
+    /// of a device.
     PerDevice {
+        /// One positive number per device.
+        speeds: Vec<f64>,
+    },
+    /// The same with groups that are equally large, whatever the speeds ([`Placement::contiguous`]).
+    EqualGroups {
         /// One positive number per device.
         speeds: Vec<f64>,
     },
     /// Experts wherever a placement puts them.
     Placed {
-        /// The device of each expert.
-        placement: Placement,
+        /// The device of each expert: one placement for all layers, or one for each MoE layer.
+        placements: Vec<Placement>,
         /// One positive number per device.
         speeds: Vec<f64>,
     },
@@ -112,20 +119,43 @@ impl Shares {
     pub(crate) fn speeds(&self) -> Option<&[f64]> {
         match self {
             Self::PerExpert { .. } => None,
-            Self::PerDevice { speeds } | Self::Placed { speeds, .. } => Some(speeds),
+            Self::PerDevice { speeds } | Self::EqualGroups { speeds } | Self::Placed { speeds, .. } => Some(speeds),
         }
     }
 
     /// Where the experts of a layer live; `None` where limits are per expert.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a placement of another number of experts, [`Error::Parameter`] for no devices or more contiguous
-    /// groups than experts; [`Error::ExpertCount`].
+    /// [`Error::Shape`] for a placement of another number of experts and for several, [`Error::Parameter`] for no devices or more
+    /// contiguous groups than experts and for speeds that are none; [`Error::ExpertCount`].
     pub(crate) fn placement(&self, experts: usize) -> Result<Option<Placement>> {
         match self {
             Self::PerExpert { .. } => Ok(None),
-            Self::PerDevice { speeds } => Placement::contiguous(experts, speeds.len()).map(Some),
-            Self::Placed { placement, .. } => placement.check(experts).map(|()| Some(placement.clone())),
+            Self::PerDevice { speeds } => Placement::by_speed(experts, speeds).map(Some),
+            Self::EqualGroups { speeds } => Placement::contiguous(experts, speeds.len()).map(Some),
+            Self::Placed { placements, .. } => match placements.as_slice() {
+                [placement] => placement.check(experts).map(|()| Some(placement.clone())),
+                several => Err(Error::shape("placements", "one, or one for each MoE layer", several.len())),
+            },
+        }
+    }
+
+    /// Those of one of so many MoE layers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for several placements, and not one for each of them.
+    pub(crate) fn of_layer(&self, layer: usize, layers: usize) -> Result<Self> {
+        match self {
+            Self::Placed { placements, speeds } if placements.len() != 1 => {
+                match placements.get(layer).filter(|_| placements.len() == layers) {
+                    Some(placement) => Ok(Self::Placed { placements: vec![placement.clone()], speeds: speeds.clone() }),
+                    None => {
+                        let expected = format!("one, or one for each of {layers} MoE layers");
+                        Err(Error::shape("placements", expected, placements.len()))
+                    }
+                }
+            }
+            _ => Ok(self.clone()),
         }
     }
 }
@@ -166,7 +196,7 @@ impl CapacityRule {
 
     /// Limits for devices that hold any experts, in proportion to their `speeds`, exact.
     pub fn placed(factor: f64, placement: Placement, speeds: Vec<f64>) -> Self {
-        Self::new(factor, Shares::Placed { placement, speeds })
+        Self::new(factor, Shares::Placed { placements: vec![placement], speeds })
     }
 
     /// The same with shares made integers in another way.
@@ -179,12 +209,20 @@ impl CapacityRule {
         Self { minimum_mean, ..self }
     }
 
+    /// The rule for one of a model's MoE layers, `layer` of so many `layers`: where each has its own placement, it has that one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for several placements, and not one for each layer.
+    pub fn of_layer(&self, layer: usize, layers: usize) -> Result<Self> {
+        Ok(Self { shares: self.shares.of_layer(layer, layers)?, ..self.clone() })
+    }
+
     /// The capacity of a batch of `tokens` (padding not counted) in a layer of `experts` with `top_k` slots a token.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a factor or speed that is NaN, infinite or not positive, and for more devices than
-    /// experts; [`Error::Shape`] for a placement of another number of experts, and for another number of speeds than devices;
-    /// [`Error::ExpertCount`].
+    /// experts; [`Error::Shape`] for a placement of another number of experts, for one of each layer (see [`CapacityRule::of_layer`]), and
+    /// for another number of speeds than devices; [`Error::ExpertCount`].
     pub fn capacity(&self, tokens: usize, experts: usize, top_k: usize) -> Result<Capacity> {
         check_expert_count(experts)?;
         if !(self.factor.is_finite() && self.factor > 0.0) {
@@ -196,7 +234,9 @@ impl CapacityRule {
         let placement = self.shares.placement(experts)?;
         let weights = match &self.shares {
             Shares::PerExpert { profile, seed } => profile.weights(experts, *seed),
-            Shares::PerDevice { speeds } | Shares::Placed { speeds, .. } => relative(speeds)?,
+            Shares::PerDevice { speeds } | Shares::EqualGroups { speeds } | Shares::Placed { speeds, .. } => {
+                relative(speeds)?
+            }
         };
         if let Some(devices) = placement.as_ref().map(Placement::devices).filter(|&devices| devices != weights.len()) {
             return Err(Error::shape(
@@ -235,41 +275,12 @@ impl CapacityRule {
     }
 }
 
-/// Speeds divided by the fastest, so that no sum of them overflows.
-fn relative(speeds: &[f64]) -> Result<Vec<f64>> {
-    if let Some(bad) = speeds.iter().find(|speed| !(speed.is_finite() && **speed > 0.0)) {
-        return Err(Error::parameter("device speed", bad, "a positive finite number"));
-    }
-    let fastest = speeds.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
-    Ok(speeds.iter().map(|speed| speed / fastest).collect())
-}
-
 /// Keeps `0.1 · 30` from counting as more or less than 3.
 const ROUNDING_SLACK: f64 = 1e-6;
-
-/// Splits `total` in proportion to `weights` into integers that sum to it (Hamilton's method; ties to the lower index).
-fn largest_remainder(weights: &[f64], total: u64) -> Vec<u64> {
-    let sum: f64 = weights.iter().sum();
-    if weights.is_empty() || sum <= 0.0 {
-        return vec![0; weights.len()];
-    }
-    let quotas: Vec<f64> = weights.iter().map(|weight| weight / sum * total as f64).collect();
-    let mut shares: Vec<u64> = quotas.iter().map(|quota| quota.floor() as u64).collect();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    let remainder = |index: usize| quotas[index] - quotas[index].floor();
-    // Equal weights may differ in the last bit of their remainders: compare with slack so that ties go by index.
-    order.sort_by(|&a, &b| ((remainder(b) * 1e9).round().total_cmp(&(remainder(a) * 1e9).round())).then(a.cmp(&b)));
-    let left = total.saturating_sub(shares.iter().sum());
-    for &index in order.iter().cycle().take(left as usize) {
-        shares[index] += 1;
-    }
-    shares
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn a_factor_of_one_means_one() {
@@ -313,7 +324,10 @@ mod tests {
         let shares = Shares::PerDevice { speeds: vec![1.0, 2.0, 1.0] };
         let capacity = CapacityRule::new(1.0, shares).capacity(100, 8, 2).unwrap();
         assert_eq!(capacity.limits(), Some(&[50, 100, 50][..]));
-        assert_eq!(capacity.pool_sizes(), [3, 3, 2]);
+        assert_eq!(capacity.pool_sizes(), [2, 4, 2]);
+        let equal = Shares::EqualGroups { speeds: vec![1.0, 2.0, 1.0] };
+        let equal = CapacityRule::new(1.0, equal).capacity(100, 8, 2).unwrap();
+        assert_eq!((equal.limits(), equal.pool_sizes()), (Some(&[50, 100, 50][..]), vec![3, 3, 2]));
         assert_eq!(capacity.pool_of(7), 2);
     }
 
@@ -325,11 +339,29 @@ mod tests {
         assert_eq!((capacity.limits(), capacity.placement()), (Some(&[50, 100, 50][..]), Some(&scattered)));
         // Contiguous groups are a placement like any other.
         let groups = Placement::contiguous(8, 3).unwrap();
-        let shares = Shares::PerDevice { speeds: speeds.clone() };
+        let shares = Shares::EqualGroups { speeds: speeds.clone() };
         for tokens in [1, 99, 100, 1000] {
             let placed = CapacityRule::placed(0.9, groups.clone(), speeds.clone()).capacity(tokens, 8, 2).unwrap();
             assert_eq!(placed, CapacityRule::new(0.9, shares.clone()).capacity(tokens, 8, 2).unwrap());
         }
+    }
+
+    #[test]
+    fn each_layer_may_have_its_own_placement() {
+        let placements = vec![Placement::contiguous(4, 2).unwrap(), Placement::new(vec![1, 0, 1, 1], 2).unwrap()];
+        let rule = CapacityRule::new(1.0, Shares::Placed { placements: placements.clone(), speeds: vec![1.0, 3.0] });
+        for (layer, placement) in placements.iter().enumerate() {
+            let capacity = rule.of_layer(layer, 2).unwrap().capacity(100, 4, 2).unwrap();
+            assert_eq!((capacity.placement(), capacity.limits()), (Some(placement), Some(&[50, 150][..])));
+        }
+        let message = |error: Result<CapacityRule>| error.unwrap_err().to_string();
+        assert_eq!(message(rule.of_layer(0, 3)), "placements: expected one, or one for each of 3 MoE layers, got 2");
+        assert_eq!(message(rule.of_layer(2, 2)), "placements: expected one, or one for each of 2 MoE layers, got 2");
+        let error = rule.capacity(100, 4, 2).unwrap_err();
+        assert_eq!(error.to_string(), "placements: expected one, or one for each MoE layer, got 2");
+        // One is for all of them.
+        let one = CapacityRule::placed(1.0, placements[1].clone(), vec![1.0, 3.0]);
+        assert_eq!(one.of_layer(7, 2).unwrap(), one);
     }
 
     #[test]
@@ -371,17 +403,5 @@ mod tests {
             "steep".parse::<Profile>().unwrap_err().to_string(),
             "unknown profile `steep`: expected one of uniform, mild, strong, extreme"
         );
-    }
-
-    proptest! {
-        #[test]
-        fn shares_sum_to_the_total(weights in prop::collection::vec(0.01f64..10.0, 1..50), total in 0u64..100_000) {
-            let shares = largest_remainder(&weights, total);
-            prop_assert_eq!(shares.iter().sum::<u64>(), total);
-            let sum: f64 = weights.iter().sum();
-            for (share, weight) in shares.iter().zip(&weights) {
-                prop_assert!((*share as f64 - weight / sum * total as f64).abs() < 1.0 + 1e-6);
-            }
-        }
     }
 }

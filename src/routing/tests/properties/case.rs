@@ -269,7 +269,7 @@ impl Case {
                     None => Shares::PerExpert { profile, seed: self.seed },
                     Some(placement) => {
                         let speeds = (1..=placement.devices()).map(|device| 1.0 + device as f64).collect();
-                        Shares::Placed { placement: placement.clone(), speeds }
+                        Shares::Placed { placements: vec![placement.clone()], speeds }
                     }
                 };
                 let rule = CapacityRule::new(f64::from(percent) / 100.0, shares)
