@@ -72,6 +72,7 @@ struct Opened {
 struct Run {
     opened: Opened,
     model: Model,
+    rules: Vec<CapacityRule>,
     texts: Vec<EvalText>,
     batches: Vec<Batch>,
 }
@@ -109,17 +110,19 @@ impl Compare {
         let parallel = ranks.spread(&self.capacity.rule(1.0)?)?;
         let mut model = self.model.load_from(&opened.files, &self.memory, parallel)?;
         self.top_k.set(model.decoder_mut())?;
-        let (texts, batches) = self.text.batches(&model)?;
-        Ok(Run { opened, model, texts, batches })
-    }
-
-    fn measure(self, global: &Global, run: Run) -> Result<()> {
-        let Run { opened: Opened { routers, cache, page, .. }, model, texts, batches } = run;
-        let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
-        let (rules, layers) = (self.rules(moe.experts)?, model.decoder().spec().moe_blocks().count());
+        let (moe, layers) = (&model.decoder().spec().moe, model.decoder().spec().moe_blocks().count());
+        let rules = self.rules(moe.experts)?;
         for rule in &rules {
             rule.of_layer(0, layers)?.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
+        let (texts, batches) = self.text.batches(&model)?;
+        Ok(Run { opened, model, rules, texts, batches })
+    }
+
+    fn measure(self, global: &Global, run: Run) -> Result<()> {
+        let Run { opened: Opened { routers, cache, page, .. }, model, rules, texts, batches } = run;
+        let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
+        let layers = model.decoder().spec().moe_blocks().count();
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
         // What is said of a limit matters to those that know one.
         let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));
