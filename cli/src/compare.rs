@@ -80,7 +80,7 @@ struct Run {
 impl Compare {
     pub fn run(mut self, global: &Global) -> Result<()> {
         let ranks = self.parallel.start()?;
-        self.capacity.over(&ranks)?;
+        ranks.together(self.capacity.over(&ranks))?;
         let loading = global.waiting("loading the model");
         let (opened, facts) = ranks.together(self.open())?;
         ranks.agree(&facts)?;

@@ -7,7 +7,7 @@ mod limits;
 mod live;
 mod screen;
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +41,7 @@ use crate::ranks::{self, ParallelOptions, Ranks, digest};
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
 use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
+use crate::terminal::is_terminal;
 
 /// Continues prompts with a chosen router and prints statistics at the end.
 ///
@@ -143,7 +144,7 @@ struct Opened {
 impl Generate {
     pub fn run(mut self, global: &Global) -> Result<()> {
         let ranks = self.parallel.start()?;
-        self.capacity.over(&ranks)?;
+        ranks.together(self.capacity.over(&ranks))?;
         let (opened, facts) = ranks.together(self.open(&ranks))?;
         ranks.agree(&facts)?;
         let (model, ids) = ranks.together(self.load(&ranks, &opened))?;
@@ -376,7 +377,7 @@ impl Generate {
             if index > 0 {
                 writeln!(out)?;
             }
-            if out.is_terminal() && !self.chat {
+            if is_terminal() && !self.chat {
                 write!(out, "{}", text.prompt)?;
             }
             writeln!(out, "{}", text.text)?;

@@ -24,6 +24,9 @@ pub struct ParallelOptions {
     expert_parallel: bool,
 }
 
+/// This process is one of a job.
+static IS_JOB: AtomicBool = AtomicBool::new(false);
+
 /// The job's ranks; of a command by itself none.
 #[derive(Clone)]
 pub struct Ranks(Option<Arc<parallel::Ranks>>);
@@ -41,6 +44,7 @@ impl ParallelOptions {
 #[cfg(feature = "mpi")]
 fn start() -> Result<Arc<parallel::Ranks>> {
     let ranks = parallel::Ranks::new(parallel::Mpi::start()?)?;
+    IS_JOB.store(true, Ordering::Relaxed);
     if ranks.rank() > 0 {
         SPEAKS.store(false, Ordering::Relaxed);
         rustix::stdio::dup2_stdout(std::fs::File::options().write(true).open("/dev/null")?)?;
@@ -102,6 +106,11 @@ pub fn digest(ids: impl Iterator<Item = u32>) -> String {
 /// True where this process is to be heard: rank 0, or one by itself.
 pub fn speaks() -> bool {
     SPEAKS.load(Ordering::Relaxed)
+}
+
+/// True where this process is one of a job.
+pub fn is_job() -> bool {
+    IS_JOB.load(Ordering::Relaxed)
 }
 
 /// True where `error` is for this process to tell: what all ranks have come to, rank 0 tells for all.

@@ -104,7 +104,7 @@ pub(super) fn pass_losses(decoder: &Decoder, logits: &Tensor, batch: &Batch) -> 
     let counts: Vec<usize> = (0..ranks.count()).map(|rank| share.given_by(rank).len()).collect();
     // No loss is NaN, so one is none.
     let own: Vec<f64> = own.iter().take(counts[ranks.rank()]).map(|loss| loss.unwrap_or(f64::NAN)).collect();
-    let all = parallel.gather_numbers(&own, &counts)?;
+    let all = ranks.numbers(&own, &counts)?;
     Ok(all.into_iter().map(|loss| (!loss.is_nan()).then_some(loss)).collect())
 }
 

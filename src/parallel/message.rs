@@ -126,6 +126,25 @@ impl Ranks {
         Ok(())
     }
 
+    /// Numbers of every rank in order of rank, of which each gives as many as `counts` says: `own` are this one's.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other counts than ranks or numbers, [`Error::Rank`] where messages fail.
+    pub fn numbers(&self, own: &[f64], counts: &[usize]) -> Result<Vec<f64>> {
+        if counts.len() != self.count() || counts[self.rank()] != own.len() {
+            let expected = format!("{} counts, this rank's {}", self.count(), own.len());
+            return Err(Error::shape("numbers of ranks", expected, format!("{counts:?}")));
+        }
+        let sizes: Vec<usize> = counts.iter().map(|count| count * size_of::<f64>()).collect();
+        let mut all = Vec::with_capacity(counts.iter().sum());
+        let write = |bytes: &mut [u8]| bytes.copy_from_slice(bytemuck::cast_slice(own));
+        self.gather((Kind::Numbers, 0), &sizes, write, |_, bytes| {
+            let numbers = bytes.chunks_exact(8).map(|number| number.try_into().map_or(f64::NAN, f64::from_le_bytes));
+            all.extend(numbers);
+        })?;
+        Ok(all)
+    }
+
     /// What each rank says.
     fn words(&self, own: &str) -> Result<Vec<String>> {
         let mut lengths = vec![0; self.count()];

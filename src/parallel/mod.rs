@@ -136,7 +136,7 @@ impl ExpertParallel {
     pub fn shares(&self, before: &RankTotals, tokens: u64, time: Duration) -> Result<RankShares> {
         let (now, ranks) = (self.totals(), self.ranks.count());
         let own = (now.exchange - before.exchange).as_secs_f64() / time.as_secs_f64().max(f64::MIN_POSITIVE);
-        let exchange = self.gather_numbers(&[own], &vec![1; ranks])?;
+        let exchange = self.ranks.numbers(&[own], &vec![1; ranks])?;
         let loads = (0..ranks).map(|rank| {
             let of = |totals: &RankTotals| totals.loads.get(rank).copied().unwrap_or(0);
             of(&now) - of(before)
@@ -213,19 +213,5 @@ impl ExpertParallel {
         })?;
         Ok(all)
     }
-
-    /// The same of `f64`, of which each rank gives as many as `counts` says.
-    ///
-    /// # Errors
-    /// As [`ExpertParallel::gather_rows`].
-    pub(crate) fn gather_numbers(&self, own: &[f64], counts: &[usize]) -> Result<Vec<f64>> {
-        let sizes: Vec<usize> = counts.iter().map(|count| count * size_of::<f64>()).collect();
-        let mut all = Vec::with_capacity(counts.iter().sum());
-        let write = |bytes: &mut [u8]| bytes.copy_from_slice(bytemuck::cast_slice(own));
-        self.ranks.gather((Kind::Numbers, 0), &sizes, write, |_, bytes| {
-            let numbers = bytes.chunks_exact(8).map(|number| number.try_into().map_or(f64::NAN, f64::from_le_bytes));
-            all.extend(numbers);
-        })?;
-        Ok(all)
-    }
+}
 }
