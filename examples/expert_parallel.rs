@@ -168,7 +168,7 @@ fn batches(options: &Options, weights: &Weights, ranks: usize) -> Result<Vec<Bat
         None => {
             let model = Model::load("models/tiny-moe".as_ref(), &LoadOptions::default())?;
             let mut ids = Vec::new();
-            for kind in ["code", "scripture", "prose"] {
+            for kind in ["code", "scripture", "reference"] {
                 let text = std::fs::read_to_string(format!("models/tiny-moe/eval/{kind}.txt"));
                 ids.extend(text.ok().map(|text| model.encode(&text)).transpose()?.unwrap_or_default());
             }
