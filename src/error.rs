@@ -118,6 +118,14 @@ pub enum Error {
         /// Name of the router.
         router: &'static str,
     },
+    /// Another process of the job is not where this one is, or a message from it is not what it should be.
+    #[error("rank {rank}: {detail}")]
+    Rank {
+        /// The process.
+        rank: usize,
+        /// What was expected of it, and what came.
+        detail: String,
+    },
     /// A file could not be read or written.
     #[error("{path}: {reason}")]
     Io {

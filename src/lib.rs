@@ -21,6 +21,7 @@ pub mod experts;
 #[cfg(feature = "layer")]
 pub mod layer;
 pub mod offload;
+pub mod parallel;
 pub mod routing;
 pub(crate) mod simd;
 pub(crate) mod spec;

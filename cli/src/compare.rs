@@ -1,15 +1,16 @@
 //! `compare`: every router over the same text, at every capacity, in one table.
 
-use crate::output::Inputs;
+use crate::output::{Inputs, Output};
+use crate::ranks::{self, ParallelOptions, Ranks, digest};
 use crate::report::compare::{CompareReport, Measured, ModelSummary, TextSummary};
 use crate::report::option::{Document, ReportOption};
 use crate::report::seen::{Begun, Gathered};
 use anyhow::Result;
 use clap::Args;
 use phase_moe::decoder::ExpertMemory;
-use phase_moe::eval::{Dropless, Setting, compare};
+use phase_moe::eval::{Dropless, EvalText, Setting, compare};
 use phase_moe::routing::{Knowledge, Shares};
-use phase_moe::{CacheRouter, CapacityRule, RouterKind};
+use phase_moe::{Batch, CacheRouter, CapacityRule, Model, RouterKind, Weights};
 
 use crate::global::Global;
 use crate::options::{
@@ -51,14 +52,47 @@ pub struct Compare {
     #[arg(long)]
     loads: bool,
     #[command(flatten)]
+    parallel: ParallelOptions,
+    #[command(flatten)]
     report: ReportOption,
     /// One JSON document instead of the table
     #[arg(long)]
     json: bool,
 }
 
+/// What is there before the model is loaded.
+struct Opened {
+    routers: Vec<RouterKind>,
+    cache: CacheRouter,
+    files: Weights,
+    page: Option<Output>,
+}
+
+/// What is run.
+struct Run {
+    opened: Opened,
+    model: Model,
+    rules: Vec<CapacityRule>,
+    texts: Vec<EvalText>,
+    batches: Vec<Batch>,
+}
+
 impl Compare {
-    pub fn run(self, global: &Global) -> Result<()> {
+    pub fn run(mut self, global: &Global) -> Result<()> {
+        let ranks = self.parallel.start()?;
+        ranks.together(self.capacity.over(&ranks))?;
+        let loading = global.waiting("loading the model");
+        let (opened, facts) = ranks.together(self.open())?;
+        ranks.agree(&facts)?;
+        let run = ranks.together(self.load(&ranks, opened))?;
+        let ids = run.batches.iter().flat_map(|batch| batch.ids().iter().copied());
+        ranks.agree(&[("text", digest(ids))])?;
+        drop(loading);
+        self.measure(global, run)
+    }
+
+    /// Everything that can be found wrong before the model is loaded.
+    fn open(&self) -> Result<(Opened, [(&'static str, String); 3])> {
         let routers = if self.router.is_empty() { default_routers() } else { distinct(&self.router) };
         let cache = self.cache.settings(&routers)?;
         refuse_unheard(&routers, Knowledge::Memory, &[("--cached-experts", self.cached_experts.is_some())])?;
@@ -66,18 +100,29 @@ impl Compare {
         self.capacity.rule(1.0)?;
         self.capacity_factor.iter().try_for_each(|&factor| self.capacity.rule(factor).map(drop))?;
         self.model.check_memory(self.cached_experts, &self.memory)?;
-        let loading = global.waiting("loading the model");
         let files = self.model.files()?;
         let page = self.report.open(&Inputs::default().texts(&self.text.text).model(&files))?;
-        let mut model = self.model.load_from(&files, &self.memory)?;
+        let facts = ranks::facts(&files)?;
+        Ok((Opened { routers, cache, files, page }, facts))
+    }
+
+    fn load(&self, ranks: &Ranks, opened: Opened) -> Result<Run> {
+        let parallel = ranks.spread(&self.capacity.rule(1.0)?)?;
+        let mut model = self.model.load_from(&opened.files, &self.memory, parallel)?;
         self.top_k.set(model.decoder_mut())?;
-        let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
-        let (rules, layers) = (self.rules(moe.experts)?, model.decoder().spec().moe_blocks().count());
+        let (moe, layers) = (&model.decoder().spec().moe, model.decoder().spec().moe_blocks().count());
+        let rules = self.rules(moe.experts)?;
         for rule in &rules {
             rule.of_layer(0, layers)?.capacity(self.text.batch_tokens, moe.experts, moe.top_k)?;
         }
         let (texts, batches) = self.text.batches(&model)?;
-        drop(loading);
+        Ok(Run { opened, model, rules, texts, batches })
+    }
+
+    fn measure(self, global: &Global, run: Run) -> Result<()> {
+        let Run { opened: Opened { routers, cache, page, .. }, model, rules, texts, batches } = run;
+        let (moe, fewest) = (&model.decoder().spec().moe, fewest_experts(model.decoder()));
+        let layers = model.decoder().spec().moe_blocks().count();
         let tokens: u64 = batches.iter().map(|batch| batch.live_tokens()).sum();
         // What is said of a limit matters to those that know one.
         let is_limited = routers.iter().any(|router| router.understands(Knowledge::Limits));

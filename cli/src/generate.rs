@@ -7,7 +7,7 @@ mod limits;
 mod live;
 mod screen;
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +16,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 use phase_moe::checkpoint::text;
 use phase_moe::decoder::{DecoderState, generate_batch};
-use phase_moe::{Error, GenerateOptions, Generation, Model, Router, RouterKind, Sampler};
+use phase_moe::parallel::ExpertParallel;
+use phase_moe::{
+    CacheRouter, CapacityRule, Error, GenerateOptions, Generation, Model, Router, RouterKind, Sampler, Weights,
+};
 use serde::Serialize;
 use serde_json::to_value;
 
@@ -34,9 +37,11 @@ use crate::options::{
     warn_streamed,
 };
 use crate::output::{self, Inputs};
+use crate::ranks::{self, ParallelOptions, Ranks, digest};
 use crate::report::compare::ModelSummary;
 use crate::report::option::{Document, ReportOption};
 use crate::report::seen::{MOST_TOKENS, Recorder, ShownText};
+use crate::terminal::is_terminal;
 
 /// Continues prompts with a chosen router and prints statistics at the end.
 ///
@@ -95,6 +100,8 @@ pub struct Generate {
     #[command(flatten)]
     cache: CacheOptions,
     #[command(flatten)]
+    parallel: ParallelOptions,
+    #[command(flatten)]
     report: ReportOption,
     /// One JSON document instead of the text
     #[arg(long)]
@@ -121,8 +128,32 @@ struct Text {
     new_tokens: usize,
 }
 
+/// What is there before the model is loaded.
+struct Opened {
+    rule: Option<CapacityRule>,
+    settings: CacheRouter,
+    sampler: Sampler,
+    prompts: Vec<String>,
+    /// The same as they go to the tokenizer.
+    written: Vec<String>,
+    chat: Option<Chat>,
+    files: Weights,
+    page: Option<output::Output>,
+}
+
 impl Generate {
-    pub fn run(self, global: &Global) -> Result<()> {
+    pub fn run(mut self, global: &Global) -> Result<()> {
+        let ranks = self.parallel.start()?;
+        ranks.together(self.capacity.over(&ranks))?;
+        let (opened, facts) = ranks.together(self.open(&ranks))?;
+        ranks.agree(&facts)?;
+        let (model, ids) = ranks.together(self.load(&ranks, &opened))?;
+        ranks.agree(&[("text", digest(ids.iter().flatten().copied()))])?;
+        self.go_on(global, opened, model, &ids)
+    }
+
+    /// Everything that can be found wrong before the model is loaded.
+    fn open(&self, ranks: &Ranks) -> Result<(Opened, [(&'static str, String); 3])> {
         let rule = self.capacity.rule_if(self.router, self.capacity_factor, "--capacity-factor")?;
         let settings = self.cache.settings(&[self.router])?;
         let sampler = Sampler::new(self.temperature, self.top_p, self.capacity.seed)?;
@@ -130,6 +161,13 @@ impl Generate {
             return Err(UserMistake("--chunk-tokens is 0: expected at least 1".into()).into());
         }
         self.model.check_memory(self.cached_experts, &self.memory)?;
+        if ranks.count().is_some() {
+            let from_input = self.prompt_file.as_ref().is_some_and(|path| path.as_os_str() == "-");
+            if from_input || (self.prompt.is_empty() && self.prompt_file.is_none()) {
+                let message = "--expert-parallel: expected --prompt or a --prompt-file, which all ranks can read, got standard input";
+                return Err(UserMistake(message.into()).into());
+            }
+        }
         let prompts = self.prompts()?;
         let files = self.model.files()?;
         let prompt_file = self.prompt_file.iter().filter(|path| path.as_os_str() != "-");
@@ -149,7 +187,24 @@ impl Generate {
             None => Ok(prompt.clone()),
         };
         let written: Vec<String> = prompts.iter().map(write).collect::<Result<_>>()?;
-        let mut model = self.model.load_from(&files, &self.memory)?;
+        let facts = ranks::facts(&files)?;
+        Ok((Opened { rule, settings, sampler, prompts, written, chat, files, page }, facts))
+    }
+
+    /// The model, and the tokens to continue.
+    fn load(&self, ranks: &Ranks, opened: &Opened) -> Result<(Model, Vec<Vec<u32>>)> {
+        let parallel = match ranks.count() {
+            Some(_) => ranks.spread(&self.capacity.rule(1.0)?)?,
+            None => None,
+        };
+        let mut model = self.model.load_from(&opened.files, &self.memory, parallel)?;
+        self.top_k.set(model.decoder_mut())?;
+        let ids = self.ids(&model, &opened.written)?;
+        Ok((model, ids))
+    }
+
+    fn go_on(self, global: &Global, opened: Opened, mut model: Model, ids: &[Vec<u32>]) -> Result<()> {
+        let Opened { rule, settings, sampler, prompts, chat, page, .. } = opened;
         let mut router: Arc<dyn Router> = Arc::from(self.router.build_with(self.capacity.seed, &settings));
         // Batches of several texts are no text that could be shown.
         let recorder = (page.is_some() && prompts.len() == 1).then(|| {
@@ -159,7 +214,6 @@ impl Generate {
         if let Some(recorder) = &recorder {
             router = recorder.clone();
         }
-        self.top_k.set(model.decoder_mut())?;
         set_routing(model.decoder_mut(), router, rule.clone());
         let mut state = model.decoder().generation_state();
         if let Some(cached) = self.cached_experts {
@@ -175,18 +229,23 @@ impl Generate {
                 let (sums, state) = conversation.run(self.json, global.quiet())?;
                 limits.warn();
                 warn_streamed(model.decoder());
-                self.say(&model, &sums.figures(Reads::of(model.decoder(), &state)), "messages");
+                self.say(&model, &sums.figures(Reads::of(model.decoder(), &state), None), "messages");
                 Ok(())
             }
             (_, prompts) => {
-                let ids = self.ids(&model, &written)?;
                 let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
                 limits.count(model.decoder(), &ids, self.chunk_tokens)?;
                 limits.warn();
+                let before = model.decoder().parallel().map(ExpertParallel::totals);
                 let generation = self.generate(global, &model, prompts, &ids, &mut state, sampler)?;
                 warn_streamed(model.decoder());
+                let mut sums = Sums::default();
+                sums.add(&generation);
+                let over = model.decoder().parallel().zip(before);
+                let shares = over.map(|(ranks, before)| sums.over_ranks(ranks, &before)).transpose()?;
+                let figures = sums.figures(Reads::of(model.decoder(), &state), shares);
                 let page = page.map(|page| (page, recorder));
-                self.print(&model, prompts, &ids, &generation, Reads::of(model.decoder(), &state), page)
+                self.print(&model, prompts, &ids, &generation, figures, page)
             }
         }
     }
@@ -271,7 +330,7 @@ impl Generate {
         prompts: &[String],
         before: &[&[u32]],
         generation: &Generation,
-        reads: Reads,
+        figures: Figures,
         page: Option<(output::Output, Option<Arc<Recorder>>)>,
     ) -> Result<()> {
         let text = |((prompt, before), ids): ((&String, &&[u32]), &Vec<u32>)| {
@@ -279,9 +338,6 @@ impl Generate {
             Ok(Text { prompt, text, prompt_tokens: before.len(), new_tokens: ids.len() })
         };
         let texts: Vec<Text> = prompts.iter().zip(before).zip(&generation.texts).map(text).collect::<Result<_>>()?;
-        let mut sums = Sums::default();
-        sums.add(generation);
-        let figures = sums.figures(reads);
         let output = match texts.as_slice() {
             [alone] => Output { text: Some(alone.text.clone()), texts: None, figures },
             _ => Output { text: None, texts: Some(texts.clone()), figures },
@@ -321,7 +377,7 @@ impl Generate {
             if index > 0 {
                 writeln!(out)?;
             }
-            if out.is_terminal() && !self.chat {
+            if is_terminal() && !self.chat {
                 write!(out, "{}", text.prompt)?;
             }
             writeln!(out, "{}", text.text)?;

@@ -10,6 +10,7 @@ use clap::{Args, ColorChoice};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::mistake::UserMistake;
+use crate::ranks;
 use crate::terminal::Terminal;
 
 /// What `--quiet` says, for downloads, which begin where the model is opened; nothing else is told by it, so any order will do.
@@ -72,7 +73,7 @@ impl Global {
 
     /// True where progress is not to be shown.
     pub fn quiet(&self) -> bool {
-        self.quiet
+        self.quiet || !ranks::speaks()
     }
 
     /// A bar on standard error that vanishes at the end; none where standard error is no terminal.
@@ -81,7 +82,7 @@ impl Global {
     }
 
     fn shown(&self, length: Option<u64>, template: &str) -> Progress {
-        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target = if self.quiet() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(length, target);
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);

@@ -18,6 +18,7 @@ mod options;
 mod output;
 mod place;
 mod placement;
+mod ranks;
 mod replay;
 mod report;
 mod route;
@@ -56,7 +57,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
+    let Cli { global, command } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Every process of a job has the same command line: one tells what is wrong with it.
+        Err(error) if ranks::launched_as() > 0 && std::env::args().any(|word| word == "--expert-parallel") => {
+            return ExitCode::from(error.exit_code() as u8);
+        }
+        Err(error) => error.exit(),
+    };
     let run = || {
         global.apply()?;
         match command {
@@ -73,17 +81,17 @@ fn main() -> ExitCode {
             Command::Man(command) => command.run(Cli::command()),
         }
     };
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match run() {
+        Ok(()) => 0,
+        // A closed pipe (`| head`) is no failure of ours.
+        Err(error) if error.chain().any(is_broken_pipe) => 0,
         Err(error) => {
-            // A closed pipe (`| head`) is no failure of ours.
-            if error.chain().any(is_broken_pipe) {
-                return ExitCode::SUCCESS;
-            }
-            notice::notice(format_args!("phase-moe: {error:#}"));
-            ExitCode::from(if mistake::is_user_mistake(&error) { 2 } else { 1 })
+            notice::error(format_args!("phase-moe: {error:#}"));
+            if mistake::is_user_mistake(&error) { 2 } else { 1 }
         }
-    }
+    };
+    ranks::end(code);
+    ExitCode::from(code)
 }
 
 fn is_broken_pipe(cause: &(dyn std::error::Error + 'static)) -> bool {

@@ -12,6 +12,7 @@ use candle_core::DType;
 use clap::{Args, ValueEnum};
 use phase_moe::checkpoint::text;
 use phase_moe::eval::{Batching, EvalText, GateTrace, Mixing};
+use phase_moe::parallel::ExpertParallel;
 use phase_moe::routing::{Knowledge, Profile, Rounding, Shares};
 use phase_moe::{
     Admission, Batch, CacheRouter, CapacityRule, Decoder, Error, LoadOptions, Model, Placement, Policy, Router,
@@ -23,6 +24,7 @@ use crate::global::QUIET;
 use crate::mistake::UserMistake;
 use crate::notice::notice;
 use crate::placement::{PlacementChoice, PlacementFile};
+use crate::ranks::Ranks;
 use crate::{bundled, hub};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -123,7 +125,7 @@ impl From<Dtype> for DType {
 }
 
 impl ModelOptions {
-    fn load_options(&self, memory: Option<&MemoryOptions>) -> Result<LoadOptions> {
+    fn load_options(&self, memory: Option<&MemoryOptions>, parallel: Option<ExpertParallel>) -> Result<LoadOptions> {
         let expert_cache = match self.expert_cache {
             None => None,
             Some(bytes) => {
@@ -140,7 +142,7 @@ impl ModelOptions {
         };
         let mut options = LoadOptions::default().with_dtype(self.dtype.into()).with_expert_cache(expert_cache);
         options.kv_dtype = self.kv_dtype.map(DType::from);
-        Ok(options)
+        Ok(options.with_parallel(parallel))
     }
 
     /// Checks what is said of fast memory: a logical memory and an expert cache would each say what is in it, and without one of them
@@ -162,7 +164,7 @@ impl ModelOptions {
 
     /// Loads the model from files that are open.
     pub fn load_plain(&self, files: &Weights) -> Result<Model> {
-        Ok(Model::new(files, &self.load_options(None)?)?)
+        Ok(Model::new(files, &self.load_options(None, None)?)?)
     }
 
     /// Opens the files; nothing is loaded yet.
@@ -170,14 +172,20 @@ impl ModelOptions {
         self.source.files()
     }
 
-    /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`.
-    pub fn load_from(&self, files: &Weights, memory: &MemoryOptions) -> Result<Model> {
-        Ok(Model::new(files, &self.load_options(Some(memory))?)?)
+    /// Loads the model from files that are open, with an expert cache, where one is asked for, that goes by `memory`; with its experts over the
+    /// ranks of a job, if there are any.
+    pub fn load_from(
+        &self,
+        files: &Weights,
+        memory: &MemoryOptions,
+        parallel: Option<ExpertParallel>,
+    ) -> Result<Model> {
+        Ok(Model::new(files, &self.load_options(Some(memory), parallel)?)?)
     }
 
     /// Loads the transformer alone, which needs no tokenizer, from files that are open.
     pub fn decoder_from(&self, files: &Weights) -> Result<Decoder> {
-        Ok(Decoder::load(files, &self.load_options(None)?)?)
+        Ok(Decoder::load(files, &self.load_options(None, None)?)?)
     }
 }
 
@@ -265,6 +273,9 @@ pub struct CapacityOptions {
     /// Relative speeds of the devices: one twice as fast has twice the experts and twice the room
     #[arg(long, value_name = "A,B,..", value_delimiter = ',', allow_hyphen_values = true)]
     pub device_speeds: Vec<f64>,
+    /// The devices are the ranks of a job: they say where experts are, too.
+    #[arg(skip)]
+    over_ranks: bool,
     /// Experts on devices: contiguous groups in proportion to speed (speed) or equally large (equal), or as a file of `place`
     /// says, with as many devices as it has [default: speed]
     #[arg(long, value_name = "speed|equal|FILE")]
@@ -289,7 +300,7 @@ impl CapacityOptions {
             refuse_unheard(&[router], Knowledge::Limits, &[("--capacity-factor", true)])?;
             return Ok(Some(rule));
         }
-        match self.given().into_iter().find(|(_, given)| *given) {
+        match self.given().into_iter().find(|(_, given)| *given && !self.over_ranks) {
             Some((option, _)) => Err(UserMistake(format!("{option} limits nothing by itself: add {needed}")).into()),
             None => Ok(None),
         }
@@ -303,6 +314,18 @@ impl CapacityOptions {
             ("--profile", self.profile.is_some()),
             ("--capacity", self.capacity.is_some()),
         ]
+    }
+
+    /// Takes the ranks of a job as devices, where there are some.
+    pub fn over(&mut self, ranks: &Ranks) -> Result<()> {
+        let Some(count) = ranks.count() else { return Ok(()) };
+        let given = self.devices.or(Some(self.device_speeds.len()).filter(|&speeds| speeds > 0));
+        if let Some(given) = given.filter(|&given| given != count) {
+            let message = format!("--expert-parallel: expected as many devices as ranks, {count}, got {given}");
+            return Err(UserMistake(message).into());
+        }
+        (self.devices, self.over_ranks) = (Some(count), true);
+        Ok(())
     }
 
     /// The rule for one capacity factor.

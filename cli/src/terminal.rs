@@ -8,6 +8,8 @@ use anyhow::Result;
 use clap::ColorChoice;
 use console::{Style, Term};
 
+use crate::ranks;
+
 /// Columns where there is no terminal to ask.
 const WIDTH: usize = 80;
 
@@ -39,7 +41,7 @@ impl Terminal {
     pub fn of_stdout(colour: ColorChoice) -> Self {
         let stdout = Term::stdout();
         let asked = || std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
-        let width = match std::io::stdout().is_terminal() {
+        let width = match is_terminal() {
             // A terminal that does not know its width says 0.
             true => stdout.size_checked().map(|(_, columns)| usize::from(columns)).filter(|&columns| columns > 0),
             false => asked(),
@@ -48,7 +50,7 @@ impl Terminal {
             ColorChoice::Always => true,
             ColorChoice::Never => false,
             // Off a terminal and where `NO_COLOR` is set there is none.
-            ColorChoice::Auto => console::colors_enabled(),
+            ColorChoice::Auto => console::colors_enabled() && !ranks::is_job(),
         };
         Self {
             width: width.unwrap_or(WIDTH).max(LEAST_WIDTH),
@@ -105,6 +107,11 @@ impl Terminal {
         wrapped.truncate(wrapped.trim_end_matches(' ').len());
         wrapped
     }
+}
+
+/// Whether somebody looks at standard output. The processes of a job all have a terminal of their launcher's, whatever that one writes to.
+pub fn is_terminal() -> bool {
+    std::io::stdout().is_terminal() && !ranks::is_job()
 }
 
 /// Writes to standard output as it is.

@@ -15,6 +15,8 @@
 //!
 //! Knows nothing of models.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::routing::router::RouteContext;
 
@@ -61,6 +63,14 @@ impl Batch {
             };
             Self::padded(&self.lengths.iter().enumerate().map(part).collect::<Vec<_>>())
         })
+    }
+
+    /// The same without sequences but some, of as many positions.
+    pub(crate) fn part(&self, sequences: Range<usize>) -> Self {
+        let rows = sequences.start * self.positions..sequences.end * self.positions;
+        let padding = self.padding.as_ref().map(|padding| padding[rows.clone()].to_vec());
+        let (ids, lengths) = (self.ids[rows].to_vec(), self.lengths[sequences].to_vec());
+        Self { ids, padding, lengths, positions: self.positions }
     }
 
     /// Positions of a chunk of at most `tokens` tokens.

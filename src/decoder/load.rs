@@ -10,7 +10,7 @@ use super::by_engine::ByEngine;
 use super::finite::of_loading;
 use super::options::LoadOptions;
 use super::{Body, Decoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layer::MoeLayer;
 use crate::layer::load::experts;
 use crate::layer::projection::Built;
@@ -37,12 +37,17 @@ impl Decoder {
         let checkpoint = weights.checkpoint();
         let body = match options.device.is_cpu() {
             true => {
-                ByEngine::load(weights, spec, cache.as_ref(), [options.dtype, options.kept_dtype()]).map(Body::ByEngine)
+                let dtypes = [options.dtype, options.kept_dtype()];
+                ByEngine::load(weights, spec, cache.as_ref(), options.parallel.as_ref(), dtypes).map(Body::ByEngine)
+            }
+            false if options.parallel.is_some() => {
+                Err(Error::parameter("device", format!("{:?}", options.device), "the CPU, as experts over ranks need"))
             }
             false => Self::tensors(weights, spec, cache.as_ref(), options).map(Body::ByCandle),
         };
         let body = body.map_err(|error| of_loading(error, checkpoint, spec))?;
-        Ok(Self { spec: spec.clone(), body, checkpoint: Some(checkpoint.clone()) })
+        let parallel = options.parallel.clone();
+        Ok(Self { spec: spec.clone(), body, checkpoint: Some(checkpoint.clone()), parallel })
     }
 
     /// The same as Candle's tensors, all in one dtype.
@@ -58,11 +63,12 @@ impl Decoder {
         ByCandle::build(spec, var_builder(weights, options.dtype, device), |layer, vb| match cache {
             Some(cache) => {
                 let experts = weights.cached_experts(cache, layer)?;
-                MoeLayer::load_with(&spec.moe, vb, experts, &Built)
+                MoeLayer::load_with(&spec.moe, vb, experts, None, &Built)
             }
             None => {
-                let experts = experts(&spec.moe, &vb, |id| weights.slices(spec, blocks[layer], id), &rows)?;
-                MoeLayer::load_with(&spec.moe, vb, experts, &Built)
+                let of = |id| weights.slices(spec, blocks[layer], id);
+                let experts = experts(&spec.moe, &vb, 0..spec.moe.experts, of, &rows)?;
+                MoeLayer::load_with(&spec.moe, vb, experts, None, &Built)
             }
         })
     }
@@ -75,7 +81,7 @@ impl Decoder {
     /// contradict.
     pub fn new(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let body = ByCandle::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))?;
-        let mut decoder = Self { spec: spec.clone(), body: Body::ByCandle(body), checkpoint: None };
+        let mut decoder = Self { spec: spec.clone(), body: Body::ByCandle(body), checkpoint: None, parallel: None };
         if !spec.layer_top_k.is_empty() {
             decoder.set_top_k(&spec.layer_top_k)?;
         }

@@ -36,6 +36,7 @@ pub use self::builder::var_builder;
 pub use self::options::LoadOptions;
 pub use self::state::{DecoderState, Slots};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -57,6 +58,7 @@ use crate::offload::admission::Admission;
 use crate::offload::cache::{ExpertCache, Prefetch};
 use crate::offload::cached::CachedExperts;
 use crate::offload::residency::Policy;
+use crate::parallel::ExpertParallel;
 use crate::routing::assignment::check_top_k;
 use crate::routing::capacity::CapacityRule;
 use crate::routing::layer::Buffers;
@@ -70,6 +72,8 @@ pub struct Decoder {
     body: Body,
     /// Where the weights came from, for errors that name one.
     checkpoint: Option<Arc<Checkpoint>>,
+    /// Its experts are over the ranks of a job.
+    parallel: Option<ExpertParallel>,
 }
 
 /// Which way the blocks run.
@@ -105,6 +109,18 @@ impl Decoder {
     pub(crate) fn set_expert_cache(&mut self, cache: &Arc<ExpertCache>) -> Result<()> {
         let layers = self.moe_layers_mut().enumerate();
         layers.into_iter().try_for_each(|(at, layer)| layer.set_cached(CachedExperts::new(cache.clone(), at)))
+    }
+
+    /// Over which ranks its experts are, if they are over several processes.
+    pub fn parallel(&self) -> Option<&ExpertParallel> {
+        self.parallel.as_ref()
+    }
+
+    /// The sequences of a batch that this process runs: all of them unless its experts are over ranks and there are as many sequences.
+    pub fn own_sequences(&self, batch: &Batch) -> Range<usize> {
+        let Some(parallel) = &self.parallel else { return 0..batch.sequences() };
+        let rows = parallel.share(batch.sequences(), batch.positions()).rows_of(parallel.ranks().rank());
+        rows.start / batch.positions()..rows.end / batch.positions()
     }
 
     /// The MoE layers, of all blocks that have one.
@@ -204,7 +220,7 @@ impl Decoder {
         }
     }
 
-    /// Logits `[sequences, positions, vocab]` of `batch`, all finite. A forward pass that failed on its way leaves keys and values of some
+    /// Logits `[sequences, positions, vocab]` of `batch`, all finite; with experts over ranks those of the [own sequences](Decoder::own_sequences) alone. A forward pass that failed on its way leaves keys and values of some
     /// blocks alone: the state then refuses to go on. What the routers saw and did is there afterwards
     /// where the state [keeps it](DecoderState::keeping_routed).
     ///
@@ -215,8 +231,14 @@ impl Decoder {
     /// whatever a layer reports.
     pub fn forward(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
-        let logits = self.pass(batch, state, 0..batch.ids().len())?;
-        Ok(logits.reshape((batch.sequences(), batch.positions(), self.spec.vocab))?)
+        let own = self.own_sequences(batch);
+        let rows = own.start * batch.positions()..own.end * batch.positions();
+        let run = |state: &mut DecoderState| {
+            let hidden = self.hidden_states(batch, state)?;
+            self.logits(&hidden, batch, rows, &state.scratch)
+        };
+        let logits = self.run(batch, state, run)?;
+        Ok(logits.reshape((own.len(), batch.positions(), self.spec.vocab))?)
     }
 
     /// Logits `[sequences, vocab]` of each sequence's last token in `batch` alone: what generation needs. Those of a sequence without a
@@ -226,26 +248,44 @@ impl Decoder {
     /// As [`Decoder::forward`].
     pub(crate) fn forward_last(&self, batch: &Batch, state: &mut DecoderState) -> Result<Tensor> {
         state.begin_pass();
-        self.pass(batch, state, (0..batch.sequences()).map(|row| last_row(batch, row)))
+        let last: Vec<usize> = (0..batch.sequences()).map(|row| last_row(batch, row)).collect();
+        self.run(batch, state, |state| {
+            let hidden = self.hidden_states(batch, state)?;
+            self.all_logits(&hidden, batch, &last, &state.scratch)
+        })
     }
 
-    /// Logits of some rows of `batch`, `[rows, vocab]`. The stages of a decode step are short, so that threads stay awake between them.
-    fn pass(
+    /// Runs a pass of `batch`. The stages of a decode step are short, so that threads stay awake between them; messages between ranks want the one
+    /// thread that this is.
+    fn run(
         &self,
         batch: &Batch,
         state: &mut DecoderState,
-        rows: impl ExactSizeIterator<Item = usize> + Send,
+        pass: impl FnOnce(&mut DecoderState) -> Result<Tensor> + Send,
     ) -> Result<Tensor> {
         let is_step = state.keeps_text() && batch.ids().len() <= DECODE_TOKENS;
         let is_short = is_step && self.spec.active_parameters() >= WORTH_STAYING_AWAKE;
-        let run = || {
-            let hidden = self.hidden_states(batch, state)?;
-            self.logits(&hidden, batch, rows, &state.scratch)
-        };
         match self.body {
-            Body::ByEngine(_) if is_short => awake(run),
-            _ => run(),
+            Body::ByEngine(_) if is_short && self.parallel.is_none() => awake(|| pass(state)),
+            _ => pass(state),
         }
+    }
+
+    /// Logits of some rows of `batch`, `[rows, vocab]`, on every rank those of all.
+    fn all_logits(&self, hidden: &Hidden, batch: &Batch, rows: &[usize], scratch: &Scratch) -> Result<Tensor> {
+        let Some(parallel) = &self.parallel else {
+            return self.logits(hidden, batch, rows.iter().copied(), scratch);
+        };
+        let (share, vocab) = (parallel.share(batch.sequences(), batch.positions()), self.spec.vocab);
+        let of =
+            |rank: usize| rows.iter().copied().filter(|row| share.given_by(rank).contains(row)).collect::<Vec<_>>();
+        let own = of(parallel.ranks().rank());
+        let logits = match own.is_empty() {
+            true => Vec::new(),
+            false => self.logits(hidden, batch, own.into_iter(), scratch)?.flatten_all()?.to_vec1::<f32>()?,
+        };
+        let counts: Vec<usize> = (0..parallel.ranks().count()).map(|rank| of(rank).len()).collect();
+        Ok(Tensor::from_vec(parallel.gather_rows(&logits, &counts, vocab)?, (rows.len(), vocab), &Device::Cpu)?)
     }
 
     /// The same for prompts of any length: they go through in chunks of at most `chunk_tokens` tokens (padding counted, at least one
@@ -273,8 +313,7 @@ impl Decoder {
             let ends = start + 1..=start + chunk.positions();
             let ended = |row: &usize| ends.contains(&batch.lengths()[*row].max(1));
             for row in (0..batch.sequences()).filter(ended) {
-                last[row] =
-                    Some(self.logits(&hidden, &chunk, std::iter::once(last_row(&chunk, row)), &state.scratch)?);
+                last[row] = Some(self.all_logits(&hidden, &chunk, &[last_row(&chunk, row)], &state.scratch)?);
             }
         }
         let last: Vec<Tensor> = last.into_iter().flatten().collect();
@@ -290,7 +329,7 @@ impl Decoder {
         Checks { spec: &self.spec, checkpoint: self.checkpoint.as_deref(), dtype }
     }
 
-    /// What the output weights make of some rows of hidden states, `[rows, vocab]`.
+    /// What the output weights make of some rows of hidden states, `[rows, vocab]`; of this rank's own where these are over several.
     fn logits(
         &self,
         hidden: &Hidden,
@@ -302,10 +341,12 @@ impl Decoder {
         match (&self.body, hidden) {
             (Body::ByEngine(body), Hidden::Rows) => {
                 let (width, all) = (self.spec.moe.hidden, scratch.hidden());
-                let logits = match count == batch.ids().len() {
+                let first = self.own_sequences(batch).start * batch.positions();
+                let logits = match count * width == all.len() {
                     true => body.logits(all, scale, vocab)?,
                     false => {
-                        let some: Vec<f32> = rows.flat_map(|row| &all[row * width..][..width]).copied().collect();
+                        let row = |row: usize| &all[(row - first) * width..][..width];
+                        let some: Vec<f32> = rows.flat_map(row).copied().collect();
                         body.logits(&some, scale, vocab)?
                     }
                 };
@@ -376,7 +417,11 @@ impl Decoder {
             Body::ByCandle(body) => Hidden::Tensor(body.hidden_states(checks, batch, &starts, pass, state)?),
             Body::ByEngine(body) => {
                 let mut scratch = std::mem::take(&mut state.scratch);
-                let done = body.hidden_states(checks, batch, &starts, pass, state, &mut scratch);
+                let share = self.parallel.as_ref().map(|all| all.share(batch.sequences(), batch.positions()));
+                let own = self.own_sequences(batch);
+                let part = (own.len() < batch.sequences()).then(|| batch.part(own.clone()));
+                let batches = [part.as_ref().unwrap_or(batch), batch];
+                let done = body.hidden_states(checks, batches, share.as_ref(), &starts[own], pass, state, &mut scratch);
                 state.scratch = scratch;
                 done?;
                 Hidden::Rows

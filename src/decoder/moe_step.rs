@@ -9,6 +9,7 @@ use super::checked::Checks;
 use super::lookahead::Pass;
 use super::state::DecoderState;
 use crate::error::Result;
+use crate::expert::ExpertId;
 use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::layer::routed::Pass as LayerPass;
@@ -50,11 +51,12 @@ pub(super) fn moe_step<T>(
 ) -> Result<T> {
     let resident = match (&state.memory, moe.cached()) {
         (Some(memory), _) => memory.counted(layer),
-        (None, Some(experts)) => {
+        // Over ranks the layer itself asks all of them.
+        (None, Some(experts)) if moe.spread().is_none() => {
             experts.counted_into(&mut state.resident)?;
             Some(&state.resident)
         }
-        (None, None) => None,
+        (None, _) => None,
     };
     let context = RouteContext { step: state.step, resident, ..batch.context() };
     let top_k = state.top_k_of(layer).unwrap_or(moe.spec().top_k);
@@ -90,7 +92,12 @@ pub(super) fn guess_ahead(
         cache.counted_into(at, &mut resident)?;
         let context = RouteContext { step: state.step, resident: Some(&resident), ..batch.context() };
         let top_k = state.top_k_of(at).unwrap_or(moe.spec().top_k);
-        cache.prefetch(at, &moe.guess(&normed()?, context, top_k, &state.routes[at])?)
+        let mut guessed = moe.guess(&normed()?, context, top_k, &state.routes[at])?;
+        if let Some(spread) = moe.spread() {
+            let others: Vec<ExpertId> = guessed.iter().filter(|expert| !spread.has(expert.index())).collect();
+            others.into_iter().for_each(|expert| _ = guessed.remove(expert));
+        }
+        cache.prefetch(at, &guessed)
     };
     // A hidden state that no gate understands is an error where it is used, not where it is guessed from.
     let _ = guess();

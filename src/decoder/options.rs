@@ -3,6 +3,7 @@
 use candle_core::{DType, Device};
 
 use crate::offload::cache::CacheOptions;
+use crate::parallel::ExpertParallel;
 
 /// In which dtype and where to hold the weights.
 #[derive(Clone, Debug)]
@@ -18,12 +19,14 @@ pub struct LoadOptions {
     pub device: Device,
     /// Experts stay in their files, in their dtype there, and come into memory within a budget; `None` loads all of them.
     pub expert_cache: Option<CacheOptions>,
+    /// Experts over the ranks of a job: this process loads its own; with a cache, the budget is each rank's. `None` has all of them here.
+    pub parallel: Option<ExpertParallel>,
 }
 
 impl Default for LoadOptions {
     /// `f32` on the CPU, all experts in memory.
     fn default() -> Self {
-        Self { dtype: DType::F32, kv_dtype: None, device: Device::Cpu, expert_cache: None }
+        Self { dtype: DType::F32, kv_dtype: None, device: Device::Cpu, expert_cache: None, parallel: None }
     }
 }
 
@@ -37,6 +40,11 @@ impl LoadOptions {
     /// The same in another dtype.
     pub fn with_dtype(self, dtype: DType) -> Self {
         Self { dtype, ..self }
+    }
+
+    /// The same with experts over ranks, or all of them here.
+    pub fn with_parallel(self, parallel: impl Into<Option<ExpertParallel>>) -> Self {
+        Self { parallel: parallel.into(), ..self }
     }
 
     /// The same with experts in a cache, or without one.

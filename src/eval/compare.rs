@@ -14,6 +14,7 @@ use crate::decoder::memory::ExpertMemory;
 use crate::decoder::{Batch, Decoder, DecoderState};
 use crate::error::Result;
 use crate::layer::Routed;
+use crate::parallel::{ExpertParallel, RankShares};
 use crate::routing::cache_aware::CacheRouter;
 use crate::routing::capacity::{CapacityRule, Rounding, Shares};
 use crate::routing::metrics::{Balance, RouteMetrics};
@@ -90,6 +91,9 @@ pub struct RouterFigures {
     /// Of each batch the negative log likelihoods' sum, in nats, and of how many tokens: what noise is told by.
     #[serde(skip)]
     pub batch_nats: Vec<(f64, u64)>,
+    /// What ranks did, where the model's experts are over several.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RankShares>,
 }
 
 /// Perplexity and speed of the model without any limit.
@@ -118,7 +122,7 @@ pub fn dropless(decoder: &Decoder, batches: &[Batch], mut progress: impl FnMut(u
         let started = Instant::now();
         let logits = decoder.forward(batch, &mut decoder.batch_state())?;
         time += started.elapsed();
-        perplexity.add(&logits, batch)?;
+        perplexity.add_pass(&decoder, &logits, batch)?;
         tokens += batch.live_tokens();
         progress(batch.live_tokens());
     }
@@ -160,6 +164,7 @@ pub fn compare(
     let mut batch_nats = Vec::with_capacity(batches.len());
     let (mut sums, mut perplexity, mut time, mut tokens) = (Sums::default(), Perplexity::default(), Duration::ZERO, 0);
     let mut known = Vec::with_capacity(layers);
+    let before = decoder.parallel().map(ExpertParallel::totals);
     let devices = |layer| setting.device_shares().map(|shares| shares.of_layer(layer, layers)).transpose();
     let devices = (0..layers).map(devices).collect::<Result<Vec<_>>>()?;
     for batch in batches {
@@ -176,7 +181,7 @@ pub fn compare(
             known.push(bound);
         }
         let before = perplexity;
-        perplexity.add(&logits, batch)?;
+        perplexity.add_pass(&decoder, &logits, batch)?;
         batch_nats.push(perplexity.since(&before));
         tokens += batch.live_tokens();
         seen(batch, &state, &known)?;
@@ -184,7 +189,9 @@ pub fn compare(
     let perplexity = perplexity.value()?;
     let base = dropless.map_or(perplexity, |dropless| dropless.perplexity);
     let figures = sums.figures(setting, layers, perplexity, base, tokens as f64 / time.as_secs_f64());
-    Ok(RouterFigures { loads: sums_of_loads, batch_nats, ..figures })
+    let ranks = decoder.parallel().zip(before).map(|(ranks, before)| ranks.shares(&before, tokens, time));
+    let ranks = ranks.transpose()?;
+    Ok(RouterFigures { loads: sums_of_loads, batch_nats, ranks, ..figures })
 }
 
 impl Setting {
@@ -347,6 +354,7 @@ impl Sums {
             tokens_per_second,
             loads: Vec::new(),
             batch_nats: Vec::new(),
+            ranks: None,
         }
     }
 }

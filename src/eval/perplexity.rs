@@ -6,7 +6,7 @@
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use crate::decoder::Batch;
+use crate::decoder::{Batch, Decoder};
 use crate::error::{Error, Result};
 
 /// A running sum of negative log likelihoods.
@@ -24,6 +24,15 @@ impl Perplexity {
     /// [`Error::NonFinite`] for logits that give a token no probability; nothing of the batch is counted then.
     pub fn add(&mut self, logits: &Tensor, batch: &Batch) -> Result<()> {
         self.add_losses(&losses(logits, batch)?);
+        Ok(())
+    }
+
+    /// Adds the predictions of a pass of `decoder` for its own sequences of `batch`; with experts over ranks all of them add those of all.
+    ///
+    /// # Errors
+    /// As [`Perplexity::add`], and [`Error::Rank`] where messages fail.
+    pub(super) fn add_pass(&mut self, decoder: &Decoder, logits: &Tensor, batch: &Batch) -> Result<()> {
+        self.add_losses(&pass_losses(decoder, logits, batch)?);
         Ok(())
     }
 
@@ -84,6 +93,19 @@ pub(super) fn losses(logits: &Tensor, batch: &Batch) -> Result<Vec<Option<f64>>>
         return Err(Error::NonFinite { place, value: losses[at].unwrap_or(f64::NAN), cause: String::new() });
     }
     Ok(losses)
+}
+
+/// The same of a pass of `decoder`, whose logits are of its own sequences; on every rank those of all.
+pub(super) fn pass_losses(decoder: &Decoder, logits: &Tensor, batch: &Batch) -> Result<Vec<Option<f64>>> {
+    let Some(parallel) = decoder.parallel() else { return losses(logits, batch) };
+    let own = losses(logits, &batch.part(decoder.own_sequences(batch)))?;
+    let share = parallel.share(batch.sequences(), batch.positions());
+    let ranks = parallel.ranks();
+    let counts: Vec<usize> = (0..ranks.count()).map(|rank| share.given_by(rank).len()).collect();
+    // No loss is NaN, so one is none.
+    let own: Vec<f64> = own.iter().take(counts[ranks.rank()]).map(|loss| loss.unwrap_or(f64::NAN)).collect();
+    let all = ranks.numbers(&own, &counts)?;
+    Ok(all.into_iter().map(|loss| (!loss.is_nan()).then_some(loss)).collect())
 }
 
 /// `log Σ exp(logit) − logit of the target`.

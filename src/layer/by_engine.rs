@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::experts::work::{ExpertWeights, ProjectionWeights, Work};
+use crate::parallel::spread::Spread;
 use crate::routing::plan::DispatchPlan;
 use crate::spec::MoeSpec;
 
@@ -55,20 +56,27 @@ impl<'a> BorrowedExpert<'a> {
     }
 }
 
-/// The weighted sum over slots and what the shared expert adds, of rows `[tokens, hidden]` into `output` of the same shape.
+/// A layer's experts, and which of those held an expert is by its id, where they are not all.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) spec: &'a MoeSpec,
+    pub(super) experts: &'a Experts,
+    pub(super) spread: Option<&'a Spread>,
+}
+
+/// The weighted sum over slots of rows `[tokens, hidden]` into `output` of the same shape, and what the shared expert adds to the first so many
+/// of them.
 pub(super) fn forward(
     engine: &Engine,
     input: Matrix<'_>,
-    experts: &Experts,
-    spec: &MoeSpec,
-    shared: Option<&Shared>,
+    Source { spec, experts, spread }: Source<'_>,
+    shared: Option<(&Shared, usize)>,
     plan: &DispatchPlan,
     output: &mut [f32],
 ) -> Result<()> {
-    let rows = input.shape()[0];
-    let shared_expert = shared.map(|shared| BorrowedExpert::new(shared.expert())).transpose()?;
+    let shared_expert = shared.map(|(shared, _)| BorrowedExpert::new(shared.expert())).transpose()?;
     let (everyone, shares): (Vec<u32>, Vec<f32>) = match shared {
-        Some(shared) => ((0..rows as u32).collect(), shared.weights(engine, input)?),
+        Some((shared, rows)) => ((0..rows as u32).collect(), shared.weights(engine, input.rows(0..rows)?)?),
         None => Default::default(),
     };
     let shared = shared_expert.as_ref().map(BorrowedExpert::view).transpose()?;
@@ -76,8 +84,11 @@ pub(super) fn forward(
     match experts {
         Experts::Held(experts) => {
             let busy: Vec<_> = plan.busy_experts().collect();
-            let held: Vec<_> =
-                busy.iter().map(|(expert, _)| BorrowedExpert::new(&experts[*expert])).collect::<Result<_>>()?;
+            let position = |expert: usize| spread.map_or(expert, |spread| spread.position(expert));
+            let held: Vec<_> = busy
+                .iter()
+                .map(|(expert, _)| BorrowedExpert::new(&experts[position(*expert)]))
+                .collect::<Result<_>>()?;
             let mut work = Vec::with_capacity(held.len() + 1);
             for (held, (_, range)) in held.iter().zip(busy) {
                 let (tokens, weights) = (&plan.tokens()[range.clone()], &plan.weights()[range]);
@@ -109,4 +120,11 @@ pub(super) fn forward(
         }
     }
     Ok(())
+}
+
+/// Adds what the shared expert makes of rows `[tokens, hidden]` to `output` of the same shape.
+pub(super) fn add_shared(engine: &Engine, input: Matrix<'_>, shared: &Shared, output: &mut [f32]) -> Result<()> {
+    let expert = BorrowedExpert::new(shared.expert())?;
+    let (everyone, shares): (Vec<u32>, _) = ((0..input.shape()[0] as u32).collect(), shared.weights(engine, input)?);
+    engine.add(input, &[Work { expert: expert.view()?, tokens: &everyone, weights: &shares }], output)
 }

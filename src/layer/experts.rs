@@ -47,10 +47,10 @@ impl Experts {
         }
     }
 
-    /// Checks that they are as many and such as `spec` says.
-    pub(super) fn check(&self, spec: &MoeSpec, like: &LikeGate<'_>) -> Result<()> {
+    /// Checks that they are such as `spec` says, and `count` where they are held.
+    pub(super) fn check(&self, spec: &MoeSpec, count: usize, like: &LikeGate<'_>) -> Result<()> {
         match self {
-            Self::Held(held) if held.len() != spec.experts => Err(Error::shape("experts", spec.experts, held.len())),
+            Self::Held(held) if held.len() != count => Err(Error::shape("experts", count, held.len())),
             Self::Held(held) => held.iter().enumerate().try_for_each(|(index, expert)| {
                 expert.check(&format!("expert {index}"), ExpertShape::routed(spec), like)
             }),

@@ -34,23 +34,25 @@ pub(crate) trait Rows {
 /// Loads the experts of `moe` under `vb`, the layer's own builder, however they are stored there.
 pub(super) fn from_builder(moe: &MoeSpec, vb: &VarBuilder<'_>) -> Result<Vec<Expert>> {
     let builder = Builder { vb, whole: RefCell::default() };
-    experts(moe, vb, |id| slices(moe, "", id, &builder), &builder)
+    experts(moe, vb, 0..moe.experts, |id| slices(moe, "", id, &builder), &builder)
 }
 
-/// The experts whose projections are `slices` of `rows`, with biases of `vb` where `moe` says so.
+/// The experts `ids`, whose projections are `slices` of `rows`, with biases of `vb` where `moe` says so.
 pub(crate) fn experts(
     moe: &MoeSpec,
     vb: &VarBuilder<'_>,
+    ids: impl Iterator<Item = usize> + Clone,
     slices: impl Fn(usize) -> Result<Vec<Slice>>,
     rows: &impl Rows,
 ) -> Result<Vec<Expert>> {
-    let experts = (0..moe.experts).map(|id| expert(moe, &slices(id)?, rows)).collect::<Result<Vec<_>>>()?;
+    let experts = ids.clone().map(|id| expert(moe, &slices(id)?, rows)).collect::<Result<Vec<_>>>()?;
     if !moe.expert_bias {
         return Ok(experts);
     }
     // Those beside weights without a dtype of Candle's are in f32.
     let is_quantized = experts.iter().any(|expert| expert.up_proj().is_quantized());
     let biases = biases(moe, vb, if is_quantized { ROUTING_DTYPE } else { vb.dtype() })?;
+    let biases = ids.filter_map(|id| biases.get(id).cloned());
     let with_biases = |(expert, [gate, up, down]): (Expert, [Option<Tensor>; 3])| {
         let missing = || Error::shape("biases of an expert", "those of up and down projection", "none");
         expert.with_biases(gate, up.ok_or_else(missing)?, down.ok_or_else(missing)?)

@@ -35,6 +35,7 @@
 pub(crate) mod borrowed;
 mod by_candle;
 pub(crate) mod by_engine;
+mod by_ranks;
 mod check;
 pub(crate) mod expert;
 mod experts;
@@ -63,7 +64,7 @@ pub use self::routed::Routed;
 
 use std::sync::{Arc, LazyLock};
 
-use candle_core::{Device, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::error::{Error, Result};
@@ -71,8 +72,11 @@ use crate::expert::ExpertSet;
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::layer::borrowed::Borrowed;
+use crate::layer::by_engine::Source;
 use crate::layer::routed::{Pass, Seen};
 use crate::offload::cached::CachedExperts;
+use crate::parallel::share::Share;
+use crate::parallel::spread::Spread;
 use crate::routing::capacity::{Capacity, CapacityRule};
 use crate::routing::layer::{Buffers, Gated, LayerRouter, LayerState};
 use crate::routing::plan::DispatchPlan;
@@ -88,6 +92,8 @@ pub struct MoeLayer {
     spec: MoeSpec,
     gate: Gate,
     experts: Experts,
+    /// Where the experts of other ranks are, if they are over several; those of this rank are `experts`.
+    spread: Option<Arc<Spread>>,
     shared: Option<Shared>,
     routing: LayerRouter,
     norms: Option<Arc<OutputNorms>>,
@@ -107,10 +113,21 @@ impl MoeLayer {
     /// the gate's dtype, or any weight not its device, when experts are too few or too many, or a shared expert is there and not in
     /// `spec` or the other way round. Beside experts in a cache also for a gate or a shared expert on another device or under `Var`s.
     pub fn new(spec: MoeSpec, gate: Gate, experts: impl Into<Experts>, shared: Option<Shared>) -> Result<Self> {
-        let experts = experts.into();
+        Self::build(spec, gate, experts.into(), shared, None)
+    }
+
+    /// The same with the experts of this rank alone, in ascending order, where they are over several; of a cache's, all can be there.
+    fn build(
+        spec: MoeSpec,
+        gate: Gate,
+        experts: Experts,
+        shared: Option<Shared>,
+        spread: Option<Arc<Spread>>,
+    ) -> Result<Self> {
         spec.check()?;
         gate.check(&spec)?;
-        experts.check(&spec, &gate.like())?;
+        let count = spread.as_ref().map_or(spec.experts, |spread| spread.own().len());
+        experts.check(&spec, count, &gate.like())?;
         match (spec.shared, &shared) {
             (Some(expected), Some(shared)) => shared.check(&spec, expected, &gate.like())?,
             (Some(expected), None) => {
@@ -126,8 +143,12 @@ impl MoeLayer {
         if experts.cached().is_some() && !fits_engine {
             return Err(Error::shape("gate and shared expert", CACHED_NEEDS, "others"));
         }
+        if spread.is_some() && !fits_engine {
+            return Err(Error::shape("layer over ranks", CACHED_NEEDS, "another"));
+        }
         let routing = LayerRouter::default();
-        Ok(Self { spec, gate, experts, shared, routing, norms: None, index: 0, engine: ENGINE.clone(), fits_engine })
+        let engine = ENGINE.clone();
+        Ok(Self { spec, gate, experts, spread, shared, routing, norms: None, index: 0, engine, fits_engine })
     }
 
     /// Loads the tensors that `spec` says there are and `spec.names` names under `vb`, for example `vb.pp("mlp")`; experts one by
@@ -138,10 +159,10 @@ impl MoeLayer {
     pub fn load(spec: &MoeSpec, vb: VarBuilder<'_>) -> Result<Self> {
         spec.check()?;
         let experts = load::from_builder(spec, &vb)?;
-        Self::load_with(spec, vb, experts, &projection::Built)
+        Self::load_with(spec, vb, experts, None, &projection::Built)
     }
 
-    /// Loads the same but for the experts, which are these.
+    /// Loads the same but for the experts, which are these; of this rank alone where they are over several.
     ///
     /// # Errors
     /// As [`MoeLayer::load`] and [`MoeLayer::new`].
@@ -149,11 +170,12 @@ impl MoeLayer {
         spec: &MoeSpec,
         vb: VarBuilder<'_>,
         experts: impl Into<Experts>,
+        spread: Option<Arc<Spread>>,
         linears: &dyn projection::Linears,
     ) -> Result<Self> {
         spec.check()?;
         let gate = Gate::load_in(spec, &vb)?;
-        Self::new(spec.clone(), gate, experts, Shared::load(spec, vb, linears)?)
+        Self::build(spec.clone(), gate, experts.into(), Shared::load(spec, vb, linears)?, spread)
     }
 
     /// The same layer with this router.
@@ -228,7 +250,13 @@ impl MoeLayer {
             norms: self.norms.clone(),
             index: self.index,
             engine: self.engine.clone(),
-            ..Self::new(self.spec.clone(), self.gate.clone(), experts, self.shared.clone())?
+            ..Self::build(
+                self.spec.clone(),
+                self.gate.clone(),
+                experts.into(),
+                self.shared.clone(),
+                self.spread.clone(),
+            )?
         };
         Ok(())
     }
@@ -251,7 +279,7 @@ impl MoeLayer {
         &self.gate
     }
 
-    /// The experts in memory, by id; none where they are in a cache.
+    /// The experts in memory, by id; none where they are in a cache. Of a layer over ranks those of this rank, in ascending order.
     pub fn experts(&self) -> &[Expert] {
         self.experts.held()
     }
@@ -259,6 +287,11 @@ impl MoeLayer {
     /// The layer of an expert cache that its experts are in, if they are.
     pub(crate) fn cached(&self) -> Option<&CachedExperts> {
         self.experts.cached()
+    }
+
+    /// Where its experts are, if they are over ranks.
+    pub(crate) fn spread(&self) -> Option<&Spread> {
+        self.spread.as_deref()
     }
 }
 
@@ -323,6 +356,17 @@ impl MoeLayer {
     ) -> Result<(Tensor, Pass)> {
         let input = self.tokens(hidden)?;
         let by_engine = self.by_engine(&input);
+        if let Some(spread) = &self.spread {
+            if !by_engine {
+                return Err(Error::shape("hidden state", CACHED_NEEDS, "another"));
+            }
+            let rows = input.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let mut output = vec![0.0; rows.len()];
+            let seen = self.pass_over_ranks(spread, &rows, None, context, top_k, state, buffers, &mut output)?;
+            let logits = Tensor::from_slice(&buffers.logits, (input.dim(0)?, self.spec.experts), &Device::Cpu)?;
+            let output = Tensor::from_vec(output, input.shape(), &Device::Cpu)?;
+            return Ok((output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?, seen.pass(input, logits)));
+        }
         if !by_engine && self.cached().is_some() {
             return Err(Error::shape("hidden state", CACHED_NEEDS, "another"));
         }
@@ -341,7 +385,8 @@ impl MoeLayer {
                 {
                     let borrowed = Borrowed::tensor(&input)?;
                     let input = borrowed.matrix()?;
-                    by_engine::forward(&self.engine, input, &self.experts, &self.spec, shared, &plan, &mut output)?;
+                    let shared = shared.map(|shared| (shared, rows));
+                    by_engine::forward(&self.engine, input, self.source(), shared, &plan, &mut output)?;
                 }
                 Tensor::from_vec(output, (rows, self.spec.hidden), input.device())?
             }
@@ -354,17 +399,25 @@ impl MoeLayer {
         Ok((output, Pass { input, logits, capacity, route_time, scoring, selection_bias }))
     }
 
+    fn source(&self) -> Source<'_> {
+        Source { spec: &self.spec, experts: &self.experts, spread: None }
+    }
+
     /// The same over rows `[tokens, hidden]` in `f32` into `output` of the same shape, without a tensor where the layer runs on the engine; the
-    /// logits are in `buffers` too.
+    /// logits are in `buffers` too. Of a batch that is shared out over ranks the rows are this rank's own.
     pub(crate) fn pass_rows(
         &self,
         rows: &[f32],
+        share: Option<&Share>,
         context: RouteContext<'_>,
         top_k: usize,
         state: &mut RouteState,
         buffers: &mut Buffers,
         output: &mut [f32],
     ) -> Result<Seen> {
+        if let Some(spread) = &self.spread {
+            return self.pass_over_ranks(spread, rows, share, context, top_k, state, buffers, output);
+        }
         let (hidden, scoring) = (self.spec.hidden, self.spec.scoring);
         let tokens = rows.len() / hidden;
         let tensor = || Tensor::from_slice(rows, (tokens, hidden), &Device::Cpu);
@@ -387,8 +440,8 @@ impl MoeLayer {
         let route_time = route_time?;
         let mut plan = std::mem::take(&mut buffers.plan);
         plan.refill(&buffers.assignment);
-        let shared = self.shared.as_ref();
-        let done = by_engine::forward(&self.engine, input, &self.experts, &self.spec, shared, &plan, output);
+        let shared = self.shared.as_ref().map(|shared| (shared, tokens));
+        let done = by_engine::forward(&self.engine, input, self.source(), shared, &plan, output);
         buffers.plan = plan;
         done?;
         Ok(Seen { capacity, route_time, scoring, selection_bias })

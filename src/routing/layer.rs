@@ -187,6 +187,8 @@ pub(crate) struct Buffers {
     pub(crate) scratch: Scratch,
     pub(crate) assignment: Assignment,
     pub(crate) resident: ExpertSet,
+    /// The same of all ranks together, where a layer's experts are over several.
+    pub(crate) counted: ExpertSet,
     /// Gate logits of the last pass over rows, `[tokens, experts]`.
     pub(crate) logits: Vec<f32>,
     pub(crate) plan: DispatchPlan,

@@ -16,6 +16,7 @@
 
 use std::ops::Range;
 
+use crate::expert::{ExpertId, ExpertSet};
 use crate::routing::assignment::Assignment;
 use crate::routing::slots::EMPTY;
 
@@ -66,6 +67,29 @@ impl DispatchPlan {
             }
         }
         offsets.pop();
+    }
+
+    /// The slots of some experts and of tokens that are here, in `into` and place of what that held: `index_of[token]` is the number that a
+    /// token has here, `u32::MAX` where it is elsewhere. Slots keep their order.
+    pub(crate) fn here(&self, experts: &ExpertSet, index_of: &[u32], into: &mut Self) {
+        let Self { offsets, tokens, slots, weights } = into;
+        offsets.clear();
+        tokens.clear();
+        slots.clear();
+        weights.clear();
+        offsets.push(0);
+        for (expert, pair) in self.offsets.windows(2).enumerate() {
+            let is_here = experts.contains(ExpertId::from_raw(expert as u16));
+            for slot in (pair[0] as usize..pair[1] as usize).filter(|_| is_here) {
+                let index = index_of[self.tokens[slot] as usize];
+                if index != u32::MAX {
+                    tokens.push(index);
+                    slots.push(self.slots[slot]);
+                    weights.push(self.weights[slot]);
+                }
+            }
+            offsets.push(tokens.len() as u32);
+        }
     }
 
     /// Where each expert's slots begin, `[experts + 1]`; the last is the number of kept slots.

@@ -18,6 +18,7 @@ pub(crate) mod experts;
 mod floats;
 mod gguf;
 
+use std::hash::Hasher;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -25,6 +26,8 @@ use std::sync::{Arc, OnceLock};
 use self::experts::Slice;
 use self::gguf::names::TensorNames;
 pub(crate) use self::gguf::names::TensorSource;
+use twox_hash::XxHash3_64;
+
 use crate::checkpoint::{Checkpoint, Located, Metadata, locate, name_of, read_file, text};
 use crate::error::{Error, Result};
 use crate::offload::store::{ExpertStore, Piece};
@@ -223,6 +226,28 @@ impl Weights {
         let block = spec.moe_blocks().nth(layer).filter(|_| id < spec.moe.experts);
         let block = block.ok_or_else(|| no_expert(spec, layer, id))?;
         self.slices(spec, block, id)?.iter().map(|slice| slice.piece(&self.checkpoint)).collect()
+    }
+
+    /// A number that another model's files hardly have: of the configuration, of every tensor's name, type and shape, and of the first bytes of
+    /// some. Processes that run one model together compare it.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a file that cannot be read.
+    pub fn digest(&self) -> Result<u64> {
+        const SAMPLES: usize = 64;
+        const BYTES: usize = 4096;
+        let tensors = self.checkpoint.tensors();
+        let mut hash = XxHash3_64::new();
+        hash.write(self.config.as_bytes());
+        for (at, (name, entry)) in tensors.iter().enumerate() {
+            hash.write(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
+            if at % tensors.len().div_ceil(SAMPLES) == 0 {
+                let mut bytes = vec![0; entry.bytes.min(BYTES)];
+                self.checkpoint.read_part(entry, name, 0, &mut bytes)?;
+                hash.write(&bytes);
+            }
+        }
+        Ok(hash.finish())
     }
 
     /// All experts as a store to load them from.

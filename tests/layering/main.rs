@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use source::{Crate, Edge, circles};
 
 /// Part, and the parts it may import beside itself. `lib` only declares and re-exports.
-const MAY_IMPORT: [(&str, &[&str]); 14] = [
+const MAY_IMPORT: [(&str, &[&str]); 15] = [
     ("error", &[]),
     ("simd", &[]),
     ("expert", &["error"]),
@@ -19,12 +19,26 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("experts", &["error", "expert", "routing", "simd"]),
     ("offload", &["checkpoint", "error", "expert", "experts", "routing", "simd", "spec"]),
     ("spec", &["error", "expert", "experts", "routing"]),
+    ("parallel", &["error", "expert", "experts", "routing"]),
     ("zoo", &["checkpoint", "error", "experts", "routing", "spec"]),
     ("weights", &["checkpoint", "error", "expert", "experts", "offload", "spec", "zoo"]),
-    ("layer", &["error", "expert", "experts", "offload", "routing", "spec", "weights"]),
+    ("layer", &["error", "expert", "experts", "offload", "parallel", "routing", "spec", "weights"]),
     (
         "decoder",
-        &["checkpoint", "error", "expert", "experts", "layer", "offload", "routing", "simd", "spec", "weights", "zoo"],
+        &[
+            "checkpoint",
+            "error",
+            "expert",
+            "experts",
+            "layer",
+            "offload",
+            "parallel",
+            "routing",
+            "simd",
+            "spec",
+            "weights",
+            "zoo",
+        ],
     ),
     (
         "eval",
@@ -36,6 +50,7 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
             "experts",
             "layer",
             "offload",
+            "parallel",
             "routing",
             "spec",
             "weights",

@@ -21,6 +21,7 @@ use super::live::Live;
 use super::screen::Screen;
 use crate::chat::{Chat, Message};
 use crate::notice::notice;
+use crate::terminal::is_terminal;
 
 /// Where messages come from, to error messages.
 const INPUT: &str = "standard input";
@@ -124,7 +125,7 @@ impl Conversation<'_> {
                     text: Some(&text),
                     error: None,
                     kept_tokens: kept,
-                    figures: Some(turn.figures(reads)),
+                    figures: Some(turn.figures(reads, None)),
                 })?;
             } else if answer.len() < self.options.new_tokens && ids.len() + answer.len() >= most {
                 notice(format_args!("stopped at the model's {most} positions"));
@@ -200,7 +201,7 @@ fn next_line() -> Result<Option<String>> {
 /// Text for who types: not among the answers where these go to a file.
 fn prompt(text: &str) -> Result<()> {
     let mut out = std::io::stdout();
-    match out.is_terminal() {
+    match is_terminal() {
         true => out.write_all(text.as_bytes()).and_then(|()| out.flush())?,
         false => {
             // Nothing depends on whether anybody sees it.

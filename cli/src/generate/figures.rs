@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use phase_moe::decoder::{DecoderState, Slots};
 use phase_moe::offload::PrefetchStatistics;
+use phase_moe::parallel::{ExpertParallel, RankShares, RankTotals};
 use phase_moe::{Decoder, Generation};
 use serde::Serialize;
 
@@ -73,8 +74,14 @@ impl Sums {
         self.slots.kept += generation.slots.kept;
     }
 
+    /// What ranks did with it, since `before`.
+    pub fn over_ranks(&self, ranks: &ExpertParallel, before: &RankTotals) -> phase_moe::Result<RankShares> {
+        let tokens = (self.prompt_tokens + self.decode_tokens) as u64;
+        ranks.shares(before, tokens, self.prefill_time + self.decode_time)
+    }
+
     /// As figures.
-    pub fn figures(&self, reads: Reads) -> Figures {
+    pub fn figures(&self, reads: Reads, ranks: Option<RankShares>) -> Figures {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64();
         Figures {
             prompt_tokens: self.prompt_tokens,
@@ -85,6 +92,7 @@ impl Sums {
             hit_rate: reads.hit_rate(),
             expert_bytes_read: reads.bytes,
             peak_resident_expert_bytes: reads.peak_bytes,
+            ranks,
         }
     }
 }
@@ -102,6 +110,9 @@ pub struct Figures {
     /// These two need `--expert-cache`.
     expert_bytes_read: Option<u64>,
     peak_resident_expert_bytes: Option<u64>,
+    /// Needs `--expert-parallel`.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    ranks: Option<RankShares>,
 }
 
 impl Figures {
@@ -112,8 +123,17 @@ impl Figures {
         let ahead = ahead.filter(|ahead| ahead.issued > 0);
         let ahead =
             ahead.map_or(String::new(), |ahead| format!(", {} of {} reads ahead used", ahead.used, ahead.issued));
+        let ranks = self.ranks.as_ref().map_or(String::new(), |ranks| {
+            format!(
+                "; {} ranks, the slowest with {:.2} of the mean, {:.1} KB a token between them, {} of the time in messages",
+                ranks.ranks,
+                ranks.straggler_ratio,
+                ranks.bytes_exchanged_per_token / 1e3,
+                percent(ranks.exchange_share_of_time)
+            )
+        });
         notice(format_args!(
-            "{} tokens of {prompts} at {:.0} tokens/s, {} new at {decode} tokens/s, {} of slots kept{hits}{ahead}",
+            "{} tokens of {prompts} at {:.0} tokens/s, {} new at {decode} tokens/s, {} of slots kept{hits}{ahead}{ranks}",
             self.prompt_tokens,
             self.prefill_tokens_per_second,
             self.new_tokens,

@@ -12,6 +12,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use crate::terminal::is_terminal;
 use console::{Term, measure_text_width, style, truncate_str};
 
 /// A line changes no more often.
@@ -51,7 +52,7 @@ impl Live {
     /// One that nobody sees where standard error is no terminal, or one that cannot move its cursor.
     pub fn new(quiet: bool) -> Self {
         let is_dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
-        let place = match (std::io::stdout().is_terminal(), std::io::stderr().is_terminal()) {
+        let place = match (is_terminal(), std::io::stderr().is_terminal()) {
             _ if quiet || is_dumb => Place::Hidden,
             (_, false) => Place::Hidden,
             (false, true) => Place::Here,

@@ -1,6 +1,6 @@
 //! One text as it comes: on standard output as soon as the model has said it, with a live line where somebody looks.
 
-use std::io::{IsTerminal, Stdout, Write};
+use std::io::{Stdout, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -9,6 +9,7 @@ use phase_moe::decoder::{Continuation, DecoderState};
 
 use super::figures::{Reads, percent};
 use super::live::Live;
+use crate::terminal::is_terminal;
 
 /// A text on standard output as it comes, so that whatever ends the run leaves there what was generated.
 pub struct Screen {
@@ -28,7 +29,7 @@ impl Screen {
     pub fn new(text: Continuation, prompt: Option<&str>, live: Live) -> Result<Self> {
         let mut screen =
             Self { out: std::io::stdout(), text, live, tokens: 0, first: None, begun: false, failed: None };
-        if let Some(prompt) = prompt.filter(|_| screen.out.is_terminal()) {
+        if let Some(prompt) = prompt.filter(|_| is_terminal()) {
             screen.write(prompt)?;
         }
         screen.live.after(|| "reading the prompt".into());

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::loads::{Loads, SHOWN_UNASKED, has_equal_groups};
 use super::meaning::{Evidence, Limit, is_causal};
-use super::table::{Best, Cell, Column, Table};
+use super::table::{Best, Cell, Column, NONE, Table};
 use super::{load_cell, percent, percent_cell, signed_percent, times};
 use crate::terminal::Terminal;
 
@@ -190,7 +190,10 @@ impl CompareReport {
 
     fn table(&self) -> Table {
         let figures = || self.rows.iter().map(|row| &row.figures);
-        let mut table = Table::new(columns(figures()));
+        let over_ranks = figures().any(|row| row.ranks.is_some());
+        let mut all = columns(figures());
+        all.extend(over_ranks.then(rank_columns).into_iter().flatten());
+        let mut table = Table::new(all);
         let mut before = None;
         for row in figures() {
             let heading = heading(row, &self.devices());
@@ -198,7 +201,9 @@ impl CompareReport {
                 table.section(&heading);
                 before = Some(heading);
             }
-            table.row(cells(row));
+            let mut cells = cells(row);
+            cells.extend(over_ranks.then(|| rank_cells(row)).into_iter().flatten());
+            table.row(cells);
         }
         table
     }
@@ -313,6 +318,30 @@ fn columns<'a>(rows: impl Iterator<Item = &'a RouterFigures> + Clone) -> Vec<Col
             .worth(4)
             .best(Best::Lowest),
         Column::figures("tok/s").legend("tokens a second of the whole forward pass").worth(1),
+    ]
+}
+
+/// What is shown of experts over ranks.
+fn rank_columns() -> [Column; 3] {
+    [
+        Column::figures("slowest\nrank")
+            .legend("slots of the rank with the most for its speed, over the mean: what the layers take longer for it")
+            .worth(7)
+            .best(Best::Lowest),
+        Column::figures("KB/tok").legend("bytes from rank to rank, all layers and both ways, a token").worth(5),
+        Column::figures("in\nmessages")
+            .legend("share of the time that ranks exchange rows or wait for each other")
+            .worth(5),
+    ]
+}
+
+fn rank_cells(row: &RouterFigures) -> [Cell; 3] {
+    let Some(ranks) = &row.ranks else { return [NONE; 3].map(Cell::name) };
+    let bytes = ranks.bytes_exchanged_per_token;
+    [
+        Cell::figure(times(ranks.straggler_ratio), ranks.straggler_ratio),
+        Cell::figure(format!("{:.1}", bytes / 1e3), bytes),
+        percent_cell(Some(ranks.exchange_share_of_time)),
     ]
 }
 

@@ -251,6 +251,7 @@ mod tests {
             tokens_per_second: 1.0,
             loads: Vec::new(),
             batch_nats: (0..8).map(|batch| (nats(batch), 100)).collect(),
+            ranks: None,
         }
     }
 

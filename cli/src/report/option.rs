@@ -11,6 +11,7 @@ use serde_json::{Value, to_value};
 use super::compare::ModelSummary;
 use super::page::page;
 use crate::output::{Destination, Inputs, Output};
+use crate::ranks;
 use crate::shell::quoted;
 
 #[derive(Args)]
@@ -98,6 +99,9 @@ impl Document {
 
     /// Writes the page.
     pub fn write(&self, to: Output) -> Result<()> {
+        if !ranks::speaks() {
+            return Ok(());
+        }
         to.write(page(&to_value(self)?).as_bytes())
     }
 }

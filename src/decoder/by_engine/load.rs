@@ -1,5 +1,6 @@
 //! Loading the blocks of a decoder for the engine: matrices as they are stored, everything small in `f32`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
@@ -19,9 +20,12 @@ use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::layer::load::experts;
 use crate::offload::cache::ExpertCache;
+use crate::parallel::ExpertParallel;
+use crate::parallel::spread::Spread;
 use crate::simd::attention::HeadLayout;
 use crate::spec::ModelSpec;
 use crate::weights::Weights;
+use crate::weights::experts::Slice;
 
 impl ByEngine {
     /// Of a model's files, its experts in memory or in `cache`; activations may be rounded to bf16 where `dtype` is that, keys and values are
@@ -30,6 +34,7 @@ impl ByEngine {
         weights: &Weights,
         spec: &ModelSpec,
         cache: Option<&Arc<ExpertCache>>,
+        parallel: Option<&ExpertParallel>,
         [dtype, kv_dtype]: [DType; 2],
     ) -> Result<Self> {
         spec.check()?;
@@ -49,17 +54,22 @@ impl ByEngine {
             bias: spec.output_bias.then(|| numbers(&lm_head, "bias", spec.vocab)).transpose()?,
         };
         let moe = |layer: usize, block: usize, vb: VarBuilder<'_>| -> Result<MoeLayer> {
+            let (layers, count) = (spec.moe_layers(), spec.moe.experts);
+            let spread = parallel.map(|parallel| Spread::new(parallel, [layer, layers], count, floats(dtype)));
+            let spread = spread.transpose()?.map(Arc::new);
             let layer = match cache {
                 Some(cache) => {
                     let experts = weights.cached_experts(cache, layer)?;
-                    MoeLayer::load_with(&spec.moe, vb, experts, &stored)?
+                    MoeLayer::load_with(&spec.moe, vb, experts, spread, &stored)?
                 }
                 None => {
-                    let all = (0..spec.moe.experts).map(|id| weights.slices(spec, block, id));
-                    let all = all.collect::<Result<Vec<_>>>()?;
-                    let rows = stored.layer(&all.concat())?;
-                    let experts = experts(&spec.moe, &vb, |id| Ok(all[id].clone()), &rows)?;
-                    MoeLayer::load_with(&spec.moe, vb, experts, &stored)?.with_index(layer)
+                    // Of experts over ranks this one's.
+                    let ids = (0..count).filter(|&id| spread.as_ref().is_none_or(|spread| spread.has(id)));
+                    let all: BTreeMap<usize, Vec<Slice>> =
+                        ids.clone().map(|id| Ok((id, weights.slices(spec, block, id)?))).collect::<Result<_>>()?;
+                    let rows = stored.layer(&all.values().flatten().cloned().collect::<Vec<_>>())?;
+                    let experts = experts(&spec.moe, &vb, ids, |id| Ok(all[&id].clone()), &rows)?;
+                    MoeLayer::load_with(&spec.moe, vb, experts, spread.clone(), &stored)?.with_index(layer)
                 }
             };
             Ok(layer.with_engine(engine.clone()))
@@ -98,6 +108,15 @@ impl ByEngine {
             layout,
             kv_heads: if spec.latent.is_some() { 1 } else { spec.kv_heads },
         })
+    }
+}
+
+/// The dtype of rows of activations that go to other ranks.
+fn floats(dtype: DType) -> Dtype {
+    match dtype {
+        DType::BF16 => Dtype::Bf16,
+        DType::F16 => Dtype::F16,
+        _ => Dtype::F32,
     }
 }
 

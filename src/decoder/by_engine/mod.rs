@@ -32,6 +32,7 @@ use crate::experts::matrix::Matrix;
 use crate::experts::work as engine_work;
 use crate::layer::by_engine::BorrowedExpert;
 use crate::layer::{MoeLayer, Packed};
+use crate::parallel::share::Share;
 use crate::simd::attention::HeadLayout;
 use crate::spec::Multipliers;
 
@@ -99,11 +100,13 @@ impl ByEngine {
         Ok(logits)
     }
 
-    /// The hidden states that the output weights see, into `scratch`.
+    /// The hidden states that the output weights see, into `scratch`. Of a batch that is shared out over ranks only this one's own, `batch`, of the
+    /// `whole`, which routers are told of.
     pub(super) fn hidden_states(
         &self,
         checks: Checks<'_>,
-        batch: &Batch,
+        [batch, whole]: [&Batch; 2],
+        share: Option<&Share>,
         starts: &[usize],
         pass: Pass,
         state: &mut DecoderState,
@@ -171,14 +174,16 @@ impl ByEngine {
                         checks,
                         [index, layer],
                         moe,
-                        batch,
+                        whole,
                         pass,
                         state,
                         |context, top_k, route, buffers, keep| {
-                            let seen = moe.pass_rows(normed, context, top_k, route, buffers, added)?;
+                            let seen = moe.pass_rows(normed, share, context, top_k, route, buffers, added)?;
                             let experts = checks.spec.moe.experts;
                             checks.check_gate_rows(index, moe, buffers.logits())?;
-                            let tensor = |rows: &[f32], width| Tensor::from_slice(rows, (count, width), &Device::Cpu);
+                            let tensor = |rows: &[f32], width: usize| {
+                                Tensor::from_slice(rows, (rows.len() / width, width), &Device::Cpu)
+                            };
                             Ok((
                                 (),
                                 match keep {

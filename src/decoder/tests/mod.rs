@@ -6,4 +6,5 @@ mod gguf_files;
 mod gguf_mxfp4;
 mod gguf_tokenizer;
 mod kept;
+mod over_ranks;
 mod zoo;
