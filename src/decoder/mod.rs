@@ -44,7 +44,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::checkpoint::Checkpoint;
 use crate::decoder::by_candle::{ByCandle, last_states};
 use crate::decoder::by_engine::kept::Scratch;
-use crate::decoder::by_engine::{Block, ByEngine};
+use crate::decoder::by_engine::{Block, ByEngine, Part};
 use crate::decoder::checked::Checks;
 use crate::decoder::finite::Place;
 use crate::decoder::lookahead::{Lookahead, Pass};
@@ -420,8 +420,9 @@ impl Decoder {
                 let share = self.parallel.as_ref().map(|all| all.share(batch.sequences(), batch.positions()));
                 let own = self.own_sequences(batch);
                 let part = (own.len() < batch.sequences()).then(|| batch.part(own.clone()));
-                let batches = [part.as_ref().unwrap_or(batch), batch];
-                let done = body.hidden_states(checks, batches, share.as_ref(), &starts[own], pass, state, &mut scratch);
+                let own_batch = part.as_ref().unwrap_or(batch);
+                let part = Part { batch: own_batch, whole: batch, share: share.as_ref(), starts: &starts[own] };
+                let done = body.hidden_states(checks, part, pass, state, &mut scratch);
                 state.scratch = scratch;
                 done?;
                 Hidden::Rows

@@ -42,9 +42,7 @@ impl MoeLayer {
     /// nobody does. `context` is of the whole batch, and so are the logits in `buffers` afterwards.
     pub(super) fn pass_over_ranks(
         &self,
-        spread: &Spread,
-        input: &[f32],
-        share: Option<&Share>,
+        (spread, input, share): (&Spread, &[f32], Option<&Share>),
         context: RouteContext<'_>,
         top_k: usize,
         state: &mut RouteState,

@@ -362,7 +362,7 @@ impl MoeLayer {
             }
             let rows = input.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             let mut output = vec![0.0; rows.len()];
-            let seen = self.pass_over_ranks(spread, &rows, None, context, top_k, state, buffers, &mut output)?;
+            let seen = self.pass_over_ranks((spread, &rows, None), context, top_k, state, buffers, &mut output)?;
             let logits = Tensor::from_slice(&buffers.logits, (input.dim(0)?, self.spec.experts), &Device::Cpu)?;
             let output = Tensor::from_vec(output, input.shape(), &Device::Cpu)?;
             return Ok((output.to_dtype(hidden.dtype())?.reshape(hidden.shape())?, seen.pass(input, logits)));
@@ -407,8 +407,7 @@ impl MoeLayer {
     /// logits are in `buffers` too. Of a batch that is shared out over ranks the rows are this rank's own.
     pub(crate) fn pass_rows(
         &self,
-        rows: &[f32],
-        share: Option<&Share>,
+        (rows, share): (&[f32], Option<&Share>),
         context: RouteContext<'_>,
         top_k: usize,
         state: &mut RouteState,
@@ -416,7 +415,7 @@ impl MoeLayer {
         output: &mut [f32],
     ) -> Result<Seen> {
         if let Some(spread) = &self.spread {
-            return self.pass_over_ranks(spread, rows, share, context, top_k, state, buffers, output);
+            return self.pass_over_ranks((spread, rows, share), context, top_k, state, buffers, output);
         }
         let (hidden, scoring) = (self.spec.hidden, self.spec.scoring);
         let tokens = rows.len() / hidden;

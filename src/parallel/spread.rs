@@ -290,10 +290,9 @@ impl Spread {
         if at_once {
             own.clone().zip(0..).for_each(|(row, index)| index_of[row] = index);
         }
-        let mut next = first_other as u32;
-        for &row in routes.from.iter().enumerate().filter(|(of, _)| *of != rank).flat_map(|(_, rows)| rows) {
-            index_of[row as usize] = next;
-            next += 1;
+        let other_rows = routes.from.iter().enumerate().filter(|(of, _)| *of != rank).flat_map(|(_, rows)| rows);
+        for (&row, index) in other_rows.zip(first_other as u32..) {
+            index_of[row as usize] = index;
         }
         plan.here(&self.own, index_of, local);
         sums.resize(rows.len(), 0.0);

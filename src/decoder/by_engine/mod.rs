@@ -60,6 +60,19 @@ pub(super) struct Block {
     windowed: bool,
 }
 
+/// What a process runs of a batch.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    /// Its own sequences.
+    pub(super) batch: &'a Batch,
+    /// All of them, which routers are told of.
+    pub(super) whole: &'a Batch,
+    /// How they are shared out over ranks, if they are.
+    pub(super) share: Option<&'a Share>,
+    /// The position of each own sequence's first token.
+    pub(super) starts: &'a [usize],
+}
+
 /// How positions look at each other.
 #[derive(Clone)]
 enum Mixer {
@@ -100,14 +113,11 @@ impl ByEngine {
         Ok(logits)
     }
 
-    /// The hidden states that the output weights see, into `scratch`. Of a batch that is shared out over ranks only this one's own, `batch`, of the
-    /// `whole`, which routers are told of.
+    /// The hidden states that the output weights see, into `scratch`.
     pub(super) fn hidden_states(
         &self,
         checks: Checks<'_>,
-        [batch, whole]: [&Batch; 2],
-        share: Option<&Share>,
-        starts: &[usize],
+        Part { batch, whole, share, starts }: Part<'_>,
         pass: Pass,
         state: &mut DecoderState,
         scratch: &mut Scratch,
@@ -178,7 +188,7 @@ impl ByEngine {
                         pass,
                         state,
                         |context, top_k, route, buffers, keep| {
-                            let seen = moe.pass_rows(normed, share, context, top_k, route, buffers, added)?;
+                            let seen = moe.pass_rows((normed, share), context, top_k, route, buffers, added)?;
                             let experts = checks.spec.moe.experts;
                             checks.check_gate_rows(index, moe, buffers.logits())?;
                             let tensor = |rows: &[f32], width: usize| {

@@ -37,7 +37,7 @@ fn over(world: Thread, path: &Path, options: &LoadOptions) -> Decoder {
     let ranks = Arc::new(Ranks::new(world).unwrap());
     let placement = dealt(weights.spec().unwrap().moe.experts, ranks.count());
     // Where there are several ranks by turns at once and own rows first.
-    let overlap = if ranks.count() % 2 == 0 { 1 } else { usize::MAX };
+    let overlap = if ranks.count().is_multiple_of(2) { 1 } else { usize::MAX };
     let parallel = ExpertParallel::new(ranks, on(placement)).unwrap().with_overlap(overlap);
     Decoder::load(&weights, &options.clone().with_parallel(parallel)).unwrap()
 }
@@ -56,10 +56,13 @@ fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// Of a layer: gate logits, experts, limits.
+type Layer = (Vec<f32>, Vec<i32>, Option<Vec<u32>>);
+
 /// What a pass gave: logits of each rank's own sequences one after the other, and of each layer the gate logits and the experts.
 struct Passed {
     logits: Vec<f32>,
-    layers: Vec<(Vec<f32>, Vec<i32>, Option<Vec<u32>>)>,
+    layers: Vec<Layer>,
 }
 
 fn passed(decoder: &Decoder, batch: &Batch) -> Passed {

@@ -8,6 +8,9 @@ use crate::error::Result;
 use crate::parallel::message::{HEAD, Kind};
 use crate::parallel::{Ranks, World};
 
+/// What happens to a message.
+type Spoil = fn(&mut [u8]);
+
 /// A world whose calls go wrong on rank 0 from some message of rank 1 on.
 #[derive(Debug)]
 struct Faulty {
@@ -15,7 +18,7 @@ struct Faulty {
     calls: AtomicUsize,
     /// The call that is spoilt, and how.
     at: usize,
-    spoil: fn(&mut [u8]),
+    spoil: Spoil,
 }
 
 impl Faulty {
@@ -58,7 +61,7 @@ impl World for Faulty {
 
 #[test]
 fn a_short_or_foreign_message_names_its_sender() {
-    let cases: [(fn(&mut [u8]), &str); 6] = [
+    let cases: [(Spoil, &str); 6] = [
         // What a shorter message leaves of a buffer that is used again.
         (|bytes| bytes[24] -= 4, "message 1, Rows: expected 8 bytes, got 4"),
         (
