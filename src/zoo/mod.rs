@@ -9,7 +9,7 @@
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
-//! To add one: a file beside these, its line in [`FAMILIES`], and a golden from `tests/goldens/make_zoo_goldens.py`.
+//! To add one: a file beside these, its line in [`FAMILIES`], and a golden from `tests/goldens/make_zoo_goldens.py` (docs/add-a-family.md).
 
 mod config;
 mod deepseek;
@@ -18,10 +18,12 @@ mod deepseek_v3;
 mod defaults;
 mod family;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granitemoe;
 mod known;
 mod lfm2_moe;
+mod minimax_m2;
 mod mixtral;
 mod olmoe;
 mod phimoe;
@@ -32,6 +34,7 @@ pub(crate) mod rope;
 #[cfg(test)]
 mod tests;
 mod transformer;
+mod window;
 
 use crate::error::Result;
 use crate::spec::{ModelSpec, MoeSpec};
@@ -41,7 +44,7 @@ pub use family::Family;
 pub(crate) use family::lacking;
 
 /// All families, the one place where each is entered.
-pub const FAMILIES: [Family; 11] = [
+pub const FAMILIES: [Family; 13] = [
     olmoe::FAMILY,
     mixtral::FAMILY,
     qwen2_moe::FAMILY,
@@ -49,6 +52,8 @@ pub const FAMILIES: [Family; 11] = [
     deepseek_v2::FAMILY,
     deepseek_v3::FAMILY,
     glm4_moe::FAMILY,
+    glm4_moe_lite::FAMILY,
+    minimax_m2::FAMILY,
     granitemoe::FAMILY,
     gpt_oss::FAMILY,
     phimoe::FAMILY,
