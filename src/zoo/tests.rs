@@ -220,7 +220,14 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     assert_eq!((v2.moe.scoring.groups, v2.latent.unwrap().query_rank), (None, None));
     let lite = parse("deepseek_v2", &[("n_group", json!(1)), ("topk_group", json!(1))]).unwrap();
     assert_eq!(lite.moe.scoring.groups, None, "one group limits nobody");
-    let every_other = [null("layer_types"), null("rope_parameters"), null("sliding_window"), null("attention_bias")];
+    // Of texts that are longer than the window.
+    let every_other = [
+        null("layer_types"),
+        null("rope_parameters"),
+        null("sliding_window"),
+        null("attention_bias"),
+        ("max_position_embeddings", json!(4096)),
+    ];
     let gpt_oss = parse("gpt_oss", &every_other).unwrap();
     assert_eq!((gpt_oss.window.blocks, gpt_oss.window.positions), (vec![0, 2], 128));
     assert_eq!((gpt_oss.attention_bias, gpt_oss.rope_theta), (AttentionBias::All, 150_000.0));

@@ -158,8 +158,12 @@ pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
     let key = "general.architecture";
     let got = metadata.text(key)?.ok_or_else(|| metadata.error(key, "text", "nothing: the key is missing"))?;
     let mut known: Vec<&str> = Vec::new();
-    known.extend(zoo::FAMILIES.iter().flat_map(|family| family.gguf));
-    known.dedup();
+    // Two families may be written as one architecture.
+    for &name in zoo::FAMILIES.iter().flat_map(|family| family.gguf) {
+        if !known.contains(&name) {
+            known.push(name);
+        }
+    }
     if known.contains(&got) {
         return Ok(got);
     }
