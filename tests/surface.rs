@@ -13,7 +13,7 @@ use std::path::Path;
 use serde_json::Value;
 
 /// The most items that count: what comes in has to be worth what leaves for it.
-const MOST: usize = 400;
+const MOST: usize = 440;
 
 const HEAD: &str = "\
 # The public surface of the library with default features: kind and path, sorted by path. Made and checked by tests/surface.rs.

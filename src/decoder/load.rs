@@ -22,8 +22,8 @@ impl Decoder {
     /// Loads a model from its files.
     ///
     /// # Errors
-    /// As [`Weights::spec`]; [`Error::Checkpoint`](crate::error::Error::Checkpoint) for tensors that are missing or of the wrong shape or
-    /// dtype, [`Error::Parameter`](crate::error::Error::Parameter) for a cache that no expert fits, and as [`MoeLayer::new`].
+    /// As [`Weights::spec`]; [`Error::Checkpoint`] for tensors that are missing or of the wrong shape or
+    /// dtype, [`Error::Parameter`] for a cache that no expert fits, and as [`MoeLayer::new`].
     pub fn load(weights: &Weights, options: &LoadOptions) -> Result<Self> {
         let spec = weights.spec()?;
         let cache = match options.expert_cache {
@@ -77,7 +77,7 @@ impl Decoder {
     /// (`model.embed_tokens`, `model.layers.N`, `lm_head`, …).
     ///
     /// # Errors
-    /// What the builder reports for missing tensors and wrong shapes, [`Error::Parameter`](crate::error::Error::Parameter) for sizes that
+    /// What the builder reports for missing tensors and wrong shapes, [`Error::Parameter`] for sizes that
     /// contradict.
     pub fn new(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let body = ByCandle::build(spec, vb, |_, vb| MoeLayer::load(&spec.moe, vb))?;

@@ -16,10 +16,6 @@ use crate::routing::layer::Buffers;
 use crate::routing::plan::DispatchPlan;
 use crate::routing::router::{RouteContext, RouteState};
 
-/// Rows for each expert on average from which own rows go through the experts while others are on their way: weights are then read
-/// twice, which fewer rows are not worth.
-const OVERLAP_ROWS: usize = 64;
-
 /// A layer's experts of this rank.
 struct Own<'a> {
     layer: &'a MoeLayer,
@@ -81,8 +77,8 @@ impl MoeLayer {
         buffers.logits = logits;
         buffers.counted = resident;
         let route_time = route_time?;
-        let few = share.rows() * top_k < OVERLAP_ROWS * self.spec.experts;
-        let rows = Rows { share, input, hidden, at_once: few || self.cached().is_some() };
+        let overlaps = share.rows() * top_k / self.spec.experts >= spread.overlap_rows() && self.cached().is_none();
+        let rows = Rows { share, input, hidden, at_once: !overlaps };
         spread.forward(&rows, &buffers.assignment, output, &mut Own { layer: self, spread })?;
         spread.count(&buffers.assignment, capacity.limits().is_some(), started);
         Ok(Seen { capacity, route_time, scoring, selection_bias })

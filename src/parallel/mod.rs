@@ -47,8 +47,12 @@ pub struct ExpertParallel {
     /// Of each rank, relative.
     speeds: Arc<[f64]>,
     repeats: usize,
+    overlap_rows: usize,
     totals: Arc<Mutex<RankTotals>>,
 }
+
+/// See [`ExpertParallel::with_overlap`].
+const OVERLAP_ROWS: usize = 512;
 
 /// What happened so far: messages of all ranks, loads of all, and the time of this one.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -110,12 +114,26 @@ impl ExpertParallel {
             return Err(Error::parameter("rank speed", bad, "a positive finite number"));
         }
         let speeds = speeds.into();
-        Ok(Self { ranks, shares: Arc::new(shares), speeds, repeats: 1, totals: Arc::default() })
+        Ok(Self {
+            ranks,
+            shares: Arc::new(shares),
+            speeds,
+            repeats: 1,
+            overlap_rows: OVERLAP_ROWS,
+            totals: Arc::default(),
+        })
     }
 
     /// The same with this rank's experts computed so many times over: what a slower machine would be, to be measured on equal ones.
     pub fn with_repeats(self, repeats: usize) -> Self {
         Self { repeats: repeats.max(1), ..self }
+    }
+
+    /// The same with a rank's own rows going through its experts while those of the others are on their way, in batches with at least so many rows for
+    /// each expert on average (512 unless told otherwise). Weights are read twice then: within one machine that cost more than it gained at 64 rows and at
+    /// 256; over a slow network it may pay with fewer.
+    pub fn with_overlap(self, rows: usize) -> Self {
+        Self { overlap_rows: rows, ..self }
     }
 
     /// The ranks.

@@ -97,6 +97,11 @@ impl Spread {
         &self.own
     }
 
+    /// From how many rows for each expert on own rows go first.
+    pub(crate) fn overlap_rows(&self) -> usize {
+        self.parallel.overlap_rows
+    }
+
     /// Whether an expert is on this rank.
     pub(crate) fn has(&self, expert: usize) -> bool {
         usize::from(self.placement.device_of()[expert]) == self.parallel.ranks.rank()

@@ -43,6 +43,11 @@ impl Config {
         parts.try_fold(first, |value, part| value.get(part)).filter(|value| !value.is_null())
     }
 
+    /// The names of what there is at the top.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.keys().map(String::as_str)
+    }
+
     /// True when there is a value that is not null.
     pub(super) fn has(&self, key: &str) -> bool {
         self.value(key).is_some()
@@ -110,6 +115,14 @@ impl Config {
     pub(super) fn expect_false(&self, key: &str) -> Result<()> {
         match self.optional_flag(key)? {
             Some(true) => Err(self.error(key, "false", "true")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same for one that stands for what is always done.
+    pub(super) fn expect_true(&self, key: &str) -> Result<()> {
+        match self.optional_flag(key)? {
+            Some(false) => Err(self.error(key, "true", "false")),
             _ => Ok(()),
         }
     }

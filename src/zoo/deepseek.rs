@@ -2,6 +2,7 @@
 
 use super::config::Config;
 use super::defaults::{self, Rotated};
+use super::family::Family;
 use super::rope;
 use super::transformer;
 use crate::error::Result;
@@ -65,14 +66,14 @@ pub(super) fn groups(
 /// The transformer around `moe`, without dense blocks; `pairs` says how it rotates.
 pub(super) fn model_spec(
     config: &Config,
-    family: &'static str,
+    family: &Family,
     moe: MoeSpec,
     pairs: bool,
-    max_positions: usize,
+    defaults: defaults::Defaults,
 ) -> Result<ModelSpec> {
     config.expect_false("attention_bias")?;
     let rotated = Rotated::Key("qk_rope_head_dim");
-    let defaults = defaults::Defaults { rotated, ..defaults::Defaults::new(1e-6, 10_000.0, max_positions) };
+    let defaults = defaults::Defaults { rotated, ..defaults };
     let mut spec = transformer::model_spec(config, family, moe, defaults)?;
     if let RopeScaling::Yarn(yarn) = &mut spec.rope_scaling {
         let weight = rope::mscale_all_dim(config)?;
@@ -80,7 +81,7 @@ pub(super) fn model_spec(
     }
     // transformers writes it so; another number would change what is rotated.
     let head_dim = config.optional_size("head_dim")?.filter(|&head_dim| head_dim != spec.rotary_dim);
-    if let Some(head_dim) = head_dim.filter(|_| family == "deepseek_v3") {
+    if let Some(head_dim) = head_dim.filter(|_| family.name != "deepseek_v2") {
         let expected = format!("nothing or qk_rope_head_dim {}", spec.rotary_dim);
         return Err(config.error("head_dim", &expected, &head_dim.to_string()));
     }

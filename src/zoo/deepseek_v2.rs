@@ -3,11 +3,31 @@
 
 use super::config::Config;
 use super::deepseek;
+use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use crate::error::Result;
 use crate::routing::scores::GroupScore;
 use crate::spec::{ModelSpec, MoeSpec};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "deepseek_v2",
+    models: "DeepSeek-V2",
+    gguf: &["deepseek2"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &[
+        "attention_bias",
+        "rope_interleave",
+        "n_shared_experts",
+        "routed_scaling_factor",
+        "n_group",
+        "scoring_func",
+        "norm_topk_prob",
+    ],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     // The published code scales normalised weights in no case, transformers all in any case: no model says what is right.
     config.expect_false("norm_topk_prob")?;
     deepseek::expect(config, "scoring_func", "softmax")?;
@@ -21,10 +41,10 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     Ok(spec)
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     if config.optional_flag("rope_interleave")? == Some(false) {
         return Err(config.error("rope_interleave", "true, as this family rotates", "false"));
     }
-    let spec = deepseek::model_spec(config, "deepseek_v2", moe_spec(config)?, true, 2048)?;
+    let spec = deepseek::model_spec(config, &FAMILY, moe_spec(config)?, true, Defaults::new(1e-6, 10_000.0, 2048))?;
     Ok(ModelSpec { dense: deepseek::dense_blocks(config, 0, spec.layers)?, ..spec })
 }

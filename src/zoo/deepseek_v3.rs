@@ -3,11 +3,34 @@
 
 use super::config::Config;
 use super::deepseek;
+use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use crate::error::Result;
 use crate::routing::scores::{GroupScore, Scoring};
 use crate::spec::{ModelSpec, MoeSpec};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+/// What this and families with its attention and routing read.
+pub(super) const READS: [&str; 7] = [
+    "attention_bias",
+    "rope_interleave",
+    "n_shared_experts",
+    "routed_scaling_factor",
+    "n_group",
+    "scoring_func",
+    "norm_topk_prob",
+];
+
+pub(super) const FAMILY: Family = Family {
+    name: "deepseek_v3",
+    models: "DeepSeek-V3, Moonlight",
+    gguf: &["deepseek2"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &READS,
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     deepseek::expect(config, "scoring_func", "sigmoid")?;
     deepseek::expect(config, "topk_method", "noaux_tc")?;
     biased_spec(config, deepseek::Defaults { shared: 1, scale: 2.5, groups: None })
@@ -22,9 +45,9 @@ pub(super) fn biased_spec(config: &Config, defaults: deepseek::Defaults) -> Resu
     Ok(MoeSpec { scoring, selection_bias: true, ..spec })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let pairs = config.flag_or("rope_interleave", true)?;
-    let spec = deepseek::model_spec(config, "deepseek_v3", moe_spec(config)?, pairs, 4096)?;
+    let spec = deepseek::model_spec(config, &FAMILY, moe_spec(config)?, pairs, Defaults::new(1e-6, 10_000.0, 4096))?;
     let (dense, extra_blocks) = (deepseek::dense_blocks(config, 3, spec.layers)?, deepseek::extra_blocks(config)?);
     Ok(ModelSpec { dense, extra_blocks, ..spec })
 }

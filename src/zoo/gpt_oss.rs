@@ -4,6 +4,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::rope;
 use super::transformer;
 use crate::error::Result;
@@ -11,7 +12,17 @@ use crate::experts::activation::Activation;
 use crate::routing::scores::Scoring;
 use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, RopeScaling, SlidingWindow, Yarn};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "gpt_oss",
+    models: "gpt-oss, experts as floats or in MXFP4",
+    gguf: &[],
+    checked: &["transformers"],
+    reads: &["attention_bias", "layer_types", "swiglu_limit", "swiglu_alpha"],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
     let number =
         |key: &str, default: f64| -> Result<f32> { Ok(config.optional_number(key)?.unwrap_or(default) as f32) };
@@ -31,10 +42,10 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let scaling = RopeScaling::Yarn(usual_yarn());
     let defaults = Defaults { scaling, ..Defaults::new(1e-5, 150_000.0, 131_072) };
-    let spec = transformer::model_spec(config, "gpt_oss", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     Ok(ModelSpec {
         attention_bias: match config.optional_flag("attention_bias")? {
             Some(false) => AttentionBias::None,

@@ -3,12 +3,23 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec, Multipliers};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "granitemoe",
+    models: "Granite 3 MoE",
+    gguf: &["granitemoe"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &["attention_bias", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let [gate, stacked_gate_up, stacked_down] =
         ["router.layer", "input_linear.weight", "output_linear.weight"].map(String::from);
     let names = ExpertNames { gate, stacked_gate_up, stacked_down, ..ExpertNames::default() };
@@ -16,9 +27,9 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     Ok(MoeSpec { scoring: Scoring::softmax().normalized(true), names, ..spec })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-6, 10_000.0, 2048);
-    let spec = transformer::model_spec(config, "granitemoe", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     let number = |key: &str| -> Result<f64> { Ok(config.optional_number(key)?.unwrap_or(1.0)) };
     let multipliers = Multipliers {
         embedding: number("embedding_multiplier")?,

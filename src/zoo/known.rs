@@ -21,52 +21,48 @@ enum Neutral {
 
 use Neutral::{Nothing, One, Text, True};
 
-/// Keys, what they say where they say nothing, and the families that read them or hold them against what they do.
-const KEYS: [(&str, Neutral, &[&str]); 34] = [
-    (
-        "attention_bias",
-        Nothing,
-        &["olmoe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss", "phimoe"],
-    ),
-    ("qkv_bias", Nothing, &["qwen2_moe"]),
-    ("mlp_bias", Nothing, &[]),
-    ("lm_head_bias", Nothing, &["phimoe"]),
-    ("use_qk_norm", Nothing, &["glm4_moe", "qwen3_moe", "olmoe"]),
-    ("clip_qkv", Nothing, &["olmoe"]),
-    ("rope_interleave", Nothing, &["deepseek_v2", "deepseek_v3"]),
-    ("rotary_pct", One, &[]),
-    ("rotary_emb_base", Nothing, &[]),
-    ("rotary_dim", Nothing, &[]),
-    ("position_embedding_type", Text("rope"), &[]),
-    ("alibi", Nothing, &[]),
-    ("no_rope_layers", Nothing, &[]),
-    ("use_sliding_window", Nothing, &[]),
-    ("attn_logit_softcapping", Nothing, &[]),
-    ("final_logit_softcapping", Nothing, &[]),
-    ("router_logit_softcapping", Nothing, &[]),
-    ("query_pre_attn_scalar", Nothing, &[]),
-    ("logit_scale", One, &[]),
-    ("embedding_multiplier", One, &["granitemoe"]),
-    ("residual_multiplier", One, &["granitemoe"]),
-    ("attention_multiplier", Nothing, &["granitemoe"]),
-    ("logits_scaling", One, &["granitemoe"]),
-    ("shared_intermediate_size", Nothing, &[]),
-    ("shared_expert_intermediate_size", Nothing, &["qwen2_moe"]),
-    ("n_shared_experts", Nothing, &["deepseek_v2", "deepseek_v3", "glm4_moe"]),
-    ("routed_scaling_factor", One, &["deepseek_v2", "deepseek_v3", "glm4_moe"]),
-    ("n_group", One, &["deepseek_v2", "deepseek_v3", "glm4_moe"]),
-    ("scoring_func", Text("softmax"), &["deepseek_v2", "deepseek_v3", "glm4_moe"]),
-    ("norm_topk_prob", True, &["olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"]),
-    ("use_expert_bias", Nothing, &[]),
-    ("swiglu_limit", Nothing, &["gpt_oss"]),
-    ("swiglu_alpha", Nothing, &["gpt_oss"]),
-    ("per_layer_config", Nothing, &[]),
+/// Keys, and what they say where they say nothing.
+const KEYS: [(&str, Neutral); 34] = [
+    ("attention_bias", Nothing),
+    ("qkv_bias", Nothing),
+    ("mlp_bias", Nothing),
+    ("lm_head_bias", Nothing),
+    ("use_qk_norm", Nothing),
+    ("clip_qkv", Nothing),
+    ("rope_interleave", Nothing),
+    ("rotary_pct", One),
+    ("rotary_emb_base", Nothing),
+    ("rotary_dim", Nothing),
+    ("position_embedding_type", Text("rope")),
+    ("alibi", Nothing),
+    ("no_rope_layers", Nothing),
+    ("use_sliding_window", Nothing),
+    ("attn_logit_softcapping", Nothing),
+    ("final_logit_softcapping", Nothing),
+    ("router_logit_softcapping", Nothing),
+    ("query_pre_attn_scalar", Nothing),
+    ("logit_scale", One),
+    ("embedding_multiplier", One),
+    ("residual_multiplier", One),
+    ("attention_multiplier", Nothing),
+    ("logits_scaling", One),
+    ("shared_intermediate_size", Nothing),
+    ("shared_expert_intermediate_size", Nothing),
+    ("n_shared_experts", Nothing),
+    ("routed_scaling_factor", One),
+    ("n_group", One),
+    ("scoring_func", Text("softmax")),
+    ("norm_topk_prob", True),
+    ("use_expert_bias", Nothing),
+    ("swiglu_limit", Nothing),
+    ("swiglu_alpha", Nothing),
+    ("per_layer_config", Nothing),
 ];
 
-/// Refuses keys that `family` does not read, and kinds of attention that it does not have.
-pub(super) fn check(config: &Config, family: &str) -> Result<()> {
-    for (key, neutral, families) in KEYS {
-        if families.contains(&family) {
+/// Refuses all of these keys but those that a family `reads`.
+pub(super) fn check(config: &Config, reads: &[&str]) -> Result<()> {
+    for (key, neutral) in KEYS {
+        if reads.contains(&key) {
             continue;
         }
         let Some(value) = config.value(key) else { continue };
@@ -81,7 +77,7 @@ pub(super) fn check(config: &Config, family: &str) -> Result<()> {
             return Err(config.wrong(key, &expected));
         }
     }
-    if family != "gpt_oss" {
+    if !reads.contains(&"layer_types") {
         let kinds = config.optional_strings("layer_types")?.unwrap_or_default();
         if let Some(other) = kinds.into_iter().find(|&kind| kind != "full_attention") {
             return Err(config.error("layer_types", "full_attention in all blocks", other));

@@ -4,13 +4,24 @@
 //! transformers adds 1e-6 to the sum that it normalises by; this does not.
 
 use super::config::Config;
+use super::family::{Decoder, Family};
 use super::mixtral;
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, MoeSpec};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "lfm2_moe",
+    models: "LFM2-MoE",
+    gguf: &[],
+    checked: &["transformers"],
+    reads: &[],
+    moe: moe_spec,
+    decoder: Decoder::Lacks("short convolutions"),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_experts", "moe_intermediate_size")?;
     let normalize = config.optional_flag("norm_topk_prob")?.unwrap_or(true);
     let scale = config.optional_number("routed_scaling_factor")?.unwrap_or(1.0) as f32;

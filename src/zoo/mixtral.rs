@@ -3,10 +3,21 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec};
+
+pub(super) const FAMILY: Family = Family {
+    name: "mixtral",
+    models: "Mixtral",
+    gguf: &["llama"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &[],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
 
 /// Names of experts that are called by the letters of the paper.
 pub(super) fn names() -> ExpertNames {
@@ -14,13 +25,13 @@ pub(super) fn names() -> ExpertNames {
     ExpertNames { gate_proj, up_proj, down_proj, ..ExpertNames::default() }
 }
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
     Ok(MoeSpec { scoring: Scoring::softmax().normalized(true), names: names(), ..spec })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-5, 1e6, 131_072);
-    let spec = transformer::model_spec(config, "mixtral", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     Ok(ModelSpec { ffn: "block_sparse_moe".into(), ..spec })
 }

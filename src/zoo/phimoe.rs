@@ -4,13 +4,24 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::mixtral;
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, Norm};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "phimoe",
+    models: "Phi-3.5-MoE",
+    gguf: &[],
+    checked: &["transformers"],
+    reads: &["attention_bias", "lm_head_bias"],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let spec = transformer::moe_spec(config, "num_local_experts", "intermediate_size")?;
     if spec.top_k != 2 {
         // Other numbers have no published meaning: transformers picks two, whatever the configuration says.
@@ -21,9 +32,9 @@ pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
     Ok(MoeSpec { scoring: Scoring::sparse_mixer(jitter), names: mixtral::names(), ..spec })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults { magnitudes: true, ..Defaults::new(1e-5, 1e6, 131_072) };
-    let spec = transformer::model_spec(config, "phimoe", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     Ok(ModelSpec {
         norm: Norm::Layer,
         attention_bias: transformer::attention_bias(config)?,

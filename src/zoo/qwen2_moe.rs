@@ -3,21 +3,32 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{AttentionBias, ModelSpec, MoeSpec, SharedExperts};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "qwen2_moe",
+    models: "Qwen1.5-MoE, Qwen2-MoE",
+    gguf: &["qwen2moe"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &["qkv_bias", "shared_expert_intermediate_size", "norm_topk_prob"],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let shared = SharedExperts { width: config.size("shared_expert_intermediate_size")?, gated: true };
     let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
     let spec = transformer::moe_spec(config, "num_experts", "moe_intermediate_size")?;
     Ok(MoeSpec { shared: Some(shared), scoring, ..spec })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-6, 10_000.0, 32_768);
-    let spec = transformer::model_spec(config, "qwen2_moe", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     let attention_bias = match config.optional_flag("qkv_bias")?.unwrap_or(true) {
         true => AttentionBias::Inputs,
         false => AttentionBias::None,

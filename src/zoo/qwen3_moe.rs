@@ -3,21 +3,32 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::{Decoder, Family};
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, QkNorm};
 
-pub(super) fn moe_spec(config: &Config) -> Result<MoeSpec> {
+pub(super) const FAMILY: Family = Family {
+    name: "qwen3_moe",
+    models: "Qwen3-MoE, Qwen3-Coder-30B-A3B",
+    gguf: &["qwen3moe"],
+    checked: &["transformers", "llama.cpp"],
+    reads: &["attention_bias", "use_qk_norm", "norm_topk_prob"],
+    moe: moe_spec,
+    decoder: Decoder::Whole(model_spec),
+};
+
+fn moe_spec(config: &Config) -> Result<MoeSpec> {
     let scoring = Scoring::softmax().normalized(config.optional_flag("norm_topk_prob")?.unwrap_or(false));
     // transformers reads both; what it writes may say either.
     let experts = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
     Ok(MoeSpec { scoring, ..transformer::moe_spec(config, experts, "moe_intermediate_size")? })
 }
 
-pub(super) fn model_spec(config: &Config) -> Result<ModelSpec> {
+fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-6, 10_000.0, 32_768);
-    let spec = transformer::model_spec(config, "qwen3_moe", moe_spec(config)?, defaults)?;
+    let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     let attention_bias = transformer::attention_bias(config)?;
     let dense = transformer::qwen_dense_blocks(config, spec.layers)?;
     Ok(ModelSpec { qk_norm: Some(QkNorm::PerHead), attention_bias, dense, ..spec })

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::routing::{GroupLimit, GroupScore};
 use crate::spec::{AttentionBias, RopeScaling};
-use crate::zoo::{FAMILIES, MOE_FAMILIES, parse_config, parse_moe_config};
+use crate::zoo::{FAMILIES, Family, parse_config, parse_moe_config};
 use crate::{Error, ModelSpec, Result, Scoring};
 use serde_json::{Value, json};
 
@@ -101,25 +101,86 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
     assert!(step.ends_with("expected at least one block with experts, got none"), "{step}");
 }
 
+/// Names of families, all or those of which all runs.
+fn names(whole: bool) -> String {
+    let names = FAMILIES.iter().filter(|family| !whole || family.is_whole()).map(|family| family.name);
+    names.collect::<Vec<_>>().join(", ")
+}
+
 #[test]
 fn an_unknown_family_is_told_those_there_are() {
-    let known = FAMILIES.join(", ");
     for (config, expected) in [
         (r#"{"model_type": "llama", "hidden_size": 16}"#, "model family without experts `llama`"),
         (r#"{"model_type": "new_moe", "num_experts": 4}"#, "model family `new_moe`"),
         (r#"{"model_type": "seeing", "text_config": {}}"#, "model family around a text model `seeing`"),
     ] {
         let error = parse_config(config, "config.json").unwrap_err().to_string();
-        assert_eq!(error, format!("unknown {expected}: expected one of {known}"));
+        assert_eq!(error, format!("unknown {expected}: expected one of {}", names(true)));
     }
-    // Its layer is known, its decoder is not.
-    let error = parse_config(&changed("lfm2_moe", &[]), "config.json").unwrap_err().to_string();
-    assert_eq!(error, format!("unknown model family `lfm2_moe`: expected one of {known}"));
     let error = parse_moe_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
-    let known = [&FAMILIES[..], &MOE_FAMILIES].concat().join(", ");
-    assert_eq!(error, format!("unknown model family without experts `llama`: expected one of {known}"));
-    for family in FAMILIES.iter().filter(|&&family| family != "olmoe").chain(&MOE_FAMILIES) {
-        parse_moe_config(&changed(family, &[]), "config.json").unwrap();
+    assert_eq!(error, format!("unknown model family without experts `llama`: expected one of {}", names(false)));
+    for family in FAMILIES.iter().filter(|family| family.name != "olmoe") {
+        parse_moe_config(&changed(family.name, &[]), "config.json").unwrap();
+    }
+}
+
+#[test]
+fn a_family_with_a_part_that_is_not_here_is_told_which_and_what_runs() {
+    let known = format!("config.json: key `model_type`: expected one of {}, got", names(true));
+    for (config, expected) in [
+        (changed("lfm2_moe", &[]), "lfm2_moe: there are no short convolutions here; its MoE layer runs by itself"),
+        (json!({"model_type": "qwen3_next"}).to_string(), "qwen3_next: there are no gated delta nets here"),
+        (
+            json!({"model_type": "seeing", "text_config": {"model_type": "qwen3_moe_text"}}).to_string(),
+            "seeing: there are no other parts than text models here; its text model, qwen3_moe, runs from a checkpoint of its own",
+        ),
+    ] {
+        let error = parse_config(&config, "config.json").unwrap_err();
+        assert!(error.is_user_error());
+        assert_eq!(error.to_string(), format!("{known} {expected}"));
+    }
+}
+
+/// What README.md says of the table, between its two markers; with `PHASE_MOE_README_WRITE=1` it is written there.
+#[test]
+fn the_readme_lists_the_families_of_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = readme.split_once("<!-- families -->\n").unwrap();
+    let (found, after) = rest.split_once("  <!-- /families -->").unwrap();
+    let mut list =
+        String::from("\n  | models | `model_type` | runs | GGUF | checked against |\n  |---|---|---|---|---|\n");
+    for Family { name, models, gguf, checked, .. } in FAMILIES {
+        let whole = FAMILIES.iter().any(|family| family.name == name && family.is_whole());
+        let runs = if whole { "whole" } else { "MoE layer" };
+        let gguf = if gguf.is_empty() { "–".to_owned() } else { format!("`{}`", gguf.join("`, `")) };
+        list += &format!("  | {models} | `{name}` | {runs} | {gguf} | {} |\n", checked.join(", "));
+    }
+    list.push('\n');
+    if std::env::var_os("PHASE_MOE_README_WRITE").is_some() {
+        std::fs::write(&path, format!("{before}<!-- families -->\n{list}  <!-- /families -->{after}")).unwrap();
+    } else {
+        assert!(found == list, "README.md: expected the families of zoo::FAMILIES:\n{list}got:\n{found}");
+    }
+}
+
+/// What the table says is checked is: each family has goldens, each architecture a file of them, and llama.cpp's logits where it says so.
+#[test]
+fn what_the_table_says_is_checked_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let situations = std::fs::read_to_string(root.join("cli/tests/situations/llama_cpp.json")).unwrap();
+    let mut names = std::collections::BTreeSet::new();
+    for Family { name, gguf, checked, .. } in FAMILIES {
+        assert!(names.insert(name), "{name} twice");
+        // OLMoE has a directory of its own.
+        let goldens = if name == "olmoe" { "olmoe_random".to_owned() } else { format!("zoo/{name}") };
+        assert!(root.join("tests/goldens").join(goldens).join("goldens.safetensors").exists(), "{name}");
+        assert!(checked.contains(&"transformers"), "{name}");
+        for architecture in gguf {
+            assert!(root.join(format!("tests/goldens/gguf/{architecture}.gguf")).exists(), "{architecture}");
+            let by_llama_cpp = situations.contains(&format!("/{architecture}.gguf\""));
+            assert_eq!(by_llama_cpp, checked.contains(&"llama.cpp"), "{name}: {architecture} and llama.cpp");
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::config::Config;
 use super::defaults::Defaults;
+use super::family::Family;
 use super::known;
 use super::rope;
 use crate::error::Result;
@@ -13,14 +14,14 @@ use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, N
 const MOST_BLOCKS: usize = 1 << 16;
 
 /// The transformer around `moe`, without biases, norms of queries and keys or dense blocks.
-pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, defaults: Defaults) -> Result<ModelSpec> {
+pub(super) fn model_spec(config: &Config, family: &Family, moe: MoeSpec, defaults: Defaults) -> Result<ModelSpec> {
     let heads = config.size("num_attention_heads")?;
     let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
     if !heads.is_multiple_of(kv_heads) {
         let expected = format!("a divisor of num_attention_heads {heads}");
         return Err(config.error("num_key_value_heads", &expected, &kv_heads.to_string()));
     }
-    known::check(config, family)?;
+    known::check(config, family.reads)?;
     let layers = config.size("num_hidden_layers")?;
     if layers > MOST_BLOCKS {
         return Err(config.error("num_hidden_layers", &format!("at most {MOST_BLOCKS}"), &layers.to_string()));
@@ -28,11 +29,11 @@ pub(super) fn model_spec(config: &Config, family: &'static str, moe: MoeSpec, de
     let head_dim = head_dim(config, moe.hidden, heads)?;
     let positions = rope::positions(config, head_dim, &defaults)?;
     // Qwen's have it behind a flag that is refused.
-    if !["gpt_oss", "qwen2_moe", "qwen3_moe"].contains(&family) {
+    if !["gpt_oss", "qwen2_moe", "qwen3_moe"].contains(&family.name) {
         refuse_sliding_window(config, positions.longest)?;
     }
     Ok(ModelSpec {
-        family,
+        family: family.name,
         vocab: config.size("vocab_size")?,
         layers,
         heads,
@@ -121,7 +122,8 @@ pub(super) fn leading_dense_blocks(config: &Config, key: &str, otherwise: usize,
     dense_blocks(config, key, (0..first.min(layers)).collect(), layers)
 }
 
-fn dense_blocks(config: &Config, key: &str, blocks: Vec<usize>, layers: usize) -> Result<DenseBlocks> {
+/// These blocks, `key` having named them.
+pub(super) fn dense_blocks(config: &Config, key: &str, blocks: Vec<usize>, layers: usize) -> Result<DenseBlocks> {
     if blocks.len() == layers {
         return Err(config.error(key, "at least one block with experts", "none"));
     }

@@ -9,12 +9,9 @@ use crate::decoder::{DecoderState, ExpertMemory, generate_batch, var_builder};
 use crate::offload::Prefetch;
 use crate::{
     Admission, Batch, CacheOptions, CacheRouter, CapacityRule, Decoder, DropRule, GenerateOptions, LoadOptions, Model,
-    PhaseRouter, Policy, Router, Sampler, TopK, Weights, generate,
+    PhaseRouter, Policy, Router, Sampler, TopK, Weights, generate, zoo,
 };
 use candle_core::{DType, Device, Tensor};
-
-/// A fixture of every kind of attention and of positions, as each way to run it has it.
-const FAMILIES: [&str; 6] = ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "gpt_oss", "phimoe"];
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -30,7 +27,9 @@ fn decoders() -> Vec<(&'static str, Decoder)> {
         let by_candle = Decoder::new(files.spec().unwrap(), vb).unwrap();
         [(family, Decoder::load(&files, &LoadOptions::default()).unwrap()), (family, by_candle)]
     };
-    let mut all: Vec<_> = FAMILIES.into_iter().flat_map(fixture).collect();
+    // OLMoE is the bundled model's family.
+    let families = zoo::FAMILIES.iter().filter(|family| family.is_whole() && family.name != "olmoe");
+    let mut all: Vec<_> = families.flat_map(|family| fixture(family.name)).collect();
     all.push(("tiny-moe", MODEL.decoder().clone()));
     all
 }

@@ -36,7 +36,9 @@ fn over(world: Thread, path: &Path, options: &LoadOptions) -> Decoder {
     let weights = Weights::open(path).unwrap();
     let ranks = Arc::new(Ranks::new(world).unwrap());
     let placement = dealt(weights.spec().unwrap().moe.experts, ranks.count());
-    let parallel = ExpertParallel::new(ranks, on(placement)).unwrap();
+    // Where there are several ranks by turns at once and own rows first.
+    let overlap = if ranks.count() % 2 == 0 { 1 } else { usize::MAX };
+    let parallel = ExpertParallel::new(ranks, on(placement)).unwrap().with_overlap(overlap);
     Decoder::load(&weights, &options.clone().with_parallel(parallel)).unwrap()
 }
 

@@ -22,9 +22,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{self, Checkpoint, Metadata};
 use crate::error::{Error, Result};
-
-/// What `general.architecture` may be.
-const ARCHITECTURES: [&str; 7] = ["llama", "olmoe", "qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "granitemoe"];
+use crate::zoo;
 
 /// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
 const COUNTS: [(&str, &str); 6] = [
@@ -49,7 +47,7 @@ struct Architecture<'a> {
 /// The `config.json` of a GGUF file, for [`parse_config`](crate::zoo::parse_config).
 ///
 /// # Errors
-/// [`Error::UnknownName`] for an architecture that is not in [`ARCHITECTURES`], [`Error::Config`] for metadata that are missing, of
+/// [`Error::UnknownName`] for an architecture that no family in [`zoo::FAMILIES`] has, [`Error::Config`] for metadata that are missing, of
 /// another type, or of a model without experts; [`Error::Checkpoint`] where there are no embeddings, or where it is no GGUF file.
 pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
     let Some(metadata) = checkpoint.gguf() else {
@@ -137,15 +135,21 @@ pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
     Ok(Value::Object(config).to_string())
 }
 
-/// What `general.architecture` says, if it is one of [`ARCHITECTURES`].
+/// What `general.architecture` says, if a family in [`zoo::FAMILIES`] has it.
 pub(super) fn architecture(metadata: &Metadata) -> Result<&str> {
     let key = "general.architecture";
     let got = metadata.text(key)?.ok_or_else(|| metadata.error(key, "text", "nothing: the key is missing"))?;
-    if !ARCHITECTURES.contains(&got) {
-        let expected = ARCHITECTURES.join(", ");
-        return Err(Error::UnknownName { kind: "GGUF architecture", got: got.into(), expected });
+    let mut known: Vec<&str> = Vec::new();
+    known.extend(zoo::FAMILIES.iter().flat_map(|family| family.gguf));
+    known.dedup();
+    if known.contains(&got) {
+        return Ok(got);
     }
-    Ok(got)
+    let expected = known.join(", ");
+    Err(match zoo::lacking(got) {
+        Some(part) => metadata.error(key, &format!("one of {expected}"), &format!("{got}: there are no {part} here")),
+        None => Error::UnknownName { kind: "GGUF architecture", got: got.into(), expected },
+    })
 }
 
 impl Architecture<'_> {
