@@ -50,7 +50,7 @@ enum Kind {
 const COMMANDS: [&str; 9] = ["compare", "generate", "tune", "trace", "route", "replay", "place", "logits", "inspect"];
 
 /// Every option of every command.
-const OPTIONS: [(&str, Kind); 47] = [
+const OPTIONS: [(&str, Kind); 48] = [
     ("--admission", Kind::One(&["affinity", "all"])),
     ("--batch-tokens", Kind::Count),
     ("--batches", Kind::One(&["one-kind", "mixed"])),
@@ -66,6 +66,7 @@ const OPTIONS: [(&str, Kind); 47] = [
     ("--devices", Kind::Count),
     ("--dtype", Kind::One(&["f32", "bf16", "f16"])),
     ("--expert-cache", Kind::Bytes),
+    ("--expert-parallel", Kind::Flag),
     ("--ids", Kind::Counts),
     ("--ids-file", Kind::IdsFile),
     ("--json", Kind::Flag),
