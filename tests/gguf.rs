@@ -1,4 +1,5 @@
-//! GGUF files against Hugging Face transformers, goldens by `tests/goldens/make_gguf_goldens.py`; with experts in an expert cache and
+//! GGUF files against Hugging Face transformers, goldens by `tests/goldens/make_gguf_goldens.py`
+//! and, of files by llama.cpp's own converter, `make_converter_goldens.py`; with experts in an expert cache and
 //! without the same bits.
 #![cfg(feature = "model")]
 
@@ -12,7 +13,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// A file and the goldens of its model.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 11] = [
     ("llama", "zoo/mixtral/goldens.safetensors"),
     ("olmoe", "gguf/olmoe.goldens.safetensors"),
     ("qwen2moe", "zoo/qwen2_moe/goldens.safetensors"),
@@ -20,6 +21,9 @@ const FILES: [(&str, &str); 8] = [
     ("glm4moe", "zoo/glm4_moe/goldens.safetensors"),
     ("granitemoe", "zoo/granitemoe/goldens.safetensors"),
     ("deepseek2", "zoo/deepseek_v3/goldens.safetensors"),
+    ("deepseek2_glm4_moe_lite", "zoo/glm4_moe_lite/goldens.safetensors"),
+    ("minimax-m2", "zoo/minimax_m2/goldens.safetensors"),
+    ("gpt-oss", "zoo/gpt_oss/goldens.safetensors"),
     ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
 ];
 
@@ -93,5 +97,21 @@ fn experts_in_mxfp4_are_the_numbers_they_stand_for() {
             assert!(worst <= 2e-2, "prompt {prompt}: off by {worst}");
         }
         assert!(caches.iter().all(|cached| logits(cached, &ids) == ours), "prompt {prompt}: other bits from a cache");
+    }
+}
+
+/// gpt-oss as it is published: the blocks are those of the safetensors, in another order of nibbles, gate and up rows apart.
+#[test]
+fn gpt_oss_in_mxfp4_is_the_safetensors_that_it_was_converted_from() {
+    let (files, plain) = (open("gpt-oss_mxfp4"), Weights::open(&fixture("zoo/gpt_oss_mxfp4")).unwrap());
+    let decoders = [&files, &plain].map(|files| Decoder::load(files, &LoadOptions::default()).unwrap());
+    assert_eq!(files.expert_sizes().unwrap().dtypes, ["mxfp4"]);
+    let caches = [cached(&files, 1), cached(&files, 3)];
+    for (ids, _) in prompts("zoo/gpt_oss_mxfp4/goldens.safetensors") {
+        let [ours, expected] = [0, 1].map(|which| logits(&decoders[which], &ids));
+        let pairs = ours.iter().flatten().zip(expected.iter().flatten());
+        let worst = pairs.map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
+        assert!(worst <= 1e-5, "off by {worst}");
+        assert!(caches.iter().all(|cached| logits(cached, &ids) == ours), "other bits from a cache");
     }
 }

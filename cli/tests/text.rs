@@ -198,21 +198,24 @@ fn texts_and_prompts_come_from_a_fifo_too() {
 fn byte_pairs_are_those_of_their_split() {
     let golden: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(root().join("cli/tests/text/splits.json")).unwrap()).unwrap();
-    let list = |key: &str| -> Vec<String> { serde_json::from_value(golden[key].clone()).unwrap() };
-    let (tokens, merges, texts) = (list("tokens"), list("merges"), list("texts"));
-    let strings = |list: &[String]| Value::Array(list.iter().map(|text| Value::String(text.clone())).collect());
-    for (pre, expected) in golden["ids"].as_object().unwrap() {
-        let metadata = [
-            ("tokenizer.ggml.model", Value::String("gpt2".into())),
-            ("tokenizer.ggml.pre", Value::String(pre.clone())),
-            ("tokenizer.ggml.tokens", strings(&tokens)),
-            ("tokenizer.ggml.merges", strings(&merges)),
-        ];
-        let tokenizer = tokenizer_of(&metadata);
-        for (text, expected) in texts.iter().zip(expected.as_array().unwrap()) {
-            let expected: Vec<u32> = serde_json::from_value(expected.clone()).unwrap();
-            assert_eq!(tokenizer.encode(text.as_str(), false).unwrap().get_ids(), expected, "{pre}: {text}");
-            assert_eq!(&tokenizer.decode(&expected, true).unwrap(), text);
+    // Texts of all kinds, and such as few splits tell apart.
+    for golden in [&golden, &golden["capitals"]] {
+        let list = |key: &str| -> Vec<String> { serde_json::from_value(golden[key].clone()).unwrap() };
+        let (tokens, merges, texts) = (list("tokens"), list("merges"), list("texts"));
+        let strings = |list: &[String]| Value::Array(list.iter().map(|text| Value::String(text.clone())).collect());
+        for (pre, expected) in golden["ids"].as_object().unwrap() {
+            let metadata = [
+                ("tokenizer.ggml.model", Value::String("gpt2".into())),
+                ("tokenizer.ggml.pre", Value::String(pre.clone())),
+                ("tokenizer.ggml.tokens", strings(&tokens)),
+                ("tokenizer.ggml.merges", strings(&merges)),
+            ];
+            let tokenizer = tokenizer_of(&metadata);
+            for (text, expected) in texts.iter().zip(expected.as_array().unwrap()) {
+                let expected: Vec<u32> = serde_json::from_value(expected.clone()).unwrap();
+                assert_eq!(tokenizer.encode(text.as_str(), false).unwrap().get_ids(), expected, "{pre}: {text}");
+                assert_eq!(&tokenizer.decode(&expected, true).unwrap(), text);
+            }
         }
     }
 }

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -109,6 +110,15 @@ pub struct TensorEntry {
     pub source: usize,
     /// Where in that source they begin.
     pub offset: u64,
+}
+
+impl TensorEntry {
+    /// Which bytes are those of a row, and the row's shape; the first dimension counts rows.
+    pub(crate) fn row(&self, row: usize) -> Option<(Range<usize>, &[usize])> {
+        let (&rows, shape) = self.shape.split_first()?;
+        let bytes = self.bytes.checked_div(rows)?;
+        (row < rows).then_some((row * bytes..(row + 1) * bytes, shape))
+    }
 }
 
 /// A named [`ByteSource`] that can be read by several.

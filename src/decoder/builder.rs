@@ -49,6 +49,10 @@ impl CheckpointBackend {
                 let tensor = stored(&name)?;
                 (name, tensor)
             }
+            TensorSource::Row { name, row } => {
+                let tensor = self::row(&self.0, &name, row, dtype, device)?;
+                (name, tensor)
+            }
             TensorSource::InTurns { name, heads } => {
                 let tensor = halves_apart(&stored(&name)?, heads)?;
                 (name, tensor)
@@ -97,7 +101,9 @@ impl SimpleBackend for CheckpointBackend {
 
     fn contains_tensor(&self, name: &str) -> bool {
         match source(&self.0, name) {
-            Ok(TensorSource::Same(name) | TensorSource::InTurns { name, .. }) => self.has(&name),
+            Ok(TensorSource::Same(name) | TensorSource::InTurns { name, .. } | TensorSource::Row { name, .. }) => {
+                self.has(&name)
+            }
             Ok(TensorSource::KeysAndValues { joined, keys, .. }) => self.has(&joined) || self.has(&keys),
             Err(_) => false,
         }
@@ -139,6 +145,15 @@ fn whole(checkpoint: &Checkpoint, name: &str, dtype: DType, device: &Device) -> 
         }
     };
     Ok(tensor.to_dtype(dtype)?)
+}
+
+/// A row of a tensor by its name in the file.
+fn row(checkpoint: &Checkpoint, name: &str, row: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let entry = checkpoint.entry(name)?;
+    let (start, shape) = entry.row(row).ok_or_else(|| {
+        checkpoint.wrong(entry, name, format!("expected more than {row} rows of floats, got {:?}", entry.shape))
+    })?;
+    Ok(floats(checkpoint, entry, name, start.start, shape, device)?.to_dtype(dtype)?)
 }
 
 /// `shape` floats of a tensor from byte `start` on, in their dtype there, read where they stay: a tensor of the size of a vocabulary is

@@ -25,25 +25,38 @@ impl Weights {
     /// [`Error::Checkpoint`] where it is missing, of another shape or of another type; [`Error::Shape`] for one that a GGUF file holds in
     /// another form (queries, keys, values); [`Error::UnknownName`] and [`Error::Config`] as [`Weights::from_gguf`].
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let TensorSource::Same(stored) = self.source(name)? else {
-            return Err(Error::shape(format!("tensor `{name}`"), "one that lies as it is", "rows in another order"));
+        let (stored, row) = match self.source(name)? {
+            TensorSource::Same(stored) => (stored, None),
+            TensorSource::Row { name, row } => (name, Some(row)),
+            TensorSource::InTurns { .. } | TensorSource::KeysAndValues { .. } => {
+                let expected = "one that lies as it is";
+                return Err(Error::shape(format!("tensor `{name}`"), expected, "rows in another order"));
+            }
         };
         let checkpoint: &Checkpoint = self.checkpoint();
         let entry = checkpoint.entry(&stored)?;
+        let part = match row {
+            Some(row) => entry.row(row),
+            None => Some((0..entry.bytes, entry.shape.as_slice())),
+        };
         // Dimensions of 1 are not in a GGUF file.
         let long = |dims: &[usize]| dims.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
-        let fits = if checkpoint.gguf().is_some() { long(&entry.shape) == long(shape) } else { entry.shape == shape };
-        if !fits {
-            let detail = format!("expected shape {shape:?}, got {:?}", entry.shape);
+        let is_gguf = checkpoint.gguf().is_some();
+        let fits = |stored: &[usize]| if is_gguf { long(stored) == long(shape) } else { stored == shape };
+        let Some((bytes, _)) = part.filter(|(_, stored)| fits(stored)) else {
+            let of_row = row.map_or(String::new(), |row| format!(" in row {row}"));
+            let detail = format!("expected shape {shape:?}{of_row}, got {:?}", entry.shape);
             return Err(checkpoint.wrong(entry, &stored, detail));
-        }
+        };
         let dtype = dtype(entry.dtype).ok_or_else(|| {
             let expected = "F32, F16, BF16, q8_0, q4_K, q5_K, q6_K or mxfp4";
             checkpoint.wrong(entry, &stored, format!("expected dtype {expected}, got {:?}", entry.dtype))
         })?;
         let columns = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().product::<usize>() / columns.max(1);
-        Ok(Matrix::new(dtype, rows, columns, &checkpoint.read(&stored)?)?.to_f32())
+        let mut numbers = vec![0; bytes.len()];
+        checkpoint.read_part(entry, &stored, bytes.start, &mut numbers)?;
+        Ok(Matrix::new(dtype, rows, columns, &numbers)?.to_f32())
     }
 
     /// The experts of a layer that `moe` describes and whose tensors' names begin with `prefix` and a dot (`model.layers.3.mlp`), by id, read one

@@ -15,8 +15,8 @@ use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, RopeScaling, S
 pub(super) const FAMILY: Family = Family {
     name: "gpt_oss",
     models: "gpt-oss, experts as floats or in MXFP4",
-    gguf: &[],
-    checked: &["transformers"],
+    gguf: &["gpt-oss"],
+    checked: &["transformers", "llama.cpp"],
     reads: &["attention_bias", "layer_types", "swiglu_limit", "swiglu_alpha"],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),

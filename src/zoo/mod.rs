@@ -18,10 +18,12 @@ mod deepseek_v3;
 mod defaults;
 mod family;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granitemoe;
 mod known;
 mod lfm2_moe;
+mod minimax_m2;
 mod mixtral;
 mod olmoe;
 mod phimoe;
@@ -41,14 +43,16 @@ pub use family::Family;
 pub(crate) use family::lacking;
 
 /// All families, the one place where each is entered.
-pub const FAMILIES: [Family; 11] = [
+pub const FAMILIES: [Family; 13] = [
     olmoe::FAMILY,
     mixtral::FAMILY,
     qwen2_moe::FAMILY,
     qwen3_moe::FAMILY,
     deepseek_v2::FAMILY,
     deepseek_v3::FAMILY,
+    glm4_moe_lite::FAMILY,
     glm4_moe::FAMILY,
+    minimax_m2::FAMILY,
     granitemoe::FAMILY,
     gpt_oss::FAMILY,
     phimoe::FAMILY,

@@ -4,7 +4,7 @@
 
 Made with regex 2026.11.19 and nothing else: patterns are those of llama.cpp's `src/llama-vocab.cpp` (for `deepseek-llm`, whose
 list of letters it writes out, by the Unicode property that the list is of), pieces are merged by rank as GPT-2's encoder does. The vocabulary's pairs
-were counted over whole texts, so that they cross every boundary that a split may set. For `refact` and `glm4` the
+were counted over whole texts, so that they cross every boundary that a split may set. For `refact`, `gpt-4o` and `glm4` the
 same ids came from tokenizers 0.23.2 with the models' own pre-tokenizers (`Digits` and `ByteLevel`), which `--check` runs.
 """
 
@@ -23,11 +23,23 @@ TEXTS = [
     "12",
     " 7 77 777 7777",
 ]
+# Where capitals, contractions and slashes stand within words: few splits tell these apart.
+CAPITALS = [
+    "iPhone camelCaseWord HTTPServer aBcD DON'T don'T I'LL she'll",
+    "ΩμέγαΑβγ ЁжикЁЖ ǅungla éÉe\u0301E\u0301x हिन्दीA",
+    "src/lib.rs //\n/* a/b */\r\n12345/678",
+]
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 LLAMA_3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# As the tokenizer's own file has it, which llama.cpp quotes beside its approximation.
+GPT_4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WIDE = r"\s?[!-/:-~" + "\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 # Name, patterns, whether a whole word that is a token needs no merges.
 SPLITS = {
@@ -36,6 +48,8 @@ SPLITS = {
     "glm4": ([LLAMA_3], False),
     "chatglm-bpe": ([LLAMA_3], False),
     "refact": ([r"\p{N}", GPT_2], False),
+    "gpt-4o": ([GPT_4O], False),
+    "minimax-m2": ([GPT_4O], False),
     "deepseek-llm": ([r"[\r\n]", r"\s?" + CASED + "+", WIDE, r"\s+$", EAST_ASIAN, r"\p{N}+"], False),
     "deepseek-coder": ([r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", EAST_ASIAN, r"\p{N}"], False),
     "deepseek-v3": ([
@@ -62,8 +76,8 @@ def spelled(text):
     return [LETTERS[byte] for byte in text.encode()]
 
 
-def learned(count):
-    words, merges = [spelled(text) for text in TEXTS for _ in range(2)], []
+def learned(texts, count):
+    words, merges = [spelled(text) for text in texts for _ in range(2)], []
     for _ in range(count):
         pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
         pair = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -113,30 +127,40 @@ def encode(text, patterns, whole, ids, ranks):
     return out
 
 
-def check(tokens, merges, wanted):
+def check(texts, tokens, merges, wanted):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers as pre
 
     split = lambda pattern: pre.Split(Regex(pattern), "isolated")
     own = {
         "refact": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
+        "gpt-4o": pre.Sequence([split(GPT_4O.replace(CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)")), pre.ByteLevel(add_prefix_space=False, use_regex=False)]),
         "glm4": pre.Sequence([split(LLAMA_3.replace(CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)")), pre.ByteLevel(add_prefix_space=False, use_regex=False)]),
     }
     for name, pre_tokenizer in own.items():
+        if name not in wanted:
+            continue
         tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
         tokenizer.pre_tokenizer = pre_tokenizer
-        for text, ids in zip(TEXTS, wanted[name]):
+        for text, ids in zip(texts, wanted[name]):
             assert tokenizer.encode(text).ids == ids, (name, text)
     print("the same", file=sys.stderr)
 
 
-merges = learned(160)
-tokens = [LETTERS[byte] for byte in range(256)]
-for left, right in merges:
-    if left + right not in tokens:
-        tokens.append(left + right)
-ids, ranks = {token: id for id, token in enumerate(tokens)}, {pair: rank for rank, pair in enumerate(merges)}
-wanted = {name: [encode(text, *split, ids, ranks) for text in TEXTS] for name, split in SPLITS.items()}
-if "--check" in sys.argv:
-    check(tokens, merges, wanted)
-json.dump({"tokens": tokens, "merges": [" ".join(pair) for pair in merges], "texts": TEXTS, "ids": wanted}, sys.stdout, ensure_ascii=False)
+def goldens(texts, count, names):
+    merges = learned(texts, count)
+    tokens = [LETTERS[byte] for byte in range(256)]
+    for left, right in merges:
+        if left + right not in tokens:
+            tokens.append(left + right)
+    ids, ranks = {token: id for id, token in enumerate(tokens)}, {pair: rank for rank, pair in enumerate(merges)}
+    wanted = {name: [encode(text, *SPLITS[name], ids, ranks) for text in texts] for name in names}
+    if "--check" in sys.argv:
+        check(texts, tokens, merges, wanted)
+    return {"tokens": tokens, "merges": [" ".join(pair) for pair in merges], "texts": texts, "ids": wanted}
+
+
+all_splits = goldens(TEXTS, 160, [name for name in SPLITS if name not in ("gpt-4o", "minimax-m2")])
+capitals = goldens(CAPITALS, 90, ["gpt-4o", "minimax-m2", "llama-bpe"])
+assert capitals["ids"]["gpt-4o"] != capitals["ids"]["llama-bpe"]
+json.dump(all_splits | {"capitals": capitals}, sys.stdout, ensure_ascii=False)
 print()

@@ -37,6 +37,9 @@ impl Stored<'_> {
         match source(self.checkpoint, &vb.pp("weight").prefix())? {
             TensorSource::Same(name) => self.tensor(&name, &shape),
             TensorSource::KeysAndValues { joined, .. } => self.tensor(&joined, &shape),
+            TensorSource::Row { name, .. } => {
+                Err(Error::shape(format!("tensor `{name}`"), "a tensor of a linear layer", "rows of several"))
+            }
             TensorSource::InTurns { name, heads } => {
                 let stored = self.tensor(&name, &shape)?;
                 let (rows, pairs) = (shape[0], shape[0] / heads.max(1) / 2);

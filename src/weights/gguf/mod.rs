@@ -6,7 +6,9 @@
 //! | `olmoe` | `olmoe` |
 //! | `qwen2moe`, `qwen3moe`, `glm4moe` | `qwen2_moe`, `qwen3_moe`, `glm4_moe` |
 //! | `granitemoe` | `granitemoe` |
-//! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids |
+//! | `minimax-m2` | `minimax_m2` |
+//! | `gpt-oss` | `gpt_oss` |
+//! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids, GLM-4.7-Flash among them, which computes the same |
 //!
 //! What a file does not say is as llama.cpp has it: positions, whether weights are normalised, that experts have no groups; what
 //! llama.cpp requires must be there. Keys, names and what is done to the tensors on the way into a file: llama.cpp's `conversion/` and
@@ -101,17 +103,33 @@ pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
             set("first_k_dense_replace", json!(source.count("leading_dense_block_count")?));
             set("attention_bias", json!(source.has("blk.0.attn_q.bias")));
             set("use_qk_norm", json!(source.has("blk.0.attn_q_norm.weight")));
-            let head = source.head()?;
-            let rotated = source.count("rope.dimension_count")?.unwrap_or(head);
-            if rotated == 0 || rotated > head || !rotated.is_multiple_of(2) {
-                let expected = format!("an even part of the head's {head}");
-                return Err(metadata.error(&source.key("rope.dimension_count"), &expected, &rotated.to_string()));
-            }
-            set("partial_rotary_factor", json!(rotated as f64 / head.max(1) as f64));
+            set("partial_rotary_factor", json!(source.rotated_share()?));
             let groups = source.groups()?;
             set("n_group", json!(groups.0));
             set("topk_group", json!(groups.1));
             set(key, json!(norm.unwrap_or(false)));
+        }
+        "minimax-m2" => {
+            // llama.cpp has no other, and no default.
+            let function = source.required("expert_gating_func")?;
+            if function != SIGMOID {
+                let key = source.key("expert_gating_func");
+                return Err(metadata.error(&key, "2 (sigmoid)", &function.to_string()));
+            }
+            set("model_type", json!("minimax_m2"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("partial_rotary_factor", json!(source.rotated_share()?));
+        }
+        "gpt-oss" => {
+            set("model_type", json!("gpt_oss"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("sliding_window", json!(source.required("attention.sliding_window")?));
+            let pattern = source.key("attention.sliding_window_pattern");
+            if metadata.get(&pattern).is_some_and(|pattern| *pattern != checkpoint::metadata::Value::Integer(2)) {
+                return Err(metadata.error(&pattern, "nothing or 2", "another pattern"));
+            }
         }
         "granitemoe" => {
             if let Some(shared) = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0) {
@@ -183,6 +201,18 @@ impl Architecture<'_> {
         Ok(self.count("attention.key_length")?.or(hidden.checked_div(heads)).unwrap_or(0))
     }
 
+    /// How much of a head is rotated, where that may be a part.
+    fn rotated_share(&self) -> Result<f64> {
+        const NAME: &str = "rope.dimension_count";
+        let head = self.head()?;
+        let rotated = self.count(NAME)?.unwrap_or(head);
+        if rotated == 0 || rotated > head || !rotated.is_multiple_of(2) {
+            let expected = format!("an even part of the head's {head}");
+            return Err(self.metadata.error(&self.key(NAME), &expected, &rotated.to_string()));
+        }
+        Ok(rotated as f64 / head.max(1) as f64)
+    }
+
     /// Blocks without those that predict further tokens.
     fn blocks(&self) -> Result<usize> {
         let extra = self.count("nextn_predict_layers")?.unwrap_or(0);
@@ -207,7 +237,7 @@ impl Architecture<'_> {
             "qwen2moe" | "qwen3moe" => {
                 width.and_then(|width| width.checked_div(self.count("expert_used_count").ok()??))
             }
-            "deepseek2" | "glm4moe" => Some(self.required("expert_feed_forward_length")?),
+            "deepseek2" | "glm4moe" | "minimax-m2" | "gpt-oss" => Some(self.required("expert_feed_forward_length")?),
             _ => width,
         })
     }
@@ -257,7 +287,7 @@ impl Architecture<'_> {
         if self.architecture != "deepseek2" {
             config.insert("head_dim".into(), json!(self.count("attention.key_length")?));
             let head = self.head()?;
-            let turned_in_part = self.architecture == "glm4moe";
+            let turned_in_part = ["glm4moe", "minimax-m2"].contains(&self.architecture);
             for name in ["attention.value_length", "rope.dimension_count"] {
                 let differs = |other: &usize| *other != head && !(turned_in_part && name.starts_with("rope"));
                 if let Some(other) = self.count(name)?.filter(differs) {
@@ -290,7 +320,11 @@ impl Architecture<'_> {
                 let expected = "1 (softmax) or 2 (sigmoid)";
                 return Err(self.metadata.error(&self.key("expert_gating_func"), expected, &other.to_string()));
             }
-            None => false,
+            // As llama.cpp has it: files of GLM-4.7-Flash from before it wrote the key.
+            None => {
+                let sizes = (self.blocks()?, self.checkpoint.entry("token_embd.weight")?.shape[0]);
+                matches!(sizes, (47 | 48, 154_880))
+            }
         };
         // transformers has no softmax beside a bias, and no model has.
         if biased && !sigmoid {

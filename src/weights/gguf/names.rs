@@ -20,6 +20,13 @@ pub(crate) enum TensorSource {
         /// How many heads there are.
         heads: usize,
     },
+    /// In a row of this one.
+    Row {
+        /// Its name.
+        name: String,
+        /// Which of its rows.
+        row: usize,
+    },
     /// In one, or split into keys `[heads, rank, width]` and values `[heads, width, rank]`.
     KeysAndValues {
         /// Both in one, as transformers has them.
@@ -32,7 +39,7 @@ pub(crate) enum TensorSource {
 }
 
 /// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
-const BLOCK: [(&str, &str); 24] = [
+const BLOCK: [(&str, &str); 26] = [
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("self_attn.q_proj", "attn_q"),
@@ -48,6 +55,7 @@ const BLOCK: [(&str, &str); 24] = [
     ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
     ("self_attn.kv_b_proj", "attn_kv_b"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.router", "ffn_gate_inp"),
     ("mlp.router.layer", "ffn_gate_inp"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
@@ -57,6 +65,7 @@ const BLOCK: [(&str, &str); 24] = [
     ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
     ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
     ("mlp.gate.e_score_correction_bias", "exp_probs_b"),
+    ("mlp.e_score_correction_bias", "exp_probs_b"),
 ];
 
 /// Tensors outside blocks.
@@ -90,7 +99,8 @@ impl TensorNames {
             }
             _ => None,
         };
-        Ok(Self { in_turns, ffn_norm: if architecture == "glm4moe" { "post_attention_norm" } else { "ffn_norm" } })
+        let after_attention = ["glm4moe", "gpt-oss"].contains(&architecture);
+        Ok(Self { in_turns, ffn_norm: if after_attention { "post_attention_norm" } else { "ffn_norm" } })
     }
 
     /// Where the tensor is that transformers calls `name`; `None` for one that no file has.
@@ -100,6 +110,17 @@ impl TensorNames {
         }
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let rest = rest.replace("block_sparse_moe.", "mlp.").replace(".shared_experts.", ".shared_expert.");
+        if let Some((id, part)) = rest.strip_prefix("mlp.experts.").and_then(|rest| rest.split_once('.')) {
+            // Of experts themselves slices say where they are.
+            let part = part.strip_suffix("_proj.bias")?;
+            return Some(TensorSource::Row {
+                name: format!("blk.{block}.ffn_{part}_exps.bias"),
+                row: id.parse().ok()?,
+            });
+        }
+        if rest == "self_attn.sinks" {
+            return Some(TensorSource::Same(format!("blk.{block}.attn_sinks.weight")));
+        }
         let (stem, kind) = match rest.rsplit_once('.') {
             Some((stem, kind @ ("weight" | "bias"))) => (stem, kind),
             _ => (rest.as_str(), "bias"),
@@ -183,6 +204,11 @@ mod tests {
         assert_eq!(names.source("model.layers.3.self_attn.q_proj.bias"), same("blk.3.attn_q.bias"));
         let norm = names.source("model.layers.3.post_attention_layernorm.weight");
         assert_eq!(norm, same("blk.3.post_attention_norm.weight"));
+        assert_eq!(names.source("model.layers.3.self_attn.sinks"), same("blk.3.attn_sinks.weight"));
+        let bias = names.source("model.layers.3.mlp.experts.7.up_proj.bias");
+        assert_eq!(bias, Some(TensorSource::Row { name: "blk.3.ffn_up_exps.bias".into(), row: 7 }));
+        let bias = names.source("model.layers.3.block_sparse_moe.e_score_correction_bias");
+        assert_eq!(bias, same("blk.3.exp_probs_b.bias"));
         assert!(names.source("model.layers.3.mlp.experts.0.up_proj.weight").is_none());
         assert!(names.source("model.layers").is_none() && names.source("").is_none());
     }

@@ -54,6 +54,8 @@ impl Architecture<'_> {
                 for (name, key) in TURNS {
                     set(key, json!(self.positive(&format!("rope.scaling.{name}"))?));
                 }
+                // The model's own, of which the file cannot say it; llama.cpp begins and ends at whole rotations there too.
+                set("truncate", json!(self.architecture != "gpt-oss"));
                 set("attention_factor", json!(self.rotation_scale(factor)?));
                 set("mscale_all_dim", json!(self.log_multiplier(factor)?));
             }

@@ -69,7 +69,7 @@ const WIDE_PUNCTUATION: &str =
 const EAST_ASIAN: &str = "[\u{4E00}-\u{9FA5}\u{800}-\u{4E00}\u{AC00}-\u{D7FF}]+";
 
 /// As in the models' own `tokenizer.json`, or where they have more than tokenizers need in llama.cpp (`llama-vocab.cpp`).
-const SPLITS: [Split; 9] = [
+const SPLITS: [Split; 10] = [
     Split { names: &["gpt-2"], composed: false, patterns: &[], whole_words: false },
     Split { names: &["olmo"], composed: true, patterns: &[], whole_words: false },
     Split {
@@ -87,6 +87,17 @@ const SPLITS: [Split; 9] = [
         names: &["refact", "starcoder", "smollm"],
         composed: false,
         patterns: &[r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"],
+        whole_words: false,
+    },
+    // gpt-oss: capitals begin a word.
+    Split {
+        names: &["gpt-4o", "minimax-m2"],
+        composed: false,
+        patterns: &[concat!(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )],
         whole_words: false,
     },
     Split {

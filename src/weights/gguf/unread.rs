@@ -19,25 +19,25 @@ const NUMBERS: [(&str, &[f64], &[&str]); 16] = [
     ("expert_group_count", &[0.0, 1.0], &["deepseek2", "glm4moe"]),
     ("nextn_predict_layers", &[0.0], &["deepseek2", "glm4moe"]),
     // 1 is softmax, 2 sigmoid.
-    ("expert_gating_func", &[0.0, 1.0], &["deepseek2", "glm4moe"]),
+    ("expert_gating_func", &[0.0, 1.0], &["deepseek2", "glm4moe", "minimax-m2"]),
     ("expert_gating_func", &[0.0, 2.0], &["llama", "olmoe", "qwen2moe", "qwen3moe", "granitemoe", "deepseek2"]),
     ("rope.freq_base_swa", &[0.0], &[]),
 ];
 
 /// Parts of a block, and the architectures that read them.
 const TENSORS: [(&str, &[&str]); 14] = [
-    ("attn_q.bias", &["qwen2moe", "qwen3moe", "glm4moe"]),
-    ("attn_k.bias", &["qwen2moe", "qwen3moe", "glm4moe"]),
-    ("attn_v.bias", &["qwen2moe", "qwen3moe", "glm4moe"]),
-    ("attn_output.bias", &["qwen3moe"]),
-    ("attn_q_norm.weight", &["olmoe", "qwen3moe", "glm4moe"]),
-    ("attn_k_norm.weight", &["olmoe", "qwen3moe", "glm4moe"]),
-    ("attn_sinks.weight", &[]),
-    ("exp_probs_b.bias", &["deepseek2", "glm4moe"]),
-    ("ffn_gate_inp.bias", &[]),
-    ("ffn_gate_exps.bias", &[]),
-    ("ffn_up_exps.bias", &[]),
-    ("ffn_down_exps.bias", &[]),
+    ("attn_q.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
+    ("attn_k.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
+    ("attn_v.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
+    ("attn_output.bias", &["qwen3moe", "gpt-oss"]),
+    ("attn_q_norm.weight", &["olmoe", "qwen3moe", "glm4moe", "minimax-m2"]),
+    ("attn_k_norm.weight", &["olmoe", "qwen3moe", "glm4moe", "minimax-m2"]),
+    ("attn_sinks.weight", &["gpt-oss"]),
+    ("exp_probs_b.bias", &["deepseek2", "glm4moe", "minimax-m2"]),
+    ("ffn_gate_inp.bias", &["gpt-oss"]),
+    ("ffn_gate_exps.bias", &["gpt-oss"]),
+    ("ffn_up_exps.bias", &["gpt-oss"]),
+    ("ffn_down_exps.bias", &["gpt-oss"]),
     ("ffn_gate_inp_shexp.weight", &["qwen2moe"]),
     ("ffn_up_shexp.weight", &["qwen2moe", "deepseek2", "glm4moe"]),
 ];
@@ -66,7 +66,8 @@ impl Architecture<'_> {
         if self.architecture == "granitemoe" && self.flag("rope.scaling.finetuned")? == Some(false) {
             return Err(self.metadata.error(&self.key("rope.scaling.finetuned"), "true", "false"));
         }
-        if let Some(window) = self.count("attention.sliding_window")?.filter(|&window| window > 0) {
+        let window = self.count("attention.sliding_window")?.filter(|&window| window > 0);
+        if let Some(window) = window.filter(|_| self.architecture != "gpt-oss") {
             let context = self.required("context_length")?;
             if window < context {
                 let expected = format!("nothing or at least the context length {context}");

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[3]
 sys.path.insert(0, str(ROOT / "tests/goldens"))
 from llama_cpp_logits import logits  # noqa: E402
 
@@ -173,7 +173,7 @@ def main() -> None:
         if "tensor" not in row:
             continue
         (file,) = row["files"].values()
-        arch = Path(file["gguf"]).stem
+        arch = Path(file["gguf"]).stem.split("_")[0]
         extra = {"tokenizer.ggml.model": {"string": "none"}, f"{arch}.vocab_size": {"u32": VOCABULARY}}
         with tempfile.NamedTemporaryFile(suffix=".gguf") as temporary:
             data = (ROOT / file["gguf"]).read_bytes()
