@@ -7,17 +7,18 @@ use super::defaults::Defaults;
 use super::family::{Decoder, Family};
 use super::rope;
 use super::transformer;
+use super::window;
 use crate::error::Result;
 use crate::experts::activation::Activation;
 use crate::routing::scores::Scoring;
-use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, RopeScaling, SlidingWindow, Yarn};
+use crate::spec::{AttentionBias, ExpertNames, ModelSpec, MoeSpec, RopeScaling, Yarn};
 
 pub(super) const FAMILY: Family = Family {
     name: "gpt_oss",
     models: "gpt-oss, experts as floats or in MXFP4",
     gguf: &["gpt-oss"],
     checked: &["transformers", "llama.cpp"],
-    reads: &["attention_bias", "layer_types", "swiglu_limit", "swiglu_alpha"],
+    reads: &["attention_bias", "layer_types", window::KEY, "swiglu_limit", "swiglu_alpha"],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),
 };
@@ -52,7 +53,8 @@ fn model_spec(config: &Config) -> Result<ModelSpec> {
             _ => AttentionBias::All,
         },
         sinks: true,
-        window: window(config, spec.layers)?,
+        // Every other block from the first on.
+        window: window::by_block(config, spec.layers, spec.max_positions, |block| block.is_multiple_of(2), 128)?,
         ..spec
     })
 }
@@ -68,32 +70,4 @@ fn usual_yarn() -> Yarn {
         score_scale: 1.0,
         whole_rotations: false,
     }
-}
-
-/// Blocks with a window: those that `layer_types` says, or every other from the first on.
-fn window(config: &Config, layers: usize) -> Result<SlidingWindow> {
-    const KEY: &str = "layer_types";
-    let kinds = config.optional_strings(KEY)?;
-    if let Some(kinds) = kinds.as_ref().filter(|kinds| kinds.len() != layers) {
-        let expected = format!("one for each of num_hidden_layers {layers}");
-        return Err(config.error(KEY, &expected, &kinds.len().to_string()));
-    }
-    let kind = |block: usize| match &kinds {
-        Some(kinds) => kinds[block],
-        None if block.is_multiple_of(2) => "sliding_attention",
-        None => "full_attention",
-    };
-    let mut blocks = Vec::new();
-    for block in 0..layers {
-        match kind(block) {
-            "sliding_attention" => blocks.push(block),
-            "full_attention" => {}
-            other => return Err(config.error(KEY, "sliding_attention or full_attention", other)),
-        }
-    }
-    let positions = match blocks.is_empty() {
-        true => 0,
-        false => config.optional_size("sliding_window")?.unwrap_or(128),
-    };
-    Ok(SlidingWindow { blocks, positions })
 }

@@ -5,6 +5,7 @@ use super::config::Config;
 use super::defaults::Defaults;
 use super::family::{Decoder, Family};
 use super::transformer;
+use super::window;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ExpertNames, ModelSpec, MoeSpec};
@@ -14,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     models: "Mixtral",
     gguf: &["llama"],
     checked: &["transformers", "llama.cpp"],
-    reads: &[],
+    reads: &[window::KEY],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),
 };
@@ -33,5 +34,6 @@ fn moe_spec(config: &Config) -> Result<MoeSpec> {
 fn model_spec(config: &Config) -> Result<ModelSpec> {
     let defaults = Defaults::new(1e-5, 1e6, 131_072);
     let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
-    Ok(ModelSpec { ffn: "block_sparse_moe".into(), ..spec })
+    let window = window::everywhere(config, spec.layers, spec.max_positions, None)?;
+    Ok(ModelSpec { ffn: "block_sparse_moe".into(), window, ..spec })
 }

@@ -9,7 +9,7 @@
 //! # Ok::<(), phase_moe::Error>(())
 //! ```
 //!
-//! To add one: a file beside these, its line in [`FAMILIES`], and a golden from `tests/goldens/make_zoo_goldens.py`.
+//! To add one: a file beside these, its line in [`FAMILIES`], and a golden from `tests/goldens/make_zoo_goldens.py` (docs/add-a-family.md).
 
 mod config;
 mod deepseek;
@@ -34,6 +34,7 @@ pub(crate) mod rope;
 #[cfg(test)]
 mod tests;
 mod transformer;
+mod window;
 
 use crate::error::Result;
 use crate::spec::{ModelSpec, MoeSpec};

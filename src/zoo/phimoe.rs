@@ -7,6 +7,7 @@ use super::defaults::Defaults;
 use super::family::{Decoder, Family};
 use super::mixtral;
 use super::transformer;
+use super::window;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{ModelSpec, MoeSpec, Norm};
@@ -16,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
     models: "Phi-3.5-MoE",
     gguf: &[],
     checked: &["transformers"],
-    reads: &["attention_bias", "lm_head_bias"],
+    reads: &["attention_bias", "lm_head_bias", window::KEY],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),
 };
@@ -37,6 +38,7 @@ fn model_spec(config: &Config) -> Result<ModelSpec> {
     let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     Ok(ModelSpec {
         norm: Norm::Layer,
+        window: window::everywhere(config, spec.layers, spec.max_positions, None)?,
         attention_bias: transformer::attention_bias(config)?,
         output_bias: config.optional_flag("lm_head_bias")?.unwrap_or(false),
         ffn: "block_sparse_moe".into(),

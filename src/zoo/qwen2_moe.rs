@@ -5,6 +5,7 @@ use super::config::Config;
 use super::defaults::Defaults;
 use super::family::{Decoder, Family};
 use super::transformer;
+use super::window;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
 use crate::spec::{AttentionBias, ModelSpec, MoeSpec, SharedExperts};
@@ -14,7 +15,14 @@ pub(super) const FAMILY: Family = Family {
     models: "Qwen1.5-MoE, Qwen2-MoE",
     gguf: &["qwen2moe"],
     checked: &["transformers", "llama.cpp"],
-    reads: &["qkv_bias", "shared_expert_intermediate_size", "norm_topk_prob"],
+    reads: &[
+        "qkv_bias",
+        "shared_expert_intermediate_size",
+        "norm_topk_prob",
+        "layer_types",
+        "use_sliding_window",
+        window::KEY,
+    ],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),
 };
@@ -33,5 +41,13 @@ fn model_spec(config: &Config) -> Result<ModelSpec> {
         true => AttentionBias::Inputs,
         false => AttentionBias::None,
     };
-    Ok(ModelSpec { attention_bias, dense: transformer::qwen_dense_blocks(config, spec.layers)?, ..spec })
+    let window = match config.optional_flag("use_sliding_window")?.unwrap_or(false) {
+        true => {
+            let first = config.optional_size("max_window_layers")?.unwrap_or(28);
+            let unsaid = |block: usize| block.is_multiple_of(2) && block < first;
+            window::by_block(config, spec.layers, spec.max_positions, unsaid, 4096)?
+        }
+        false => window::nowhere(config)?,
+    };
+    Ok(ModelSpec { attention_bias, dense: transformer::qwen_dense_blocks(config, spec.layers)?, window, ..spec })
 }

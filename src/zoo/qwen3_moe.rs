@@ -5,16 +5,17 @@ use super::config::Config;
 use super::defaults::Defaults;
 use super::family::{Decoder, Family};
 use super::transformer;
+use super::window;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
-use crate::spec::{ModelSpec, MoeSpec, QkNorm};
+use crate::spec::{ModelSpec, MoeSpec, QkNorm, SlidingWindow};
 
 pub(super) const FAMILY: Family = Family {
     name: "qwen3_moe",
     models: "Qwen3-MoE, Qwen3-Coder-30B-A3B",
     gguf: &["qwen3moe"],
     checked: &["transformers", "llama.cpp"],
-    reads: &["attention_bias", "use_qk_norm", "norm_topk_prob"],
+    reads: &["attention_bias", "use_qk_norm", "norm_topk_prob", "use_sliding_window", window::KEY],
     moe: moe_spec,
     decoder: Decoder::Whole(model_spec),
 };
@@ -31,5 +32,9 @@ fn model_spec(config: &Config) -> Result<ModelSpec> {
     let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, defaults)?;
     let attention_bias = transformer::attention_bias(config)?;
     let dense = transformer::qwen_dense_blocks(config, spec.layers)?;
-    Ok(ModelSpec { qk_norm: Some(QkNorm::PerHead), attention_bias, dense, ..spec })
+    let window = match config.optional_flag("use_sliding_window")?.unwrap_or(false) {
+        true => window::everywhere(config, spec.layers, spec.max_positions, Some(4096))?,
+        false => SlidingWindow::default(),
+    };
+    Ok(ModelSpec { qk_norm: Some(QkNorm::PerHead), attention_bias, dense, window, ..spec })
 }

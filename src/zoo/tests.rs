@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::routing::{GroupLimit, GroupScore};
-use crate::spec::{AttentionBias, RopeScaling};
+use crate::spec::{AttentionBias, RopeScaling, SlidingWindow};
 use crate::zoo::{FAMILIES, Family, parse_config, parse_moe_config};
 use crate::{Error, ModelSpec, Result, Scoring};
 use serde_json::{Value, json};
@@ -60,9 +60,21 @@ fn a_missing_null_or_mistyped_key_is_named() {
 fn contradictory_keys_and_what_no_decoder_does_are_refused() {
     let cases = [
         ("mixtral", "num_experts_per_tok", json!(7), "at most num_local_experts 6, got 7"),
-        ("mixtral", "sliding_window", json!(63), "null or at least max_position_embeddings 64, got 63"),
+        ("granitemoe", "sliding_window", json!(63), "null or at least max_position_embeddings 64, got 63"),
         ("mixtral", "hidden_act", json!("gelu"), "silu, got gelu"),
-        ("qwen2_moe", "use_sliding_window", json!(true), "false, got true"),
+        (
+            "qwen2_moe",
+            "layer_types",
+            json!(["full_attention", "sliding_attention", "full_attention"]),
+            "full_attention in all blocks, got sliding_attention",
+        ),
+        ("minimax_m2", "use_routing_bias", json!(false), "true, got false"),
+        ("minimax_m2", "scoring_func", json!("softmax"), "sigmoid, got softmax"),
+        ("minimax_m2", "attn_type_list", json!([1, 0]), "1 in all blocks, got 0"),
+        ("minimax_m2", "qk_norm_type", json!("per_head"), "per_layer, got per_head"),
+        ("glm4_moe_lite", "mlp_layer_types", json!(["dense", "sparse"]), "one for each of num_hidden_layers 3, got 2"),
+        ("glm4_moe_lite", "mlp_layer_types", json!(["dense", "sparse", "moe"]), "dense or sparse, got moe"),
+        ("glm4_moe_lite", "mlp_layer_types", json!(vec!["dense"; 3]), "at least one block with experts, got none"),
         ("qwen3_moe", "mlp_only_layers", json!([4]), "blocks of num_hidden_layers 4, got 4"),
         ("qwen3_moe", "mlp_only_layers", json!([-1]), "a list of integers, at least 0, got [-1]"),
         ("deepseek_v2", "topk_method", json!("noaux_tc"), "greedy or group_limited_greedy, got noaux_tc"),
@@ -92,7 +104,6 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
             json!({"type": "yarn"}),
             "rope_type default or longrope, as this family has, got yarn",
         ),
-        ("phimoe", "sliding_window", json!(63), "null or at least max_position_embeddings 64, got 63"),
     ];
     for (family, key, value, expected) in cases {
         assert_eq!(message(family, key, value), format!("config.json: key `{key}`: expected {expected}"), "{family}");
@@ -164,6 +175,16 @@ fn the_readme_lists_the_families_of_the_table() {
     }
 }
 
+/// The guide's example is a file that compiles.
+#[test]
+fn the_guide_shows_a_file_as_it_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let guide = std::fs::read_to_string(root.join("docs/add-a-family.md")).unwrap();
+    let (_, rest) = guide.split_once("```rust,ignore\n").unwrap();
+    let (shown, _) = rest.split_once("```").unwrap();
+    assert!(shown == std::fs::read_to_string(root.join("src/zoo/mixtral.rs")).unwrap(), "expected src/zoo/mixtral.rs");
+}
+
 /// What the table says is checked is: each family has goldens, each architecture a file of them, and llama.cpp's logits where it says so.
 #[test]
 fn what_the_table_says_is_checked_is() {
@@ -212,7 +233,38 @@ fn absent_keys_mean_what_the_family_means_by_them() {
     assert!(whole.window.blocks.is_empty());
     let phi = parse("phimoe", &[null("router_jitter_noise"), null("attention_bias"), null("lm_head_bias")]).unwrap();
     assert_eq!((phi.moe.scoring, phi.output_bias), (Scoring::sparse_mixer(0.01), false));
-    assert_eq!(parse("mixtral", &[("sliding_window", json!(64))]).unwrap().ffn, "block_sparse_moe");
+    let lite = parse("glm4_moe_lite", &[null("mlp_layer_types")]).unwrap();
+    assert_eq!((lite.dense.blocks.as_slice(), lite.moe.scoring.scale), ([0].as_slice(), 1.8));
+    let between = json!(["sparse", "dense", "sparse"]);
+    assert_eq!(parse("glm4_moe_lite", &[("mlp_layer_types", between)]).unwrap().dense.blocks, [1]);
+    // The published files say how much of a head is rotated by its width.
+    let minimax = parse("minimax_m2", &[null("rope_parameters"), ("rotary_dim", json!(4))]).unwrap();
+    assert_eq!((minimax.rotary_dim, minimax.rope_theta), (4, 5e6));
+}
+
+#[test]
+fn windows_are_in_the_blocks_that_the_family_says() {
+    let window = |family: &str, keys: &[(&str, Value)]| {
+        let SlidingWindow { blocks, positions } = parse(family, keys).unwrap().window;
+        (blocks, positions)
+    };
+    let none = (vec![], 0);
+    assert_eq!(window("mixtral", &[("sliding_window", json!(63))]), (vec![0, 1], 63));
+    // No position is out of sight.
+    assert_eq!(window("mixtral", &[("sliding_window", json!(64))]), none);
+    assert_eq!(window("phimoe", &[("sliding_window", json!(5))]), (vec![0, 1], 5));
+    let sliding = ("use_sliding_window", json!(true));
+    assert_eq!(window("qwen3_moe", &[("sliding_window", json!(5))]), none);
+    assert_eq!(window("qwen3_moe", &[sliding.clone(), ("sliding_window", json!(5))]), (vec![0, 1, 2, 3], 5));
+    assert_eq!(window("qwen3_moe", &[sliding.clone(), ("sliding_window", Value::Null)]), none);
+    let five = ("sliding_window", json!(5));
+    assert_eq!(window("qwen2_moe", std::slice::from_ref(&five)), none);
+    let unsaid = ("layer_types", Value::Null);
+    assert_eq!(window("qwen2_moe", &[sliding.clone(), five.clone(), unsaid.clone()]), (vec![0, 2], 5));
+    let first = ("max_window_layers", json!(1));
+    assert_eq!(window("qwen2_moe", &[sliding.clone(), five.clone(), unsaid, first]), (vec![0], 5));
+    let said = ("layer_types", json!(["full_attention", "sliding_attention", "full_attention"]));
+    assert_eq!(window("qwen2_moe", &[sliding, five, said]), (vec![1], 5));
 }
 
 #[test]

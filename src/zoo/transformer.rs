@@ -7,6 +7,7 @@ use super::defaults::Defaults;
 use super::family::Family;
 use super::known;
 use super::rope;
+use super::window;
 use crate::error::Result;
 use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow};
 
@@ -28,9 +29,8 @@ pub(super) fn model_spec(config: &Config, family: &Family, moe: MoeSpec, default
     }
     let head_dim = head_dim(config, moe.hidden, heads)?;
     let positions = rope::positions(config, head_dim, &defaults)?;
-    // Qwen's have it behind a flag that is refused.
-    if !["gpt_oss", "qwen2_moe", "qwen3_moe"].contains(&family.name) {
-        refuse_sliding_window(config, positions.longest)?;
+    if !family.reads.contains(&window::KEY) {
+        window::refuse(config, positions.longest)?;
     }
     Ok(ModelSpec {
         family: family.name,
@@ -129,15 +129,4 @@ pub(super) fn dense_blocks(config: &Config, key: &str, blocks: Vec<usize>, layer
     }
     let width = if blocks.is_empty() { 0 } else { config.size("intermediate_size")? };
     Ok(DenseBlocks { blocks, width })
-}
-
-/// Refuses attention that looks back less far than the model's positions, which nothing here does.
-fn refuse_sliding_window(config: &Config, positions: usize) -> Result<()> {
-    match config.optional_size("sliding_window")? {
-        Some(window) if window < positions => {
-            let expected = format!("null or at least max_position_embeddings {positions}");
-            Err(config.error("sliding_window", &expected, &window.to_string()))
-        }
-        _ => Ok(()),
-    }
 }

@@ -98,6 +98,20 @@ CASES = {
     "gpt_oss_linear": ("gpt_oss", {"rope_parameters": None, "rope_theta": 20.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "gpt_oss_plain": ("gpt_oss", {"rope_parameters": "{}"}),
     "gpt_oss_usual": ("gpt_oss", {"rope_parameters": None, "rope_theta": 20.0}),
+    "mixtral_window": ("mixtral", {"sliding_window": 5}),
+    "phimoe_window": ("phimoe", {"sliding_window": 3}),
+    "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}),
+    "qwen2_moe_window": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "layer_types": None}),
+    "minimax_m2_rotary_dim": ("minimax_m2", {"rope_parameters": None, "rope_theta": 700.0, "rotary_dim": 4}),
+    "glm4_moe_lite_yarn": (
+        "glm4_moe_lite",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 20.0,
+                "mscale": 0.8, "mscale_all_dim": 0.5,
+            }
+        },
+    ),
     "granitemoe_linear": ("granitemoe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
 }
 
