@@ -69,8 +69,7 @@ impl Trace {
         }
         let scoring = self::scoring(scoring, normalize, scale, groups)?;
         let (model, layer_top_k, batch_tokens, kinds) = (None, Vec::new(), None, None);
-        let trace =
-            GateTrace { model, experts, top_k, layer_top_k, scoring, batch_tokens, token_ids, kinds, layers };
+        let trace = GateTrace { model, experts, top_k, layer_top_k, scoring, batch_tokens, token_ids, kinds, layers };
         Ok(Self { trace })
     }
 

@@ -279,6 +279,40 @@ fn a_rank_holds_its_own_experts_and_its_cache_reads_no_others() {
 }
 
 #[test]
+fn rows_travel_in_the_dtype_of_activations() {
+    let path = root("models/tiny-moe");
+    let weights = Weights::open(&path).unwrap();
+    let mut floats = [None; 2];
+    // Means: where rounding turns a choice of experts, single logits are far off.
+    for (dtype, most) in [(DType::F32, 1e-5), (DType::BF16, 0.02), (DType::F16, 0.001)] {
+        let options = LoadOptions::default().with_dtype(dtype);
+        let plain = Decoder::load(&weights, &options).unwrap();
+        // Split, and whole.
+        for sequences in [2, 1] {
+            let ids: Vec<Vec<u32>> = (0..sequences).map(|seed| ids(500, seed, 40)).collect();
+            let batch = Batch::new(&ids.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+            let expected = values(&plain.forward(&batch, &mut plain.batch_state()).unwrap());
+            let done = each(Thread::ranks(2), |world| {
+                let decoder = over(world, &path, &options);
+                let own = decoder.own_sequences(&batch);
+                let logits = values(&decoder.forward(&batch, &mut decoder.batch_state()).unwrap());
+                (own, logits, decoder.parallel().unwrap().totals().bytes)
+            });
+            for (own, logits, bytes) in &done {
+                let expected = &expected[own.start * expected.len() / sequences..][..logits.len()];
+                let off = logits.iter().zip(expected).map(|(a, b)| (a - b).abs()).sum::<f32>() / logits.len() as f32;
+                assert!(off <= most, "{dtype:?}, {sequences} sequences: off by {off}");
+                assert_eq!(*bytes, done[0].2, "every rank counts the same");
+            }
+            // Rows of two bytes a number; heads and logits are what they are.
+            let in_floats = *floats[sequences - 1].get_or_insert(done[0].2);
+            let share = done[0].2 as f64 / in_floats as f64;
+            assert!(share <= if dtype == DType::F32 { 1.0 } else { 0.75 }, "{dtype:?}, {sequences} sequences: {share}");
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_the_ranks_is_refused() {
     let ranks = Arc::new(Ranks::new(Thread::ranks(1).remove(0)).unwrap());
     let error = |shares: Shares| ExpertParallel::new(ranks.clone(), shares).unwrap_err().to_string();
