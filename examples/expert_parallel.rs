@@ -8,7 +8,7 @@
 //!
 //! The slow rank computes its experts so many times over. Ideal is `work / Σ speed`: the time that all ranks took in experts, each once, shared out by
 //! speed; what the layers take beyond it is waiting for the slowest, messages, gates, routing and what every token gets beside its experts.
-//! `split` is the same without a time of its own: how much of the layers' time this rank spent in messages, which is also where it waits.
+//! `in messages` is the ranks' share of the layers' time in messages, where they wait for each other too.
 //!
 //! Without `--model` it reads `models/tiny-moe` and its text, which a checkout of the repository has and the published package has not.
 

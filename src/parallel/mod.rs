@@ -7,7 +7,7 @@
 //!
 //! Attention and everything else but the experts is on every rank. A batch with as many sequences as ranks or more is split: each rank runs some
 //! sequences (data parallel). Fewer sequences, as in the decode of one text, are run whole by every rank, and only the experts are shared out.
-//! Nobody coordinates: gate logits go to all ranks, a hundredth of the bytes of the hidden states, and each derives the same
+//! Nobody coordinates: gate logits go to all ranks, a few hundredths of the hidden states' bytes, and each derives the same
 //! assignment from them, prices and limits included, since routers give the same bits on every CPU. The digest of the assignment goes along with the
 //! rows, so that ranks which differ find out. A row goes once to each rank that has experts of it, and one row of sums comes back.
 //!
