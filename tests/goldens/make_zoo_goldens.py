@@ -3,7 +3,7 @@
 Run by hand; the results are committed and the tests need no Python.
 
     python -m venv venv
-    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
+    venv/bin/pip install torch==2.15.0 transformers==5.24.0 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
     venv/bin/python make_zoo_goldens.py zoo                 # every family below that zoo/ does not hold yet
     venv/bin/python make_zoo_goldens.py zoo mixtral         # this one
 
@@ -30,6 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 # Odd lengths; the ends of the vocabulary, and repeats, which differ by position alone.
 PROMPTS = [[0, 60, 5, 17, 5, 5, 42], [31, 3, 60, 17, 29, 44, 1, 2, 50, 2, 2, 33, 12]]
+
+# A key of COMMON that a family does not have.
+ABSENT = object()
 
 COMMON = dict(
     vocab_size=61,
@@ -171,17 +174,37 @@ FAMILIES = {
         logits_scaling=2.0,
     ),
     "lfm2_moe": dict(
-        num_hidden_layers=2,
-        layer_types=["full_attention", "full_attention"],
+        num_hidden_layers=5,
+        layer_types=["conv", "full_attention", "conv", "conv", "full_attention"],
+        hidden_size=24,
         intermediate_size=20,
-        moe_intermediate_size=12,
+        moe_intermediate_size=8,
         num_dense_layers=1,
-        num_experts=8,
+        num_experts=5,
         num_experts_per_tok=3,
         norm_topk_prob=True,
         use_expert_bias=True,
         routed_scaling_factor=1.5,
-        norm_eps=1e-5,
+        rms_norm_eps=ABSENT,
+        norm_eps=2e-4,
+        tie_word_embeddings=True,
+    ),
+    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, a head of its own.
+    "lfm2_moe_bias": dict(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "conv", "conv"],
+        hidden_size=24,
+        intermediate_size=20,
+        moe_intermediate_size=8,
+        num_dense_layers=2,
+        num_experts=5,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        use_expert_bias=False,
+        conv_L_cache=4,
+        conv_bias=True,
+        rms_norm_eps=ABSENT,
+        norm_eps=2e-4,
     ),
     "gpt_oss": dict(
         num_hidden_layers=3,
@@ -228,7 +251,7 @@ FAMILIES = {
 }
 
 # What transformers calls a family, where its directory is called otherwise.
-MODEL_TYPES = {"gpt_oss_mxfp4": "gpt_oss"}
+MODEL_TYPES = {"gpt_oss_mxfp4": "gpt_oss", "lfm2_moe_bias": "lfm2_moe"}
 
 ROUTERS = ("mlp.gate.weight", "router.layer.weight", "mlp.router.weight", "feed_forward.gate.weight")
 
@@ -238,7 +261,11 @@ def random_model(family: str, seed: int):
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             MODEL_TYPES.get(family, family),
-            **{key: value for key, value in {**COMMON, **FAMILIES[family]}.items() if key != "quantization_config"},
+            **{
+                key: value
+                for key, value in {**COMMON, **FAMILIES[family]}.items()
+                if key != "quantization_config" and value is not ABSENT
+            },
         ),
         attn_implementation="eager",
     ).float()
