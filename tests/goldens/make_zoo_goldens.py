@@ -184,12 +184,11 @@ FAMILIES = {
         num_experts_per_tok=3,
         norm_topk_prob=True,
         use_expert_bias=True,
-        routed_scaling_factor=1.5,
         rms_norm_eps=ABSENT,
         norm_eps=2e-4,
         tie_word_embeddings=True,
     ),
-    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, a head of its own.
+    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, times a constant, a head of its own.
     "lfm2_moe_bias": dict(
         num_hidden_layers=3,
         layer_types=["full_attention", "conv", "conv"],
@@ -201,6 +200,7 @@ FAMILIES = {
         num_experts_per_tok=3,
         norm_topk_prob=False,
         use_expert_bias=False,
+        routed_scaling_factor=1.5,
         conv_L_cache=4,
         conv_bias=True,
         rms_norm_eps=ABSENT,
@@ -210,6 +210,7 @@ FAMILIES = {
     "qwen3_next": dict(
         num_hidden_layers=5,
         hidden_size=20,
+        rms_norm_eps=1e-6,
         head_dim=10,
         intermediate_size=18,
         moe_intermediate_size=6,
@@ -225,11 +226,12 @@ FAMILIES = {
         # Three of five rotations are made.
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.6},
     ),
-    # What GGUF files cannot say: keys and values of two widths, a dense block; attention wherever the list says.
+    # What GGUF files cannot say: keys and values of two widths, a dense block, an epsilon that is not that of keys; attention wherever the list says.
     "qwen3_next_uneven": dict(
         num_hidden_layers=4,
         layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
         hidden_size=20,
+        rms_norm_eps=2e-4,
         head_dim=10,
         intermediate_size=18,
         moe_intermediate_size=6,
@@ -250,6 +252,7 @@ FAMILIES = {
     "qwen3_5_moe": dict(
         num_hidden_layers=4,
         hidden_size=20,
+        rms_norm_eps=1e-6,
         head_dim=10,
         moe_intermediate_size=6,
         shared_expert_intermediate_size=7,
