@@ -3,7 +3,7 @@
 Run by hand; the results are committed and the tests need no Python.
 
     python -m venv venv
-    venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
+    venv/bin/pip install torch==2.15.0 transformers==5.24.0 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
     venv/bin/python make_zoo_goldens.py zoo                 # every family below that zoo/ does not hold yet
     venv/bin/python make_zoo_goldens.py zoo mixtral         # this one
 
@@ -26,10 +26,13 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 # Odd lengths; the ends of the vocabulary, and repeats, which differ by position alone.
 PROMPTS = [[0, 60, 5, 17, 5, 5, 42], [31, 3, 60, 17, 29, 44, 1, 2, 50, 2, 2, 33, 12]]
+
+# A key of COMMON that a family does not have.
+ABSENT = object()
 
 COMMON = dict(
     vocab_size=61,
@@ -171,17 +174,113 @@ FAMILIES = {
         logits_scaling=2.0,
     ),
     "lfm2_moe": dict(
-        num_hidden_layers=2,
-        layer_types=["full_attention", "full_attention"],
+        num_hidden_layers=5,
+        layer_types=["conv", "full_attention", "conv", "conv", "full_attention"],
+        hidden_size=24,
         intermediate_size=20,
-        moe_intermediate_size=12,
+        moe_intermediate_size=8,
         num_dense_layers=1,
-        num_experts=8,
+        num_experts=5,
         num_experts_per_tok=3,
         norm_topk_prob=True,
         use_expert_bias=True,
+        rms_norm_eps=ABSENT,
+        norm_eps=2e-4,
+        tie_word_embeddings=True,
+    ),
+    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, times a constant, a head of its own.
+    "lfm2_moe_bias": dict(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "conv", "conv"],
+        hidden_size=24,
+        intermediate_size=20,
+        moe_intermediate_size=8,
+        num_dense_layers=2,
+        num_experts=5,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        use_expert_bias=False,
         routed_scaling_factor=1.5,
-        norm_eps=1e-5,
+        conv_L_cache=4,
+        conv_bias=True,
+        rms_norm_eps=ABSENT,
+        norm_eps=2e-4,
+    ),
+    # Value heads go by threes to a key head; as published, the configuration says how often attention comes, not where.
+    "qwen3_next": dict(
+        num_hidden_layers=5,
+        hidden_size=20,
+        rms_norm_eps=1e-6,
+        head_dim=10,
+        intermediate_size=18,
+        moe_intermediate_size=6,
+        shared_expert_intermediate_size=7,
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        full_attention_interval=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=6,
+        linear_value_head_dim=6,
+        # Three of five rotations are made.
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.6},
+    ),
+    # What GGUF files cannot say: keys and values of two widths, a dense block, an epsilon that is not that of keys; attention wherever the list says.
+    "qwen3_next_uneven": dict(
+        num_hidden_layers=4,
+        layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        hidden_size=20,
+        rms_norm_eps=2e-4,
+        head_dim=10,
+        intermediate_size=18,
+        moe_intermediate_size=6,
+        shared_expert_intermediate_size=7,
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=4,
+        linear_value_head_dim=7,
+        linear_conv_kernel_dim=3,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.4},
+    ),
+    # The text model of a multimodal one; `vision_config` is the other part, what is not here the whole has.
+    "qwen3_5_moe": dict(
+        num_hidden_layers=4,
+        hidden_size=20,
+        rms_norm_eps=1e-6,
+        head_dim=10,
+        moe_intermediate_size=6,
+        shared_expert_intermediate_size=7,
+        num_experts=5,
+        num_experts_per_tok=2,
+        full_attention_interval=3,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=6,
+        linear_value_head_dim=6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.6,
+            "mrope_section": [1, 1, 1],
+            "mrope_interleaved": True,
+        },
+        vision_config=dict(
+            depth=1,
+            hidden_size=4,
+            intermediate_size=4,
+            num_heads=1,
+            patch_size=2,
+            temporal_patch_size=1,
+            spatial_merge_size=1,
+            out_hidden_size=20,
+            num_position_embeddings=4,
+        ),
     ),
     "gpt_oss": dict(
         num_hidden_layers=3,
@@ -228,20 +327,51 @@ FAMILIES = {
 }
 
 # What transformers calls a family, where its directory is called otherwise.
-MODEL_TYPES = {"gpt_oss_mxfp4": "gpt_oss"}
+MODEL_TYPES = {"gpt_oss_mxfp4": "gpt_oss", "lfm2_moe_bias": "lfm2_moe", "qwen3_next_uneven": "qwen3_next"}
+
+# Keys of the published configurations that transformers does not write, and those that it writes in their place.
+PUBLISHED = {
+    "qwen3_next": (
+        {"full_attention_interval": 2, "rope_theta": 5000.0, "partial_rotary_factor": 0.6, "rope_scaling": None},
+        ["layer_types", "rope_parameters"],
+    ),
+    "qwen3_5_moe": (
+        {
+            "text_config": {
+                "attn_output_gate": True,
+                "full_attention_interval": 3,
+                "mamba_ssm_dtype": "float32",
+                "mlp_only_layers": [],
+                "mtp_num_hidden_layers": 1,
+                "mtp_use_dedicated_embeddings": False,
+            },
+            "vision_config": {"deepstack_visual_indexes": []},
+        },
+        [],
+    ),
+}
+
+# Families whose norms, but for the gated ones, add 1 to their weights.
+ZERO_CENTRED = ("qwen3_next", "qwen3_next_uneven", "qwen3_5_moe")
 
 ROUTERS = ("mlp.gate.weight", "router.layer.weight", "mlp.router.weight", "feed_forward.gate.weight")
 
 
+def auto_class(family: str):
+    """What loads a family: some are published as a part of a larger model only."""
+    return AutoModelForImageTextToText if "vision_config" in FAMILIES[family] else AutoModelForCausalLM
+
+
 def random_model(family: str, seed: int):
     """A model in which every stage matters. The usual initialisation (std 0.02, norms of 1) hides most mistakes."""
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            MODEL_TYPES.get(family, family),
-            **{key: value for key, value in {**COMMON, **FAMILIES[family]}.items() if key != "quantization_config"},
-        ),
-        attn_implementation="eager",
-    ).float()
+    sizes = {key: value for key, value in {**COMMON, **FAMILIES[family]}.items() if value is not ABSENT}
+    sizes.pop("quantization_config", None)
+    if "vision_config" in sizes:
+        parts = {"vision_config": sizes.pop("vision_config"), "text_config": sizes}
+        config = AutoConfig.for_model(family, **parts, tie_word_embeddings=sizes["tie_word_embeddings"])
+    else:
+        config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **sizes)
+    model = auto_class(family).from_config(config, attn_implementation="eager").float()
     generator = torch.Generator().manual_seed(seed)
     seen = set()
     with torch.no_grad():
@@ -252,7 +382,13 @@ def random_model(family: str, seed: int):
             seen.add(tensor.data_ptr())
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
-                noise = 1 + 0.25 * noise
+                zero_centred = family in ZERO_CENTRED and not name.endswith("linear_attn.norm.weight")
+                noise = (0 if zero_centred else 1) + 0.25 * noise
+            elif name.endswith("A_log"):
+                # States that forget nearly all at each position, and nearly nothing.
+                noise = 1.2 * noise - 0.8
+            elif name.endswith("dt_bias"):
+                pass
             elif "embed_tokens" in name:
                 noise *= 0.3
             elif name.endswith("bias"):
@@ -281,9 +417,43 @@ def pack_experts(family: str, directory: Path, seed: int) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def goldens(directory: Path) -> tuple[dict, dict]:
+def as_published(family: str, directory: Path, seed: int) -> None:
+    """Gives a saved model the keys and tensors of the published ones that transformers does not write: experts in two tensors, a head
+    for the token after the next."""
+    keys, instead = PUBLISHED[family]
+    config = json.loads((directory / "config.json").read_text())
+    for key, value in keys.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    for key in instead:
+        del config[key]
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if family == "qwen3_5_moe":
+        add_unread(directory / "model.safetensors", config["text_config"], seed)
+
+
+def add_unread(file: Path, config: dict, seed: int) -> None:
+    """Stacks the experts, and adds the head that guesses the token after the next, a block of attention for which no decoder asks."""
+    tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
+    for layer in range(config["num_hidden_layers"]):
+        experts = f"model.language_model.layers.{layer}.mlp.experts"
+
+        def stacked(projection: str) -> torch.Tensor:
+            return torch.stack([tensors.pop(f"{experts}.{i}.{projection}.weight") for i in range(config["num_experts"])])
+
+        tensors[f"{experts}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
+        tensors[f"{experts}.down_proj"] = stacked("down_proj")
+    attention = f"model.language_model.layers.{config['layer_types'].index('full_attention')}."
+    sizes = {name.replace(attention, "mtp.layers.0."): tensors[name].shape for name in tensors if name.startswith(attention)}
+    hidden = config["hidden_size"]
+    sizes["mtp.fc.weight"] = (hidden, 2 * hidden)
+    sizes |= {f"mtp.{norm}.weight": (hidden,) for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    tensors |= {name: 0.2 * torch.randn(sizes[name], generator=generator) for name in sorted(sizes)}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def goldens(family: str, directory: Path) -> tuple[dict, dict]:
     """One forward pass per prompt; returns the tensors and what they were made from."""
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model, loading = auto_class(family).from_pretrained(
         directory,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -296,7 +466,7 @@ def goldens(directory: Path) -> tuple[dict, dict]:
     model.eval()
     blocks = {
         index: block
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(getattr(model.model, "language_model", model.model).layers)
         for name, block in layer.named_children()
         if name in ("mlp", "block_sparse_moe", "feed_forward") and len(list(block.children())) > 1
         and (hasattr(block, "experts") or hasattr(block, "input_linear"))
@@ -334,7 +504,9 @@ def main() -> None:
         if "quantization_config" in FAMILIES[family]:
             pack_experts(family, directory, seed=2)
         (directory / "generation_config.json").unlink(missing_ok=True)
-        tensors, made_from = goldens(directory)
+        if family in PUBLISHED:
+            as_published(family, directory, seed=2)
+        tensors, made_from = goldens(family, directory)
         # One key: safetensors writes several in an order that changes from run to run.
         save_file(tensors, directory / "goldens.safetensors", {"made_from": json.dumps(made_from)})
         size = sum(file.stat().st_size for file in directory.iterdir())
