@@ -10,61 +10,14 @@ use crate::experts::activation::Activation;
 use crate::routing::assignment::check_top_k;
 use crate::routing::scores::Scoring;
 
+pub(crate) use self::names::BlockNames;
+pub use self::names::ExpertNames;
 pub(crate) use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
+pub(crate) use self::recurrent::{DeltaNet, RecurrentBlocks, RecurrentMixer, ShortConv};
 
+mod names;
 mod positions;
-
-/// Where an MoE layer's tensors are, relative to the layer: `{experts}.{E}.{gate_proj}.weight`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExpertNames {
-    /// The router's linear layer.
-    pub gate: String,
-    /// Parent of the experts' numbers.
-    pub experts: String,
-    /// Gate projection of an expert, where its activation is gated.
-    pub gate_proj: String,
-    /// Up projection of an expert.
-    pub up_proj: String,
-    /// Down projection of an expert.
-    pub down_proj: String,
-    /// The shared expert, beside the experts; its projections have the same names as theirs.
-    pub shared: String,
-    /// The linear layer that weighs the shared expert.
-    pub shared_gate: String,
-    /// The bias of the gate that counts for selection only.
-    pub selection_bias: String,
-    /// Gate and up rows of stacked experts take turns (gpt-oss).
-    pub stacked_in_turns: bool,
-    /// Gate and up projections of all experts in one tensor, where a checkpoint has them so; it then has no `{experts}.{E}`.
-    pub stacked_gate_up: String,
-    /// Down projections of all experts in one tensor.
-    pub stacked_down: String,
-}
-
-impl Default for ExpertNames {
-    /// `gate`, `experts.E.{gate,up,down}_proj`, `shared_expert`, `shared_expert_gate`: OLMoE and Qwen, and DeepSeek but for
-    /// its `shared_experts`; stacked, as transformers holds them in memory, `experts.gate_up_proj` and `experts.down_proj`.
-    fn default() -> Self {
-        let [gate, experts, gate_proj, up_proj, down_proj, shared, shared_gate] =
-            ["gate", "experts", "gate_proj", "up_proj", "down_proj", "shared_expert", "shared_expert_gate"]
-                .map(String::from);
-        let [selection_bias, stacked_gate_up, stacked_down] =
-            ["gate.e_score_correction_bias", "experts.gate_up_proj", "experts.down_proj"].map(String::from);
-        Self {
-            gate,
-            experts,
-            gate_proj,
-            up_proj,
-            down_proj,
-            shared,
-            shared_gate,
-            selection_bias,
-            stacked_in_turns: false,
-            stacked_gate_up,
-            stacked_down,
-        }
-    }
-}
+mod recurrent;
 
 /// FFNs that every token meets beside its own experts, as one of their width together. Without biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -173,6 +126,8 @@ pub(crate) enum Norm {
     /// `x / √mean(x²) · weight` (arXiv 1910.07467).
     #[default]
     Rms,
+    /// The same times `1 + weight` (Qwen3-Next).
+    RmsFromOne,
     /// `(x − mean(x)) / √var(x) · weight + bias` (arXiv 1607.06450).
     Layer,
 }
@@ -281,10 +236,14 @@ pub struct ModelSpec {
     pub(crate) qk_norm: Option<QkNorm>,
     /// Biases of attention.
     pub(crate) attention_bias: AttentionBias,
+    /// What heads mix is weighed by a sigmoid before it goes on; each head's query has as many numbers for that behind it (Qwen3-Next).
+    pub(crate) output_gate: bool,
     /// Every head has a number that takes its share of attention beside the positions, and gives nothing for it (gpt-oss).
     pub(crate) sinks: bool,
     /// Blocks whose positions do not see all before them.
     pub(crate) window: SlidingWindow,
+    /// Blocks without attention.
+    pub(crate) recurrent: Option<RecurrentBlocks>,
     /// Keys and values come from a narrow vector; `head_dim`, norms, biases and clamps of queries and keys then mean nothing.
     pub(crate) latent: Option<LatentSpec>,
     /// Constants that it multiplies with.
@@ -301,6 +260,8 @@ pub struct ModelSpec {
     pub(crate) extra_blocks: usize,
     /// What a block calls its FFN, with experts or without.
     pub ffn: String,
+    /// What it calls everything else.
+    pub(crate) names: BlockNames,
     /// Blocks that have no experts.
     pub(crate) dense: DenseBlocks,
     /// The MoE layer of every other block. Where layers have numbers of experts per token of their own, its `top_k` is the largest.
@@ -350,7 +311,12 @@ impl ModelSpec {
             ));
         }
         let dense = &self.dense.blocks;
-        for (name, blocks) in [("dense blocks", dense), ("blocks with a window", &self.window.blocks)] {
+        let blocks = [
+            ("dense blocks", dense.as_slice()),
+            ("blocks with a window", &self.window.blocks),
+            ("blocks without attention", self.recurrent.as_ref().map_or(&[], |recurrent| &recurrent.blocks)),
+        ];
+        for (name, blocks) in blocks {
             if !blocks.is_sorted_by(|a, b| a < b) || blocks.last().is_some_and(|&last| last >= self.layers) {
                 return Err(Error::parameter(name, format!("{blocks:?}"), format!("some of 0..{}", self.layers)));
             }
@@ -366,6 +332,12 @@ impl ModelSpec {
         }
         if self.latent.is_some() && (self.sinks || !self.window.blocks.is_empty()) {
             return Err(Error::parameter("latent attention", "with sinks or windows", "neither"));
+        }
+        if let Some(RecurrentBlocks { mixer, .. }) = &self.recurrent {
+            mixer.check()?;
+            if self.latent.is_some() {
+                return Err(Error::parameter("latent attention", "beside blocks without attention", "none there"));
+            }
         }
         if dense.len() == self.layers {
             return Err(Error::parameter("dense blocks", "all", "at least one block with experts"));
@@ -390,6 +362,7 @@ impl ModelSpec {
             self.moe.experts,
             shared,
             self.dense.width,
+            self.recurrent.as_ref().map_or(0, |recurrent| recurrent.mixer.channels(self.moe.hidden)),
         ];
         let weights = |width: usize| width.checked_mul(self.moe.hidden)?.checked_mul(6)?.checked_mul(self.layers);
         let countable = |width: &usize| weights(*width).and_then(|count| count.checked_mul(self.moe.experts)).is_some();
@@ -421,6 +394,22 @@ impl ModelSpec {
         (0..self.layers).filter(|block| self.dense.blocks.binary_search(block).is_err())
     }
 
+    /// What stands in the place of attention in a block; `None` where it has that.
+    pub(crate) fn recurrent_mixer(&self, block: usize) -> Option<RecurrentMixer> {
+        let recurrent = self.recurrent.as_ref()?;
+        recurrent.blocks.binary_search(&block).is_ok().then_some(recurrent.mixer)
+    }
+
+    /// How many blocks have attention.
+    pub(crate) fn attention_blocks(&self) -> usize {
+        self.layers - self.recurrent.as_ref().map_or(0, |recurrent| recurrent.blocks.len())
+    }
+
+    /// What the tensors of a block begin with, before a dot.
+    pub fn block_prefix(&self, block: usize) -> String {
+        format!("{}.layers.{block}", self.names.root)
+    }
+
     /// How many blocks have experts.
     pub(crate) fn moe_layers(&self) -> usize {
         self.layers - self.dense.blocks.len()
@@ -443,13 +432,15 @@ impl ModelSpec {
     /// Weights that every token meets: all but those of the experts it is routed to.
     pub(crate) fn shared_parameters(&self) -> usize {
         let hidden = self.moe.hidden;
+        let recurrent =
+            self.recurrent.as_ref().map_or(0, |recurrent| recurrent.blocks.len() * recurrent.mixer.parameters(hidden));
+        let mixers = self.attention_blocks() * self.attention_parameters() + recurrent;
         let norm = if self.norm == Norm::Layer { 2 * hidden } else { hidden };
-        let block = self.attention_parameters() + 2 * norm;
         let ffns = self.moe_layers() * self.moe.shared_parameters()
             + self.dense.blocks.len() * self.moe.projections(self.dense.width);
         let embeddings = self.vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
         let output_bias = if self.output_bias { self.vocab } else { 0 };
-        embeddings + output_bias + self.layers * block + ffns + norm
+        embeddings + output_bias + mixers + (2 * self.layers + 1) * norm + ffns
     }
 
     fn attention_parameters(&self) -> usize {
@@ -473,6 +464,8 @@ impl ModelSpec {
             AttentionBias::All => queries + 2 * keys + hidden,
         };
         let sinks = if self.sinks { self.heads } else { 0 };
-        hidden * (2 * queries + 2 * keys) + norms + biases + sinks
+        let gates = if self.output_gate { queries } else { 0 };
+        let gate_biases = if self.attention_bias == AttentionBias::None { 0 } else { gates };
+        hidden * (2 * queries + gates + 2 * keys) + norms + biases + gate_biases + sinks
     }
 }

@@ -383,7 +383,7 @@ impl Decoder {
             }
             let is_ours = match (&self.body, kept) {
                 (Body::ByEngine(body), Kept::Blocks(kept)) => body.is_of(kept),
-                (Body::ByCandle(_), Kept::Tensors(_)) => true,
+                (Body::ByCandle(body), Kept::Tensors(kept)) => body.is_of(kept),
                 _ => false,
             };
             if !is_ours {

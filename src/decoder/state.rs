@@ -1,8 +1,6 @@
 //! What a decoder carries from one forward pass to the next.
 
-use candle_core::Tensor;
-use candle_nn::kv_cache::KvCache;
-
+use super::by_candle::kept::KeptTensors;
 use super::by_engine::kept::{KeptBlocks, Scratch};
 use super::lookahead::Lookahead;
 use super::memory::ExpertMemory;
@@ -44,10 +42,10 @@ pub struct DecoderState {
     pub(super) routed: Option<Vec<Routed>>,
 }
 
-/// Keys and values of all blocks, as the way that these run wants them.
+/// What all blocks keep, keys and values or the state of a recurrence, as the way that these run wants it.
 #[derive(Debug)]
 pub(super) enum Kept {
-    Tensors(Vec<KvCache>),
+    Tensors(Vec<KeptTensors>),
     Blocks(KeptBlocks),
 }
 
@@ -55,8 +53,16 @@ impl Kept {
     /// How many blocks of a decoder it is for.
     pub(super) fn layers(&self) -> usize {
         match self {
-            Self::Tensors(caches) => caches.len(),
+            Self::Tensors(kept) => kept.len(),
             Self::Blocks(kept) => kept.layers(),
+        }
+    }
+
+    /// Whether a block keeps a state that does not go back.
+    fn is_recurrent(&self) -> bool {
+        match self {
+            Self::Tensors(kept) => kept.iter().any(KeptTensors::is_recurrent),
+            Self::Blocks(kept) => kept.is_recurrent(),
         }
     }
 }
@@ -143,32 +149,23 @@ impl DecoderState {
         &self.routes
     }
 
-    /// Keeps the first `tokens` tokens of each sequence, to go on from there; with 0 another text begins. Keys and values of what came
-    /// after go; router states and the experts in fast memory stay, as in a server. A forward pass that failed on its way is forgotten with
-    /// what it had added.
+    /// Keeps the first `tokens` tokens of each sequence, to go on from there, and says how many of the longest one are kept; with 0 another
+    /// text begins. Keys and values of what came after go; router states and the experts in fast memory stay, as in a server. A forward pass
+    /// that failed on its way is forgotten with what it had added.
+    ///
+    /// Where blocks keep a recurrent state (Qwen3.5, LFM2) there is no going back in a text: if tokens have to go, or a pass failed, all do, and
+    /// it says 0.
     ///
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) where keys and values are Candle's and it refuses to cut them.
-    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
-        self.seen.truncate(tokens);
-        if let Some(Kept::Tensors(caches)) = &mut self.kv {
-            caches.iter_mut().try_for_each(|cache| cut(cache, self.seen.columns()))?;
+    pub fn truncate(&mut self, tokens: usize) -> Result<usize> {
+        let goes_back = self.torn || self.seen.longest() > tokens;
+        let is_recurrent = self.kv.as_ref().is_some_and(Kept::is_recurrent);
+        self.seen.truncate(if goes_back && is_recurrent { 0 } else { tokens });
+        if let Some(Kept::Tensors(kept)) = &mut self.kv {
+            kept.iter_mut().try_for_each(|kept| kept.cut(self.seen.columns()))?;
         }
         self.torn = false;
-        Ok(())
+        Ok(self.seen.longest())
     }
-}
-
-/// Leaves the first `columns` of keys and values.
-fn cut(cache: &mut KvCache, columns: usize) -> Result<()> {
-    if cache.current_seq_len() <= columns {
-        return Ok(());
-    }
-    let (keys, values, dim) = (cache.k()?, cache.v()?, cache.k_cache().dim());
-    cache.reset();
-    if let (Some(keys), Some(values), 1..) = (keys, values, columns) {
-        let kept = |all: Tensor| all.narrow(dim, 0, columns)?.contiguous();
-        cache.append(&kept(keys)?, &kept(values)?)?;
-    }
-    Ok(())
 }

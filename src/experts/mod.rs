@@ -9,6 +9,7 @@ mod fused;
 mod linear;
 pub(crate) mod matrix;
 pub(crate) mod mxfp4;
+pub(crate) mod recurrent;
 #[cfg(test)]
 pub(crate) mod tests;
 pub(crate) mod threads;

@@ -39,6 +39,7 @@ mod neon;
 pub(crate) mod norm;
 pub(crate) mod product;
 pub(crate) mod quantized;
+pub(crate) mod recurrent;
 mod scalar;
 pub(crate) mod score;
 pub(crate) mod select;

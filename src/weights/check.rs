@@ -10,7 +10,8 @@ impl Weights {
     /// Checks that all blocks are there, by the norm that each begins with: before anything else counts them, and before those that are
     /// there are read.
     pub(super) fn check_blocks(&self, spec: &ModelSpec) -> Result<()> {
-        let norm = |block: usize| self.source(&format!("model.layers.{block}.input_layernorm.weight"));
+        let norm =
+            |block: usize| self.source(&format!("{}.{}.weight", spec.block_prefix(block), spec.names.mixer_norm));
         (0..spec.layers).try_for_each(|block| match norm(block)? {
             TensorSource::Same(name) => self.checkpoint.entry(&name).map(drop),
             _ => Ok(()),
@@ -26,8 +27,9 @@ impl Weights {
         let names = &spec.moe.names;
         let [experts, stacked] = [&names.experts, &names.stacked_gate_up].map(|name| format!("{}.{name}", spec.ffn));
         let packed = format!("{stacked}{}", MXFP4[0]);
+        let layers = format!("{}.layers.", spec.names.root);
         let ids = |name: &str| -> Option<(usize, Option<usize>)> {
-            let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+            let (block, rest) = name.strip_prefix(&layers)?.split_once('.')?;
             let block = block.parse().ok()?;
             if rest == stacked || rest == packed {
                 return Some((block, None));
@@ -51,7 +53,7 @@ impl Weights {
             if spec.dense.blocks.binary_search(&block).is_ok() {
                 return Err(wrong(format!("no experts in block {block} as the configuration says, got one")));
             }
-            let stack = format!("model.layers.{block}.{stacked}");
+            let stack = format!("{}.{stacked}", spec.block_prefix(block));
             if expert.is_some() && self.checkpoint.tensors().contains_key(&stack) {
                 return Err(wrong(format!("experts one by one or stacked, got it beside `{stack}`")));
             }
@@ -63,7 +65,7 @@ impl Weights {
     fn check_stack(&self, spec: &ModelSpec, block: usize) -> Result<()> {
         let names = &spec.moe.names;
         let [gate_up, down] = [&names.stacked_gate_up, &names.stacked_down]
-            .map(|name| format!("model.layers.{block}.{}.{name}", spec.ffn));
+            .map(|name| format!("{}.{}.{name}", spec.block_prefix(block), spec.ffn));
         let Some(entry) = self.checkpoint.tensors().get(&gate_up) else { return Ok(()) };
         let order = stack_order(&spec.moe, &entry.shape, &self.checkpoint.entry(&down)?.shape);
         order.map(drop).map_err(|error| {

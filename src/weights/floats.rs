@@ -94,7 +94,7 @@ impl Weights {
     pub fn cached_experts(&self, cache: &Arc<ExpertCache>, layer: usize) -> Result<CachedExperts> {
         let spec = self.spec()?;
         let block = spec.moe_blocks().nth(layer).ok_or_else(|| no_expert(spec, layer, 0))?;
-        let biases = self.expert_biases(&spec.moe, &format!("model.layers.{block}.{}", spec.ffn))?;
+        let biases = self.expert_biases(&spec.moe, &format!("{}.{}", spec.block_prefix(block), spec.ffn))?;
         let experts = CachedExperts::new(cache.clone(), layer).with_biases(biases);
         experts.check(&spec.moe)?;
         Ok(experts)

@@ -287,7 +287,7 @@ impl Weights {
 
     /// Where expert `id` of a block lies.
     pub(crate) fn slices(&self, spec: &ModelSpec, block: usize, id: usize) -> Result<Vec<Slice>> {
-        self.slices_under(&spec.moe, &format!("model.layers.{block}.{}", spec.ffn), id)
+        self.slices_under(&spec.moe, &format!("{}.{}", spec.block_prefix(block), spec.ffn), id)
     }
 
     /// Where expert `id` of a layer lies whose tensors transformers calls `{prefix}.`.

@@ -13,6 +13,8 @@ const MOST: u64 = u32::MAX as u64;
 /// A parsed `config.json` and the name it goes by in errors.
 pub(super) struct Config {
     file: String,
+    /// The object that it is, within the file's, and a dot; empty for the file's own.
+    within: String,
     keys: Map<String, Value>,
 }
 
@@ -21,14 +23,27 @@ impl Config {
         let config = |detail: String| Error::Config { file: file.into(), detail };
         let value = json::parse(json).map_err(|error| config(format!("expected a JSON object, got {error}")))?;
         match value {
-            Value::Object(keys) => Ok(Self { file: file.into(), keys }),
+            Value::Object(keys) => Ok(Self { file: file.into(), within: String::new(), keys }),
             other => Err(config(format!("expected a JSON object, got {}", shown(&other)))),
         }
     }
 
     /// An error about `key`.
     pub(super) fn error(&self, key: &str, expected: &str, got: &str) -> Error {
-        Error::Config { file: self.file.clone(), detail: format!("key `{key}`: expected {expected}, got {got}") }
+        let detail = format!("key `{}{key}`: expected {expected}, got {got}", self.within);
+        Error::Config { file: self.file.clone(), detail }
+    }
+
+    /// The object under `key` as a configuration of its own, if there is one; keys that it lacks are those `shared` with what is around it.
+    pub(super) fn nested(&self, key: &str, shared: &[&str]) -> Option<Self> {
+        let Value::Object(inner) = self.value(key)? else { return None };
+        let mut keys = inner.clone();
+        for name in shared {
+            if let (None, Some(value)) = (keys.get(*name), self.keys.get(*name)) {
+                keys.insert((*name).into(), value.clone());
+            }
+        }
+        Some(Self { file: self.file.clone(), within: format!("{}{key}.", self.within), keys })
     }
 
     /// An error about the value that there is under `key`.

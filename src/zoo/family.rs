@@ -39,17 +39,14 @@ impl Family {
 }
 
 /// Names of families of which nothing runs, in a `config.json` and in a GGUF file, and what they have that is not here.
-const LACKING: [(&[&str], &str); 10] = [
+const LACKING: [(&[&str], &str); 7] = [
     (&["deepseek_v32", "deepseek32", "glm_moe_dsa", "glm-dsa"], "attention that an indexer makes sparse"),
     (&["gemma4", "gemma4_text"], "dense FFN beside experts, nor heads of two widths"),
     (&["granitemoehybrid", "granitehybrid"], "Mamba-2 mixers"),
     (&["jamba"], "Mamba mixers"),
     (&["kimi_linear", "kimi-linear"], "gated delta attention"),
-    (&["lfm2moe"], "short convolutions"),
     (&["llama4", "llama4_text"], "attention in chunks"),
     (&["nemotron_h", "nemotron_h_moe"], "Mamba-2 mixers"),
-    (&["qwen3_5_moe", "qwen3_5_moe_text", "qwen35moe"], "gated delta nets"),
-    (&["qwen3_next", "qwen3next"], "gated delta nets"),
 ];
 
 /// What the family called `name` has that is not here.

@@ -22,12 +22,13 @@ enum Neutral {
 use Neutral::{Nothing, One, Text, True};
 
 /// Keys, and what they say where they say nothing.
-const KEYS: [(&str, Neutral); 34] = [
+const KEYS: [(&str, Neutral); 35] = [
     ("attention_bias", Nothing),
     ("qkv_bias", Nothing),
     ("mlp_bias", Nothing),
     ("lm_head_bias", Nothing),
     ("use_qk_norm", Nothing),
+    ("attn_output_gate", Nothing),
     ("clip_qkv", Nothing),
     ("rope_interleave", Nothing),
     ("rotary_pct", One),

@@ -29,7 +29,10 @@ mod olmoe;
 mod phimoe;
 pub(crate) mod quantization;
 mod qwen2_moe;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
+mod recurrent;
 pub(crate) mod rope;
 #[cfg(test)]
 mod tests;
@@ -44,11 +47,13 @@ pub use family::Family;
 pub(crate) use family::lacking;
 
 /// All families, the one place where each is entered.
-pub const FAMILIES: [Family; 13] = [
+pub const FAMILIES: [Family; 15] = [
     olmoe::FAMILY,
     mixtral::FAMILY,
     qwen2_moe::FAMILY,
     qwen3_moe::FAMILY,
+    qwen3_next::FAMILY,
+    qwen3_5_moe::FAMILY,
     deepseek_v2::FAMILY,
     deepseek_v3::FAMILY,
     glm4_moe::FAMILY,
@@ -68,8 +73,7 @@ pub const FAMILIES: [Family; 13] = [
 pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
     let config = Config::parse(json, file)?;
     let name = config.string("model_type")?;
-    let found = FAMILIES.iter().find(|family| family.name == name);
-    let Some(Family { decoder: Decoder::Whole(decoder), .. }) = found else {
+    let Some(Family { decoder: Decoder::Whole(decoder), .. }) = find(name) else {
         return Err(family::unknown(&config, name, &FAMILIES, true));
     };
     let spec = decoder(&config)?;
@@ -84,10 +88,16 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
 pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
     let config = Config::parse(json, file)?;
     let name = config.string("model_type")?;
-    let Some(family) = FAMILIES.iter().find(|family| family.name == name) else {
+    let Some(family) = find(name) else {
         return Err(family::unknown(&config, name, &FAMILIES, false));
     };
     let spec = (family.moe)(&config)?;
     spec.check()?;
     Ok(spec)
+}
+
+/// The family that `model_type` names; what is a part of a larger model says so behind its name.
+fn find(model_type: &str) -> Option<&'static Family> {
+    let is_it = |family: &&Family| model_type == family.name || model_type.strip_suffix("_text") == Some(family.name);
+    FAMILIES.iter().find(is_it)
 }

@@ -9,7 +9,7 @@ use super::known;
 use super::rope;
 use super::window;
 use crate::error::Result;
-use crate::spec::{AttentionBias, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow};
+use crate::spec::{AttentionBias, BlockNames, DenseBlocks, ModelSpec, MoeSpec, Multipliers, Norm, SlidingWindow};
 
 /// More blocks than any model has: a longer one is no model, and nothing counts its blocks.
 const MOST_BLOCKS: usize = 1 << 16;
@@ -52,11 +52,14 @@ pub(super) fn model_spec(config: &Config, family: &Family, moe: MoeSpec, default
         multipliers: Multipliers::default(),
         extra_blocks: 0,
         attention_bias: AttentionBias::None,
+        output_gate: false,
+        recurrent: None,
         clip_qkv: None,
         tied_embeddings: config.optional_flag("tie_word_embeddings")?.unwrap_or(false),
         output_bias: false,
         end_of_text: config.token_ids("eos_token_id")?,
         ffn: "mlp".into(),
+        names: BlockNames::default(),
         dense: DenseBlocks::default(),
         moe,
         layer_top_k: Vec::new(),

@@ -92,7 +92,7 @@ fn place(weights: &Weights, layer: usize) -> Result<(&MoeSpec, String)> {
         id: i64::try_from(layer).unwrap_or(i64::MAX),
         expected: format!("one of {}", model.moe_blocks().count()),
     })?;
-    Ok((&model.moe, format!("model.layers.{block}.{}", model.ffn)))
+    Ok((&model.moe, format!("{}.{}", model.block_prefix(block), model.ffn)))
 }
 
 impl<'a> Loader<'a> {

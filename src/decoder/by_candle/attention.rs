@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Module, Tensor};
 use candle_nn::kv_cache::KvCache;
-use candle_nn::ops::{softmax, softmax_last_dim};
+use candle_nn::ops::{sigmoid, softmax, softmax_last_dim};
 use candle_nn::{Init, VarBuilder};
 
 use super::linear::Linear;
@@ -25,6 +25,8 @@ pub(super) struct Attention {
     output: Linear,
     /// Of queries and keys.
     norms: Option<(RmsNorm, RmsNorm)>,
+    /// Queries have as many numbers behind them, head by head, which weigh what the head mixes.
+    output_gate: bool,
     /// Each head by itself rather than all of a token together.
     norm_heads: bool,
     clip: Option<f64>,
@@ -41,18 +43,21 @@ impl Attention {
     pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
         let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let linear = |name: &str, rows, columns, bias| Linear::load(&vb.pp(name), [rows, columns], bias, engine);
-        let norm = |name: &str, width: usize| RmsNorm::load(width, spec.norm_eps, vb.pp(name));
+        let norm = |name: &str, width: usize| RmsNorm::load(width, spec, vb.pp(name));
+        let [query_norm, key_norm] = spec.names.qk_norms;
+        let query_rows = if spec.output_gate { 2 * queries } else { queries };
         let inputs = spec.attention_bias != AttentionBias::None;
         Ok(Self {
-            query: linear("q_proj", queries, hidden, inputs)?,
+            query: linear("q_proj", query_rows, hidden, inputs)?,
             key: linear("k_proj", keys, hidden, inputs)?,
             value: linear("v_proj", keys, hidden, inputs)?,
-            output: linear("o_proj", hidden, queries, spec.attention_bias == AttentionBias::All)?,
+            output: linear(spec.names.output, hidden, queries, spec.attention_bias == AttentionBias::All)?,
             norms: match spec.qk_norm {
-                Some(QkNorm::Whole) => Some((norm("q_norm", queries)?, norm("k_norm", keys)?)),
-                Some(QkNorm::PerHead) => Some((norm("q_norm", spec.head_dim)?, norm("k_norm", spec.head_dim)?)),
+                Some(QkNorm::Whole) => Some((norm(query_norm, queries)?, norm(key_norm, keys)?)),
+                Some(QkNorm::PerHead) => Some((norm(query_norm, spec.head_dim)?, norm(key_norm, spec.head_dim)?)),
                 None => None,
             },
+            output_gate: spec.output_gate,
             norm_heads: spec.qk_norm == Some(QkNorm::PerHead),
             clip: spec.clip_qkv,
             sinks: spec.sinks.then(|| vb.get_with_hints(spec.heads, "sinks", Init::Const(0.0))).transpose()?,
@@ -73,6 +78,14 @@ impl Attention {
         let (batch, positions, _) = hidden.dims3()?;
         let (mut query, mut key) = (self.query.forward(hidden)?, self.key.forward(hidden)?);
         let mut value = self.value.forward(hidden)?;
+        let gate = match self.output_gate {
+            true => {
+                let both = query.reshape((batch, positions, self.heads, 2 * self.head_dim))?;
+                query = both.narrow(3, 0, self.head_dim)?.flatten_from(2)?;
+                Some(sigmoid(&both.narrow(3, self.head_dim, self.head_dim)?.flatten_from(2)?)?)
+            }
+            false => None,
+        };
         if let Some((query_norm, key_norm)) = &self.norms {
             let norm = |norm: &RmsNorm, projected: Tensor, heads: usize| match self.norm_heads {
                 true => norm.forward(&projected.reshape((batch, positions, heads, self.head_dim))?),
@@ -95,7 +108,10 @@ impl Attention {
         }
         let (key, value) = (self.repeat(key)?, self.repeat(value)?);
 
-        let mixed = attend(&query, &key, &value, mask, self.scale, self.sinks.as_ref())?;
+        let mut mixed = attend(&query, &key, &value, mask, self.scale, self.sinks.as_ref())?;
+        if let Some(gate) = gate {
+            mixed = (mixed * gate)?;
+        }
         Ok(self.output.forward(&mixed)?)
     }
 

@@ -50,14 +50,14 @@ impl LatentAttention {
             None => Query::Direct(linear("q_proj", queries, hidden)?),
             Some(rank) => Query::Narrow(
                 linear("q_a_proj", rank, hidden)?,
-                RmsNorm::load(rank, LatentSpec::NORM_EPS, vb.pp("q_a_layernorm"))?,
+                RmsNorm::plain(rank, LatentSpec::NORM_EPS, vb.pp("q_a_layernorm"))?,
                 linear("q_b_proj", queries, rank)?,
             ),
         };
         Ok(Self {
             query,
             kv_down: linear("kv_a_proj_with_mqa", sizes.kv_rank + rotated, hidden)?,
-            kv_norm: RmsNorm::load(sizes.kv_rank, LatentSpec::NORM_EPS, vb.pp("kv_a_layernorm"))?,
+            kv_norm: RmsNorm::plain(sizes.kv_rank, LatentSpec::NORM_EPS, vb.pp("kv_a_layernorm"))?,
             kv_up: linear("kv_b_proj", heads * (sizes.key_width + sizes.value_width), sizes.kv_rank)?,
             output: linear("o_proj", hidden, heads * sizes.value_width)?,
             sizes,

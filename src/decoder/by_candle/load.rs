@@ -5,9 +5,11 @@ use std::sync::Arc;
 use candle_nn::{Embedding, Init, VarBuilder};
 
 use super::attention::Attention;
+use super::delta_net::DeltaNet;
 use super::latent::LatentAttention;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::short_conv::ShortConv;
 use super::{Block, ByCandle, Mixer};
 use crate::decoder::moe_step::Ffn;
 use crate::error::Result;
@@ -15,13 +17,20 @@ use crate::experts::engine::Engine;
 use crate::layer::MoeLayer;
 use crate::layer::expert::Expert;
 use crate::layer::projection::Built;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, RecurrentMixer};
 
 impl Mixer {
-    fn load(spec: &ModelSpec, vb: VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
-        Ok(match spec.latent {
-            Some(sizes) => Self::Latent(LatentAttention::load(spec, sizes, vb, engine)?),
-            None => Self::Grouped(Attention::load(spec, vb, engine)?),
+    fn load(spec: &ModelSpec, block: usize, vb: &VarBuilder<'_>, engine: &Arc<Engine>) -> Result<Self> {
+        let (attention, recurrent) = (vb.pp("self_attn"), vb.pp(spec.names.recurrent));
+        Ok(match (spec.recurrent_mixer(block), spec.latent) {
+            (Some(RecurrentMixer::ShortConv(conv)), _) => {
+                Self::ShortConv(ShortConv::load(spec, conv, recurrent, engine)?)
+            }
+            (Some(RecurrentMixer::DeltaNet(sizes)), _) => {
+                Self::DeltaNet(Box::new(DeltaNet::load(spec, sizes, recurrent, engine)?))
+            }
+            (None, Some(sizes)) => Self::Latent(LatentAttention::load(spec, sizes, attention, engine)?),
+            (None, None) => Self::Grouped(Attention::load(spec, attention, engine)?),
         })
     }
 }
@@ -34,7 +43,7 @@ impl ByCandle {
         moe: impl Fn(usize, VarBuilder<'_>) -> Result<MoeLayer>,
     ) -> Result<Self> {
         spec.check()?;
-        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
+        let (model, hidden) = (vb.pp(spec.names.root), spec.moe.hidden);
         let table = |vb: VarBuilder<'_>, stdev| {
             vb.get_with_hints((spec.vocab, hidden), "weight", Init::Randn { mean: 0.0, stdev })
         };
@@ -53,10 +62,10 @@ impl ByCandle {
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
             Ok(Block {
-                attention_norm: Norm::load(spec, vb.pp("input_layernorm"))?,
-                attention: Mixer::load(spec, vb.pp("self_attn"), &engine)?,
+                mixer_norm: Norm::load(spec, vb.pp(spec.names.mixer_norm))?,
+                mixer: Mixer::load(spec, block, &vb, &engine)?,
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
-                ffn_norm: Norm::load(spec, vb.pp("post_attention_layernorm"))?,
+                ffn_norm: Norm::load(spec, vb.pp(spec.names.ffn_norm))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
                     Ok(_) => {
                         Ffn::Dense(Box::new(Expert::load_dense(&spec.moe, spec.dense.width, vb.pp(&spec.ffn), &Built)?))
@@ -72,7 +81,7 @@ impl ByCandle {
         Ok(Self {
             embedding: Embedding::new(embeddings, hidden),
             blocks: blocks.collect::<Result<_>>()?,
-            norm: Norm::load(spec, model.pp("norm"))?,
+            norm: Norm::load(spec, model.pp(spec.names.last_norm))?,
             output: Linear::new(output, output_bias, engine),
         })
     }

@@ -4,21 +4,27 @@
 //! Hidden states are `[sequences, positions, hidden]` in the dtype of the weights. Everything has its backward pass.
 
 mod attention;
+pub(in crate::decoder) mod delta_net;
+pub(in crate::decoder) mod kept;
 mod latent;
 mod linear;
 mod load;
 mod norm;
+mod recurrent;
 mod rotary;
+mod short_conv;
 
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Embedding;
-use candle_nn::kv_cache::KvCache;
 
 use self::attention::Attention;
+use self::delta_net::DeltaNet;
+use self::kept::KeptTensors;
 use self::latent::LatentAttention;
 use self::linear::Linear;
 use self::norm::Norm;
 use self::rotary::Rotary;
+use self::short_conv::ShortConv;
 use super::batch::Batch;
 use super::checked::Checks;
 use super::finite::Place;
@@ -32,32 +38,46 @@ use crate::spec::Multipliers;
 /// The parts of a block; clones share weights.
 #[derive(Clone)]
 struct Block {
-    attention_norm: Norm,
-    attention: Mixer,
+    mixer_norm: Norm,
+    mixer: Mixer,
     ffn_norm: Norm,
     ffn: Ffn,
     /// Positions look back only as far as the model's window.
     windowed: bool,
 }
 
-/// How positions look at each other.
+/// How positions learn of each other.
 #[derive(Clone)]
 enum Mixer {
     Grouped(Attention),
     Latent(LatentAttention),
+    ShortConv(ShortConv),
+    DeltaNet(Box<DeltaNet>),
 }
 
 impl Mixer {
+    fn is_recurrent(&self) -> bool {
+        matches!(self, Self::ShortConv(_) | Self::DeltaNet(_))
+    }
+
     fn forward(
         &self,
         hidden: &Tensor,
+        batch: &Batch,
         rotary: &Rotary,
         mask: Option<&Tensor>,
-        cache: Option<&mut KvCache>,
+        kept: Option<&mut KeptTensors>,
     ) -> Result<Tensor> {
+        let (cache, memory) = match kept {
+            Some(KeptTensors::Attention(cache)) => (Some(cache), None),
+            Some(KeptTensors::Recurrent(memory)) => (None, Some(memory)),
+            None => (None, None),
+        };
         match self {
             Self::Grouped(attention) => attention.forward(hidden, rotary, mask, cache),
             Self::Latent(attention) => attention.forward(hidden, rotary, mask, cache),
+            Self::ShortConv(conv) => conv.forward(hidden, batch.lengths(), memory),
+            Self::DeltaNet(net) => net.forward(hidden, batch.lengths(), memory),
         }
     }
 }
@@ -82,9 +102,14 @@ pub(super) struct ByCandle {
 }
 
 impl ByCandle {
-    /// Keys and values of no text yet.
-    pub(super) fn kept(&self) -> Vec<KvCache> {
-        self.blocks.iter().map(|_| KvCache::new(POSITION_DIM, KV_POSITIONS)).collect()
+    /// What blocks keep of no text yet.
+    pub(super) fn kept(&self) -> Vec<KeptTensors> {
+        self.blocks.iter().map(|block| KeptTensors::new(block.mixer.is_recurrent())).collect()
+    }
+
+    /// Whether blocks keep what these do.
+    pub(super) fn is_of(&self, kept: &[KeptTensors]) -> bool {
+        self.blocks.iter().zip(kept).all(|(block, kept)| block.mixer.is_recurrent() == kept.is_recurrent())
     }
 
     /// The MoE layers, of all blocks that have one.
@@ -132,13 +157,14 @@ impl ByCandle {
         // MoE layers are counted by themselves: blocks without experts have no router.
         let mut moe_layer = 0;
         for (index, block) in self.blocks.iter().enumerate() {
-            let cache = match &mut state.kv {
-                Some(Kept::Tensors(caches)) => Some(&mut caches[index]),
+            let kept = match &mut state.kv {
+                Some(Kept::Tensors(kept)) => Some(&mut kept[index]),
                 _ => None,
             };
             let mask = if block.windowed { &window_mask } else { &whole_mask };
-            let normed = block.attention_norm.forward(&hidden)?;
-            hidden = (hidden + scaled(block.attention.forward(&normed, &rotary, mask.as_ref(), cache)?, residual)?)?;
+            let normed = block.mixer_norm.forward(&hidden)?;
+            let mixed = block.mixer.forward(&normed, batch, &rotary, mask.as_ref(), kept)?;
+            hidden = (hidden + scaled(mixed, residual)?)?;
             checks.check_finite(Place::Attention(index), &hidden)?;
             let normed = block.ffn_norm.forward(&hidden)?;
             let output = match &block.ffn {
@@ -176,12 +202,6 @@ impl ByCandle {
 fn scaled(tensor: Tensor, by: f64) -> Result<Tensor> {
     if by == 1.0 { Ok(tensor) } else { Ok((tensor * by)?) }
 }
-
-/// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
-const POSITION_DIM: usize = 2;
-
-/// Positions that a cache of keys and values grows by.
-const KV_POSITIONS: usize = 256;
 
 /// Some rows of hidden states, `[rows, hidden]`.
 pub(super) fn last_states(hidden: &Tensor, rows: impl Iterator<Item = usize>) -> Result<Tensor> {

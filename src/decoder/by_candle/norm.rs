@@ -1,5 +1,5 @@
 //! RMS norm (arXiv 1910.07467): `x / sqrt(mean(x²) + ε) ⊙ weight`, statistics in `f32`; and layer norm (arXiv 1607.06450), which
-//! takes the mean away first and adds a bias.
+//! takes the mean away first and adds a bias. Some models store an RMS norm's weight as what it differs from 1 by.
 
 use candle_core::{Module, Tensor};
 use candle_nn::ops::{layer_norm, layer_norm_slow, rms_norm, rms_norm_slow};
@@ -10,23 +10,42 @@ use crate::spec::{self, ModelSpec};
 
 #[derive(Clone, Debug)]
 pub(super) struct RmsNorm {
+    /// To which one is added where it is `from_one`.
     weight: Tensor,
+    from_one: bool,
     eps: f32,
 }
 
 impl RmsNorm {
-    pub(super) fn load(width: usize, eps: f64, vb: VarBuilder<'_>) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(width, "weight", Init::Const(1.0))?, eps: eps as f32 })
+    /// Of the kind that the model's norms are, where they are RMS norms.
+    pub(super) fn load(width: usize, spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::of(width, spec.norm_eps, spec.norm == spec::Norm::RmsFromOne, vb)
+    }
+
+    /// Its weight as it is stored.
+    pub(super) fn plain(width: usize, eps: f64, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::of(width, eps, false, vb)
+    }
+
+    fn of(width: usize, eps: f64, from_one: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        let weight = vb.get_with_hints(width, "weight", Init::Const(if from_one { 0.0 } else { 1.0 }))?;
+        // Variables change while they are trained: one is added each time.
+        match from_one && !weight.track_op() {
+            true => Ok(Self { weight: (weight + 1.0)?, from_one: false, eps: eps as f32 }),
+            false => Ok(Self { weight, from_one, eps: eps as f32 }),
+        }
     }
 }
 
 impl Module for RmsNorm {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        let from_one = self.from_one.then(|| &self.weight + 1.0).transpose()?;
+        let weight = from_one.as_ref().unwrap_or(&self.weight);
         // Candle's fused norm has no backward pass and would drop the gradient without a word.
-        if hidden.track_op() || self.weight.track_op() {
-            rms_norm_slow(hidden, &self.weight, self.eps)
+        if hidden.track_op() || weight.track_op() {
+            rms_norm_slow(hidden, weight, self.eps)
         } else {
-            rms_norm(&hidden.contiguous()?, &self.weight, self.eps)
+            rms_norm(&hidden.contiguous()?, weight, self.eps)
         }
     }
 }
@@ -42,7 +61,7 @@ impl Norm {
     pub(super) fn load(spec: &ModelSpec, vb: VarBuilder<'_>) -> Result<Self> {
         let (hidden, eps) = (spec.moe.hidden, spec.norm_eps);
         Ok(match spec.norm {
-            spec::Norm::Rms => Self::Rms(RmsNorm::load(hidden, eps, vb)?),
+            spec::Norm::Rms | spec::Norm::RmsFromOne => Self::Rms(RmsNorm::load(hidden, spec, vb)?),
             spec::Norm::Layer => Self::Layer {
                 weight: vb.get_with_hints(hidden, "weight", Init::Const(1.0))?,
                 bias: vb.get_with_hints(hidden, "bias", Init::Const(0.0))?,

@@ -14,6 +14,7 @@ use crate::experts::attention::{Attention as Attended, Sequence};
 use crate::experts::engine::Engine;
 use crate::experts::matrix::Matrix;
 use crate::simd::attention::{HeadLayout, POSITIONS};
+use crate::simd::recurrent::{Gate, Weigh};
 use crate::spec::{AttentionBias, ModelSpec, QkNorm};
 
 /// What all layers of a forward pass share.
@@ -102,6 +103,8 @@ pub(super) struct Attention {
     key: Linear,
     value: Linear,
     output: Linear,
+    /// Of what each head mixed.
+    gate: Option<Linear>,
     /// Of queries and keys.
     norms: Option<(Norm, Norm)>,
     clip: Option<f32>,
@@ -118,16 +121,28 @@ impl Attention {
     pub(super) fn load(spec: &ModelSpec, layout: HeadLayout, vb: &VarBuilder<'_>, stored: &Stored<'_>) -> Result<Self> {
         let (hidden, queries, keys) = (spec.moe.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let linear = |name: &str, rows, columns, bias| Linear::load(stored, &vb.pp(name), [rows, columns], bias);
-        let norm = |name: &str, width: usize| Norm::rms(width, spec.norm_eps, &vb.pp(name));
+        let norm = |name: &str, width: usize| Norm::of_kind(width, spec, &vb.pp(name));
+        let [query_norm, key_norm] = spec.names.qk_norms;
         let inputs = spec.attention_bias != AttentionBias::None;
+        let (query, gate) = match spec.output_gate {
+            true => {
+                let both = linear("q_proj", 2 * queries, hidden, inputs)?;
+                // Of each head its query, then its gate.
+                let half =
+                    |half: usize| both.pick((0..queries).map(|row| row + (row / spec.head_dim + half) * spec.head_dim));
+                (half(0)?, Some(half(1)?))
+            }
+            false => (linear("q_proj", queries, hidden, inputs)?, None),
+        };
         Ok(Self {
-            query: linear("q_proj", queries, hidden, inputs)?,
+            query,
+            gate,
             key: linear("k_proj", keys, hidden, inputs)?,
             value: linear("v_proj", keys, hidden, inputs)?,
-            output: linear("o_proj", hidden, queries, spec.attention_bias == AttentionBias::All)?,
+            output: linear(spec.names.output, hidden, queries, spec.attention_bias == AttentionBias::All)?,
             norms: match spec.qk_norm {
-                Some(QkNorm::Whole) => Some((norm("q_norm", queries)?, norm("k_norm", keys)?)),
-                Some(QkNorm::PerHead) => Some((norm("q_norm", spec.head_dim)?, norm("k_norm", spec.head_dim)?)),
+                Some(QkNorm::Whole) => Some((norm(query_norm, queries)?, norm(key_norm, keys)?)),
+                Some(QkNorm::PerHead) => Some((norm(query_norm, spec.head_dim)?, norm(key_norm, spec.head_dim)?)),
                 None => None,
             },
             clip: spec.clip_qkv.map(|clip| clip as f32),
@@ -150,16 +165,20 @@ impl Attention {
         output: &mut [f32],
     ) -> Result<()> {
         let (count, isa, width) = (rows.count(), rows.engine.isa(), self.layout.key);
-        let Work { query, key, value, mixed, .. } = work;
+        let Work { query, key, value, mixed, heads: [gates, _] } = work;
         for (rows, linear) in [(&mut *query, &self.query), (&mut *key, &self.key), (&mut *value, &self.value)] {
             rows.resize(count * linear.rows(), 0.0);
         }
         let matrix = Matrix::from_f32(count, input.len() / count.max(1), input)?;
-        rows.engine.products(&mut [
-            self.query.of(matrix, query)?,
-            self.key.of(matrix, key)?,
-            self.value.of(matrix, value)?,
-        ])?;
+        let [of_query, of_key, of_value] =
+            [self.query.of(matrix, query)?, self.key.of(matrix, key)?, self.value.of(matrix, value)?];
+        match &self.gate {
+            Some(gate) => {
+                gates.resize(count * gate.rows(), 0.0);
+                rows.engine.products(&mut [of_query, of_key, of_value, gate.of(matrix, gates)?])?;
+            }
+            None => rows.engine.products(&mut [of_query, of_key, of_value])?,
+        }
         if let Some((of_query, of_key)) = &self.norms {
             of_query.apply(isa, query);
             of_key.apply(isa, key);
@@ -179,6 +198,13 @@ impl Attention {
         rows.keep(self.layout, self.kv_heads, blocks, key, value);
         let heads = [self.kv_heads, self.heads / self.kv_heads];
         rows.attend(self.layout, heads, blocks, query, window, self.sinks.as_deref(), mixed);
+        if self.gate.is_some() {
+            let (gates, width) = (&*gates, gates.len() / count.max(1));
+            in_rows(mixed, width, |first, mixed| {
+                let gates = &gates[first * width..][..mixed.len()];
+                isa.run(Weigh { rows: mixed, gates, gate: Gate::Sigmoid });
+            });
+        }
         let mixed = Matrix::from_f32(count, self.heads * self.layout.value, mixed)?;
         rows.engine.products(&mut [self.output.of(mixed, output)?])?;
         rows.poison(self.layout, query, key, output);

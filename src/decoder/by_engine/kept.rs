@@ -1,8 +1,8 @@
 //! What is kept from one forward pass to the next: keys and values of a text, in blocks of positions that stay where they are, one more where
-//! they are full; and memory to work in, which decides nothing.
+//! they are full; of blocks that have a recurrence instead its state, which is of one size; and memory to work in, which decides nothing.
 //!
-//! A sequence of each layer has blocks of its own, so that no padding is kept and nothing is ever copied. A text that ends leaves its
-//! blocks to the next one. Knows nothing of what keys and values mean.
+//! A sequence of each layer has its own, so that no padding is kept and nothing is ever copied. A text that ends leaves its
+//! blocks to the next one, which begins with a state of zeros. Knows nothing of what keys, values and states mean.
 
 use super::parts::Rotation;
 use crate::simd::attention::{HeadLayout, POSITIONS};
@@ -11,23 +11,53 @@ use crate::simd::multiply::Line;
 /// The blocks of one sequence in one layer.
 pub(in crate::decoder) type Blocks = Vec<Box<[Line]>>;
 
-/// Blocks of all layers and sequences.
+/// The state of a recurrence after some tokens of one sequence.
+#[derive(Clone, Debug)]
+pub(in crate::decoder) struct Memory {
+    /// The last positions that a convolution saw, `[width − 1, channels]`.
+    pub(super) tail: Vec<f32>,
+    /// A matrix for each head.
+    pub(super) matrices: Box<[Line]>,
+}
+
+/// What layers keep of a sequence, in sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::decoder) struct KeptSizes {
+    pub(super) layout: HeadLayout,
+    pub(super) kv_heads: usize,
+    /// Numbers of a recurrence's tail, and lines of its matrices.
+    pub(super) tail: usize,
+    pub(super) lines: usize,
+}
+
+/// What one layer keeps, by sequence.
+#[derive(Clone, Debug)]
+enum KeptLayer {
+    Attention(Vec<Blocks>),
+    Recurrent(Vec<Memory>),
+}
+
+/// What all layers keep.
 #[derive(Debug)]
 pub(in crate::decoder) struct KeptBlocks {
-    layout: HeadLayout,
-    kv_heads: usize,
-    layers: Vec<Vec<Blocks>>,
+    sizes: KeptSizes,
+    layers: Vec<KeptLayer>,
 }
 
 impl KeptBlocks {
-    /// None yet, of `layers` layers.
-    pub(super) fn new(layout: HeadLayout, kv_heads: usize, layers: usize) -> Self {
-        Self { layout, kv_heads, layers: vec![Vec::new(); layers] }
+    /// Nothing yet, of layers that have a recurrence or attention.
+    pub(super) fn new(sizes: KeptSizes, recurrent: impl Iterator<Item = bool>) -> Self {
+        let layer = |recurrent| match recurrent {
+            true => KeptLayer::Recurrent(Vec::new()),
+            false => KeptLayer::Attention(Vec::new()),
+        };
+        Self { sizes, layers: recurrent.map(layer).collect() }
     }
 
-    /// Whether keys and values are such as these.
-    pub(super) fn is_of(&self, layout: HeadLayout, kv_heads: usize) -> bool {
-        (self.layout, self.kv_heads) == (layout, kv_heads)
+    /// Whether it is of such layers.
+    pub(super) fn is_of(&self, sizes: KeptSizes, recurrent: impl Iterator<Item = bool>) -> bool {
+        let kinds = self.layers.iter().map(|layer| matches!(layer, KeptLayer::Recurrent(_)));
+        self.sizes == sizes && kinds.eq(recurrent)
     }
 
     /// How many layers it is for.
@@ -35,9 +65,15 @@ impl KeptBlocks {
         self.layers.len()
     }
 
-    /// The blocks of a layer's sequences, with room for so many positions of each.
-    pub(super) fn layer(&mut self, layer: usize, ends: impl ExactSizeIterator<Item = usize>) -> &mut [Blocks] {
-        let (lines, sequences) = (self.kv_heads * self.layout.lines(), &mut self.layers[layer]);
+    /// Whether a layer keeps a state that does not go back.
+    pub(in crate::decoder) fn is_recurrent(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer, KeptLayer::Recurrent(_)))
+    }
+
+    /// The blocks of a layer's sequences, with room for so many positions of each; none of a layer that has a recurrence.
+    pub(super) fn blocks(&mut self, layer: usize, ends: impl ExactSizeIterator<Item = usize>) -> &mut [Blocks] {
+        let lines = self.sizes.kv_heads * self.sizes.layout.lines();
+        let KeptLayer::Attention(sequences) = &mut self.layers[layer] else { return &mut [] };
         if sequences.len() < ends.len() {
             sequences.resize(ends.len(), Blocks::new());
         }
@@ -48,16 +84,31 @@ impl KeptBlocks {
         }
         sequences
     }
+
+    /// The states of a layer's sequences, those of zeros that begin at their first token; none of a layer that has attention.
+    pub(super) fn memories(&mut self, layer: usize, starts: &[usize]) -> &mut [Memory] {
+        let KeptSizes { tail, lines, .. } = self.sizes;
+        let KeptLayer::Recurrent(sequences) = &mut self.layers[layer] else { return &mut [] };
+        if sequences.len() < starts.len() {
+            let none = || Memory { tail: vec![0.0; tail], matrices: bytemuck::zeroed_slice_box(lines) };
+            sequences.resize_with(starts.len(), none);
+        }
+        for (memory, _) in sequences.iter_mut().zip(starts).filter(|(_, start)| **start == 0) {
+            memory.tail.fill(0.0);
+            memory.matrices.fill(Line::default());
+        }
+        &mut sequences[..starts.len()]
+    }
 }
 
-/// Rows that attention works in.
+/// Rows that a mixer works in.
 #[derive(Debug, Default)]
 pub(super) struct Work {
     pub(super) query: Vec<f32>,
     pub(super) key: Vec<f32>,
     pub(super) value: Vec<f32>,
     pub(super) mixed: Vec<f32>,
-    /// Of latent attention: rows of heads by themselves.
+    /// Of latent attention: rows of heads by themselves; of a delta net: what heads write and forget by.
     pub(super) heads: [Vec<f32>; 2],
 }
 
@@ -72,7 +123,7 @@ pub(in crate::decoder) struct Scratch {
     pub(super) work: Work,
     pub(super) everyone: Vec<u32>,
     pub(super) ones: Vec<f32>,
-    /// Keys and values of passes that keep none.
+    /// What one layer keeps while it runs, of passes that keep nothing: one with attention, one with a recurrence.
     pub(super) kv: Option<KeptBlocks>,
 }
 

@@ -7,8 +7,11 @@ use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
+use super::delta_net::DeltaNet;
+use super::kept::KeptSizes;
 use super::latent::LatentAttention;
 use super::parts::{Linear, Norm, Rates, numbers};
+use super::short_conv::ShortConv;
 use super::stored::Stored;
 use super::{Block, ByEngine, Mixer};
 use crate::decoder::builder::var_builder;
@@ -23,7 +26,8 @@ use crate::offload::cache::ExpertCache;
 use crate::parallel::ExpertParallel;
 use crate::parallel::spread::Spread;
 use crate::simd::attention::HeadLayout;
-use crate::spec::ModelSpec;
+use crate::simd::recurrent::matrix_lines;
+use crate::spec::{ModelSpec, RecurrentMixer};
 use crate::weights::Weights;
 use crate::weights::experts::Slice;
 
@@ -42,8 +46,8 @@ impl ByEngine {
         let stored = Stored { checkpoint: weights.checkpoint(), dtype };
         // One layer runs at a time: all work in the same memory.
         let engine = Arc::new(if dtype == DType::BF16 { Engine::default() } else { Engine::exact() });
-        let layout = layout(spec, kv_dtype)?;
-        let (model, hidden) = (vb.pp("model"), spec.moe.hidden);
+        let sizes = sizes(spec, kv_dtype)?;
+        let (model, hidden) = (vb.pp(spec.names.root), spec.moe.hidden);
         let embedding = stored.linear(&model.pp("embed_tokens"), [spec.vocab, hidden])?;
         let lm_head = vb.pp("lm_head");
         let output = Linear {
@@ -77,15 +81,11 @@ impl ByEngine {
         let mut moe_layers = 0;
         let blocks = (0..spec.layers).map(|block| {
             let vb = model.pp("layers").pp(block);
-            let attention = vb.pp("self_attn");
             Ok(Block {
-                attention_norm: Norm::load(spec, &vb.pp("input_layernorm"))?,
-                mixer: match spec.latent {
-                    Some(sizes) => Mixer::Latent(LatentAttention::load(spec, sizes, layout, &attention, &stored)?),
-                    None => Mixer::Grouped(Attention::load(spec, layout, &attention, &stored)?),
-                },
+                mixer_norm: Norm::load(spec, &vb.pp(spec.names.mixer_norm))?,
+                mixer: Mixer::load(spec, block, sizes.layout, &vb, &stored)?,
                 windowed: spec.window.blocks.binary_search(&block).is_ok(),
-                ffn_norm: Norm::load(spec, &vb.pp("post_attention_layernorm"))?,
+                ffn_norm: Norm::load(spec, &vb.pp(spec.names.ffn_norm))?,
                 ffn: match spec.dense.blocks.binary_search(&block) {
                     Ok(_) => {
                         let vb = vb.pp(&spec.ffn);
@@ -101,14 +101,51 @@ impl ByEngine {
         Ok(Self {
             embedding,
             blocks: blocks.collect::<Result<_>>()?,
-            norm: Norm::load(spec, &model.pp("norm"))?,
+            norm: Norm::load(spec, &model.pp(spec.names.last_norm))?,
             output,
             engine,
             rates: Rates::new(spec),
-            layout,
-            kv_heads: if spec.latent.is_some() { 1 } else { spec.kv_heads },
+            sizes,
         })
     }
+}
+
+impl Mixer {
+    fn load(
+        spec: &ModelSpec,
+        block: usize,
+        layout: HeadLayout,
+        vb: &VarBuilder<'_>,
+        stored: &Stored<'_>,
+    ) -> Result<Self> {
+        let (attention, recurrent) = (vb.pp("self_attn"), vb.pp(spec.names.recurrent));
+        Ok(match (spec.recurrent_mixer(block), spec.latent) {
+            (Some(RecurrentMixer::ShortConv(conv)), _) => {
+                Self::ShortConv(ShortConv::load(spec, conv, &recurrent, stored)?)
+            }
+            (Some(RecurrentMixer::DeltaNet(sizes)), _) => {
+                Self::DeltaNet(Box::new(DeltaNet::load(spec, sizes, &recurrent, stored)?))
+            }
+            (None, Some(sizes)) => Self::Latent(LatentAttention::load(spec, sizes, layout, &attention, stored)?),
+            (None, None) => Self::Grouped(Attention::load(spec, layout, &attention, stored)?),
+        })
+    }
+}
+
+/// What blocks keep of a sequence.
+fn sizes(spec: &ModelSpec, kv_dtype: DType) -> Result<KeptSizes> {
+    let (tail, lines) = match spec.recurrent.as_ref().map(|recurrent| recurrent.mixer) {
+        None => (0, 0),
+        Some(mixer) => {
+            let lines = match mixer {
+                RecurrentMixer::ShortConv(_) => 0,
+                RecurrentMixer::DeltaNet(net) => net.value_heads * matrix_lines(net.key_width, net.value_width),
+            };
+            (mixer.tail() * mixer.channels(spec.moe.hidden), lines)
+        }
+    };
+    let kv_heads = if spec.latent.is_some() { 1 } else { spec.kv_heads };
+    Ok(KeptSizes { layout: layout(spec, kv_dtype)?, kv_heads, tail, lines })
 }
 
 /// The dtype of rows of activations that go to other ranks.

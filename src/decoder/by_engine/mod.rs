@@ -6,10 +6,13 @@
 //! [`by_candle`](super::by_candle).
 
 mod attention;
+mod delta_net;
 pub(super) mod kept;
 mod latent;
 mod load;
 mod parts;
+mod recurrent;
+mod short_conv;
 mod stored;
 
 use std::sync::Arc;
@@ -17,9 +20,11 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use self::attention::{Attention, Rows};
-use self::kept::{KeptBlocks, Scratch};
+use self::delta_net::DeltaNet;
+use self::kept::{KeptBlocks, KeptSizes, Scratch};
 use self::latent::LatentAttention;
 use self::parts::{Linear, Norm, Rates};
+use self::short_conv::ShortConv;
 use super::batch::Batch;
 use super::checked::Checks;
 use super::finite::Place;
@@ -33,7 +38,6 @@ use crate::experts::work as engine_work;
 use crate::layer::by_engine::BorrowedExpert;
 use crate::layer::{MoeLayer, Packed};
 use crate::parallel::share::Share;
-use crate::simd::attention::HeadLayout;
 use crate::spec::Multipliers;
 
 /// All blocks and what stands around them; clones share weights.
@@ -45,14 +49,13 @@ pub(super) struct ByEngine {
     output: Linear,
     engine: Arc<Engine>,
     rates: Rates,
-    layout: HeadLayout,
-    kv_heads: usize,
+    sizes: KeptSizes,
 }
 
 /// The parts of a block; clones share weights.
 #[derive(Clone)]
 pub(super) struct Block {
-    attention_norm: Norm,
+    mixer_norm: Norm,
     mixer: Mixer,
     ffn_norm: Norm,
     ffn: Ffn,
@@ -73,14 +76,20 @@ pub(super) struct Part<'a> {
     pub(super) starts: &'a [usize],
 }
 
-/// How positions look at each other.
+/// How positions learn of each other.
 #[derive(Clone)]
 enum Mixer {
     Grouped(Attention),
     Latent(LatentAttention),
+    ShortConv(ShortConv),
+    DeltaNet(Box<DeltaNet>),
 }
 
 impl Block {
+    fn is_recurrent(&self) -> bool {
+        matches!(self.mixer, Mixer::ShortConv(_) | Mixer::DeltaNet(_))
+    }
+
     pub(super) fn moe(&self) -> Option<&MoeLayer> {
         self.ffn.moe()
     }
@@ -91,14 +100,14 @@ impl Block {
 }
 
 impl ByEngine {
-    /// Keys and values of no text yet.
+    /// What blocks keep of no text yet.
     pub(super) fn kept(&self) -> KeptBlocks {
-        KeptBlocks::new(self.layout, self.kv_heads, self.blocks.len())
+        KeptBlocks::new(self.sizes, self.blocks.iter().map(Block::is_recurrent))
     }
 
-    /// Whether keys and values are of such heads as this model has.
+    /// Whether blocks keep what these do.
     pub(super) fn is_of(&self, kept: &KeptBlocks) -> bool {
-        kept.is_of(self.layout, self.kv_heads)
+        kept.is_of(self.sizes, self.blocks.iter().map(Block::is_recurrent))
     }
 
     /// Logits `[rows, vocab]` of hidden states.
@@ -126,7 +135,9 @@ impl ByEngine {
         let Multipliers { embedding, residual, .. } = checks.spec.multipliers;
         let Scratch { hidden, normed, added, rotation, work, everyone, ones, kv: unkept } = scratch;
         let count = batch.ids().len();
-        if unkept.as_ref().is_some_and(|kept| !self.is_of(kept)) {
+        // One layer of each kind.
+        let kinds = || [false, true].into_iter();
+        if unkept.as_ref().is_some_and(|kept| !kept.is_of(self.sizes, kinds())) {
             *unkept = None;
         }
         hidden.resize(count * width, 0.0);
@@ -147,19 +158,26 @@ impl ByEngine {
         let mut moe_layer = 0;
         for (index, block) in self.blocks.iter().enumerate() {
             let ends = starts.iter().zip(batch.lengths()).map(|(start, length)| start + length);
-            // Of passes that keep nothing a layer's keys and values are gone when the next one comes.
-            let blocks = match &mut state.kv {
-                Some(Kept::Blocks(kept)) => kept.layer(index, ends),
-                _ => unkept.get_or_insert_with(|| KeptBlocks::new(self.layout, self.kv_heads, 1)).layer(0, ends),
+            // Of passes that keep nothing what a layer keeps is gone when the next one comes.
+            let (kept, at) = match &mut state.kv {
+                Some(Kept::Blocks(kept)) => (kept, index),
+                _ => {
+                    let unkept = unkept.get_or_insert_with(|| KeptBlocks::new(self.sizes, kinds()));
+                    (unkept, usize::from(block.is_recurrent()))
+                }
             };
             normed.clone_from(hidden);
-            block.attention_norm.apply(isa, normed);
+            block.mixer_norm.apply(isa, normed);
             match &block.mixer {
                 Mixer::Grouped(attention) => {
                     let window = window.filter(|_| block.windowed);
-                    attention.forward(normed, &rows, window, blocks, work, added)?;
+                    attention.forward(normed, &rows, window, kept.blocks(at, ends), work, added)?;
                 }
-                Mixer::Latent(attention) => attention.forward(normed, &rows, blocks, work, added)?,
+                Mixer::Latent(attention) => {
+                    attention.forward(normed, &rows, kept.blocks(at, ends), work, added)?;
+                }
+                Mixer::ShortConv(conv) => conv.forward(normed, &rows, kept.memories(at, starts), work, added)?,
+                Mixer::DeltaNet(net) => net.forward(normed, &rows, kept.memories(at, starts), work, added)?,
             }
             add(hidden, added, residual);
             checks.check_rows(Place::Attention(index), hidden)?;

@@ -34,6 +34,12 @@ impl Linear {
         Ok(Self { weight: stored.linear(vb, shape)?, bias })
     }
 
+    /// The same of some of its rows.
+    pub(super) fn pick(&self, rows: impl ExactSizeIterator<Item = usize> + Clone) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| rows.clone().map(|row| bias[row]).collect());
+        Ok(Self { weight: self.weight.pick(rows)?, bias })
+    }
+
     /// Output rows.
     pub(super) fn rows(&self) -> usize {
         self.weight.shape()[0]
@@ -64,7 +70,18 @@ impl Norm {
     /// The model's norm of the hidden state.
     pub(super) fn load(spec: &ModelSpec, vb: &VarBuilder<'_>) -> Result<Self> {
         let bias = (spec.norm == spec::Norm::Layer).then(|| numbers(vb, "bias", spec.moe.hidden)).transpose()?;
-        Ok(Self { bias, ..Self::rms(spec.moe.hidden, spec.norm_eps, vb)? })
+        Ok(Self { bias, ..Self::of_kind(spec.moe.hidden, spec, vb)? })
+    }
+
+    /// RMS norm of rows of `width`, its weight stored as the model's norms have theirs.
+    pub(super) fn of_kind(width: usize, spec: &ModelSpec, vb: &VarBuilder<'_>) -> Result<Self> {
+        let norm = Self::rms(width, spec.norm_eps, vb)?;
+        match spec.norm {
+            spec::Norm::RmsFromOne => {
+                Ok(Self { weight: norm.weight.iter().map(|weight| 1.0 + weight).collect(), ..norm })
+            }
+            spec::Norm::Rms | spec::Norm::Layer => Ok(norm),
+        }
     }
 
     /// RMS norm of rows of `width`.

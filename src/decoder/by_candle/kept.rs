@@ -1,0 +1,67 @@
+//! What a block keeps of its sequences from one forward pass to the next, as tensors: keys and values of all positions, or what a
+//! recurrence needs of them.
+
+use candle_core::Tensor;
+use candle_nn::kv_cache::KvCache;
+
+use crate::error::Result;
+
+/// What one block keeps.
+#[derive(Debug)]
+pub(in crate::decoder) enum KeptTensors {
+    /// Keys and values.
+    Attention(KvCache),
+    /// The state of a recurrence; `None` before the first token.
+    Recurrent(Option<Memory>),
+}
+
+/// The state of a recurrence over the sequences of a batch.
+#[derive(Clone, Debug)]
+pub(in crate::decoder) struct Memory {
+    /// The last positions that a convolution saw, `[sequences, width − 1, channels]`.
+    pub(super) tail: Tensor,
+    /// A matrix for each head, `[sequences, heads, key width, value width]`, where the recurrence has any.
+    pub(super) matrices: Option<Tensor>,
+}
+
+/// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
+const POSITION_DIM: usize = 2;
+
+/// Positions that a cache of keys and values grows by.
+const KV_POSITIONS: usize = 256;
+
+impl KeptTensors {
+    /// Nothing yet.
+    pub(super) fn new(is_recurrent: bool) -> Self {
+        match is_recurrent {
+            true => Self::Recurrent(None),
+            false => Self::Attention(KvCache::new(POSITION_DIM, KV_POSITIONS)),
+        }
+    }
+
+    /// Whether it can lose its last positions without losing all.
+    pub(in crate::decoder) fn is_recurrent(&self) -> bool {
+        matches!(self, Self::Recurrent(_))
+    }
+
+    /// Leaves the first `columns` of keys and values; of a recurrence nothing, which the caller knows to want.
+    pub(in crate::decoder) fn cut(&mut self, columns: usize) -> Result<()> {
+        let cache = match self {
+            Self::Recurrent(memory) => {
+                *memory = memory.take().filter(|_| columns > 0);
+                return Ok(());
+            }
+            Self::Attention(cache) => cache,
+        };
+        if cache.current_seq_len() <= columns {
+            return Ok(());
+        }
+        let (keys, values, dim) = (cache.k()?, cache.v()?, cache.k_cache().dim());
+        cache.reset();
+        if let (Some(keys), Some(values), 1..) = (keys, values, columns) {
+            let kept = |all: Tensor| all.narrow(dim, 0, columns)?.contiguous();
+            cache.append(&kept(keys)?, &kept(values)?)?;
+        }
+        Ok(())
+    }
+}
