@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 STRETCHED = math.sqrt(1 + math.log(64 / 32) / math.log(32))
 LONG_ROPE = {
     "architectures": ["PhiMoEForCausalLM"],
+    # Not in a GGUF file either, so that it is the published model's.
+    "router_jitter_noise": 0.01,
     "rope_parameters": None,
     "rope_theta": 5000.0,
     "original_max_position_embeddings": 32,
