@@ -405,6 +405,21 @@ impl ModelSpec {
         self.layers - self.recurrent.as_ref().map_or(0, |recurrent| recurrent.blocks.len())
     }
 
+    /// Numbers that are kept of every token of a text: keys and values, or what they come from.
+    pub fn kept_numbers_per_token(&self) -> usize {
+        let each = match self.latent {
+            Some(latent) => latent.kv_rank + self.rotary_dim,
+            None => 2 * self.kv_heads * self.head_dim,
+        };
+        self.attention_blocks() * each
+    }
+
+    /// Numbers that are kept of a text however long it is: the states of blocks without attention.
+    pub fn state_numbers(&self) -> usize {
+        let of = |recurrent: &RecurrentBlocks| recurrent.blocks.len() * recurrent.mixer.state_numbers(self.moe.hidden);
+        self.recurrent.as_ref().map_or(0, of)
+    }
+
     /// What the tensors of a block begin with, before a dot.
     pub fn block_prefix(&self, block: usize) -> String {
         format!("{}.layers.{block}", self.names.root)

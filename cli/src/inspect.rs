@@ -34,6 +34,12 @@ struct Output {
     bytes_per_expert: u64,
     expert_bytes: u64,
     other_bytes: u64,
+    /// Of tensors that are not read: for pictures, for guessing further tokens.
+    unread_bytes: u64,
+    /// What generation keeps of each token of a text, in `f32`: keys and values.
+    kept_bytes_per_token: u64,
+    /// What it keeps of a text however long it is: states of blocks without attention.
+    state_bytes: u64,
     parameters: usize,
     active_parameters: usize,
 }
@@ -44,6 +50,8 @@ impl Inspect {
         let files = self.model.files()?;
         let spec = files.spec()?;
         let experts = files.expert_sizes()?;
+        let unread_bytes = files.unread_bytes()?;
+        let floats = |numbers: usize| (numbers as u64).saturating_mul(4);
         let all_bytes: u64 = files.checkpoint().tensors().values().map(|entry| entry.bytes as u64).sum();
         let output = Output {
             family: spec.family,
@@ -56,7 +64,10 @@ impl Inspect {
             dtype: experts.dtypes.join(", "),
             bytes_per_expert: experts.first,
             expert_bytes: experts.all,
-            other_bytes: all_bytes.saturating_sub(experts.all),
+            other_bytes: all_bytes.saturating_sub(experts.all).saturating_sub(unread_bytes),
+            unread_bytes,
+            kept_bytes_per_token: floats(spec.kept_numbers_per_token()),
+            state_bytes: floats(spec.state_numbers()),
             parameters: spec.parameters(),
             active_parameters: spec.active_parameters(),
         };
@@ -65,7 +76,7 @@ impl Inspect {
             return print_json(&output);
         }
         let terminal = global.terminal();
-        let sizes = [
+        let mut sizes = vec![
             format!("{}: {}, stored in {}", files.name(), output.family, output.dtype),
             format!(
                 "  {} layers of {} experts, top {}, hidden {}, expert width {}",
@@ -79,6 +90,17 @@ impl Inspect {
                 bytes(output.other_bytes)
             ),
         ];
+        let kept = format!("  a text keeps {} for each token", bytes(output.kept_bytes_per_token));
+        sizes.push(match output.state_bytes {
+            0 => format!("{kept}: keys and values"),
+            state => format!("{kept}: keys and values, and {} whatever its length: states", bytes(state)),
+        });
+        if output.unread_bytes > 0 {
+            sizes.push(format!(
+                "  {} are not read: what is for pictures or for guessing further tokens",
+                bytes(output.unread_bytes)
+            ));
+        }
         let mut text: String = sizes.iter().map(|line| terminal.wrapped(line, 4) + "\n").collect();
         text += &format!("\n{}", output.memory().text(&terminal));
         terminal.print(&text)

@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor as Candle};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::shape::{Fill, Mixture, Shape, Tensor};
+use crate::shape::{Fill, INTERVAL, Mixture, Net, Shape, Tensor};
 
 /// Tensors begin at multiples of so many bytes.
 const ALIGNMENT: usize = 32;
@@ -90,6 +90,7 @@ pub fn write(path: &Path, shape: &Shape, mixture: Mixture) -> Result<()> {
     for tensor in &tensors {
         match tensor.fill {
             Fill::Ones => (0..tensor.count()).try_for_each(|_| file.write_all(&1f32.to_le_bytes()))?,
+            Fill::MinusOnes => (0..tensor.count()).try_for_each(|_| file.write_all(&(-1f32).to_le_bytes()))?,
             Fill::Random(deviation) => pieces.write(&mut file, tensor, deviation)?,
         }
         let padding = tensor.bytes().next_multiple_of(ALIGNMENT) - tensor.bytes();
@@ -123,6 +124,26 @@ fn metadata(shape: &Shape, mixture: Mixture) -> Metadata {
     metadata.count(&key("vocab_size"), shape.vocab);
     metadata.number(&key("attention.layer_norm_rms_epsilon"), shape.epsilon);
     metadata.number(&key("rope.freq_base"), shape.rope_base);
+    if shape.shared > 0 {
+        metadata.count(&key("expert_shared_feed_forward_length"), shape.shared);
+    }
+    if let Some(Net { key_heads, value_heads, width, conv }) = shape.net {
+        metadata.count(&key("ssm.conv_kernel"), conv);
+        metadata.count(&key("ssm.state_size"), width);
+        metadata.count(&key("ssm.group_count"), key_heads);
+        metadata.count(&key("ssm.time_step_rank"), value_heads);
+        metadata.count(&key("ssm.inner_size"), value_heads * width);
+        metadata.count(&key("full_attention_interval"), INTERVAL);
+        // A quarter of each head, its pairs shared out over three kinds of positions.
+        let rotated = shape.head_dim / 4;
+        let sections = [rotated / 6 + 1, rotated / 6 + 1, rotated / 2 - 2 * (rotated / 6 + 1), 0];
+        metadata.count(&key("rope.dimension_count"), rotated);
+        metadata.array(
+            &key("rope.dimension_sections"),
+            5,
+            sections.iter().map(|&size| (size as i32).to_le_bytes().to_vec()),
+        );
+    }
     tokenizer(&mut metadata, shape);
     metadata
 }
@@ -144,7 +165,14 @@ fn tokenizer(metadata: &mut Metadata, shape: &Shape) {
     tokens.push(("<|endoftext|>".into(), CONTROL));
     tokens.extend((tokens.len()..shape.vocab).map(|id| (format!("[PAD{id}]"), UNUSED)));
     metadata.text("tokenizer.ggml.model", "gpt2");
-    metadata.text("tokenizer.ggml.pre", if shape.architecture == "olmoe" { "olmo" } else { "qwen2" });
+    metadata.text(
+        "tokenizer.ggml.pre",
+        match shape.architecture {
+            "olmoe" => "olmo",
+            "qwen35moe" => "qwen35",
+            _ => "qwen2",
+        },
+    );
     metadata.array("tokenizer.ggml.tokens", 8, tokens.iter().map(|(token, _)| text(token)));
     metadata.array("tokenizer.ggml.token_type", 5, tokens.iter().map(|(_, kind)| kind.to_le_bytes().to_vec()));
     metadata.array("tokenizer.ggml.merges", 8, MERGES.iter().map(|(left, right)| text(&format!("{left} {right}"))));

@@ -38,13 +38,13 @@ use table::{Row, Table};
 
 #[derive(Parser)]
 struct Options {
-    /// olmoe, qwen3-30b
+    /// olmoe, qwen3-30b, qwen3.5-35b
     #[arg(long, default_value = "olmoe", value_parser = Shape::named)]
     shape: Shape,
-    /// Layers, of 16 and 48 [default: 8 and 6]
+    /// Layers, of 16, 48 and 40 [default: 8, 6 and 4]
     #[arg(long)]
     layers: Option<usize>,
-    /// Words of the vocabulary [default: 50304 and 151936]
+    /// Words of the vocabulary [default: 50304, 151936 and 248320]
     #[arg(long)]
     vocab: Option<usize>,
     /// How weights are stored: bf16, q8_0, q4_K_M

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::quantized::GgmlDType;
 
-/// Sizes of a model of the architecture `olmoe` or `qwen3moe`.
+/// Sizes of a model of the architecture `olmoe`, `qwen3moe` or `qwen35moe`.
 #[derive(Clone)]
 pub struct Shape {
     pub name: &'static str,
@@ -21,7 +21,23 @@ pub struct Shape {
     pub top_k: usize,
     pub rope_base: f32,
     pub epsilon: f32,
+    /// Width of an expert that every token meets; 0 for none.
+    pub shared: usize,
+    /// Gated delta nets in three of four layers.
+    pub net: Option<Net>,
 }
+
+/// Sizes of a gated delta net whose keys are as wide as its values.
+#[derive(Clone, Copy)]
+pub struct Net {
+    pub key_heads: usize,
+    pub value_heads: usize,
+    pub width: usize,
+    pub conv: usize,
+}
+
+/// Which layers have attention beside delta nets: each so many-th.
+pub const INTERVAL: usize = 4;
 
 /// OLMoE-1B-7B, half of its 16 layers.
 const OLMOE: Shape = Shape {
@@ -38,6 +54,8 @@ const OLMOE: Shape = Shape {
     top_k: 8,
     rope_base: 1e4,
     epsilon: 1e-5,
+    shared: 0,
+    net: None,
 };
 
 /// Qwen3-30B-A3B, six of its 48 layers.
@@ -52,6 +70,23 @@ const QWEN3: Shape = Shape {
     width: 768,
     rope_base: 1e6,
     epsilon: 1e-6,
+    ..OLMOE
+};
+
+/// Qwen3.5-35B-A3B, four of its 40 layers.
+const QWEN35: Shape = Shape {
+    name: "qwen3.5-35b",
+    architecture: "qwen35moe",
+    layers: 4,
+    vocab: 248_320,
+    kv_heads: 2,
+    head_dim: 256,
+    experts: 256,
+    width: 512,
+    rope_base: 1e7,
+    epsilon: 1e-6,
+    shared: 512,
+    net: Some(Net { key_heads: 16, value_heads: 32, width: 128, conv: 4 }),
     ..OLMOE
 };
 
@@ -135,6 +170,8 @@ enum Matrix {
 #[derive(Clone, Copy, PartialEq)]
 pub enum Fill {
     Ones,
+    /// Minus one: how fast a delta net's heads forget.
+    MinusOnes,
     /// This standard deviation.
     Random(f32),
 }
@@ -161,8 +198,8 @@ impl Tensor {
 
 impl Shape {
     pub fn named(name: &str) -> Result<Self, String> {
-        let known = [OLMOE, QWEN3].into_iter().find(|shape| shape.name == name);
-        known.ok_or_else(|| format!("unknown shape `{name}`: expected olmoe, qwen3-30b"))
+        let known = [OLMOE, QWEN3, QWEN35].into_iter().find(|shape| shape.name == name);
+        known.ok_or_else(|| format!("unknown shape `{name}`: expected olmoe, qwen3-30b, qwen3.5-35b"))
     }
 
     pub fn tensors(&self, mixture: Mixture) -> Vec<Tensor> {
@@ -187,24 +224,62 @@ impl Shape {
         // OLMoE normalises queries and keys of all heads at once, Qwen3 those of each.
         let normed = if self.architecture == "olmoe" { [queries, keys] } else { [head_dim; 2] };
         let active = self.top_k as f64 / experts as f64;
+        let small = |name: String, shape: Vec<usize>, fill: Fill| Tensor {
+            name,
+            shape,
+            dtype: GgmlDType::F32,
+            fill,
+            share: 1.0,
+        };
         for layer in 0..layers {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
             let heavy = Matrix::ValuesOrDown(layer);
             let gate = matrix(name("ffn_gate_inp"), vec![experts, hidden], Matrix::Other, 1.0);
+            let ffn_norm = if self.net.is_some() { "post_attention_norm" } else { "ffn_norm" };
+            match self.net.filter(|_| (layer + 1) % INTERVAL != 0) {
+                Some(Net { key_heads, value_heads, width, conv }) => {
+                    let (values, channels) = (value_heads * width, (2 * key_heads + value_heads) * width);
+                    tensors.extend([
+                        matrix(name("attn_qkv"), vec![channels, hidden], Matrix::Other, 1.0),
+                        matrix(name("attn_gate"), vec![values, hidden], Matrix::Other, 1.0),
+                        matrix(name("ssm_alpha"), vec![value_heads, hidden], Matrix::Other, 1.0),
+                        matrix(name("ssm_beta"), vec![value_heads, hidden], Matrix::Other, 1.0),
+                        matrix(name("ssm_out"), vec![hidden, values], Matrix::Other, 1.0),
+                        small(name("ssm_conv1d"), vec![channels, conv], Fill::Random(0.5)),
+                        small(format!("blk.{layer}.ssm_dt.bias"), vec![value_heads], Fill::Ones),
+                        small(format!("blk.{layer}.ssm_a"), vec![value_heads], Fill::MinusOnes),
+                        norm(name("ssm_norm"), width),
+                    ]);
+                }
+                None => {
+                    // Behind each query of a delta net's model stands a gate.
+                    let rows = if self.net.is_some() { 2 * queries } else { queries };
+                    tensors.extend([
+                        norm(name("attn_q_norm"), normed[0]),
+                        norm(name("attn_k_norm"), normed[1]),
+                        matrix(name("attn_q"), vec![rows, hidden], Matrix::Other, 1.0),
+                        matrix(name("attn_k"), vec![keys, hidden], Matrix::Other, 1.0),
+                        matrix(name("attn_v"), vec![keys, hidden], heavy, 1.0),
+                        matrix(name("attn_output"), vec![hidden, queries], Matrix::Other, 1.0),
+                    ]);
+                }
+            }
             tensors.extend([
                 norm(name("attn_norm"), hidden),
-                norm(name("attn_q_norm"), normed[0]),
-                norm(name("attn_k_norm"), normed[1]),
-                matrix(name("attn_q"), vec![queries, hidden], Matrix::Other, 1.0),
-                matrix(name("attn_k"), vec![keys, hidden], Matrix::Other, 1.0),
-                matrix(name("attn_v"), vec![keys, hidden], heavy, 1.0),
-                matrix(name("attn_output"), vec![hidden, queries], Matrix::Other, 1.0),
-                norm(name("ffn_norm"), hidden),
+                norm(name(ffn_norm), hidden),
                 Tensor { dtype: GgmlDType::F32, ..gate },
                 matrix(name("ffn_gate_exps"), vec![experts, width, hidden], Matrix::Other, active),
                 matrix(name("ffn_up_exps"), vec![experts, width, hidden], Matrix::Other, active),
                 matrix(name("ffn_down_exps"), vec![experts, hidden, width], heavy, active),
             ]);
+            if self.shared > 0 {
+                tensors.extend([
+                    small(name("ffn_gate_inp_shexp"), vec![hidden], Fill::Random((hidden as f32).powf(-0.5))),
+                    matrix(name("ffn_gate_shexp"), vec![self.shared, hidden], Matrix::Other, 1.0),
+                    matrix(name("ffn_up_shexp"), vec![self.shared, hidden], Matrix::Other, 1.0),
+                    matrix(name("ffn_down_shexp"), vec![hidden, self.shared], heavy, 1.0),
+                ]);
+            }
         }
         tensors
     }
@@ -218,9 +293,12 @@ impl Shape {
         bytes
     }
 
-    /// Bytes of keys and values of so many positions, two for each number.
+    /// Bytes of keys and values of so many positions, two for each number, and of the states of delta nets, which are read and written.
     pub fn kv_bytes(&self, positions: usize) -> f64 {
-        (2 * 2 * self.layers * self.kv_heads * self.head_dim * positions) as f64
+        let with_attention = if self.net.is_some() { self.layers / INTERVAL } else { self.layers };
+        let state = self.net.map_or(0, |net| 2 * 4 * net.value_heads * net.width * net.width);
+        let kept = 2 * 2 * with_attention * self.kv_heads * self.head_dim * positions;
+        (kept + (self.layers - with_attention) * state) as f64
     }
 }
 

@@ -285,6 +285,24 @@ impl Weights {
         Ok(sizes)
     }
 
+    /// Bytes of tensors that no forward pass reads: those for seeing pictures, and for guessing further tokens.
+    ///
+    /// # Errors
+    /// As [`Weights::spec`].
+    pub fn unread_bytes(&self) -> Result<u64> {
+        let spec = self.spec()?;
+        let layers = match self.checkpoint.gguf() {
+            Some(_) => "blk.".to_owned(),
+            None => format!("{}.layers.", spec.names.root),
+        };
+        let is_extra = |name: &str| {
+            let block = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            block.is_some_and(|block| block >= spec.layers) || UNREAD.iter().any(|start| name.starts_with(start))
+        };
+        let tensors = self.checkpoint.tensors().iter().filter(|(name, _)| is_extra(name));
+        Ok(tensors.map(|(_, entry)| entry.bytes as u64).sum())
+    }
+
     /// Where expert `id` of a block lies.
     pub(crate) fn slices(&self, spec: &ModelSpec, block: usize, id: usize) -> Result<Vec<Slice>> {
         self.slices_under(&spec.moe, &format!("{}.{}", spec.block_prefix(block), spec.ffn), id)
@@ -303,6 +321,9 @@ impl Weights {
         Ok(gguf::names::slices(moe, block, id, self.checkpoint.as_ref()))
     }
 }
+
+/// What the names of tensors begin with that are for pictures or for guessing further tokens (Qwen3.5).
+const UNREAD: [&str; 3] = ["model.visual.", "visual.", "mtp."];
 
 /// The error for an expert that is not there.
 fn no_expert(spec: &ModelSpec, layer: usize, id: usize) -> Error {

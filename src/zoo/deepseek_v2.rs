@@ -4,7 +4,7 @@
 use super::config::Config;
 use super::deepseek;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use crate::error::Result;
 use crate::routing::scores::GroupScore;
 use crate::spec::{ModelSpec, MoeSpec};
@@ -24,7 +24,7 @@ pub(super) const FAMILY: Family = Family {
         "norm_topk_prob",
     ],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

@@ -4,7 +4,7 @@
 use super::config::Config;
 use super::deepseek;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use crate::error::Result;
 use crate::routing::scores::{GroupScore, Scoring};
 use crate::spec::{ModelSpec, MoeSpec};
@@ -27,7 +27,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &READS,
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

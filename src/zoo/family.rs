@@ -20,22 +20,7 @@ pub struct Family {
     /// Keys of [`known`](super::known) that it reads, or holds against what it does.
     pub(super) reads: &'static [&'static str],
     pub(super) moe: fn(&Config) -> Result<MoeSpec>,
-    pub(super) decoder: Decoder,
-}
-
-/// The transformer around the MoE layer.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Decoder {
-    Whole(fn(&Config) -> Result<ModelSpec>),
-    /// There is none, for want of this.
-    Lacks(&'static str),
-}
-
-impl Family {
-    /// Whether all of it runs, not the MoE layer alone.
-    pub fn is_whole(&self) -> bool {
-        matches!(self.decoder, Decoder::Whole(_))
-    }
+    pub(super) decoder: fn(&Config) -> Result<ModelSpec>,
 }
 
 /// Names of families of which nothing runs, in a `config.json` and in a GGUF file, and what they have that is not here.
@@ -54,18 +39,14 @@ pub(crate) fn lacking(name: &str) -> Option<&'static str> {
     LACKING.iter().find(|(names, _)| names.contains(&name)).map(|(_, part)| *part)
 }
 
-/// The error for a `model_type` that is none of `families`, or not as a whole where that is asked for: with the part that is not here where
-/// that is known, and what runs.
-pub(super) fn unknown(config: &Config, got: &str, families: &[Family], whole: bool) -> Error {
-    let runs = || families.iter().filter(|family| !whole || family.is_whole()).map(|family| family.name);
+/// The error for a `model_type` that is none of `families`: with the part that is not here where that is known, and what runs.
+pub(super) fn unknown(config: &Config, got: &str, families: &[Family]) -> Error {
+    let runs = || families.iter().map(|family| family.name);
     let expected = runs().collect::<Vec<_>>().join(", ");
     let wrong = |part: &str, else_runs: &str| {
         let got = format!("{got}: there are no {part} here{else_runs}");
         config.error("model_type", &format!("one of {expected}"), &got)
     };
-    if let Some(Family { decoder: Decoder::Lacks(part), .. }) = families.iter().find(|family| family.name == got) {
-        return wrong(part, "; its MoE layer runs by itself");
-    }
     if let Some(part) = lacking(got) {
         return wrong(part, "");
     }

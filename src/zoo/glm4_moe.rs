@@ -4,7 +4,7 @@
 use super::config::Config;
 use super::defaults::Defaults;
 use super::defaults::Rotated;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use super::{deepseek, deepseek_v3};
 use crate::error::Result;
@@ -25,7 +25,7 @@ pub(super) const FAMILY: Family = Family {
         "norm_topk_prob",
     ],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

@@ -5,7 +5,7 @@ use super::config::Config;
 use super::deepseek;
 use super::deepseek_v3;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use crate::error::Result;
 use crate::spec::{DenseBlocks, ModelSpec, MoeSpec};
@@ -16,7 +16,7 @@ pub(super) const FAMILY: Family = Family {
     gguf: &["deepseek2"],
     reads: &deepseek_v3::READS,
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
     ..deepseek_v3::FAMILY
 };
 

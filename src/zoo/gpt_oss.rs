@@ -4,7 +4,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::rope;
 use super::transformer;
 use super::window;
@@ -20,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &["attention_bias", "layer_types", window::KEY, "swiglu_limit", "swiglu_alpha"],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

@@ -3,7 +3,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
@@ -16,7 +16,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &["attention_bias", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

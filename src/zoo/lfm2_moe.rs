@@ -5,7 +5,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::mixtral;
 use super::recurrent;
 use super::transformer;
@@ -20,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers"],
     reads: &["layer_types", "norm_topk_prob", "routed_scaling_factor", "use_expert_bias"],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

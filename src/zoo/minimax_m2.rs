@@ -4,7 +4,7 @@
 use super::config::Config;
 use super::deepseek;
 use super::defaults::{Defaults, Rotated};
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::mixtral;
 use super::transformer;
 use crate::error::Result;
@@ -18,7 +18,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &["attn_type_list", "qk_norm_type", "rotary_dim", "scoring_func", "use_qk_norm", "use_routing_bias"],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

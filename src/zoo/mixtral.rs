@@ -3,7 +3,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use super::window;
 use crate::error::Result;
@@ -17,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &[window::KEY],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 /// Names of experts that are called by the letters of the paper.

@@ -42,7 +42,6 @@ mod window;
 use crate::error::Result;
 use crate::spec::{ModelSpec, MoeSpec};
 use config::Config;
-use family::Decoder;
 pub use family::Family;
 pub(crate) use family::lacking;
 
@@ -73,10 +72,8 @@ pub const FAMILIES: [Family; 15] = [
 pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
     let config = Config::parse(json, file)?;
     let name = config.string("model_type")?;
-    let Some(Family { decoder: Decoder::Whole(decoder), .. }) = find(name) else {
-        return Err(family::unknown(&config, name, &FAMILIES, true));
-    };
-    let spec = decoder(&config)?;
+    let Some(family) = find(name) else { return Err(family::unknown(&config, name, &FAMILIES)) };
+    let spec = (family.decoder)(&config)?;
     spec.check()?;
     Ok(spec)
 }
@@ -88,9 +85,7 @@ pub fn parse_config(json: &str, file: &str) -> Result<ModelSpec> {
 pub fn parse_moe_config(json: &str, file: &str) -> Result<MoeSpec> {
     let config = Config::parse(json, file)?;
     let name = config.string("model_type")?;
-    let Some(family) = find(name) else {
-        return Err(family::unknown(&config, name, &FAMILIES, false));
-    };
+    let Some(family) = find(name) else { return Err(family::unknown(&config, name, &FAMILIES)) };
     let spec = (family.moe)(&config)?;
     spec.check()?;
     Ok(spec)

@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use crate::error::Result;
 use crate::routing::scores::Scoring;
@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers", "llama.cpp"],
     reads: &["attention_bias", "use_qk_norm", "clip_qkv", "norm_topk_prob"],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

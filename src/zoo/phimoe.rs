@@ -4,7 +4,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::mixtral;
 use super::transformer;
 use super::window;
@@ -19,7 +19,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers"],
     reads: &["attention_bias", "lm_head_bias", window::KEY],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

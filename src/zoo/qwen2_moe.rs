@@ -3,7 +3,7 @@
 
 use super::config::Config;
 use super::defaults::Defaults;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::transformer;
 use super::window;
 use crate::error::Result;
@@ -24,7 +24,7 @@ pub(super) const FAMILY: Family = Family {
         window::KEY,
     ],
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 fn moe_spec(config: &Config) -> Result<MoeSpec> {

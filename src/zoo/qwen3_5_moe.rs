@@ -6,7 +6,7 @@
 //! Rotations have three kinds of positions (`mrope_section`), which are the same number in a text.
 
 use super::config::Config;
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::qwen3_next;
 use crate::error::Result;
 use crate::spec::{BlockNames, ModelSpec, MoeSpec};
@@ -18,7 +18,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers"],
     reads: &qwen3_next::READS,
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 /// The text model's configuration where it is within another.

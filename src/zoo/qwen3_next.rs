@@ -5,7 +5,7 @@
 use super::config::Config;
 use super::deepseek;
 use super::defaults::{Defaults, Rotated};
-use super::family::{Decoder, Family};
+use super::family::Family;
 use super::recurrent;
 use super::transformer;
 use crate::error::Result;
@@ -19,7 +19,7 @@ pub(super) const FAMILY: Family = Family {
     checked: &["transformers"],
     reads: &READS,
     moe: moe_spec,
-    decoder: Decoder::Whole(model_spec),
+    decoder: model_spec,
 };
 
 pub(super) const READS: [&str; 5] =

@@ -112,10 +112,9 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
     assert!(step.ends_with("expected at least one block with experts, got none"), "{step}");
 }
 
-/// Names of families, all or those of which all runs.
-fn names(whole: bool) -> String {
-    let names = FAMILIES.iter().filter(|family| !whole || family.is_whole()).map(|family| family.name);
-    names.collect::<Vec<_>>().join(", ")
+/// Names of all families.
+fn names() -> String {
+    FAMILIES.map(|family| family.name).join(", ")
 }
 
 #[test]
@@ -126,10 +125,10 @@ fn an_unknown_family_is_told_those_there_are() {
         (r#"{"model_type": "seeing", "text_config": {}}"#, "model family around a text model `seeing`"),
     ] {
         let error = parse_config(config, "config.json").unwrap_err().to_string();
-        assert_eq!(error, format!("unknown {expected}: expected one of {}", names(true)));
+        assert_eq!(error, format!("unknown {expected}: expected one of {}", names()));
     }
     let error = parse_moe_config(r#"{"model_type": "llama"}"#, "config.json").unwrap_err().to_string();
-    assert_eq!(error, format!("unknown model family without experts `llama`: expected one of {}", names(false)));
+    assert_eq!(error, format!("unknown model family without experts `llama`: expected one of {}", names()));
     for family in FAMILIES.iter().filter(|family| family.name != "olmoe") {
         parse_moe_config(&changed(family.name, &[]), "config.json").unwrap();
     }
@@ -137,10 +136,9 @@ fn an_unknown_family_is_told_those_there_are() {
 
 #[test]
 fn a_family_with_a_part_that_is_not_here_is_told_which_and_what_runs() {
-    let known = format!("config.json: key `model_type`: expected one of {}, got", names(true));
+    let known = format!("config.json: key `model_type`: expected one of {}, got", names());
     for (config, expected) in [
-        (changed("lfm2_moe", &[]), "lfm2_moe: there are no short convolutions here; its MoE layer runs by itself"),
-        (json!({"model_type": "qwen3_next"}).to_string(), "qwen3_next: there are no gated delta nets here"),
+        (json!({"model_type": "nemotron_h"}).to_string(), "nemotron_h: there are no Mamba-2 mixers here"),
         (
             json!({"model_type": "seeing", "text_config": {"model_type": "qwen3_moe_text"}}).to_string(),
             "seeing: there are no other parts than text models here; its text model, qwen3_moe, runs from a checkpoint of its own",
@@ -159,13 +157,10 @@ fn the_readme_lists_the_families_of_the_table() {
     let readme = std::fs::read_to_string(&path).unwrap();
     let (before, rest) = readme.split_once("<!-- families -->\n").unwrap();
     let (found, after) = rest.split_once("  <!-- /families -->").unwrap();
-    let mut list =
-        String::from("\n  | models | `model_type` | runs | GGUF | checked against |\n  |---|---|---|---|---|\n");
+    let mut list = String::from("\n  | models | `model_type` | GGUF | checked against |\n  |---|---|---|---|\n");
     for Family { name, models, gguf, checked, .. } in FAMILIES {
-        let whole = FAMILIES.iter().any(|family| family.name == name && family.is_whole());
-        let runs = if whole { "whole" } else { "MoE layer" };
         let gguf = if gguf.is_empty() { "–".to_owned() } else { format!("`{}`", gguf.join("`, `")) };
-        list += &format!("  | {models} | `{name}` | {runs} | {gguf} | {} |\n", checked.join(", "));
+        list += &format!("  | {models} | `{name}` | {gguf} | {} |\n", checked.join(", "));
     }
     list.push('\n');
     if std::env::var_os("PHASE_MOE_README_WRITE").is_some() {

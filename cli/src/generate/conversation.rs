@@ -145,10 +145,12 @@ impl Conversation<'_> {
     fn keep(&mut self, past: &mut Past, ids: &[u32]) -> Result<usize> {
         let same = past.seen.iter().zip(ids).take_while(|(seen, id)| seen == id).count();
         let kept = same.min(ids.len().saturating_sub(1));
-        if kept < past.seen.len() {
-            self.state.truncate(kept)?;
-            past.seen.truncate(kept);
+        if kept == past.seen.len() {
+            return Ok(kept);
         }
+        // A recurrent state does not go back: all goes through again then.
+        let kept = self.state.truncate(kept)?;
+        past.seen.truncate(kept);
         Ok(kept)
     }
 

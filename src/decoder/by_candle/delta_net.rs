@@ -99,7 +99,7 @@ impl DeltaNet {
                 })
             }
         };
-        let mixed = each_sequence(hidden, lengths, memory, |hidden, memory| self.mix(hidden, memory))?;
+        let mixed = each_sequence(hidden, sizes.values(), lengths, memory, |hidden, memory| self.mix(hidden, memory))?;
         Ok(self.output.forward(&mixed)?)
     }
 

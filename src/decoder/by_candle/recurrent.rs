@@ -8,9 +8,10 @@ use super::kept::Memory;
 use crate::error::Result;
 
 /// Runs `mix` over `[sequences, positions, hidden]`, for which it gets the state that each sequence had and leaves the one that it has then:
-/// over all sequences together where they are equally long, else over each by itself; zeros for padding.
+/// over all sequences together where they are equally long, else over each by itself; zeros for padding. What comes out of it is `width` wide.
 pub(super) fn each_sequence(
     hidden: &Tensor,
+    width: usize,
     lengths: &[usize],
     memory: &mut Memory,
     mix: impl Fn(&Tensor, &mut Memory) -> Result<Tensor>,
@@ -27,7 +28,7 @@ pub(super) fn each_sequence(
         };
         let hidden = hidden.narrow(0, at, 1)?;
         mixed.push(match length {
-            0 => hidden.zeros_like()?,
+            0 => Tensor::zeros((1, positions, width), hidden.dtype(), hidden.device())?,
             _ => mix(&hidden.narrow(1, 0, length)?, &mut own)?.pad_with_zeros(1, 0, positions - length)?,
         });
         tails.push(own.tail);

@@ -56,7 +56,7 @@ impl ShortConv {
                 matrices: None,
             }),
         };
-        let mixed = each_sequence(hidden, lengths, memory, |hidden, memory| {
+        let mixed = each_sequence(hidden, channels, lengths, memory, |hidden, memory| {
             let parts = self.input.forward(hidden)?;
             let part = |at: usize| parts.narrow(2, at * channels, channels);
             let seen = convolve(&(part(0)? * part(2)?)?, &mut memory.tail, &self.weight, self.bias.as_ref())?;

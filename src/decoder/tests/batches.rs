@@ -28,7 +28,7 @@ fn decoders() -> Vec<(&'static str, Decoder)> {
         [(family, Decoder::load(&files, &LoadOptions::default()).unwrap()), (family, by_candle)]
     };
     // OLMoE is the bundled model's family.
-    let families = zoo::FAMILIES.iter().filter(|family| family.is_whole() && family.name != "olmoe");
+    let families = zoo::FAMILIES.iter().filter(|family| family.name != "olmoe");
     let mut all: Vec<_> = families.flat_map(|family| fixture(family.name)).collect();
     all.push(("tiny-moe", MODEL.decoder().clone()));
     all
@@ -43,10 +43,12 @@ fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn assert_close(what: &str, ours: &[f32], expected: &[f32]) {
+/// A recurrence makes more of the last bits that sums over other numbers of rows differ in.
+fn assert_close(what: &str, decoder: &Decoder, ours: &[f32], expected: &[f32]) {
     assert_eq!(ours.len(), expected.len(), "{what}: length");
     let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max);
-    assert!(worst <= 1e-5, "{what}: off by {worst}");
+    let limit = if decoder.spec().recurrent.is_some() { 1e-4 } else { 1e-5 };
+    assert!(worst <= limit, "{what}: off by {worst}");
 }
 
 #[test]
@@ -62,11 +64,11 @@ fn a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once() {
             let mut state = decoder.generation_state().keeping_routed();
             let logits = decoder.prefill(&batch, chunk, &mut state).unwrap();
             assert_eq!(logits.dims(), [1, decoder.spec().vocab]);
-            assert_close(&format!("{family} in chunks of {chunk}"), &values(&logits), &at_once);
+            assert_close(&format!("{family} in chunks of {chunk}"), &decoder, &values(&logits), &at_once);
             assert_eq!(state.routed().len(), decoder.spec().moe_layers() * 23usize.div_ceil(chunk));
             assert_eq!((state.position(), state.step), (23, 23u64.div_ceil(chunk as u64)));
             let logits = decoder.forward_last(&next, &mut state).unwrap();
-            assert_close(&format!("{family} after chunks of {chunk}"), &values(&logits), &after);
+            assert_close(&format!("{family} after chunks of {chunk}"), &decoder, &values(&logits), &after);
         }
     }
 }
@@ -125,7 +127,7 @@ fn each_sequence_of_a_batch_is_as_it_is_alone() {
         for (row, alone) in alone.iter().enumerate() {
             let ours: Vec<Vec<f32>> = logits.get(row).unwrap().to_vec2().unwrap();
             for (position, expected) in alone.iter().enumerate() {
-                assert_close(&format!("{family}, sequence {row} at {position}"), &ours[position], expected);
+                assert_close(&format!("{family}, sequence {row} at {position}"), &decoder, &ours[position], expected);
             }
         }
         // In chunks, then the second half of each text a token a step, whoever has one left.
@@ -135,7 +137,7 @@ fn each_sequence_of_a_batch_is_as_it_is_alone() {
             let logits = decoder.prefill(&Batch::new(&prompts).unwrap(), chunk, &mut state).unwrap();
             let check = |logits: &Tensor, row: usize, position: usize| {
                 let what = format!("{family}, sequence {row} at {position} after {first:?}");
-                assert_close(&what, &values(&logits.get(row).unwrap()), &alone[row][position]);
+                assert_close(&what, &decoder, &values(&logits.get(row).unwrap()), &alone[row][position]);
             };
             (0..4).for_each(|row| check(&logits, row, first[row] - 1));
             for step in 0.. {
@@ -369,10 +371,12 @@ fn a_text_that_is_cut_goes_on_as_if_the_rest_had_never_been() {
         for prompt in prompts {
             let more: Vec<&[u32]> = vec![&second[6..11]; prompt.sequences()];
             let (more, sequences) = (Batch::new(&more).unwrap(), prompt.sequences());
-            for kept in [0, 1, 5, 9, 17, 40] {
+            for cut_to in [0, 1, 5, 9, 17, 40] {
                 let mut state = decoder.generation_state();
                 decoder.forward(&prompt, &mut state).unwrap();
-                state.truncate(kept).unwrap();
+                // What a recurrence keeps does not go back.
+                let kept = if decoder.spec().recurrent.is_some() && cut_to < 17 { 0 } else { cut_to };
+                assert_eq!(state.truncate(cut_to).unwrap(), kept.min(17), "{family}");
                 assert_eq!(state.position(), kept.min(17));
                 let cut = values(&decoder.forward(&more, &mut state).unwrap());
                 let mut state = decoder.generation_state();
@@ -384,8 +388,41 @@ fn a_text_that_is_cut_goes_on_as_if_the_rest_had_never_been() {
                     decoder.forward(&Batch::new(&short).unwrap(), &mut state).unwrap();
                 }
                 let expected = values(&decoder.forward(&more, &mut state).unwrap());
-                assert_close(&format!("{family}: {sequences} sequences cut to {kept}"), &cut, &expected);
+                assert_close(&format!("{family}: {sequences} sequences cut to {kept}"), &decoder, &cut, &expected);
             }
         }
+    }
+}
+
+/// A pass that fails on its way has changed the states of some blocks: nothing of the text is left. One that is refused before has not, nor has
+/// an answer that stops between passes.
+#[test]
+fn a_recurrent_state_is_that_of_whole_passes_or_none() {
+    for (family, decoder) in decoders().into_iter().filter(|(_, decoder)| decoder.spec().recurrent.is_some()) {
+        let (text, more) = (ids(&decoder, 3, 11), Batch::new(&[&ids(&decoder, 5, 4)]).unwrap());
+        let begun = || {
+            let mut state = decoder.generation_state();
+            decoder.forward(&Batch::new(&[&text]).unwrap(), &mut state).unwrap();
+            state
+        };
+        let expected = values(&decoder.forward(&more, &mut begun()).unwrap());
+        let mut state = begun();
+        let long = vec![1; decoder.spec().max_positions];
+        assert!(decoder.forward(&Batch::new(&[&long]).unwrap(), &mut state).is_err(), "{family}: too long");
+        assert!(decoder.forward(&Batch::new(&[&[u32::MAX]]).unwrap(), &mut state).is_err(), "{family}: no such token");
+        assert!(
+            values(&decoder.forward(&more, &mut state).unwrap()) == expected,
+            "{family}: refused passes left a trace"
+        );
+
+        let mut state = begun();
+        let mut limited = decoder.clone();
+        limited.set_capacity(Some(CapacityRule::per_expert(1.0)));
+        assert!(limited.forward(&more, &mut state).is_err(), "{family}: top-k keeps within no limit");
+        let torn = decoder.forward(&more, &mut state).unwrap_err().to_string();
+        assert!(torn.ends_with("got one whose last forward pass failed"), "{family}: {torn}");
+        assert_eq!(state.truncate(text.len()).unwrap(), 0, "{family}: what some blocks forgot is not there");
+        decoder.forward(&Batch::new(&[&text]).unwrap(), &mut state).unwrap();
+        assert!(values(&decoder.forward(&more, &mut state).unwrap()) == expected, "{family}: begun again");
     }
 }
