@@ -199,7 +199,7 @@ fn byte_pairs_are_those_of_their_split() {
     let golden: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(root().join("cli/tests/text/splits.json")).unwrap()).unwrap();
     // Texts of all kinds, and such as few splits tell apart.
-    for golden in [&golden, &golden["capitals"]] {
+    for golden in [&golden, &golden["capitals"], &golden["composed"]] {
         let list = |key: &str| -> Vec<String> { serde_json::from_value(golden[key].clone()).unwrap() };
         let (tokens, merges, texts) = (list("tokens"), list("merges"), list("texts"));
         let strings = |list: &[String]| Value::Array(list.iter().map(|text| Value::String(text.clone())).collect());

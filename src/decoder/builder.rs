@@ -2,7 +2,7 @@
 //!
 //! Tensors are read by position when they are asked for, under transformers' names whatever the files are, converted to one dtype. What
 //! was done to one on its way into a GGUF file is undone: rows of queries and keys that take turns, keys and values of latent
-//! attention that were split, numbers in blocks. Experts of such a file stay as they are stored.
+//! attention that were split, what delta nets have in one tensor, how fast they forget, numbers in blocks. Experts of such a file stay as they are stored.
 //!
 //! Which tensor is which is for [`weights`](crate::weights) to say.
 
@@ -66,6 +66,18 @@ impl CheckpointBackend {
                 let tensor = joined_heads(&left?, &right?);
                 (keys, tensor.map_err(|error| Error::shape(values, "values beside the keys", error))?)
             }
+            TensorSource::Halves { name, parts, second } => {
+                let tensor = half(&stored(&name)?, parts, second)?;
+                (name, tensor)
+            }
+            TensorSource::Logarithms(name) => {
+                let numbers = whole(&self.0, &name, DType::F32, device)?.neg()?;
+                if !numbers.flatten_all()?.to_vec1::<f32>()?.iter().all(|&number| number >= 0.0) {
+                    let detail = "expected no number above 0, got one".to_owned();
+                    return Err(self.0.wrong(self.0.entry(&name)?, &name, detail));
+                }
+                (name, numbers.log()?.to_dtype(dtype)?)
+            }
         })
     }
 
@@ -101,9 +113,13 @@ impl SimpleBackend for CheckpointBackend {
 
     fn contains_tensor(&self, name: &str) -> bool {
         match source(&self.0, name) {
-            Ok(TensorSource::Same(name) | TensorSource::InTurns { name, .. } | TensorSource::Row { name, .. }) => {
-                self.has(&name)
-            }
+            Ok(
+                TensorSource::Same(name)
+                | TensorSource::InTurns { name, .. }
+                | TensorSource::Row { name, .. }
+                | TensorSource::Halves { name, .. }
+                | TensorSource::Logarithms(name),
+            ) => self.has(&name),
             Ok(TensorSource::KeysAndValues { joined, keys, .. }) => self.has(&joined) || self.has(&keys),
             Err(_) => false,
         }
@@ -118,6 +134,16 @@ fn halves_apart(rows: &Tensor, heads: usize) -> Result<Tensor> {
     }
     let turns = rows.reshape((heads, count / heads / 2, 2, ()))?;
     Ok(turns.transpose(1, 2)?.contiguous()?.reshape(shape)?)
+}
+
+/// Of each of so many parts of rows the first or the second half.
+fn half(rows: &Tensor, parts: usize, second: bool) -> Result<Tensor> {
+    let count = rows.dim(0)?;
+    if parts == 0 || !count.is_multiple_of(2 * parts) {
+        return Err(Error::shape("rows of a delta net", format!("{parts} parts of two halves"), count));
+    }
+    let halves = rows.reshape((parts, 2, count / parts / 2, ()))?;
+    Ok(halves.narrow(1, usize::from(second), 1)?.contiguous()?.reshape((count / 2, ()))?)
 }
 
 /// `[heads · (key width + value width), rank]` of keys `[heads, rank, width]` and values `[heads, width, rank]`.

@@ -23,12 +23,15 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where it is missing, of another shape or of another type; [`Error::Shape`] for one that a GGUF file holds in
-    /// another form (queries, keys, values); [`Error::UnknownName`] and [`Error::Config`] as [`Weights::from_gguf`].
+    /// another form (queries, keys, values, parts of recurrences); [`Error::UnknownName`] and [`Error::Config`] as [`Weights::from_gguf`].
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let (stored, row) = match self.source(name)? {
             TensorSource::Same(stored) => (stored, None),
             TensorSource::Row { name, row } => (name, Some(row)),
-            TensorSource::InTurns { .. } | TensorSource::KeysAndValues { .. } => {
+            TensorSource::InTurns { .. }
+            | TensorSource::KeysAndValues { .. }
+            | TensorSource::Halves { .. }
+            | TensorSource::Logarithms(_) => {
                 let expected = "one that lies as it is";
                 return Err(Error::shape(format!("tensor `{name}`"), expected, "rows in another order"));
             }

@@ -16,7 +16,7 @@ use crate::spec::{BlockNames, ExpertNames, ModelSpec, MoeSpec, QkNorm, Recurrent
 pub(super) const FAMILY: Family = Family {
     name: "lfm2_moe",
     models: "LFM2-8B-A1B",
-    gguf: &[],
+    gguf: &["lfm2moe"],
     checked: &["transformers"],
     reads: &["layer_types", "norm_topk_prob", "routed_scaling_factor", "use_expert_bias"],
     moe: moe_spec,

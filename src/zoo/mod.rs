@@ -31,7 +31,7 @@ pub(crate) mod quantization;
 mod qwen2_moe;
 mod qwen3_5_moe;
 mod qwen3_moe;
-mod qwen3_next;
+pub(crate) mod qwen3_next;
 mod recurrent;
 pub(crate) mod rope;
 #[cfg(test)]

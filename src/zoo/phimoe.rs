@@ -15,7 +15,7 @@ use crate::spec::{ModelSpec, MoeSpec, Norm};
 pub(super) const FAMILY: Family = Family {
     name: "phimoe",
     models: "Phi-3.5-MoE",
-    gguf: &[],
+    gguf: &["phimoe"],
     checked: &["transformers"],
     reads: &["attention_bias", "lm_head_bias", window::KEY],
     moe: moe_spec,

@@ -14,7 +14,7 @@ use crate::spec::{BlockNames, ModelSpec, MoeSpec};
 pub(super) const FAMILY: Family = Family {
     name: "qwen3_5_moe",
     models: "Qwen3.5-MoE, Qwen3.6-MoE (their text model)",
-    gguf: &[],
+    gguf: &["qwen35moe"],
     checked: &["transformers"],
     reads: &qwen3_next::READS,
     moe: moe_spec,

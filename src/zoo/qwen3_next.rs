@@ -3,6 +3,7 @@
 //! stored as what they differ from 1 by.
 
 use super::config::Config;
+use super::deepseek;
 use super::defaults::{Defaults, Rotated};
 use super::family::Family;
 use super::recurrent;
@@ -14,7 +15,7 @@ use crate::spec::{DeltaNet, ModelSpec, MoeSpec, Norm, QkNorm, RecurrentMixer, Sh
 pub(super) const FAMILY: Family = Family {
     name: "qwen3_next",
     models: "Qwen3-Next, Qwen3-Coder-Next",
-    gguf: &[],
+    gguf: &["qwen3next"],
     checked: &["transformers"],
     reads: &READS,
     moe: moe_spec,
@@ -54,7 +55,7 @@ pub(super) fn around(config: &Config, family: &Family, moe: MoeSpec, fused: bool
         key_width: size("linear_key_head_dim", 128)?,
         value_width: size("linear_value_head_dim", 128)?,
         conv_width: size("linear_conv_kernel_dim", 4)?,
-        fused,
+        fused: fused && !config.optional_flag(APART)?.unwrap_or(false),
         tiled: config.optional_flag(TILED)?.unwrap_or(false),
     };
     if !net.value_heads.is_multiple_of(net.key_heads) {
@@ -62,10 +63,11 @@ pub(super) fn around(config: &Config, family: &Family, moe: MoeSpec, fused: bool
         return Err(config.error("linear_num_value_heads", &expected, &net.value_heads.to_string()));
     }
     Ok(ModelSpec {
-        norm: Norm::RmsFromOne,
+        norm: if config.optional_flag(WHOLE_NORMS)?.unwrap_or(false) { Norm::Rms } else { Norm::RmsFromOne },
         qk_norm: Some(QkNorm::PerHead),
         attention_bias: transformer::attention_bias(config)?,
         output_gate: true,
+        extra_blocks: deepseek::extra_blocks(config)?,
         recurrent: recurrent::named_or_each(config, "linear_attention", RecurrentMixer::DeltaNet(net), spec.layers)?,
         ..spec
     })
@@ -73,3 +75,9 @@ pub(super) fn around(config: &Config, family: &Family, moe: MoeSpec, fused: bool
 
 /// What GGUF files of Qwen3.5 do to the order of value heads; no `config.json` has it.
 pub(crate) const TILED: &str = "linear_value_heads_tiled";
+
+/// What GGUF files of Qwen3-Next do to projections that are fused elsewhere; no `config.json` has it.
+pub(crate) const APART: &str = "linear_projections_apart";
+
+/// What GGUF files do to weights of norms, one being added to them; no `config.json` has it.
+pub(crate) const WHOLE_NORMS: &str = "norm_weights_whole";

@@ -11,6 +11,7 @@ same ids came from tokenizers 0.23.2 with the models' own pre-tokenizers (`Digit
 import collections
 import json
 import sys
+import unicodedata
 
 import regex
 
@@ -33,6 +34,8 @@ GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+QWEN_2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_35 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # As the tokenizer's own file has it, which llama.cpp quotes beside its approximation.
@@ -45,6 +48,9 @@ WIDE = r"\s?[!-/:-~" + "\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 SPLITS = {
     "gpt-2": ([GPT_2], False),
     "llama-bpe": ([LLAMA_3], True),
+    "lfm2": ([LLAMA_3], True),
+    "qwen2": ([QWEN_2], False),
+    "qwen35": ([QWEN_35], False),
     "glm4": ([LLAMA_3], False),
     "chatglm-bpe": ([LLAMA_3], False),
     "refact": ([r"\p{N}", GPT_2], False),
@@ -159,8 +165,12 @@ def goldens(texts, count, names):
     return {"tokens": tokens, "merges": [" ".join(pair) for pair in merges], "texts": texts, "ids": wanted}
 
 
-all_splits = goldens(TEXTS, 160, [name for name in SPLITS if name not in ("gpt-4o", "minimax-m2")])
+elsewhere = ("gpt-4o", "minimax-m2", "qwen2", "qwen35")
+all_splits = goldens(TEXTS, 160, [name for name in SPLITS if name not in elsewhere])
 capitals = goldens(CAPITALS, 90, ["gpt-4o", "minimax-m2", "llama-bpe"])
 assert capitals["ids"]["gpt-4o"] != capitals["ids"]["llama-bpe"]
-json.dump(all_splits | {"capitals": capitals}, sys.stdout, ensure_ascii=False)
+# Texts of Qwen's are brought into Unicode's form C first, by their own tokenizers, so that these are.
+composed = goldens([unicodedata.normalize("NFC", text) for text in TEXTS + CAPITALS], 220, ["qwen2", "qwen35"])
+assert composed["ids"]["qwen2"] != composed["ids"]["qwen35"]
+json.dump(all_splits | {"capitals": capitals, "composed": composed}, sys.stdout, ensure_ascii=False)
 print()

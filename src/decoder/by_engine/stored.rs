@@ -1,7 +1,7 @@
 //! Weights of a model's files as they are stored there, for the engine: nothing is widened but what it does not read.
 //!
 //! What was done to a tensor on its way into a GGUF file is undone on whole rows: those of queries and keys that take turns, keys and values of
-//! latent attention that were joined. Which tensor is which is for [`weights`](crate::weights) to say.
+//! latent attention that were joined, what delta nets have in one. Which tensor is which is for [`weights`](crate::weights) to say.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -39,6 +39,18 @@ impl Stored<'_> {
             TensorSource::KeysAndValues { joined, .. } => self.tensor(&joined, &shape),
             TensorSource::Row { name, .. } => {
                 Err(Error::shape(format!("tensor `{name}`"), "a tensor of a linear layer", "rows of several"))
+            }
+            TensorSource::Logarithms(name) => {
+                Err(Error::shape(format!("tensor `{name}`"), "a tensor of a linear layer", "numbers of heads"))
+            }
+            TensorSource::Halves { name, parts, second } => {
+                let [rows, columns] = shape;
+                let stored = self.tensor(&name, &[2 * rows, columns])?;
+                if parts == 0 || !rows.is_multiple_of(parts) {
+                    return Err(Error::shape("rows of a delta net", format!("{parts} parts of two halves"), 2 * rows));
+                }
+                let each = rows / parts;
+                stored.pick((0..rows).map(|row| (2 * (row / each) + usize::from(second)) * each + row % each))
             }
             TensorSource::InTurns { name, heads } => {
                 let stored = self.tensor(&name, &shape)?;

@@ -8,6 +8,9 @@
 //! | `granitemoe` | `granitemoe` |
 //! | `minimax-m2` | `minimax_m2` |
 //! | `gpt-oss` | `gpt_oss` |
+//! | `phimoe` | `phimoe` |
+//! | `lfm2moe` | `lfm2_moe` |
+//! | `qwen3next`, `qwen35moe` | `qwen3_next`, `qwen3_5_moe` |
 //! | `deepseek2` | `deepseek_v2`; `deepseek_v3` where scores are sigmoids, GLM-4.7-Flash among them, which computes the same |
 //!
 //! What a file does not say is as llama.cpp has it: positions, whether weights are normalised, that experts have no groups; what
@@ -17,6 +20,7 @@
 pub(super) mod keys;
 pub(super) mod names;
 mod positions;
+mod recurrent;
 pub(super) mod tokenizer;
 mod unread;
 
@@ -27,14 +31,16 @@ use crate::error::{Error, Result};
 use crate::zoo;
 
 /// Keys of all architectures, after the architecture's name, that are integers: GGUF's and `config.json`'s.
-const COUNTS: [(&str, &str); 6] = [
+const COUNTS: [(&str, &str); 5] = [
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
     ("feed_forward_length", "intermediate_size"),
     ("attention.head_count", "num_attention_heads"),
-    ("attention.head_count_kv", "num_key_value_heads"),
     ("expert_used_count", "num_experts_per_tok"),
 ];
+
+/// Architectures that may rotate a part of a head.
+const TURNED_IN_PART: [&str; 4] = ["glm4moe", "minimax-m2", "qwen3next", "qwen35moe"];
 
 /// The numbers of `expert_gating_func`.
 const SIGMOID: usize = 2;
@@ -110,12 +116,7 @@ pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
             set(key, json!(norm.unwrap_or(false)));
         }
         "minimax-m2" => {
-            // llama.cpp has no other, and no default.
-            let function = source.required("expert_gating_func")?;
-            if function != SIGMOID {
-                let key = source.key("expert_gating_func");
-                return Err(metadata.error(&key, "2 (sigmoid)", &function.to_string()));
-            }
+            source.expect_sigmoid()?;
             set("model_type", json!("minimax_m2"));
             set("num_local_experts", json!(experts));
             set("intermediate_size", json!(width));
@@ -131,6 +132,16 @@ pub(super) fn config(checkpoint: &Checkpoint) -> Result<String> {
                 return Err(metadata.error(&pattern, "nothing or 2", "another pattern"));
             }
         }
+        // What is between its experts and weights the file does not say; llama.cpp takes softmax for it, and for its layer norms RMS norms.
+        "phimoe" => {
+            set("model_type", json!("phimoe"));
+            set("num_local_experts", json!(experts));
+            set("intermediate_size", json!(width));
+            set("attention_bias", json!(true));
+            set("lm_head_bias", json!(true));
+        }
+        "lfm2moe" => source.short_convolutions(&mut config, experts, width)?,
+        "qwen3next" | "qwen35moe" => source.delta_nets(&mut config, experts, width)?,
         "granitemoe" => {
             if let Some(shared) = source.count("expert_shared_feed_forward_length")?.filter(|&width| width > 0) {
                 let key = source.key("expert_shared_feed_forward_length");
@@ -199,6 +210,15 @@ impl Architecture<'_> {
         self.checkpoint.tensors().contains_key(tensor)
     }
 
+    /// Requires scores to be sigmoids where llama.cpp has no default.
+    fn expect_sigmoid(&self) -> Result<()> {
+        const NAME: &str = "expert_gating_func";
+        match self.required(NAME)? {
+            SIGMOID => Ok(()),
+            other => Err(self.metadata.error(&self.key(NAME), "2 (sigmoid)", &other.to_string())),
+        }
+    }
+
     /// Width of a head, where all of its parts have one.
     fn head(&self) -> Result<usize> {
         let (heads, hidden) = (self.required("attention.head_count")?, self.required("embedding_length")?);
@@ -238,10 +258,10 @@ impl Architecture<'_> {
         }
         let width = self.count("feed_forward_length")?;
         Ok(match self.architecture {
-            "qwen2moe" | "qwen3moe" => {
+            "qwen2moe" | "qwen3moe" | "qwen3next" | "qwen35moe" => {
                 width.and_then(|width| width.checked_div(self.count("expert_used_count").ok()??))
             }
-            "deepseek2" | "glm4moe" | "minimax-m2" | "gpt-oss" => Some(self.required("expert_feed_forward_length")?),
+            "deepseek2" | "glm4moe" | "minimax-m2" | "gpt-oss" | "lfm2moe" => Some(self.required("expert_feed_forward_length")?),
             _ => width,
         })
     }
@@ -268,6 +288,10 @@ impl Architecture<'_> {
         for (name, key) in COUNTS {
             config.insert(key.into(), json!(self.count(name)?));
         }
+        // A list where some blocks have no keys.
+        if self.architecture != "lfm2moe" {
+            config.insert("num_key_value_heads".into(), json!(self.count("attention.head_count_kv")?));
+        }
         for name in ["context_length", "embedding_length", "attention.head_count", "expert_used_count"] {
             self.required(name)?;
         }
@@ -291,7 +315,7 @@ impl Architecture<'_> {
         if self.architecture != "deepseek2" {
             config.insert("head_dim".into(), json!(self.count("attention.key_length")?));
             let head = self.head()?;
-            let turned_in_part = ["glm4moe", "minimax-m2"].contains(&self.architecture);
+            let turned_in_part = TURNED_IN_PART.contains(&self.architecture);
             for name in ["attention.value_length", "rope.dimension_count"] {
                 let differs = |other: &usize| *other != head && !(turned_in_part && name.starts_with("rope"));
                 if let Some(other) = self.count(name)?.filter(differs) {

@@ -36,10 +36,21 @@ pub(crate) enum TensorSource {
         /// Values.
         values: String,
     },
+    /// In this one, of each of so many parts of its rows the first or the second half.
+    Halves {
+        /// Its name.
+        name: String,
+        /// How many parts there are.
+        parts: usize,
+        /// The second half.
+        second: bool,
+    },
+    /// What minus these numbers are the powers of `e` of.
+    Logarithms(String),
 }
 
-/// Tensors of all blocks but `weight` and `bias`: transformers' names and GGUF's.
-const BLOCK: [(&str, &str); 26] = [
+/// Tensors of all blocks but `weight` and `bias`: transformers' names, of FFNs those within `mlp`, and GGUF's.
+const BLOCK: [(&str, &str); 46] = [
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("self_attn.q_proj", "attn_q"),
@@ -66,13 +77,44 @@ const BLOCK: [(&str, &str); 26] = [
     ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
     ("mlp.gate.e_score_correction_bias", "exp_probs_b"),
     ("mlp.e_score_correction_bias", "exp_probs_b"),
+    // LFM2's.
+    ("operator_norm", "attn_norm"),
+    ("ffn_norm", "ffn_norm"),
+    ("self_attn.q_layernorm", "attn_q_norm"),
+    ("self_attn.k_layernorm", "attn_k_norm"),
+    ("self_attn.out_proj", "attn_output"),
+    ("conv.in_proj", "shortconv.in_proj"),
+    ("conv.conv", "shortconv.conv"),
+    ("conv.out_proj", "shortconv.out_proj"),
+    ("mlp.w1", "ffn_gate"),
+    ("mlp.w3", "ffn_up"),
+    ("mlp.w2", "ffn_down"),
+    ("mlp.expert_bias", "exp_probs_b"),
+    // Delta nets.
+    ("linear_attn.in_proj_qkvz", "ssm_in"),
+    ("linear_attn.in_proj_qkv", "attn_qkv"),
+    ("linear_attn.in_proj_z", "attn_gate"),
+    ("linear_attn.in_proj_ba", "ssm_ba"),
+    ("linear_attn.conv1d", "ssm_conv1d"),
+    ("linear_attn.dt_bias", "ssm_dt"),
+    ("linear_attn.norm", "ssm_norm"),
+    ("linear_attn.out_proj", "ssm_out"),
 ];
 
+/// Tensors of a delta net's block that transformers has apart, GGUF's name of each, and of both in one: there the first or the second half
+/// of each key head's.
+const HALVES: [(&str, &str, bool); 2] =
+    [("linear_attn.in_proj_b", "ssm_beta", false), ("linear_attn.in_proj_a", "ssm_alpha", true)];
+
 /// Tensors outside blocks.
-const MODEL: [(&str, &str); 3] = [
+const MODEL: [(&str, &str); 6] = [
     ("model.embed_tokens.weight", "token_embd.weight"),
     ("model.norm.weight", "output_norm.weight"),
+    ("model.norm.bias", "output_norm.bias"),
+    // LFM2's, under the name that llama.cpp once gave it by mistake.
+    ("model.embedding_norm.weight", "token_embd_norm.weight"),
     ("lm_head.weight", "output.weight"),
+    ("lm_head.bias", "output.bias"),
 ];
 
 /// The names of one file.
@@ -82,6 +124,8 @@ pub(crate) struct TensorNames {
     in_turns: Option<[usize; 2]>,
     /// The norm before an FFN.
     ffn_norm: &'static str,
+    /// Key heads, where what they write and forget by is in one tensor.
+    in_halves: Option<usize>,
 }
 
 impl TensorNames {
@@ -99,8 +143,12 @@ impl TensorNames {
             }
             _ => None,
         };
-        let after_attention = ["glm4moe", "gpt-oss"].contains(&architecture);
-        Ok(Self { in_turns, ffn_norm: if after_attention { "post_attention_norm" } else { "ffn_norm" } })
+        let in_halves = match architecture {
+            "qwen3next" => Some(metadata.required_count("qwen3next.ssm.group_count")?),
+            _ => None,
+        };
+        let after_attention = ["glm4moe", "gpt-oss", "qwen3next", "qwen35moe"].contains(&architecture);
+        Ok(Self { in_turns, ffn_norm: if after_attention { "post_attention_norm" } else { "ffn_norm" }, in_halves })
     }
 
     /// Where the tensor is that transformers calls `name`; `None` for one that no file has.
@@ -109,7 +157,8 @@ impl TensorNames {
             return Some(TensorSource::Same((*stored).into()));
         }
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        let rest = rest.replace("block_sparse_moe.", "mlp.").replace(".shared_experts.", ".shared_expert.");
+        let rest = rest.replace("block_sparse_moe.", "mlp.").replace("feed_forward.", "mlp.");
+        let rest = rest.replace(".shared_experts.", ".shared_expert.");
         if let Some((id, part)) = rest.strip_prefix("mlp.experts.").and_then(|rest| rest.split_once('.')) {
             // Of experts themselves slices say where they are.
             let part = part.strip_suffix("_proj.bias")?;
@@ -121,10 +170,19 @@ impl TensorNames {
         if rest == "self_attn.sinks" {
             return Some(TensorSource::Same(format!("blk.{block}.attn_sinks.weight")));
         }
+        if rest == "linear_attn.A_log" {
+            return Some(TensorSource::Logarithms(format!("blk.{block}.ssm_a")));
+        }
         let (stem, kind) = match rest.rsplit_once('.') {
             Some((stem, kind @ ("weight" | "bias"))) => (stem, kind),
             _ => (rest.as_str(), "bias"),
         };
+        if let Some((_, stored, second)) = HALVES.iter().find(|(known, ..)| *known == stem) {
+            return Some(match self.in_halves {
+                Some(parts) => TensorSource::Halves { name: format!("blk.{block}.ssm_ba.{kind}"), parts, second: *second },
+                None => TensorSource::Same(format!("blk.{block}.{stored}.{kind}")),
+            });
+        }
         let (_, stored) = BLOCK.iter().find(|(known, _)| *known == stem)?;
         let named = |stored: &str| format!("blk.{block}.{stored}.{kind}");
         Some(match (*stored, self.in_turns) {
@@ -192,12 +250,12 @@ mod tests {
     #[test]
     fn names_are_those_of_llama_cpp() {
         let same = |name: &str| Some(TensorSource::Same(name.into()));
-        let names = TensorNames { in_turns: Some([4, 2]), ffn_norm: "ffn_norm" };
+        let names = TensorNames { in_turns: Some([4, 2]), ffn_norm: "ffn_norm", in_halves: None };
         assert_eq!(names.source("lm_head.weight"), same("output.weight"));
         assert_eq!(names.source("model.layers.12.block_sparse_moe.gate.weight"), same("blk.12.ffn_gate_inp.weight"));
         let key = names.source("model.layers.0.self_attn.k_proj.weight");
         assert_eq!(key, Some(TensorSource::InTurns { name: "blk.0.attn_k.weight".into(), heads: 2 }));
-        let names = TensorNames { in_turns: None, ffn_norm: "post_attention_norm" };
+        let names = TensorNames { in_turns: None, ffn_norm: "post_attention_norm", in_halves: Some(2) };
         let found = names.source("model.layers.3.mlp.shared_experts.up_proj.weight");
         assert_eq!(found, same("blk.3.ffn_up_shexp.weight"));
         assert_eq!(names.source("model.layers.3.mlp.gate.e_score_correction_bias"), same("blk.3.exp_probs_b.bias"));
@@ -209,6 +267,14 @@ mod tests {
         assert_eq!(bias, Some(TensorSource::Row { name: "blk.3.ffn_up_exps.bias".into(), row: 7 }));
         let bias = names.source("model.layers.3.block_sparse_moe.e_score_correction_bias");
         assert_eq!(bias, same("blk.3.exp_probs_b.bias"));
+        let bias = names.source("model.layers.3.feed_forward.expert_bias");
+        assert_eq!(bias, same("blk.3.exp_probs_b.bias"));
+        assert_eq!(names.source("model.layers.3.linear_attn.dt_bias"), same("blk.3.ssm_dt.bias"));
+        let forgets = names.source("model.layers.3.linear_attn.A_log");
+        assert_eq!(forgets, Some(TensorSource::Logarithms("blk.3.ssm_a".into())));
+        let forgets = names.source("model.layers.3.linear_attn.in_proj_a.weight");
+        let half = TensorSource::Halves { name: "blk.3.ssm_ba.weight".into(), parts: 2, second: true };
+        assert_eq!(forgets, Some(half));
         assert!(names.source("model.layers.3.mlp.experts.0.up_proj.weight").is_none());
         assert!(names.source("model.layers").is_none() && names.source("").is_none());
     }

@@ -2,11 +2,13 @@
 //!
 //! What a file does not say is as llama.cpp has it, whatever the family that it is mapped to: a base of 10000; with a factor and no
 //! type positions are divided by the factor, under its old key `rope.scale_linear` too; YaRN's original positions are the context
-//! length. Rules: llama.cpp's `llama_model::load_hparams`, `llama_context` and `rope_yarn`.
+//! length. Factors of LongRoPE need no type; which of the two holds is a matter of how long a text may become. Rules: llama.cpp's `llama_model::load_hparams`, `llama_context` and `rope_yarn`.
 
+use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::Architecture;
+use crate::checkpoint::ElementType;
 use crate::error::Result;
 use crate::zoo::rope::yarn_scale;
 
@@ -16,21 +18,33 @@ const BASE: f64 = 10_000.0;
 /// Turns over YaRN's original positions, as `rope_parameters` has them.
 const TURNS: [(&str, &str); 2] = [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")];
 
+/// Tensors of LongRoPE's divisors of each pair's rate, within the positions of the first training and past them.
+const FACTORS: [(&str, &str); 2] =
+    [("rope_factors_short.weight", "short_factor"), ("rope_factors_long.weight", "long_factor")];
+
+/// What cosines and sines are multiplied by beside them.
+const MAGNITUDE: &str = "attn_factor";
+
 /// Numbers that change positions in ways that nothing here does, and those that say nothing.
 const REFUSED: [(&str, &[f64]); 4] =
-    [("yarn_attn_factor", &[1.0]), ("yarn_ext_factor", &[1.0, -1.0]), ("attn_factor", &[1.0]), ("alpha", &[0.0, 1.0])];
+    [("yarn_attn_factor", &[1.0]), ("yarn_ext_factor", &[1.0, -1.0]), (MAGNITUDE, &[1.0]), ("alpha", &[0.0, 1.0])];
 
 impl Architecture<'_> {
     /// `rope_parameters`.
     pub(super) fn positions(&self) -> Result<Value> {
         let base = self.positive("rope.freq_base")?.unwrap_or(BASE);
         let mut rope = Map::from_iter([("rope_theta".into(), json!(base))]);
-        for tensor in ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"] {
-            if self.has(tensor) {
+        // Of the architectures here llama.cpp reads them in this one alone.
+        let stretched = self.architecture == "phimoe" && FACTORS.iter().any(|(tensor, _)| self.has(tensor));
+        for tensor in ["rope_freqs.weight", FACTORS[0].0, FACTORS[1].0] {
+            if self.has(tensor) && (!stretched || tensor == "rope_freqs.weight") {
                 return Err(self.metadata.error(tensor, "no tensor of factors of rotations", "one"));
             }
         }
         for (name, neutral) in REFUSED {
+            if stretched && name == MAGNITUDE {
+                continue;
+            }
             let name = format!("rope.scaling.{name}");
             if let Some(number) = self.number(&name)?.filter(|number| !neutral.contains(number)) {
                 let expected = format!("nothing or {}", neutral[0]);
@@ -41,6 +55,22 @@ impl Architecture<'_> {
         let kind = self.metadata.text(&self.key("rope.scaling.type"))?.unwrap_or("linear");
         let mut set = |key: &str, value: Value| drop(rope.insert(key.into(), value));
         match kind {
+            _ if stretched => {
+                // They need no type, and stand beside no other stretching.
+                if !["linear", "longrope"].contains(&kind) || factor != 1.0 {
+                    let expected = "longrope or nothing, and no factor, beside factors of each pair";
+                    let key = self.key("rope.scaling.type");
+                    return Err(self.metadata.error(&key, expected, &format!("{kind}, {factor}")));
+                }
+                set("rope_type", json!("longrope"));
+                for (tensor, key) in FACTORS {
+                    set(key, json!(self.factors(tensor)?));
+                }
+                set("original_max_position_embeddings", json!(self.original()?));
+                let magnitude = self.positive(&format!("rope.scaling.{MAGNITUDE}"))?.unwrap_or(1.0);
+                set("short_mscale", json!(magnitude));
+                set("long_mscale", json!(magnitude));
+            }
             "none" => {}
             _ if factor == 1.0 && ["linear", "yarn"].contains(&kind) => {}
             "linear" => {
@@ -64,6 +94,17 @@ impl Architecture<'_> {
             }
         }
         Ok(Value::Object(rope))
+    }
+
+    /// The numbers of a tensor of factors.
+    fn factors(&self, tensor: &str) -> Result<Vec<f64>> {
+        let (entry, pairs) = (self.checkpoint.entry(tensor)?, self.head()? / 2);
+        if (entry.dtype, entry.shape.as_slice()) != (ElementType::Plain(Dtype::F32), [pairs].as_slice()) {
+            let detail = format!("expected {pairs} numbers of dtype F32, got {:?} of {:?}", entry.shape, entry.dtype);
+            return Err(self.checkpoint.wrong(entry, tensor, detail));
+        }
+        let bytes = self.checkpoint.read(tensor)?;
+        Ok(bytes.as_chunks().0.iter().map(|&bytes| f64::from(f32::from_le_bytes(bytes))).collect())
     }
 
     /// How many times as far the model looks; its old key counts where the new one is not there, and 0 says nothing.

@@ -31,8 +31,8 @@ struct Split {
     whole_words: bool,
 }
 
-/// Byte pairs of Llama 3.
-const LLAMA_3: &[&str] = &["llama-bpe", "llama3", "llama-v3"];
+/// Byte pairs of Llama 3, and of LFM2.
+const LLAMA_3: &[&str] = &["llama-bpe", "llama3", "llama-v3", "lfm2"];
 
 /// Byte pairs of ChatGLM, whose texts have no first token unless the file names one.
 const CHATGLM: &[&str] = &["glm4", "chatglm-bpe"];
@@ -69,7 +69,7 @@ const WIDE_PUNCTUATION: &str =
 const EAST_ASIAN: &str = "[\u{4E00}-\u{9FA5}\u{800}-\u{4E00}\u{AC00}-\u{D7FF}]+";
 
 /// As in the models' own `tokenizer.json`, or where they have more than tokenizers need in llama.cpp (`llama-vocab.cpp`).
-const SPLITS: [Split; 10] = [
+const SPLITS: [Split; 11] = [
     Split { names: &["gpt-2"], composed: false, patterns: &[], whole_words: false },
     Split { names: &["olmo"], composed: true, patterns: &[], whole_words: false },
     Split {
@@ -77,6 +77,16 @@ const SPLITS: [Split; 10] = [
         composed: true,
         patterns: &[concat!(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )],
+        whole_words: false,
+    },
+    // Marks belong to the letters before them.
+    Split {
+        names: &["qwen35"],
+        composed: true,
+        patterns: &[concat!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
             r"|\s*[\r\n]+|\s+(?!\S)|\s+"
         )],
         whole_words: false,

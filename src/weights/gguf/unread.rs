@@ -17,29 +17,39 @@ const NUMBERS: [(&str, &[f64], &[&str]); 16] = [
     ("final_logit_softcapping", &[0.0], &[]),
     ("expert_weights_scale", &[0.0, 1.0], &["deepseek2", "glm4moe"]),
     ("expert_group_count", &[0.0, 1.0], &["deepseek2", "glm4moe"]),
-    ("nextn_predict_layers", &[0.0], &["deepseek2", "glm4moe"]),
+    ("nextn_predict_layers", &[0.0], &["deepseek2", "glm4moe", "qwen3next", "qwen35moe"]),
     // 1 is softmax, 2 sigmoid.
-    ("expert_gating_func", &[0.0, 1.0], &["deepseek2", "glm4moe", "minimax-m2"]),
-    ("expert_gating_func", &[0.0, 2.0], &["llama", "olmoe", "qwen2moe", "qwen3moe", "granitemoe", "deepseek2"]),
+    ("expert_gating_func", &[0.0, 1.0], &["deepseek2", "glm4moe", "minimax-m2", "lfm2moe"]),
+    ("expert_gating_func", &[0.0, 2.0], &SOFTMAX),
     ("rope.freq_base_swa", &[0.0], &[]),
 ];
 
+/// Architectures whose experts have softmax scores, and DeepSeek's, which may.
+const SOFTMAX: [&str; 9] =
+    ["llama", "olmoe", "qwen2moe", "qwen3moe", "granitemoe", "deepseek2", "phimoe", "qwen3next", "qwen35moe"];
+
+/// Those that have biases of queries, keys and values, and norms of queries and keys.
+const BIASED: [&str; 5] = ["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss", "phimoe"];
+const NORMED: [&str; 7] = ["olmoe", "qwen3moe", "glm4moe", "minimax-m2", "lfm2moe", "qwen3next", "qwen35moe"];
+
 /// Parts of a block, and the architectures that read them.
-const TENSORS: [(&str, &[&str]); 14] = [
-    ("attn_q.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
-    ("attn_k.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
-    ("attn_v.bias", &["qwen2moe", "qwen3moe", "glm4moe", "gpt-oss"]),
-    ("attn_output.bias", &["qwen3moe", "gpt-oss"]),
-    ("attn_q_norm.weight", &["olmoe", "qwen3moe", "glm4moe", "minimax-m2"]),
-    ("attn_k_norm.weight", &["olmoe", "qwen3moe", "glm4moe", "minimax-m2"]),
+const TENSORS: [(&str, &[&str]); 16] = [
+    ("attn_q.bias", &BIASED),
+    ("attn_k.bias", &BIASED),
+    ("attn_v.bias", &BIASED),
+    ("attn_output.bias", &["qwen3moe", "gpt-oss", "phimoe"]),
+    ("attn_norm.bias", &["phimoe"]),
+    ("ffn_norm.bias", &["phimoe"]),
+    ("attn_q_norm.weight", &NORMED),
+    ("attn_k_norm.weight", &NORMED),
     ("attn_sinks.weight", &["gpt-oss"]),
-    ("exp_probs_b.bias", &["deepseek2", "glm4moe", "minimax-m2"]),
+    ("exp_probs_b.bias", &["deepseek2", "glm4moe", "minimax-m2", "lfm2moe"]),
     ("ffn_gate_inp.bias", &["gpt-oss"]),
     ("ffn_gate_exps.bias", &["gpt-oss"]),
     ("ffn_up_exps.bias", &["gpt-oss"]),
     ("ffn_down_exps.bias", &["gpt-oss"]),
-    ("ffn_gate_inp_shexp.weight", &["qwen2moe"]),
-    ("ffn_up_shexp.weight", &["qwen2moe", "deepseek2", "glm4moe"]),
+    ("ffn_gate_inp_shexp.weight", &["qwen2moe", "qwen3next", "qwen35moe"]),
+    ("ffn_up_shexp.weight", &["qwen2moe", "deepseek2", "glm4moe", "qwen3next", "qwen35moe"]),
 ];
 
 impl Architecture<'_> {
@@ -55,7 +65,7 @@ impl Architecture<'_> {
             }
         }
         let sections = self.metadata.integers(&self.key("rope.dimension_sections"))?.unwrap_or_default();
-        if sections.iter().any(|&section| section != 0) {
+        if self.architecture != "qwen35moe" && sections.iter().any(|&section| section != 0) {
             return Err(self.metadata.error(
                 &self.key("rope.dimension_sections"),
                 "nothing",
