@@ -77,8 +77,7 @@ fn main() -> Result<()> {
     let decoder = Decoder::load(&files, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache))?;
     let loaded = peak_bytes()?;
 
-    let prompt: Vec<u32> =
-        (0..options.prompt as u64).map(|at| (at * at * 7919 % spec.vocab as u64) as u32).collect();
+    let prompt: Vec<u32> = (0..options.prompt as u64).map(|at| (at * at * 7919 % spec.vocab as u64) as u32).collect();
     let (mut state, mut sampler) = (decoder.generation_state(), Sampler::new(0.0, 1.0, 0)?);
     let started = Instant::now();
     let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state)?;

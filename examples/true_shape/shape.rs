@@ -38,8 +38,9 @@ pub const NAMES: [&str; 7] =
 impl Shape {
     /// The whole model of that name.
     pub fn named(name: &str) -> Result<Self, String> {
-        let lfm2_layers: Vec<&str> =
-            (0..24).map(|layer| if [2, 6, 10, 14, 18, 21].contains(&layer) { "full_attention" } else { "conv" }).collect();
+        let lfm2_layers: Vec<&str> = (0..24)
+            .map(|layer| if [2, 6, 10, 14, 18, 21].contains(&layer) { "full_attention" } else { "conv" })
+            .collect();
         let delta_nets = json!({
             "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "rms_norm_eps": 1e-6,
             "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "max_position_embeddings": 262_144,

@@ -42,8 +42,7 @@ impl std::fmt::Display for Place {
 
 /// An error of loading `spec` from `checkpoint`, with the tensor that is to blame where one is no number.
 pub(super) fn of_loading(error: Error, checkpoint: &Checkpoint, spec: &ModelSpec) -> Error {
-    let suspects =
-        Suspects { checkpoint: Some(checkpoint), spec, dtype: DType::F32 };
+    let suspects = Suspects { checkpoint: Some(checkpoint), spec, dtype: DType::F32 };
     match error {
         Error::NonFinite { value, .. } => suspects.error(Place::SelectionBias, "", value),
         other => other,

@@ -261,7 +261,9 @@ impl Architecture<'_> {
             "qwen2moe" | "qwen3moe" | "qwen3next" | "qwen35moe" => {
                 width.and_then(|width| width.checked_div(self.count("expert_used_count").ok()??))
             }
-            "deepseek2" | "glm4moe" | "minimax-m2" | "gpt-oss" | "lfm2moe" => Some(self.required("expert_feed_forward_length")?),
+            "deepseek2" | "glm4moe" | "minimax-m2" | "gpt-oss" | "lfm2moe" => {
+                Some(self.required("expert_feed_forward_length")?)
+            }
             _ => width,
         })
     }
