@@ -179,7 +179,9 @@ impl TensorNames {
         };
         if let Some((_, stored, second)) = HALVES.iter().find(|(known, ..)| *known == stem) {
             return Some(match self.in_halves {
-                Some(parts) => TensorSource::Halves { name: format!("blk.{block}.ssm_ba.{kind}"), parts, second: *second },
+                Some(parts) => {
+                    TensorSource::Halves { name: format!("blk.{block}.ssm_ba.{kind}"), parts, second: *second }
+                }
                 None => TensorSource::Same(format!("blk.{block}.{stored}.{kind}")),
             });
         }

@@ -49,7 +49,9 @@ impl Architecture<'_> {
                 Ok((heads, list.iter().map(|&heads| heads != 0).collect()))
             }
             _ => {
-                let expected = format!("a number for each of {blocks} blocks, the same in all that have attention and 0 in others");
+                let expected = format!(
+                    "a number for each of {blocks} blocks, the same in all that have attention and 0 in others"
+                );
                 Err(self.metadata.error(&self.key(NAME), &expected, &format!("{list:?}")))
             }
         }
