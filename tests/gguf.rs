@@ -13,7 +13,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// A file and the goldens of its model.
-const FILES: [(&str, &str); 15] = [
+const FILES: [(&str, &str); 16] = [
     ("llama", "zoo/mixtral/goldens.safetensors"),
     ("olmoe", "gguf/olmoe.goldens.safetensors"),
     ("qwen2moe", "zoo/qwen2_moe/goldens.safetensors"),
@@ -27,6 +27,7 @@ const FILES: [(&str, &str); 15] = [
     ("phimoe", "gguf/phimoe.goldens.safetensors"),
     ("lfm2moe", "zoo/lfm2_moe/goldens.safetensors"),
     ("qwen3next", "zoo/qwen3_next/goldens.safetensors"),
+    ("qwen3next_old", "zoo/qwen3_next/goldens.safetensors"),
     ("qwen35moe", "zoo/qwen3_5_moe/goldens.safetensors"),
     ("deepseek2_old", "gguf/deepseek2_old.goldens.safetensors"),
 ];

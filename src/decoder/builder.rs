@@ -2,7 +2,8 @@
 //!
 //! Tensors are read by position when they are asked for, under transformers' names whatever the files are, converted to one dtype. What
 //! was done to one on its way into a GGUF file is undone: rows of queries and keys that take turns, keys and values of latent
-//! attention that were split, what delta nets have in one tensor, how fast they forget, numbers in blocks. Experts of such a file stay as they are stored.
+//! attention that were split, what delta nets have in one tensor, how fast they forget, numbers in blocks. Experts of such a file stay as
+//! they are stored.
 //!
 //! Which tensor is which is for [`weights`](crate::weights) to say.
 

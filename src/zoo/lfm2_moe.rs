@@ -17,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
     name: "lfm2_moe",
     models: "LFM2-8B-A1B",
     gguf: &["lfm2moe"],
-    checked: &["transformers"],
+    checked: &["transformers", "llama.cpp"],
     reads: &["layer_types", "norm_topk_prob", "routed_scaling_factor", "use_expert_bias"],
     moe: moe_spec,
     decoder: model_spec,

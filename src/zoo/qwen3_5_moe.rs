@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     name: "qwen3_5_moe",
     models: "Qwen3.5-MoE, Qwen3.6-MoE (their text model)",
     gguf: &["qwen35moe"],
-    checked: &["transformers"],
+    checked: &["transformers", "llama.cpp"],
     reads: &qwen3_next::READS,
     moe: moe_spec,
     decoder: model_spec,

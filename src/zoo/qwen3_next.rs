@@ -16,7 +16,7 @@ pub(super) const FAMILY: Family = Family {
     name: "qwen3_next",
     models: "Qwen3-Next, Qwen3-Coder-Next",
     gguf: &["qwen3next"],
-    checked: &["transformers"],
+    checked: &["transformers", "llama.cpp"],
     reads: &READS,
     moe: moe_spec,
     decoder: model_spec,

@@ -57,11 +57,31 @@ FILES = {
     "phimoe": ("phimoe", LONG_ROPE),
 }
 
+# Files as converters wrote them before they took a delta net's projections apart and knew of lists of blocks: of which file.
+OLD = {"qwen3next_old": "qwen3next"}
+
 # Those whose goldens in zoo/ are not of the same positions.
 OTHER_POSITIONS = ("phimoe",)
 
 # Those that come without tensors for further tokens, which the converter wants to be told.
-ONE_TOKEN = ("qwen3next",)
+ONE_TOKEN = ("qwen3next", "qwen3next_old")
+
+
+def as_once(base, gguf) -> dict:
+    """What a model's class did in OLD."""
+
+    def modify_tensors(self, tensor, name, block):
+        if "in_proj_qkvz.weight" in name:
+            yield self.format_tensor_name(gguf.MODEL_TENSOR.SSM_IN, block, ".weight"), tensor
+        else:
+            yield from base.modify_tensors(self, tensor, name, block)
+
+    def set_gguf_parameters(self):
+        kinds = self.hparams.pop("layer_types")
+        self.hparams["full_attention_interval"] = kinds.index("full_attention") + 1
+        base.set_gguf_parameters(self)
+
+    return {"modify_tensors": modify_tensors, "set_gguf_parameters": set_gguf_parameters}
 
 
 def main() -> None:
@@ -75,8 +95,8 @@ def main() -> None:
     import gguf
     from conversion import ModelBase, get_model_class
 
-    for name in arguments.names or FILES:
-        family, keys = FILES[name]
+    for name in arguments.names or [*FILES, *OLD]:
+        family, keys = FILES[OLD.get(name, name)]
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary) / family
             shutil.copytree(arguments.zoo / family, directory)
@@ -86,6 +106,8 @@ def main() -> None:
             (directory / "config.json").write_text(json.dumps(config))
             base = get_model_class(config["architectures"][0])
             own = {"model_arch": base.model_arch, "set_vocab": lambda self: None, "no_mtp": name in ONE_TOKEN}
+            if name in OLD:
+                own |= as_once(base, gguf)
             path = arguments.gguf / f"{name}.gguf"
             type("WithoutTokenizer", (base,), own)(directory, gguf.LlamaFileType.ALL_F32, path).write()
             print(path.name, path.stat().st_size, "bytes")

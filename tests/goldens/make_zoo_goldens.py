@@ -188,7 +188,8 @@ FAMILIES = {
         norm_eps=2e-4,
         tie_word_embeddings=True,
     ),
-    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, times a constant, a head of its own.
+    # What the published models leave as it is: another width of the convolution, its biases, weights as they come, times a constant, a head of
+    # its own.
     "lfm2_moe_bias": dict(
         num_hidden_layers=3,
         layer_types=["full_attention", "conv", "conv"],
@@ -226,7 +227,8 @@ FAMILIES = {
         # Three of five rotations are made.
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.6},
     ),
-    # What GGUF files cannot say: keys and values of two widths, a dense block, an epsilon that is not that of keys; attention wherever the list says.
+    # What GGUF files cannot say: keys and values of two widths, a dense block, an epsilon that is not that of keys; attention wherever the list
+    # says.
     "qwen3_next_uneven": dict(
         num_hidden_layers=4,
         layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],

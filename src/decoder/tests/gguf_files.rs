@@ -246,7 +246,7 @@ fn metadata_that_are_missing_or_make_no_model_are_named() {
     let unknown = error("olmoe.gguf", "\u{5}\0\0\0\0\0\0\0olmoe", "\u{5}\0\0\0\0\0\0\0gemma");
     assert_eq!(
         unknown,
-        "unknown GGUF architecture `gemma`: expected one of olmoe, llama, qwen2moe, qwen3moe, deepseek2, glm4moe, minimax-m2, granitemoe, gpt-oss"
+        "unknown GGUF architecture `gemma`: expected one of olmoe, llama, qwen2moe, qwen3moe, qwen3next, qwen35moe, deepseek2, glm4moe, minimax-m2, granitemoe, gpt-oss, phimoe, lfm2moe"
     );
     let missing = [
         ("olmoe.gguf", "general.architecture", "expected text, got nothing: the key is missing"),

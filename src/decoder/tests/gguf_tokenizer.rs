@@ -62,7 +62,7 @@ fn what_would_give_other_tokens_is_refused() {
     assert_eq!(
         error(&[tokens(), bytes(), ("tokenizer.ggml.pre", text("tekken"))]),
         format!(
-            "expected a tokenizer of pre gpt-2, olmo, qwen2, deepseek-r1-qwen, llama-bpe, llama3, llama-v3, glm4, chatglm-bpe, refact, starcoder, smollm, gpt-4o, minimax-m2, deepseek-llm, deepseek-coder, deepseek-v3, got tekken: {beside}"
+            "expected a tokenizer of pre gpt-2, olmo, qwen2, deepseek-r1-qwen, qwen35, llama-bpe, llama3, llama-v3, lfm2, glm4, chatglm-bpe, refact, starcoder, smollm, gpt-4o, minimax-m2, deepseek-llm, deepseek-coder, deepseek-v3, got tekken: {beside}"
         )
     );
     assert!(error(&[tokens(), bytes()]).ends_with(&format!("got none: {beside}")));

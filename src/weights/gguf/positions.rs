@@ -2,7 +2,8 @@
 //!
 //! What a file does not say is as llama.cpp has it, whatever the family that it is mapped to: a base of 10000; with a factor and no
 //! type positions are divided by the factor, under its old key `rope.scale_linear` too; YaRN's original positions are the context
-//! length. Factors of LongRoPE need no type; which of the two holds is a matter of how long a text may become. Rules: llama.cpp's `llama_model::load_hparams`, `llama_context` and `rope_yarn`.
+//! length. Factors of LongRoPE need no type; which of the two holds is a matter of how long a text may become. Rules: llama.cpp's
+//! `llama_model::load_hparams`, `llama_context` and `rope_yarn`.
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
