@@ -7,4 +7,5 @@ mod gguf_mxfp4;
 mod gguf_tokenizer;
 mod kept;
 mod over_ranks;
+mod recurrent;
 mod zoo;
