@@ -178,11 +178,10 @@ impl Generate {
             return Err(UserMistake(message.into()).into());
         }
         let chat = self.chat.then(|| Chat::of(&files)).transpose()?;
-        let message = |role, text: &str| Message { role, content: text.into() };
         let write = |prompt: &String| match &chat {
             Some(chat) => {
-                let system = self.system.iter().map(|system| message("system", system));
-                chat.write(&system.chain([message("user", prompt)]).collect::<Vec<_>>())
+                let system = self.system.iter().map(|system| Message::new("system", system));
+                chat.write(&system.chain([Message::new("user", prompt)]).collect::<Vec<_>>())
             }
             None => Ok(prompt.clone()),
         };

@@ -1,7 +1,7 @@
 //! A checkpoint of 60 GB is opened and inspected by its headers alone: as long files as Qwen3-30B-A3B has, without their data.
 #![cfg(target_os = "linux")]
 
-#[path = "../../examples/qwen3_shape/shape.rs"]
+#[path = "../../examples/true_shape/shape.rs"]
 mod shape;
 
 use std::process::Command;
@@ -19,7 +19,7 @@ fn bytes_read() -> u64 {
 #[test]
 fn a_checkpoint_of_60_gb_is_inspected_by_its_headers() {
     let directory = tempfile::tempdir().unwrap();
-    Shape::WHOLE.write(directory.path(), false).unwrap();
+    Shape::named("qwen3-30b").unwrap().write(directory.path(), false).unwrap();
     let files = || std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap());
     let lengths = |shards: bool| -> u64 {
         let of = |entry: &std::fs::DirEntry| {

@@ -279,7 +279,7 @@ fn a_gguf_says_what_stands_around_a_text() {
 #[test]
 fn a_continuation_is_the_rest_of_the_whole() {
     let models = ["models/tiny-moe", "cli/tests/situations/text/says"];
-    for (model, vocabulary) in models.iter().zip([2048u64, 32]) {
+    for (model, (vocabulary, borders)) in models.iter().zip([(2048u64, &[0u32][..]), (32, &[1, 2])]) {
         let path = root().join(model);
         let tokenizer = Tokenizer::from_file(path.join("tokenizer.json")).unwrap();
         let model = Model::load(&path, &LoadOptions::default()).unwrap();
@@ -293,7 +293,12 @@ fn a_continuation_is_the_rest_of_the_whole() {
                 .collect();
             ids.truncate(20 + round * 6);
             let (before, after) = ids.split_at(round % 20);
-            let text = |ids: &[u32]| tokenizer.decode(ids, true).unwrap();
+            // The beginning and the end are the special tokens of both, but for the unknown token, which is text.
+            let is_text = |id: &&u32| !borders.contains(id);
+            let text = |ids: &[u32]| {
+                let ids: Vec<u32> = ids.iter().filter(is_text).copied().collect();
+                tokenizer.decode(&ids, false).unwrap()
+            };
             // Bytes before it that are no letter alone may become one.
             let (whole, alone) = (text(&ids), text(before));
             let shared: usize =
@@ -311,4 +316,62 @@ fn a_continuation_is_the_rest_of_the_whole() {
     assert_eq!(bytes, ["", "", ""]);
     assert_eq!(continuation.clone().finish().unwrap(), "€");
     assert_eq!(continuation.push(ids[0]).unwrap(), "€ hello");
+}
+
+/// Marks of thinking, tools and channels are text, whether the tokenizer calls them special or not; what begins or ends a text is not.
+#[test]
+fn marks_that_a_model_writes_are_text() {
+    let bundled = root().join("models/tiny-moe");
+    let plain = Model::load(&bundled, &LoadOptions::default()).unwrap();
+    let generated = |path: &Path, arguments: &[&str]| {
+        let mut command = phase_moe();
+        command.args(["generate", "--new-tokens", "12", "--model"]).arg(path).args(arguments);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // Every token that the bundled model goes on with becomes a special one, so that each of them would be left out.
+    let prompt = "And the LORD spake unto Moses, saying, ";
+    let streamed = generated(&bundled, &["--prompt", prompt]);
+    let ids = plain.encode(&format!("{prompt}{}", streamed.trim_end_matches('\n'))).unwrap();
+    let file = std::fs::read_to_string(bundled.join("tokenizer.json")).unwrap();
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&file).unwrap();
+    let vocabulary = Tokenizer::from_bytes(&file).unwrap();
+    let prompt_ids = plain.encode(prompt).unwrap();
+    // With a space in front: written in that letter they are found in no prompt.
+    let marks: std::collections::BTreeSet<u32> = ids[prompt_ids.len()..].iter().copied().collect();
+    let marks: Vec<u32> =
+        marks.into_iter().filter(|id| vocabulary.id_to_token(*id).unwrap().starts_with('Ġ')).collect();
+    assert!(marks.len() > 2, "{marks:?}");
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    for &id in &marks {
+        let content = vocabulary.id_to_token(id).unwrap();
+        let mark = serde_json::json!({
+            "id": id, "content": content, "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        });
+        added.push(mark);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(bundled.join(file), directory.path().join(file)).unwrap();
+    }
+    std::fs::write(directory.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(directory.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    assert_eq!(generated(directory.path(), &["--prompt", prompt]), streamed);
+    assert_eq!(generated(directory.path(), &["--chat", "--prompt", prompt]), streamed);
+    for arguments in [&["--prompt", prompt, "--json"][..], &["--chat", "--prompt", prompt, "--json"]] {
+        let answer: serde_json::Value = serde_json::from_str(&generated(directory.path(), arguments)).unwrap();
+        assert_eq!(answer["text"].as_str(), streamed.strip_suffix('\n'));
+    }
+    let [first, last] = [marks[0], marks[1]];
+    let of = |model: &Model| model.decode_after(&[], &[first, last, 0]).unwrap();
+    let model = Model::load(directory.path(), &LoadOptions::default()).unwrap();
+    let both = vocabulary.decode(&[first, last], true).unwrap();
+    assert_eq!((of(&plain), of(&model)), (both.clone(), both.clone()), "the end of a text is not in it");
+    // Where a mark is what ends a text, it is not in it.
+    std::fs::write(directory.path().join("generation_config.json"), format!("{{\"eos_token_id\": [0, {last}]}}"))
+        .unwrap();
+    let model = Model::load(directory.path(), &LoadOptions::default()).unwrap();
+    assert_eq!(of(&model), vocabulary.decode(&[first], true).unwrap());
 }

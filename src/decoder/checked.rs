@@ -77,8 +77,7 @@ impl Checks<'_> {
     }
 
     fn suspects(&self) -> Suspects<'_> {
-        let (checkpoint, tied) = (self.checkpoint, self.spec.tied_embeddings);
-        Suspects { checkpoint, ffn: &self.spec.ffn, tied, dtype: self.dtype }
+        Suspects { checkpoint: self.checkpoint, spec: self.spec, dtype: self.dtype }
     }
 
     /// An error of a block's MoE layer, with the block and what is to blame where its gate gave what is no number.

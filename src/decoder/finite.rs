@@ -13,7 +13,7 @@ use safetensors::Dtype;
 use super::builder;
 use crate::checkpoint::{Checkpoint, ElementType, TensorEntry};
 use crate::error::{Error, Result};
-use crate::spec::ModelSpec;
+use crate::spec::{BlockNames, ModelSpec};
 
 /// A part of the decoder that gives a hidden state or logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +42,7 @@ impl std::fmt::Display for Place {
 
 /// An error of loading `spec` from `checkpoint`, with the tensor that is to blame where one is no number.
 pub(super) fn of_loading(error: Error, checkpoint: &Checkpoint, spec: &ModelSpec) -> Error {
-    let suspects =
-        Suspects { checkpoint: Some(checkpoint), ffn: &spec.ffn, tied: spec.tied_embeddings, dtype: DType::F32 };
+    let suspects = Suspects { checkpoint: Some(checkpoint), spec, dtype: DType::F32 };
     match error {
         Error::NonFinite { value, .. } => suspects.error(Place::SelectionBias, "", value),
         other => other,
@@ -88,10 +87,8 @@ fn first<T: Copy>(values: &[T], wrong: impl Fn(T) -> bool, wide: impl Fn(T) -> f
 pub(super) struct Suspects<'a> {
     /// The files; `None` where the decoder was not loaded from any.
     pub(super) checkpoint: Option<&'a Checkpoint>,
-    /// Under which name a block has its FFN.
-    pub(super) ffn: &'a str,
-    /// The embeddings are the output weights too.
-    pub(super) tied: bool,
+    /// How blocks call their parts, and whether the embeddings are the output weights too.
+    pub(super) spec: &'a ModelSpec,
     /// Of the activations.
     pub(super) dtype: DType,
 }
@@ -152,22 +149,25 @@ impl Suspects<'_> {
 
     /// Whether a tensor belongs to a place, under the names of Hugging Face or of GGUF.
     fn is_of(&self, place: Place, name: &str) -> bool {
+        let BlockNames { root, ffn_norm, last_norm, .. } = self.spec.names;
+        let under = |stem: &str| name.strip_prefix(root).and_then(|rest| rest.strip_prefix('.')?.strip_prefix(stem));
         let in_block = |block: usize| {
-            let ours = name.strip_prefix("model.layers.").or(name.strip_prefix("blk."));
+            let ours = under("layers.").or(name.strip_prefix("blk."));
             let rest = ours.and_then(|rest| rest.split_once('.'));
             rest.filter(|(number, _)| number.parse() == Ok(block)).map(|(_, rest)| rest)
         };
         let is_ffn = |rest: &str| {
-            let own = rest.strip_prefix(self.ffn).is_some_and(|rest| rest.starts_with('.'));
-            own || ["ffn_", "exp_probs_b", "post_attention_layernorm"].iter().any(|start| rest.starts_with(start))
+            let own = rest.strip_prefix(self.spec.ffn.as_str()).is_some_and(|rest| rest.starts_with('.'));
+            own || ["ffn_", "exp_probs_b", ffn_norm].iter().any(|start| rest.starts_with(start))
         };
         let starts = |names: &[&str]| names.iter().any(|start| name.starts_with(start));
         match place {
-            Place::Embedding => starts(&["model.embed_tokens.", "token_embd."]),
+            Place::Embedding => under("embed_tokens.").is_some() || starts(&["token_embd."]),
             Place::Attention(block) => in_block(block).is_some_and(|rest| !is_ffn(rest)),
             Place::Ffn(block) => in_block(block).is_some_and(is_ffn),
-            Place::Norm => starts(&["model.norm.", "output_norm."]),
-            Place::Output if self.tied => starts(&["model.embed_tokens.", "token_embd."]),
+            // LFM2's is called after the embeddings.
+            Place::Norm => under(last_norm).is_some() || starts(&["output_norm.", "token_embd_norm."]),
+            Place::Output if self.spec.tied_embeddings => self.is_of(Place::Embedding, name),
             Place::Output => starts(&["lm_head.", "output."]),
             Place::SelectionBias => {
                 ["e_score_correction_bias", "expert_bias", "exp_probs_b"].iter().any(|part| name.contains(part))

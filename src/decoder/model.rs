@@ -66,7 +66,8 @@ impl Model {
         let (tokenizer, end_of_text) = (TextTokenizer::of(weights)?, end_of_text(weights)?);
         let decoder = Decoder::load(weights, options)?;
         let end_of_text = end_of_text.unwrap_or_else(|| decoder.spec().end_of_text.clone());
-        Ok(Self { name: weights.name().into(), decoder, tokenizer: Arc::new(tokenizer), end_of_text })
+        let tokenizer = Arc::new(tokenizer.ended_by(&end_of_text));
+        Ok(Self { name: weights.name().into(), decoder, tokenizer, end_of_text })
     }
 
     /// The tokens that end a text: those of `generation_config.json` where it has any, else those of `config.json`.
@@ -112,7 +113,7 @@ impl Model {
     }
 
     /// Text of token ids that come after those `before`: what all of them read beyond what those read alone, so that the first
-    /// word keeps the space before it.
+    /// word keeps the space before it. Special tokens are text as they are called, but for those that begin or end a text.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer cannot.

@@ -9,6 +9,9 @@
 //!
 //! Tokens are no text each: a decoder drops the space before the first word, and a letter may need several tokens. So a
 //! continuation is what all tokens read beyond what those before it read alone.
+//!
+//! What a model writes is text, marks of thinking, of tools and of channels too, whether its tokenizer calls them special or not: without
+//! them gpt-oss would say `analysisThe user ..assistantfinalThe answer`. Out of a text stay the special tokens that begin or end one.
 
 use std::sync::Arc;
 
@@ -31,6 +34,8 @@ pub(super) struct TextTokenizer {
     tokenizer: Tokenizer,
     before: Vec<u32>,
     after: Vec<u32>,
+    /// What ends a text that the model writes.
+    ends: Vec<u32>,
 }
 
 impl TextTokenizer {
@@ -57,7 +62,7 @@ impl TextTokenizer {
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(wrong)?;
         let (before, after) = around(&tokenizer)?;
-        Ok(Self { tokenizer, before, after })
+        Ok(Self { tokenizer, before, after, ends: Vec::new() })
     }
 
     /// With what `tokenizer_config.json` says of the beginning of a text.
@@ -82,6 +87,11 @@ impl TextTokenizer {
         Self { before, after, ..self }
     }
 
+    /// With the tokens that end a text.
+    pub(super) fn ended_by(self, ends: &[u32]) -> Self {
+        Self { ends: ends.to_vec(), ..self }
+    }
+
     /// What a text of its own begins with.
     pub(super) fn before(&self) -> &[u32] {
         &self.before
@@ -98,16 +108,23 @@ impl TextTokenizer {
         Ok([self.before.as_slice(), &self.encode(text)?, &self.after].concat())
     }
 
-    /// Text of token ids, without special tokens.
+    /// Text of token ids, without the special tokens that begin or end a text.
     pub(super) fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(wrong)
+        let text: Vec<u32> = ids.iter().copied().filter(|&id| !self.is_border(id)).collect();
+        self.tokenizer.decode(&text, false).map_err(wrong)
+    }
+
+    /// Whether it begins or ends a text. A token that is not special is text there too.
+    fn is_border(&self, id: u32) -> bool {
+        let special = |token: String| self.tokenizer.get_added_vocabulary().is_special_token(&token);
+        let mut borders = self.before.iter().chain(&self.after).chain(&self.ends);
+        borders.any(|&border| border == id) && self.tokenizer.id_to_token(id).is_some_and(special)
     }
 
     fn kind(&self, id: u32) -> TokenKind {
-        let Some(token) = self.tokenizer.id_to_token(id) else { return TokenKind::Skipped };
-        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
+        let Some(token) = self.tokenizer.id_to_token(id).filter(|_| !self.is_border(id)) else {
             return TokenKind::Skipped;
-        }
+        };
         let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
         if digits.is_some_and(|digits| digits.len() == 2) { TokenKind::Byte } else { TokenKind::Text }
     }

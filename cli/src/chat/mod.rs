@@ -12,6 +12,7 @@ mod methods;
 mod source;
 #[cfg(test)]
 mod tests;
+mod thinking;
 mod time;
 
 use std::collections::BTreeMap;
@@ -41,6 +42,15 @@ pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: &'static str,
     pub content: String,
+    /// What the model thought before it said that, where the template reads that apart.
+    pub thought: Option<String>,
+}
+
+impl Message {
+    /// What somebody said.
+    pub fn new(role: &'static str, content: impl Into<String>) -> Self {
+        Self { role, content: content.into(), thought: None }
+    }
 }
 
 /// A model's chat template and its special tokens.
@@ -104,9 +114,21 @@ impl Chat {
         Ok(Self { template, file, tokens })
     }
 
+    /// What a model answered to such a prompt, as a message of the conversation.
+    pub fn answer(&self, prompt: &str, text: String) -> Message {
+        let (content, thought) = thinking::parts(&self.template, prompt, text);
+        Message { thought, ..Message::new("assistant", content) }
+    }
+
     /// The prompt that a conversation is, up to where the model's next answer begins.
     pub fn write(&self, messages: &[Message]) -> Result<String> {
-        let message = |message: &Message| context! { role => message.role, content => message.content.as_str() };
+        let message = |message: &Message| {
+            let (role, content) = (message.role, message.content.as_str());
+            match &message.thought {
+                Some(thought) => context! { role, content, reasoning_content => thought.as_str() },
+                None => context! { role, content },
+            }
+        };
         let messages: Vec<Value> = messages.iter().map(message).collect();
         let none = Value::from(());
         let shown = [("messages", Value::from(messages)), ("tools", none.clone()), ("documents", none)];

@@ -2,8 +2,10 @@
 //!
 //! Each turn the template writes the whole conversation, which becomes tokens. The first of them are those that the model has seen, and
 //! only what comes after goes through it. Where the template writes earlier turns otherwise than before (some leave out what the model
-//! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same. So a turn is answered
-//! as the whole conversation would be in a prompt.
+//! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same; a recurrent state does not
+//! go back, and all goes through again. So a turn is answered as the whole conversation would be in a prompt.
+//!
+//! The template gets an answer back as its text with all its marks, or, where it reads thoughts apart, as those and what was said.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -82,8 +84,9 @@ impl Conversation<'_> {
                 }
                 _ => {}
             }
-            past.messages.push(Message { role: "user", content: line.clone() });
-            let ids = self.model.encode(&self.chat.write(&past.messages)?)?;
+            past.messages.push(Message::new("user", line.as_str()));
+            let prompt = self.chat.write(&past.messages)?;
+            let ids = self.model.encode(&prompt)?;
             let most = self.model.decoder().spec().max_positions;
             if ids.len() > most {
                 let message = format!(
@@ -130,13 +133,13 @@ impl Conversation<'_> {
             } else if answer.len() < self.options.new_tokens && ids.len() + answer.len() >= most {
                 notice(format_args!("stopped at the model's {most} positions"));
             }
-            past.messages.push(Message { role: "assistant", content: text });
+            past.messages.push(self.chat.answer(&prompt, text));
         }
         Ok((sums, self.state))
     }
 
     fn begin(&self) -> Past {
-        let system = self.system.map(|system| Message { role: "system", content: system.into() });
+        let system = self.system.map(|system| Message::new("system", system));
         Past { messages: system.into_iter().collect(), seen: Vec::new() }
     }
 

@@ -121,7 +121,7 @@ class Model:
         return np.array(self._model.encode(text, special=special), dtype=np.uint32)
 
     def decode(self, ids: npt.ArrayLike, before: npt.ArrayLike = ()) -> str:
-        """Text of token ids that come after those ``before``."""
+        """Text of token ids that come after those ``before``, without the special tokens that begin or end a text."""
         return self._model.decode(whole(ids, "ids", 2**32), whole(before, "before", 2**32))
 
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Chat templates and what transformers writes with them: `templates.json` beside this file; and `../chat.json`, a few of them
 run by the command, with the number of tokens that the bundled tokenizer makes of the text.
 
-    pip install transformers==5.23 jinja2==3.1.6 tokenizers==0.23.2
+    pip install transformers==5.24 jinja2==3.1.6 tokenizers==0.23.2     # 5.23 gives the same
     LC_ALL=C python cli/tests/situations/chat/make_templates.py
 
 Every template goes through transformers' own `render_jinja_template`, at one fixed time. The templates are ours; those under
@@ -34,6 +34,21 @@ TALK = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "<think>\nhm\n</think>\n\ntwo"},
     {"role": "user", "content": "three"},
+]
+# What was thought apart from what was said, and a call of a tool.
+APART = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two", "reasoning_content": "\nhm\n"},
+    {"role": "user", "content": [{"type": "text", "text": "thr"}, {"type": "text", "text": "ee"}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "well",
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"town": "\u00c5", "days": 3, "of": {"x": [1.5, None]}}}}],
+    },
+    {"role": "tool", "content": "rain"},
+    {"role": "tool", "content": "wind"},
+    {"role": "user", "content": "four"},
 ]
 TOOLS = [
     {
@@ -339,6 +354,55 @@ ONE = {
 }
 
 PUBLISHED = {
+    "thoughts, parts and calls": (
+        """{%- set seen = namespace(pictures=0, asked=-1) -%}
+{%- macro body(parts, counts=true) -%}
+  {%- if parts is string -%}{{ parts }}
+  {%- elif parts is undefined or parts is none -%}
+  {%- else -%}
+    {%- for part in parts if part is mapping -%}
+      {%- if counts and part.type == 'image' -%}{%- set seen.pictures = seen.pictures + 1 -%}[{{ seen.pictures }}]{%- endif -%}
+      {{- part.text if 'text' in part -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro call(function) -%}
+  {%- set said = namespace(values=[]) -%}
+  {%- for name, value in function.arguments|items -%}
+    {%- set value = value|tojson|safe if value is mapping or (value is sequence and value is not string) else value|string -%}
+    {%- set said.values = said.values + [name ~ '=' ~ value] -%}
+  {%- endfor -%}
+  {{- function.name + '(' + said.values|join('; ') + ')' -}}
+{%- endmacro -%}
+{%- for m in messages[::-1] -%}
+  {%- if m.role == 'user' and seen.asked < 0 -%}{%- set seen.asked = messages|length - loop.index -%}{%- endif -%}
+{%- endfor -%}
+{%- for m in messages -%}
+  {%- if m.role == 'tool' %}
+    {{- '' if loop.previtem is defined and loop.previtem.role == 'tool' else '(' -}}
+    {{ ' ' + body(m.get('content'))|trim }}
+    {{- '' if loop.nextitem and loop.nextitem.role == 'tool' else ')\\n' -}}
+  {%- elif m.role == 'assistant' -%}
+    {%- generation -%}
+    {%- set text = body(m.content, counts=false) -%}
+    {%- if '</think>' in text and m.reasoning_content is not string -%}
+      {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
+    {%- endif -%}
+    {{- 'A' ~ (seen.asked - loop.index0) ~ ('<' ~ m.reasoning_content.strip('\\n') ~ '>' if m.reasoning_content and loop.index0 > seen.asked else '') ~ text -}}
+    {%- for c in m.tool_calls or [] -%}
+      {%- if c.function is defined -%}{%- set c = c.function -%}{%- endif -%}
+      {{- ('; ' if not loop.first else ': ' if text|trim else ' ') + call(c) -}}
+    {%- endfor -%}
+    {{- '\\n' -}}
+    {%- endgeneration -%}
+  {%- else -%}
+    {%- set text = body(m.content)|trim -%}
+    {{- m.role[0]|upper ~ text[:(text|length) - ('e'|length)] ~ (text[-1:] if not text.endswith('e')) ~ '\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- 'A<' if add_generation_prompt and not (quiet is defined and quiet is true) -}}
+"""
+    ),
     "marks with thinking": (
         """{%- if tools %}
     {{- '<|turn|>system\\n' }}
@@ -723,7 +787,7 @@ def rendered(template, messages, **more):
         return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
 
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 # What the command is asked, by the name of a template: prompt, system message, further files.
 COMMANDS = {
@@ -803,6 +867,10 @@ def main():
         for kind, messages in [("asked", [SYSTEM, USER]), ("asked alone", [USER]), ("talk", TALK)]:
             case = {"name": f"published: {name}, {kind}", "template": template, "messages": messages}
             cases.append(case | rendered(template, messages))
+        if name in ("thoughts, parts and calls", "visible text"):
+            for messages, said in [(APART, "thoughts apart"), (APART[:-1], "tools answer")]:
+                case = {"name": f"published: {name}, {said}", "template": template, "messages": messages}
+                cases.append(case | rendered(template, messages))
         case = {"name": f"published: {name}, tools", "template": template, "messages": [USER], "tools": TOOLS}
         cases.append(case | rendered(template, [USER], tools=TOOLS))
     with open(os.path.join(os.path.dirname(__file__), "templates.json"), "w", encoding="utf-8") as file:

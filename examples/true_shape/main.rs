@@ -1,12 +1,13 @@
-//! A model of Qwen3-30B-A3B's shape, cut to a few layers, on an expert cache: what it holds in memory while it writes.
+//! A model of a published one's shape, cut to a few layers, on an expert cache: what it holds in memory while it writes.
 //!
-//! The checkpoint is written first (random weights, 2.4 GB for two layers and 1.2 GB for the vocabulary), then loaded with its experts
-//! left in their files, given a prompt in chunks and continued token by token. The peak of resident memory, as Linux counts it
+//! The checkpoint is written first (random weights; of Qwen3-30B-A3B 2.4 GB for two layers and 1.2 GB for the vocabulary), then loaded with
+//! its experts left in their files, given a prompt in chunks and continued token by token. The peak of resident memory, as Linux counts it
 //! (`VmHWM`), stands beside the sum of the expert budget and all other weights.
 //!
 //! ```text
-//! cargo run --release --example qwen3_shape                          # two layers, 256 MiB of experts
-//! cargo run --release --example qwen3_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
+//! cargo run --release --example true_shape                           # two layers of Qwen3-30B-A3B, 256 MiB of experts
+//! cargo run --release --example true_shape -- --shape qwen3.5-35b --layers 4 --vocab 32000
+//! cargo run --release --example true_shape -- --sparse --layers 48 --directory D    # headers alone: for `phase-moe inspect --model D`
 //! ```
 //!
 //! Linux only: `/proc` says what is resident.
@@ -16,21 +17,24 @@ mod shape;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
 use candle_core::DType;
 use clap::Parser;
 use phase_moe::{Batch, CacheOptions, Decoder, LoadOptions, Sampler, Weights};
-use shape::Shape;
+use shape::{NAMES, Shape};
 
 #[derive(Parser)]
 struct Options {
-    /// Layers, of 48
+    /// Of which model
+    #[arg(long, default_value = NAMES[0], value_parser = NAMES)]
+    shape: String,
+    /// Layers, the last ones
     #[arg(long, default_value_t = 2)]
-    layers: usize,
-    /// Words of the vocabulary
-    #[arg(long, default_value_t = 151_936)]
-    vocab: usize,
+    layers: u64,
+    /// Words of the vocabulary [default: all]
+    #[arg(long)]
+    vocab: Option<u64>,
     /// Bytes of experts in memory
     #[arg(long, default_value = "256MiB")]
     expert_cache: ByteSize,
@@ -44,7 +48,7 @@ struct Options {
     #[arg(long, default_value_t = 32)]
     new_tokens: usize,
     /// Where the checkpoint is written; one that is there is used
-    #[arg(long, default_value = "target/qwen3-shape")]
+    #[arg(long, default_value = "target/true-shape")]
     directory: PathBuf,
     /// Writes headers and room alone, and ends
     #[arg(long)]
@@ -53,9 +57,12 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    let whole = Shape::named(&options.shape).map_err(anyhow::Error::msg)?;
+    let [layers, words] = whole.size();
+    ensure!((1..=layers).contains(&options.layers), "--layers {}: expected 1 to {layers}", options.layers);
     if !options.directory.join("config.json").exists() {
         eprintln!("writing {} layers to {}", options.layers, options.directory.display());
-        let shape = Shape { layers: options.layers, vocab: options.vocab };
+        let shape = whole.cut(options.layers, options.vocab.unwrap_or(words));
         shape.write(&options.directory, !options.sparse).context("writing the checkpoint")?;
     }
     if options.sparse {
@@ -70,8 +77,7 @@ fn main() -> Result<()> {
     let decoder = Decoder::load(&files, &LoadOptions::default().with_dtype(DType::BF16).with_expert_cache(cache))?;
     let loaded = peak_bytes()?;
 
-    let prompt: Vec<u32> =
-        (0..options.prompt as u64).map(|at| (at * at * 7919 % options.vocab as u64) as u32).collect();
+    let prompt: Vec<u32> = (0..options.prompt as u64).map(|at| (at * at * 7919 % spec.vocab as u64) as u32).collect();
     let (mut state, mut sampler) = (decoder.generation_state(), Sampler::new(0.0, 1.0, 0)?);
     let started = Instant::now();
     let mut logits = decoder.prefill(&Batch::new(&[&prompt])?, options.chunk_tokens, &mut state)?;
@@ -83,22 +89,24 @@ fn main() -> Result<()> {
     }
     let decode = started.elapsed();
     let statistics = decoder.expert_cache().context("an expert cache")?.statistics();
-    let keys = 4 * (spec.layers * spec.kv_heads * spec.head_dim * state.position()) as u64;
+    // Keys and values in f16 beside activations in bf16, states in f32.
+    let kept = 2 * (spec.kept_numbers_per_token() * state.position()) + 4 * spec.state_numbers();
 
     let line = |what: &str, bytes: u64| println!("{what:52} {:>9.1} MB", bytes as f64 / 1e6);
     println!(
-        "Qwen3-30B-A3B's shape, {} of 48 layers, {} of 151936 words: {} experts of {:.1} MB a layer, top {}",
+        "{}, {} of {layers} layers, {} of {words} words: {} experts of {:.1} MB a layer, top {}",
+        options.shape,
         spec.layers,
         spec.vocab,
         spec.moe.experts,
-        experts as f64 / 1e6 / (spec.layers * spec.moe.experts) as f64,
+        experts as f64 / 1e6 / (spec.moe_blocks().count() * spec.moe.experts) as f64,
         spec.moe.top_k
     );
     line("all experts", experts);
     line("other weights", others);
     line("budget of experts", budget);
     line("most bytes of experts held", statistics.peak_bytes as u64);
-    line("keys and values", keys);
+    line("keys and values, and states", kept as u64);
     line("resident memory's peak before anything was loaded", before);
     line("  when the model was loaded", loaded);
     line("  after the prompt", after_prompt);
