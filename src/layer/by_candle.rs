@@ -43,10 +43,17 @@ pub(super) fn slot_weights(
         }
     };
     let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, width), device)?, 1)?;
-    let chosen = (chosen * Tensor::from_vec(filled, (tokens, width), device)?)?;
+    let chosen = (chosen * Tensor::from_slice(&filled, (tokens, width), device)?)?;
     let weights = match scoring.normalize {
-        // A token without any slot has sum 0 and no slot that would read its weight.
-        true => chosen.broadcast_div(&chosen.sum_keepdim(1)?.maximum(f64::from(f32::MIN_POSITIVE))?)?,
+        true => {
+            // A token without any slot has sum 0 and no slot that would read its weight; divided by 1 it has no gradient either, while the square
+            // of any number that is nearly 0 would be 0.
+            let filled = filled.chunks_exact(width.max(1));
+            let ones: Vec<f32> =
+                filled.map(|slots| f32::from(u8::from(slots.iter().all(|&slot| slot == 0.0)))).collect();
+            let sums = (chosen.sum_keepdim(1)? + Tensor::from_vec(ones, (tokens, 1), device)?)?;
+            chosen.broadcast_div(&sums)?
+        }
         false => chosen,
     };
     let weights = (weights * f64::from(scoring.scale))?.reshape((tokens * width, 1))?;

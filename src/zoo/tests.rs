@@ -112,6 +112,21 @@ fn contradictory_keys_and_what_no_decoder_does_are_refused() {
     assert!(step.ends_with("expected at least one block with experts, got none"), "{step}");
 }
 
+/// Of GLM-4.7-Flash 20 heads share 2048 numbers, for they have widths of their own.
+#[test]
+fn heads_of_latent_attention_need_not_divide_the_hidden_state() {
+    let spec = parse(
+        "glm4_moe_lite",
+        &[("num_attention_heads", json!(5)), ("num_key_value_heads", json!(5)), ("head_dim", Value::Null)],
+    );
+    assert_eq!(spec.unwrap().heads, 5);
+    let error = parse(
+        "mixtral",
+        &[("num_attention_heads", json!(5)), ("num_key_value_heads", json!(5)), ("head_dim", Value::Null)],
+    );
+    assert!(error.unwrap_err().to_string().ends_with("expected a divisor of hidden_size 32, got 5"));
+}
+
 /// Names of all families.
 fn names() -> String {
     FAMILIES.map(|family| family.name).join(", ")

@@ -78,6 +78,8 @@ fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize> {
     let head_dim = match config.optional_size("head_dim")? {
         Some(head_dim) => head_dim,
         None if hidden.is_multiple_of(heads) => hidden / heads,
+        // Latent attention has widths of its own.
+        None if config.has("kv_lora_rank") => hidden.div_ceil(heads),
         None => {
             let expected = format!("a divisor of hidden_size {hidden}");
             return Err(config.error("num_attention_heads", &expected, &heads.to_string()));

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::decoder::var_builder;
-use crate::{Batch, Decoder, ModelSpec, Weights, zoo};
+use crate::{Batch, Decoder, ModelSpec, Weights};
 
 const FAMILIES: [&str; 4] = ["lfm2_moe_bias", "qwen3_next", "qwen3_next_uneven", "qwen3_5_moe"];
 
@@ -59,9 +59,10 @@ fn gradients_reach_all_weights_and_are_those_of_differences() {
             }
             // Along the gradient the loss grows by the square of its length.
             let length = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+            assert!(length.is_finite(), "{family}, {name}: a gradient that is no number");
             let start = var.as_tensor().copy().unwrap();
             let size = start.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-            let step = 2e-3 * size.max(0.1) / length.max(1e-6);
+            let step = 3e-4 * size.max(0.1) / length.max(1e-6);
             let at = |by: f32| {
                 var.set(&(&start + (gradient * f64::from(by)).unwrap()).unwrap()).unwrap();
                 f64::from(loss(&decoder).to_scalar::<f32>().unwrap())
@@ -69,7 +70,9 @@ fn gradients_reach_all_weights_and_are_those_of_differences() {
             let (above, below) = (at(step), at(-step));
             var.set(&start).unwrap();
             let (got, expected) = ((above - below) / f64::from(2.0 * step), f64::from(length * length));
-            let off = (got - expected).abs() / (expected + 1e-3 / f64::from(step));
+            // Sums of `f32` have noise, and a step may send a token elsewhere.
+            let noise = 1e-5 * (above + below) / f64::from(2.0 * step);
+            let off = ((got - expected).abs() - noise).max(0.0) / expected;
             assert!(off < 0.1, "{family}, {name}: grows by {got}, its gradient says {expected}");
             compared += 1;
         }
