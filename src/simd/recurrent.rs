@@ -70,14 +70,12 @@ impl DeltaRule<'_> {
 
         // What is left of the matrix before them, and of what position `j` wrote, after position `t`.
         let (mut left, mut after) = ([0.0; P], [[0.0; P]; P]);
-        let mut all = 1.0;
-        for t in 0..P {
-            all *= decays[t];
-            left[t] = all;
-            for j in 0..t {
-                after[t][j] = after[t - 1][j] * decays[t];
-            }
-            after[t][t] = 1.0;
+        let (mut all, mut row) = (1.0, [0.0; P]);
+        for (t, &decay) in decays.iter().enumerate() {
+            all *= decay;
+            row.iter_mut().for_each(|share| *share *= decay);
+            row[t] = 1.0;
+            (left[t], after[t]) = (all, row);
         }
         // What a position sees of those before it, by its key and by its query.
         let (mut corrected, mut read) = ([[0.0; P]; P], [[0.0; P]; P]);
@@ -120,8 +118,8 @@ impl DeltaRule<'_> {
                     _ => lanes.store_part(seen, output),
                 }
             }
-            for j in 0..P {
-                written[j] = lanes.mul(written[j], lanes.splat(after[P - 1][j]));
+            for (written, &after) in written.iter_mut().zip(&after[P - 1]) {
+                *written = lanes.mul(*written, lanes.splat(after));
             }
             let kept = lanes.splat(left[P - 1]);
             for (row, line) in block.iter_mut().enumerate() {
@@ -248,10 +246,9 @@ mod tests {
                 (0..self.value).map(column).collect()
             };
             let expected = read(&self.matrix, key);
-            for r in 0..self.key {
-                for c in 0..self.value {
-                    let off = f64::from(value[c]) - expected[c];
-                    self.matrix[r * self.value + c] += f64::from(key[r]) * f64::from(strength) * off;
+            for (row, &by) in self.matrix.chunks_exact_mut(self.value).zip(key) {
+                for ((number, &value), &expected) in row.iter_mut().zip(value).zip(&expected) {
+                    *number += f64::from(by) * f64::from(strength) * (f64::from(value) - expected);
                 }
             }
             read(&self.matrix, query)
