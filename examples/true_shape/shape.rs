@@ -109,7 +109,7 @@ impl Shape {
         if let Some(Value::Array(kinds)) = self.config.get_mut("layer_types") {
             kinds.drain(..kinds.len().saturating_sub(layers as usize));
         } else if let Some(interval) = self.config["full_attention_interval"].as_u64() {
-            let kind = |layer: u64| if layer % interval == 0 { "full_attention" } else { "linear_attention" };
+            let kind = |layer: u64| if layer.is_multiple_of(interval) { "full_attention" } else { "linear_attention" };
             self.config["layer_types"] = (whole - layers + 1..=whole).map(kind).collect();
         }
         for key in ["num_dense_layers", "first_k_dense_replace"] {
