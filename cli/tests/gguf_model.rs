@@ -458,3 +458,158 @@ fn every_command_takes_a_gguf_file() {
         "{errors}"
     );
 }
+
+/// A matrix, and how it is stored in a file of mixed types.
+type Mixed = (String, Vec<usize>, GgmlDType);
+
+/// Metadata and matrices of a small model with recurrent blocks, `lfm2moe` or `qwen35moe`; what is not here is in [`small_tensors`].
+fn recurrent_model(architecture: &str) -> (Vec<(String, Value)>, Vec<Mixed>) {
+    let key = |name: &str| format!("{architecture}.{name}");
+    let count = |name: &str, value: usize| (key(name), Value::U32(value as u32));
+    let mut metadata = vec![
+        ("general.architecture".to_owned(), Value::String(architecture.into())),
+        count("block_count", 3),
+        count("context_length", 64),
+        count("embedding_length", HIDDEN),
+        count("feed_forward_length", WIDTH),
+        count("expert_feed_forward_length", WIDTH),
+        count("attention.head_count", 4),
+        count("expert_count", EXPERTS),
+        count("expert_used_count", 2),
+        (key("attention.layer_norm_rms_epsilon"), Value::F32(1e-6)),
+        (key("rope.freq_base"), Value::F32(5000.0)),
+    ];
+    use GgmlDType::{BF16, F32, Q4K, Q6K, Q8_0};
+    let mut all: Vec<Mixed> = vec![("token_embd.weight".into(), vec![61, HIDDEN], Q6K)];
+    for block in 0..3 {
+        let mut add =
+            |name: &str, shape: &[usize], dtype| all.push((format!("blk.{block}.{name}"), shape.to_vec(), dtype));
+        let attends = block == 1;
+        match architecture {
+            "lfm2moe" if !attends => {
+                add("shortconv.in_proj.weight", &[3 * HIDDEN, HIDDEN], Q4K);
+                add("shortconv.out_proj.weight", &[HIDDEN, HIDDEN], Q6K);
+                add("shortconv.conv.weight", &[HIDDEN, 3], F32);
+            }
+            _ if attends => {
+                let rows = if architecture == "lfm2moe" { 256 } else { 512 };
+                add("attn_q.weight", &[rows, HIDDEN], Q8_0);
+                add("attn_k.weight", &[128, HIDDEN], Q4K);
+                add("attn_v.weight", &[128, HIDDEN], Q6K);
+                add("attn_output.weight", &[HIDDEN, 256], Q4K);
+            }
+            // 2 key heads and 4 value heads, 64 wide.
+            _ => {
+                add("attn_qkv.weight", &[512, HIDDEN], Q8_0);
+                add("attn_gate.weight", &[256, HIDDEN], Q4K);
+                add("ssm_alpha.weight", &[4, HIDDEN], if block == 0 { F32 } else { Q8_0 });
+                add("ssm_beta.weight", &[4, HIDDEN], BF16);
+                add("ssm_out.weight", &[HIDDEN, 256], Q6K);
+                add("ssm_conv1d.weight", &[512, 4], F32);
+            }
+        }
+        add("ffn_gate_inp.weight", &[EXPERTS, HIDDEN], F32);
+        add("ffn_gate_exps.weight", &[EXPERTS, WIDTH, HIDDEN], Q4K);
+        add("ffn_up_exps.weight", &[EXPERTS, WIDTH, HIDDEN], if block == 2 { Q8_0 } else { Q4K });
+        add("ffn_down_exps.weight", &[EXPERTS, HIDDEN, WIDTH], if block == 0 { Q6K } else { Q4K });
+        if architecture == "qwen35moe" {
+            add("ffn_gate_inp_shexp.weight", &[HIDDEN], F32);
+            add("ffn_gate_shexp.weight", &[WIDTH, HIDDEN], Q8_0);
+            add("ffn_up_shexp.weight", &[WIDTH, HIDDEN], Q8_0);
+            add("ffn_down_shexp.weight", &[HIDDEN, WIDTH], Q6K);
+        }
+    }
+    let list = |values: [i32; 4], length: usize| {
+        Value::Array(values[..length].iter().map(|&value| Value::I32(value)).collect())
+    };
+    match architecture {
+        "lfm2moe" => metadata.extend([
+            (key("attention.head_count_kv"), list([0, 2, 0, 0], 3)),
+            count("shortconv.l_cache", 3),
+            count("expert_gating_func", 2),
+        ]),
+        _ => metadata.extend([
+            count("attention.head_count_kv", 2),
+            count("attention.key_length", 64),
+            count("attention.value_length", 64),
+            count("expert_shared_feed_forward_length", WIDTH),
+            count("ssm.conv_kernel", 4),
+            count("ssm.state_size", 64),
+            count("ssm.group_count", 2),
+            count("ssm.time_step_rank", 4),
+            count("ssm.inner_size", 256),
+            count("full_attention_interval", 2),
+            count("rope.dimension_count", 32),
+            (key("rope.dimension_sections"), list([6, 5, 5, 0], 4)),
+        ]),
+    }
+    (metadata, all)
+}
+
+/// Norms, and what else a block has one number of for each channel or head.
+fn small_tensors(architecture: &str) -> Vec<(String, Vec<f32>)> {
+    let near_one = |seed: usize, width: usize| {
+        (0..width).map(|at| 1.0 + ((at * 31 + seed) % 17) as f32 / 40.0).collect::<Vec<_>>()
+    };
+    let is_lfm2 = architecture == "lfm2moe";
+    let last = if is_lfm2 { "token_embd_norm.weight" } else { "output_norm.weight" };
+    let mut all = vec![(last.to_owned(), near_one(0, HIDDEN))];
+    for block in 0..3 {
+        let mut add = |name: &str, numbers: Vec<f32>| all.push((format!("blk.{block}.{name}"), numbers));
+        add("attn_norm.weight", near_one(block, HIDDEN));
+        add(if is_lfm2 { "ffn_norm.weight" } else { "post_attention_norm.weight" }, near_one(block + 5, HIDDEN));
+        if is_lfm2 {
+            add("exp_probs_b.bias", vec![0.1, -0.2, 0.0, 0.05]);
+        }
+        if block == 1 {
+            add("attn_q_norm.weight", near_one(3, 64));
+            add("attn_k_norm.weight", near_one(4, 64));
+        } else if !is_lfm2 {
+            add("ssm_a", vec![-0.2, -1.0, -2.5, -0.6]);
+            add("ssm_dt.bias", vec![0.5, -0.5, 0.1, 0.0]);
+            add("ssm_norm.weight", near_one(6, 64));
+        }
+    }
+    all
+}
+
+/// Their numbers beside the same in f32, at once, token by token, and from a cache, which gives the same bits.
+#[test]
+fn recurrent_blocks_of_mixed_types_are_the_numbers_they_stand_for() {
+    for architecture in ["lfm2moe", "qwen35moe"] {
+        let (metadata, matrices) = recurrent_model(architecture);
+        let metadata: Vec<(&str, Value)> = metadata.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        let directory = tempfile::tempdir().unwrap();
+        let (mut mixed, mut plain) = (Vec::new(), Vec::new());
+        for (seed, (name, shape, dtype)) in matrices.into_iter().enumerate() {
+            let stored = QTensor::quantize(&drawn(seed, &shape), dtype).unwrap();
+            let numbers = stored.dequantize(&Device::Cpu).unwrap();
+            plain.push((name.clone(), QTensor::quantize(&numbers, GgmlDType::F32).unwrap()));
+            mixed.push((name, stored));
+        }
+        for (name, numbers) in small_tensors(architecture) {
+            let tensor = Tensor::new(numbers, &Device::Cpu).unwrap();
+            let stored = || QTensor::quantize(&tensor, GgmlDType::F32).unwrap();
+            plain.push((name.clone(), stored()));
+            mixed.push((name, stored()));
+        }
+        let [mixed_path, plain_path] = ["mixed.gguf", "plain.gguf"].map(|name| directory.path().join(name));
+        write(&mixed_path, &metadata, &mixed);
+        write(&plain_path, &metadata, &plain);
+        let (files, plain) = (Weights::open(&mixed_path).unwrap(), Weights::open(&plain_path).unwrap());
+        let expected = logits(&Decoder::load(&plain, &LoadOptions::default()).unwrap(), &IDS);
+        let decoder = Decoder::load(&files, &LoadOptions::default()).unwrap();
+        let ours = logits(&decoder, &IDS);
+        let error = off(&ours, &expected);
+        assert!(error <= 3e-2, "{architecture}: off by {error}");
+        let mut state = decoder.generation_state();
+        let steps =
+            IDS.iter().flat_map(|&id| values(&decoder.forward(&Batch::new(&[&[id]]).unwrap(), &mut state).unwrap()));
+        let error = off(&steps.collect::<Vec<_>>(), &expected);
+        assert!(error <= 3e-2, "{architecture} step by step: off by {error}");
+        let store = files.expert_store().unwrap();
+        let options =
+            LoadOptions::default().with_expert_cache(CacheOptions::new(2 * store.slab_bytes(0)).sparing(&store));
+        assert!(logits(&Decoder::load(&files, &options).unwrap(), &IDS) == ours, "{architecture}: from a cache");
+    }
+}
