@@ -13,7 +13,7 @@ use crate::routing::scores::Scoring;
 pub(crate) use self::names::BlockNames;
 pub use self::names::ExpertNames;
 pub(crate) use self::positions::{EachRate, Llama3, RopeScaling, Yarn};
-pub(crate) use self::recurrent::{DeltaNet, RecurrentBlocks, RecurrentMixer, ShortConv};
+pub(crate) use self::recurrent::{DeltaNet, RecurrentBlocks, RecurrentMixer, ShortConv, WIDEST_CONV};
 
 mod names;
 mod positions;
@@ -280,8 +280,8 @@ impl ModelSpec {
     ///
     /// # Errors
     /// As [`MoeSpec::new`], and [`Error::Parameter`] for a size of 0, key–value heads that do not divide the query heads, an
-    /// odd rotary width or one above the head width, as many divisors of rotations as there are no pairs, dense blocks or blocks with a window that are not there or out of order, dense ones that
-    /// are all there are, sinks or windows in latent attention, or more weights than can be counted.
+    /// odd rotary width or one above the head width, as many divisors of rotations as there are no pairs, dense blocks, blocks with a window or without attention that are not there or out of
+    /// order, dense ones that are all there are, a recurrence of sizes that no model has, sinks, windows or recurrences beside latent attention, or more weights than can be counted.
     pub(crate) fn check(&self) -> Result<()> {
         self.moe.check()?;
         let sizes = [
@@ -416,7 +416,9 @@ impl ModelSpec {
 
     /// Numbers that are kept of a text however long it is: the states of blocks without attention.
     pub fn state_numbers(&self) -> usize {
-        let of = |recurrent: &RecurrentBlocks| recurrent.blocks.len() * recurrent.mixer.state_numbers(self.moe.hidden);
+        let of = |recurrent: &RecurrentBlocks| {
+            recurrent.blocks.len().saturating_mul(recurrent.mixer.state_numbers(self.moe.hidden))
+        };
         self.recurrent.as_ref().map_or(0, of)
     }
 

@@ -92,8 +92,8 @@ impl Inspect {
         ];
         let kept = format!("  a text keeps {} for each token", bytes(output.kept_bytes_per_token));
         sizes.push(match output.state_bytes {
-            0 => format!("{kept}: keys and values"),
-            state => format!("{kept}: keys and values, and {} whatever its length: states", bytes(state)),
+            0 => format!("{kept} in f32: keys and values"),
+            state => format!("{kept} in f32: keys and values, and {} whatever its length: states", bytes(state)),
         });
         if output.unread_bytes > 0 {
             sizes.push(format!(

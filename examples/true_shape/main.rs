@@ -14,7 +14,7 @@
 
 mod shape;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -47,9 +47,9 @@ struct Options {
     /// Tokens to add
     #[arg(long, default_value_t = 32)]
     new_tokens: usize,
-    /// Where the checkpoint is written; one that is there is used
-    #[arg(long, default_value = "target/true-shape")]
-    directory: PathBuf,
+    /// Where the checkpoint is written; one that is there is used [default: a directory of its own in target/true-shape]
+    #[arg(long)]
+    directory: Option<PathBuf>,
     /// Writes headers and room alone, and ends
     #[arg(long)]
     sparse: bool,
@@ -60,16 +60,24 @@ fn main() -> Result<()> {
     let whole = Shape::named(&options.shape).map_err(anyhow::Error::msg)?;
     let [layers, words] = whole.size();
     ensure!((1..=layers).contains(&options.layers), "--layers {}: expected 1 to {layers}", options.layers);
-    if !options.directory.join("config.json").exists() {
-        eprintln!("writing {} layers to {}", options.layers, options.directory.display());
-        let shape = whole.cut(options.layers, options.vocab.unwrap_or(words));
-        shape.write(&options.directory, !options.sparse).context("writing the checkpoint")?;
+    let vocab = options.vocab.unwrap_or(words);
+    let own = || Path::new("target/true-shape").join(format!("{}-{}x{vocab}", options.shape, options.layers));
+    let directory = options.directory.clone().unwrap_or_else(own);
+    let shape = whole.cut(options.layers, vocab);
+    match std::fs::read_to_string(directory.join("config.json")) {
+        Ok(there) => {
+            ensure!(there == shape.config(), "{}: expected {}, got another model", directory.display(), options.shape)
+        }
+        Err(_) => {
+            eprintln!("writing {} layers to {}", options.layers, directory.display());
+            shape.write(&directory, !options.sparse).context("writing the checkpoint")?;
+        }
     }
     if options.sparse {
         return Ok(());
     }
     let before = peak_bytes()?;
-    let files = Weights::open(&options.directory)?;
+    let files = Weights::open(&directory)?;
     let (spec, experts) = (files.spec()?, files.expert_sizes()?.all);
     let others = files.checkpoint().tensors().values().map(|entry| entry.bytes as u64).sum::<u64>() - experts;
     let budget = options.expert_cache.as_u64();

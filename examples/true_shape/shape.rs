@@ -122,9 +122,14 @@ impl Shape {
         self
     }
 
+    /// The text of its `config.json`.
+    pub fn config(&self) -> String {
+        self.config.to_string()
+    }
+
     /// The tensors that a decoder asks for.
     fn tensors(&self) -> Result<Vec<Stored>> {
-        let spec = zoo::parse_config(&self.config.to_string(), "config.json")?;
+        let spec = zoo::parse_config(&self.config(), "config.json")?;
         let asked = Arc::new(Mutex::new(Vec::new()));
         let recorder = Box::new(Recorder(asked.clone()));
         Decoder::new(&spec, VarBuilder::from_backend(recorder, DType::F32, Device::Cpu))?;
@@ -151,7 +156,7 @@ impl Shape {
         }
         let index = json!({ "metadata": {}, "weight_map": index });
         std::fs::write(directory.join("model.safetensors.index.json"), index.to_string())?;
-        std::fs::write(directory.join("config.json"), self.config.to_string()).context("config.json")
+        std::fs::write(directory.join("config.json"), self.config()).context("config.json")
     }
 }
 

@@ -182,7 +182,7 @@ impl Decoder {
         top_k.iter().try_for_each(|&top_k| check_top_k(top_k, self.spec.moe.experts))
     }
 
-    /// A fresh state that keeps keys and values, for generating one text or a batch of them token by token.
+    /// A fresh state that keeps keys and values, or the state of a recurrence, for generating one text or a batch of them token by token.
     pub fn generation_state(&self) -> DecoderState {
         let kept = match &self.body {
             Body::ByCandle(body) => Kept::Tensors(body.kept()),
@@ -220,8 +220,8 @@ impl Decoder {
         }
     }
 
-    /// Logits `[sequences, positions, vocab]` of `batch`, all finite; with experts over ranks those of the [own sequences](Decoder::own_sequences) alone. A forward pass that failed on its way leaves keys and values of some
-    /// blocks alone: the state then refuses to go on. What the routers saw and did is there afterwards
+    /// Logits `[sequences, positions, vocab]` of `batch`, all finite; with experts over ranks those of the [own sequences](Decoder::own_sequences) alone. A forward pass that failed on
+    /// its way leaves keys and values, or states, of some blocks alone: the state then refuses to go on. What the routers saw and did is there afterwards
     /// where the state [keeps it](DecoderState::keeping_routed).
     ///
     /// # Errors
@@ -377,7 +377,7 @@ impl Decoder {
             return Err(Error::shape("decoder state", layers(moe_layers), layers(state.routes.len())));
         }
         if let Some(kept) = &state.kv {
-            let blocks = |count: usize| format!("keys and values of {count} blocks");
+            let blocks = |count: usize| format!("what {count} blocks keep");
             if kept.layers() != self.spec.layers {
                 return Err(Error::shape("decoder state", blocks(self.spec.layers), blocks(kept.layers())));
             }
@@ -387,7 +387,7 @@ impl Decoder {
                 _ => false,
             };
             if !is_ours {
-                let expected = "keys and values of such heads as the model has, kept as it keeps them";
+                let expected = "what such heads and recurrences as the model has keep, kept as it keeps it";
                 return Err(Error::shape("decoder state", expected, "those of another decoder"));
             }
         }

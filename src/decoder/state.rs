@@ -12,7 +12,7 @@ use crate::routing::assignment::Assignment;
 use crate::routing::layer::Buffers;
 use crate::routing::router::RouteState;
 
-/// What a decoder carries from one forward pass to the next: keys and values, router state and experts in fast memory per layer.
+/// What a decoder carries from one forward pass to the next: keys and values or the state of a recurrence, router state and experts in fast memory per layer.
 #[derive(Debug)]
 pub struct DecoderState {
     /// Experts a token gets in the passes of this state, whatever the layers are set to: one number for all of them, or one for each;

@@ -43,22 +43,19 @@ pub(super) fn slot_weights(
         }
     };
     let chosen = scores.gather(&Tensor::from_vec(ids, (tokens, width), device)?, 1)?;
-    let chosen = (chosen * Tensor::from_slice(&filled, (tokens, width), device)?)?;
+    let chosen = (chosen * Tensor::from_vec(filled, (tokens, width), device)?)?;
     let weights = match scoring.normalize {
-        true => {
-            // A token without any slot has sum 0 and no slot that would read its weight; divided by 1 it has no gradient either, while the square
-            // of any number that is nearly 0 would be 0.
-            let filled = filled.chunks_exact(width.max(1));
-            let ones: Vec<f32> =
-                filled.map(|slots| f32::from(u8::from(slots.iter().all(|&slot| slot == 0.0)))).collect();
-            let sums = (chosen.sum_keepdim(1)? + Tensor::from_vec(ones, (tokens, 1), device)?)?;
-            chosen.broadcast_div(&sums)?
-        }
+        // A token without any slot has sum 0 and no slot that would read its weight, and one whose scores are all 0 has weights of 0. What they are
+        // divided by has a square that is a number, by which its gradient is divided.
+        true => chosen.broadcast_div(&chosen.sum_keepdim(1)?.maximum(LEAST_SUM)?)?,
         false => chosen,
     };
     let weights = (weights * f64::from(scoring.scale))?.reshape((tokens * width, 1))?;
     Ok(weights.index_select(&Tensor::from_slice(plan.slots(), kept, device)?, 0)?)
 }
+
+/// Scores of a token that sum to less are taken for this together: the square of a smaller number is none in `f32`.
+const LEAST_SUM: f64 = 1e-18;
 
 /// The weighted sum over slots and what the shared expert adds, `[tokens, hidden]` in `f32`.
 pub(super) fn forward(

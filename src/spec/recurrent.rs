@@ -57,10 +57,10 @@ impl RecurrentMixer {
     /// [`Error::Parameter`] for a size of 0 or one that no model has, or value heads that are no multiple of the key heads.
     pub(crate) fn check(&self) -> Result<()> {
         let (conv, sizes) = match self {
-            Self::ShortConv(conv) => (conv.width, [("convolution", conv.width); 4]),
+            Self::ShortConv(conv) => (conv.width, Vec::new()),
             Self::DeltaNet(net) => (
                 net.conv_width,
-                [
+                vec![
                     ("key heads of a delta net", net.key_heads),
                     ("value heads of a delta net", net.value_heads),
                     ("key width of a delta net", net.key_width),
@@ -106,9 +106,10 @@ impl RecurrentMixer {
     pub(crate) fn state_numbers(&self, hidden: usize) -> usize {
         let matrices = match self {
             Self::ShortConv(_) => 0,
-            Self::DeltaNet(net) => net.value_heads * net.key_width * net.value_width,
+            // More than 32 bits count, where sizes are no model's.
+            Self::DeltaNet(net) => net.value_heads.saturating_mul(net.key_width).saturating_mul(net.value_width),
         };
-        self.tail() * self.channels(hidden) + matrices
+        self.tail().saturating_mul(self.channels(hidden)).saturating_add(matrices)
     }
 
     /// Weights.
@@ -152,8 +153,8 @@ impl DeltaNet {
     }
 }
 
-/// Heads and widths beyond which nothing is a model, so that their products can be counted.
-const MOST: usize = 1 << 16;
+/// Heads and widths beyond which nothing is a model: states of as many blocks as there may be, `2^16`, are counted below `2^53`.
+const MOST: usize = 1 << 12;
 
 /// Positions beyond which a convolution is not short.
-const WIDEST_CONV: usize = 64;
+pub(crate) const WIDEST_CONV: usize = 64;

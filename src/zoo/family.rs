@@ -29,7 +29,7 @@ const LACKING: [(&[&str], &str); 7] = [
     (&["gemma4", "gemma4_text"], "dense FFN beside experts, nor heads of two widths"),
     (&["granitemoehybrid", "granitehybrid"], "Mamba-2 mixers"),
     (&["jamba"], "Mamba mixers"),
-    (&["kimi_linear", "kimi-linear"], "gated delta attention"),
+    (&["kimi_linear", "kimi-linear"], "delta nets with a decay for each channel, nor latent attention beside them"),
     (&["llama4", "llama4_text"], "attention in chunks"),
     (&["nemotron_h", "nemotron_h_moe"], "Mamba-2 mixers"),
 ];

@@ -35,7 +35,7 @@ fn moe_spec(config: &Config) -> Result<MoeSpec> {
 
 fn model_spec(config: &Config) -> Result<ModelSpec> {
     let spec = transformer::model_spec(config, &FAMILY, moe_spec(config)?, Defaults::new(1e-5, 1e6, 128_000))?;
-    let width = config.optional_size("conv_L_cache")?.unwrap_or(3);
+    let width = recurrent::conv_width(config, "conv_L_cache", 3)?;
     let conv = ShortConv { width, bias: config.optional_flag("conv_bias")?.unwrap_or(false) };
     let tied = match config.optional_flag("tie_embedding")? {
         Some(tied) => tied,

@@ -54,7 +54,7 @@ pub(super) fn around(config: &Config, family: &Family, moe: MoeSpec, fused: bool
         value_heads: size("linear_num_value_heads", 32)?,
         key_width: size("linear_key_head_dim", 128)?,
         value_width: size("linear_value_head_dim", 128)?,
-        conv_width: size("linear_conv_kernel_dim", 4)?,
+        conv_width: recurrent::conv_width(config, "linear_conv_kernel_dim", 4)?,
         fused: fused && !config.optional_flag(APART)?.unwrap_or(false),
         tiled: config.optional_flag(TILED)?.unwrap_or(false),
     };

@@ -2,7 +2,7 @@
 
 use super::config::Config;
 use crate::error::Result;
-use crate::spec::{RecurrentBlocks, RecurrentMixer};
+use crate::spec::{RecurrentBlocks, RecurrentMixer, WIDEST_CONV};
 
 /// What each block does.
 const KINDS: &str = "layer_types";
@@ -40,6 +40,15 @@ pub(super) fn named_or_each(
     }
     let interval = config.optional_size("full_attention_interval")?.unwrap_or(4);
     Ok(some((0..layers).filter(|block| !(block + 1).is_multiple_of(interval)).collect(), mixer))
+}
+
+/// How many positions a convolution sees.
+pub(super) fn conv_width(config: &Config, key: &str, otherwise: usize) -> Result<usize> {
+    let width = config.optional_size(key)?.unwrap_or(otherwise);
+    match width <= WIDEST_CONV {
+        true => Ok(width),
+        false => Err(config.error(key, &format!("at most {WIDEST_CONV} positions"), &width.to_string())),
+    }
 }
 
 fn some(blocks: Vec<usize>, mixer: RecurrentMixer) -> Option<RecurrentBlocks> {

@@ -100,6 +100,7 @@ impl DeltaNet {
             }
         };
         let mixed = each_sequence(hidden, sizes.values(), lengths, memory, |hidden, memory| self.mix(hidden, memory))?;
+        memory.detach();
         Ok(self.output.forward(&mixed)?)
     }
 

@@ -24,6 +24,14 @@ pub(in crate::decoder) struct Memory {
     pub(super) matrices: Option<Tensor>,
 }
 
+impl Memory {
+    /// Leaves behind how it came about, as caches of keys and values do: gradients go through one pass, and a text's graph does not grow.
+    pub(super) fn detach(&mut self) {
+        self.tail = self.tail.detach();
+        self.matrices = self.matrices.take().map(|matrices| matrices.detach());
+    }
+}
+
 /// The dimension of keys and values, `[batch, kv_heads, positions, head_dim]`, that grows.
 const POSITION_DIM: usize = 2;
 

@@ -1,7 +1,7 @@
 //! RMS norm (arXiv 1910.07467): `x / sqrt(mean(x²) + ε) ⊙ weight`, statistics in `f32`; and layer norm (arXiv 1607.06450), which
 //! takes the mean away first and adds a bias. Some models store an RMS norm's weight as what it differs from 1 by.
 
-use candle_core::{Module, Tensor};
+use candle_core::{DType, Module, Tensor};
 use candle_nn::ops::{layer_norm, layer_norm_slow, rms_norm, rms_norm_slow};
 use candle_nn::{Init, VarBuilder};
 
@@ -29,9 +29,10 @@ impl RmsNorm {
 
     fn of(width: usize, eps: f64, from_one: bool, vb: VarBuilder<'_>) -> Result<Self> {
         let weight = vb.get_with_hints(width, "weight", Init::Const(if from_one { 0.0 } else { 1.0 }))?;
-        // Variables change while they are trained: one is added each time.
+        // Half as many bits would round what it differs from 1 by: the sum is taken in `f32`, and so is the norm. Variables change while they are
+        // trained: one is added each time.
         match from_one && !weight.track_op() {
-            true => Ok(Self { weight: (weight + 1.0)?, from_one: false, eps: eps as f32 }),
+            true => Ok(Self { weight: (weight.to_dtype(DType::F32)? + 1.0)?, from_one: false, eps: eps as f32 }),
             false => Ok(Self { weight, from_one, eps: eps as f32 }),
         }
     }
@@ -39,14 +40,15 @@ impl RmsNorm {
 
 impl Module for RmsNorm {
     fn forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        let from_one = self.from_one.then(|| &self.weight + 1.0).transpose()?;
+        let from_one = self.from_one.then(|| self.weight.to_dtype(DType::F32)? + 1.0).transpose()?;
         let weight = from_one.as_ref().unwrap_or(&self.weight);
+        let wide = hidden.to_dtype(weight.dtype())?;
         // Candle's fused norm has no backward pass and would drop the gradient without a word.
-        if hidden.track_op() || weight.track_op() {
-            rms_norm_slow(hidden, weight, self.eps)
-        } else {
-            rms_norm(&hidden.contiguous()?, weight, self.eps)
-        }
+        let normed = match wide.track_op() || weight.track_op() {
+            true => rms_norm_slow(&wide, weight, self.eps)?,
+            false => rms_norm(&wide.contiguous()?, weight, self.eps)?,
+        };
+        normed.to_dtype(hidden.dtype())
     }
 }
 

@@ -62,6 +62,7 @@ impl ShortConv {
             let seen = convolve(&(part(0)? * part(2)?)?, &mut memory.tail, &self.weight, self.bias.as_ref())?;
             Ok((part(1)? * seen)?)
         })?;
+        memory.detach();
         Ok(self.output.forward(&mixed)?)
     }
 }

@@ -1,12 +1,13 @@
 //! What is kept from one forward pass to the next: keys and values of a text, in blocks of positions that stay where they are, one more where
 //! they are full; of blocks that have a recurrence instead its state, which is of one size; and memory to work in, which decides nothing.
 //!
-//! A sequence of each layer has its own, so that no padding is kept and nothing is ever copied. A text that ends leaves its
+//! A sequence of each layer has its own, so that no padding is kept and keys and values are never copied. A text that ends leaves its
 //! blocks to the next one, which begins with a state of zeros. Knows nothing of what keys, values and states mean.
 
 use super::parts::Rotation;
 use crate::simd::attention::{HeadLayout, POSITIONS};
 use crate::simd::multiply::Line;
+use crate::spec::RecurrentMixer;
 
 /// The blocks of one sequence in one layer.
 pub(in crate::decoder) type Blocks = Vec<Box<[Line]>>;
@@ -25,7 +26,8 @@ pub(in crate::decoder) struct Memory {
 pub(in crate::decoder) struct KeptSizes {
     pub(super) layout: HeadLayout,
     pub(super) kv_heads: usize,
-    /// Numbers of a recurrence's tail, and lines of its matrices.
+    /// Which recurrence there is, numbers of its tail, and lines of its matrices.
+    pub(super) recurrence: Option<RecurrentMixer>,
     pub(super) tail: usize,
     pub(super) lines: usize,
 }
@@ -108,7 +110,7 @@ pub(super) struct Work {
     pub(super) key: Vec<f32>,
     pub(super) value: Vec<f32>,
     pub(super) mixed: Vec<f32>,
-    /// Of latent attention: rows of heads by themselves; of a delta net: what heads write and forget by.
+    /// Of latent attention: rows of heads by themselves; of grouped attention: gates of what heads mixed; of a delta net: what they write and forget by.
     pub(super) heads: [Vec<f32>; 2],
 }
 

@@ -134,7 +134,8 @@ impl Mixer {
 
 /// What blocks keep of a sequence.
 fn sizes(spec: &ModelSpec, kv_dtype: DType) -> Result<KeptSizes> {
-    let (tail, lines) = match spec.recurrent.as_ref().map(|recurrent| recurrent.mixer) {
+    let recurrence = spec.recurrent.as_ref().map(|recurrent| recurrent.mixer);
+    let (tail, lines) = match recurrence {
         None => (0, 0),
         Some(mixer) => {
             let lines = match mixer {
@@ -145,7 +146,7 @@ fn sizes(spec: &ModelSpec, kv_dtype: DType) -> Result<KeptSizes> {
         }
     };
     let kv_heads = if spec.latent.is_some() { 1 } else { spec.kv_heads };
-    Ok(KeptSizes { layout: layout(spec, kv_dtype)?, kv_heads, tail, lines })
+    Ok(KeptSizes { layout: layout(spec, kv_dtype)?, kv_heads, recurrence, tail, lines })
 }
 
 /// The dtype of rows of activations that go to other ranks.

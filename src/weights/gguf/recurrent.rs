@@ -52,7 +52,7 @@ impl Architecture<'_> {
                 let expected = format!(
                     "a number for each of {blocks} blocks, the same in all that have attention and 0 in others"
                 );
-                Err(self.metadata.error(&self.key(NAME), &expected, &format!("{list:?}")))
+                Err(self.metadata.error(&self.key(NAME), &expected, &shown(list)))
             }
         }
     }
@@ -124,14 +124,21 @@ impl Architecture<'_> {
         let Some(sections) = self.metadata.integers(&key)? else {
             return Err(self.metadata.error(&key, "a list of integers", "nothing: the key is missing"));
         };
+        // Before anything counts its pairs.
+        self.rotated_share()?;
         let rotated = self.count("rope.dimension_count")?.unwrap_or(self.head()?);
         let pair_has = |pair: usize| sections.get(pair % 3).is_some_and(|&section| ((pair / 3) as i64) < section);
         if (0..rotated / 2).all(pair_has) {
             return Ok(());
         }
         let expected = format!("three kinds of positions in turns over {} pairs", rotated / 2);
-        Err(self.metadata.error(&key, &expected, &format!("{sections:?}")))
+        Err(self.metadata.error(&key, &expected, &shown(&sections)))
     }
+}
+
+/// A list in an error, which is one line of some length.
+fn shown(list: &[i64]) -> String {
+    if list.len() > 8 { format!("{} integers", list.len()) } else { format!("{list:?}") }
 }
 
 /// `layer_types` of blocks with attention and of others.
