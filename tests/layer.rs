@@ -511,6 +511,21 @@ fn a_few_steps_of_gradient_descent_learn() {
     assert!(losses[59] < 0.6 * losses[0], "loss {} at first, {} at last", losses[0], losses[59]);
 }
 
+/// Tokens whose scores are all nothing have weights of nothing, with gradients that are numbers, under variables as without.
+#[test]
+fn scores_of_nothing_weigh_nothing() {
+    let spec = MoeSpec { scoring: Scoring::sigmoid().normalized(true), ..MoeSpec::new(8, 4, 2, 16).unwrap() };
+    let variables = VarMap::new();
+    let layer = MoeLayer::load(&spec, VarBuilder::from_varmap(&variables, DType::F32, &CPU)).unwrap();
+    let gate = variables.data().lock().unwrap()["gate.weight"].clone();
+    gate.set(&Tensor::full(-100f32, (4, 8), &CPU).unwrap()).unwrap();
+    let hidden = Tensor::ones((3, 8), DType::F32, &CPU).unwrap();
+    let (output, routed) = layer.route(&hidden, &mut LayerState::default()).unwrap();
+    assert_eq!((routed.assignment.kept(), values(&output)), (6, vec![0.0; 24]));
+    let gradients = output.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(values(gradients.get(&gate).unwrap()).iter().all(|gradient| gradient.is_finite()));
+}
+
 fn message<T>(result: Result<T>) -> String {
     match result {
         Err(error @ (Error::Shape { .. } | Error::NonFiniteLogit { .. } | Error::Parameter { .. })) => {

@@ -387,7 +387,7 @@ impl Decoder {
                 _ => false,
             };
             if !is_ours {
-                let expected = "what such heads and recurrences as the model has keep, kept as it keeps it";
+                let expected = "what such blocks as the model has keep, kept as it keeps them";
                 return Err(Error::shape("decoder state", expected, "those of another decoder"));
             }
         }
