@@ -205,7 +205,7 @@ fn check(fixture: &Fixture) -> Result<(), String> {
     let bench = Bench {
         model: vec!["--model", model],
         dtype: "f32",
-        text: vec!["--text", first, "--text", second, "--tokens", "80", "--batch-tokens", "16"],
+        text: vec!["--text", first, "--text", second, "--tokens", "60", "--batch-tokens", "16"],
         prompt: &ready.prompt,
         cache: CACHE,
         out: ready.directory.path(),
