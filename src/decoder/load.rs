@@ -38,7 +38,8 @@ impl Decoder {
         let body = match options.device.is_cpu() {
             true => {
                 let dtypes = [options.dtype, options.kept_dtype()];
-                ByEngine::load(weights, spec, cache.as_ref(), options.parallel.as_ref(), dtypes).map(Body::ByEngine)
+                let body = ByEngine::load(weights, spec, cache.as_ref(), options.parallel.as_ref(), dtypes);
+                body.map(Box::new).map(Body::ByEngine)
             }
             false if options.parallel.is_some() => {
                 Err(Error::parameter("device", format!("{:?}", options.device), "the CPU, as experts over ranks need"))

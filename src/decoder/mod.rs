@@ -82,7 +82,7 @@ enum Body {
     /// Candle's operations.
     ByCandle(ByCandle),
     /// The expert engine, on the CPU without gradients.
-    ByEngine(ByEngine),
+    ByEngine(Box<ByEngine>),
 }
 
 /// Hidden states of a pass; those of the engine are in its scratch.

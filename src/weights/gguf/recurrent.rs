@@ -132,7 +132,7 @@ impl Architecture<'_> {
             return Ok(());
         }
         let expected = format!("three kinds of positions in turns over {} pairs", rotated / 2);
-        Err(self.metadata.error(&key, &expected, &shown(&sections)))
+        Err(self.metadata.error(&key, &expected, &shown(sections)))
     }
 }
 
