@@ -92,8 +92,6 @@ fn numbers(dtype: ElementType, name: &str) -> Option<(usize, [Vec<u8>; 3])> {
 
 fn fixtures() -> Vec<Fixture> {
     let families = std::fs::read_dir(goldens("zoo")).unwrap().map(|entry| entry.unwrap().path());
-    // Of lfm2_moe there is the layer alone.
-    let families = families.filter(|path| !path.ends_with("lfm2_moe"));
     let files = std::fs::read_dir(goldens("gguf")).unwrap().map(|entry| entry.unwrap().path());
     // A tokenizer without a model.
     let files = files.filter(|path| {
@@ -126,10 +124,10 @@ fn a_weight_that_is_no_number_is_named_or_meets_no_token() {
                     }
                     Err(error) => {
                         let message = error.to_string();
-                        assert!(
-                            matches!(error, Error::NonFinite { .. }) && !error.is_user_error(),
-                            "{place}: {message}"
-                        );
+                        // What positions are stretched by is read before anything runs.
+                        let is_said = name.starts_with("rope_factors") && error.is_user_error();
+                        let is_found = matches!(error, Error::NonFinite { .. }) && !error.is_user_error();
+                        assert!(is_found || is_said, "{place}: {message}");
                         assert!(message.contains(name), "{place}: {message}");
                         assert_eq!(message.lines().count(), 1, "{message}");
                         named += 1;
@@ -139,7 +137,10 @@ fn a_weight_that_is_no_number_is_named_or_meets_no_token() {
             for bytes in [infinity, largest] {
                 match fixture.logits_with(at, &bytes, &plain) {
                     Ok(logits) => assert!(logits.iter().all(|logit| logit.is_finite()), "{name}"),
-                    Err(error) => assert!(matches!(error, Error::NonFinite { .. }), "{name}: {error}"),
+                    Err(error) => {
+                        let is_said = name.starts_with("rope_factors") && error.is_user_error();
+                        assert!(matches!(error, Error::NonFinite { .. }) || is_said, "{name}: {error}");
+                    }
                 }
             }
         }

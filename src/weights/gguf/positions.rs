@@ -105,7 +105,14 @@ impl Architecture<'_> {
             return Err(self.checkpoint.wrong(entry, tensor, detail));
         }
         let bytes = self.checkpoint.read(tensor)?;
-        Ok(bytes.as_chunks().0.iter().map(|&bytes| f64::from(f32::from_le_bytes(bytes))).collect())
+        let factors: Vec<f64> = bytes.as_chunks().0.iter().map(|&bytes| f64::from(f32::from_le_bytes(bytes))).collect();
+        match factors.iter().position(|factor| !(factor.is_finite() && *factor > 0.0)) {
+            Some(at) => {
+                let detail = format!("expected positive numbers, got {} at [{at}]", factors[at]);
+                Err(self.checkpoint.wrong(entry, tensor, detail))
+            }
+            None => Ok(factors),
+        }
     }
 
     /// How many times as far the model looks; its old key counts where the new one is not there, and 0 says nothing.
