@@ -138,7 +138,9 @@ fn a_weight_that_is_no_number_is_named_or_meets_no_token() {
                 match fixture.logits_with(at, &bytes, &plain) {
                     Ok(logits) => assert!(logits.iter().all(|logit| logit.is_finite()), "{name}"),
                     Err(error) => {
-                        let is_said = name.starts_with("rope_factors") && error.is_user_error();
+                        // A delta net forgets by what is below 0.
+                        let is_said = name.starts_with("rope_factors") || name.ends_with(".ssm_a");
+                        let is_said = is_said && error.is_user_error();
                         assert!(matches!(error, Error::NonFinite { .. }) || is_said, "{name}: {error}");
                     }
                 }
