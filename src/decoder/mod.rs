@@ -207,6 +207,7 @@ impl Decoder {
             top_k: Vec::new(),
             kv: None,
             seen: Seen::default(),
+            mark: None,
             torn: false,
             routes: vec![RouteState::default(); self.spec.moe_layers()],
             memory: None,

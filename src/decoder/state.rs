@@ -25,6 +25,8 @@ pub struct DecoderState {
     pub(super) kv: Option<Kept>,
     /// Whose they are.
     pub(super) seen: Seen,
+    /// Where the texts were when recurrent states were marked.
+    pub(super) mark: Option<Seen>,
     /// A forward pass began to add to them and did not end.
     pub(super) torn: bool,
     pub(super) routes: Vec<RouteState>,
@@ -63,6 +65,22 @@ impl Kept {
         match self {
             Self::Tensors(kept) => kept.iter().any(KeptTensors::is_recurrent),
             Self::Blocks(kept) => kept.is_recurrent(),
+        }
+    }
+
+    /// Remembers the recurrent states as they are.
+    fn mark(&mut self) {
+        match self {
+            Self::Tensors(kept) => kept.iter_mut().for_each(KeptTensors::mark),
+            Self::Blocks(kept) => kept.mark(),
+        }
+    }
+
+    /// Gives recurrent states back what they were when they were marked.
+    fn go_back(&mut self) {
+        match self {
+            Self::Tensors(kept) => kept.iter_mut().for_each(KeptTensors::go_back),
+            Self::Blocks(kept) => kept.go_back(),
         }
     }
 }
@@ -149,19 +167,40 @@ impl DecoderState {
         &self.routes
     }
 
+    /// Remembers where the texts are now, in place of an earlier mark, so that [`truncate`](DecoderState::truncate) can come back to it: a
+    /// copy of the recurrent states ([`ModelSpec::state_numbers`](crate::ModelSpec::state_numbers) in `f32`, for each sequence). Without any,
+    /// and after a pass that failed, nothing is done: keys and values go back anywhere.
+    pub fn mark(&mut self) {
+        if self.torn || self.seen.columns() == 0 {
+            return;
+        }
+        if let Some(kept) = self.kv.as_mut().filter(|kept| kept.is_recurrent()) {
+            kept.mark();
+            self.mark = Some(self.seen.clone());
+        }
+    }
+
     /// Keeps the first `tokens` tokens of each sequence, to go on from there, and says how many of the longest one are kept; with 0 another
     /// text begins. Keys and values of what came after go; router states and the experts in fast memory stay, as in a server. A forward pass
     /// that failed on its way is forgotten with what it had added.
     ///
-    /// Where blocks keep a recurrent state (Qwen3.5, LFM2) there is no going back in a text: if tokens have to go, or a pass failed, all do, and
-    /// it says 0.
+    /// Where blocks keep a recurrent state (Qwen3.5, LFM2) texts go back to their last [mark](DecoderState::mark), or to their beginning: if
+    /// tokens have to go, or a pass failed, every sequence is as it was at the mark, or empty where the mark is of more tokens than are to
+    /// be kept.
     ///
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) where keys and values are Candle's and it refuses to cut them.
     pub fn truncate(&mut self, tokens: usize) -> Result<usize> {
         let goes_back = self.torn || self.seen.longest() > tokens;
-        let is_recurrent = self.kv.as_ref().is_some_and(Kept::is_recurrent);
-        self.seen.truncate(if goes_back && is_recurrent { 0 } else { tokens });
+        self.mark.take_if(|mark| mark.longest() > tokens);
+        match (&mut self.kv, &self.mark) {
+            (Some(kept), Some(mark)) if goes_back => {
+                kept.go_back();
+                self.seen.clone_from(mark);
+            }
+            (Some(kept), None) if goes_back && kept.is_recurrent() => self.seen.truncate(0),
+            _ => self.seen.truncate(tokens),
+        }
         if let Some(Kept::Tensors(kept)) = &mut self.kv {
             kept.iter_mut().try_for_each(|kept| kept.cut(self.seen.columns()))?;
         }

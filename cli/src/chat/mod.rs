@@ -1,7 +1,7 @@
 //! A conversation as the model was trained to read it: the chat template beside a checkpoint or in a GGUF file, in Jinja.
 //!
 //! `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`: text, or a list of named ones of which `default` counts; else
-//! `tokenizer.chat_template` of a GGUF file. A template sees what transformers shows it: `messages`, `add_generation_prompt` (true), the special tokens by name, `tools` and `documents` (none),
+//! `tokenizer.chat_template` of a GGUF file. A template sees what transformers shows it: `messages`, `add_generation_prompt`, the special tokens by name, `tools` and `documents` (none),
 //! in [`environment`] set up as there.
 
 mod environment;
@@ -122,6 +122,15 @@ impl Chat {
 
     /// The prompt that a conversation is, up to where the model's next answer begins.
     pub fn write(&self, messages: &[Message]) -> Result<String> {
+        self.render(messages, true)
+    }
+
+    /// A conversation without the beginning of an answer, where the template tells these apart.
+    pub fn write_closed(&self, messages: &[Message]) -> Result<String> {
+        self.render(messages, false)
+    }
+
+    fn render(&self, messages: &[Message], answer_begins: bool) -> Result<String> {
         let message = |message: &Message| {
             let (role, content) = (message.role, message.content.as_str());
             match &message.thought {
@@ -133,7 +142,7 @@ impl Chat {
         let none = Value::from(());
         let shown = [("messages", Value::from(messages)), ("tools", none.clone()), ("documents", none)];
         let mut context: BTreeMap<&str, Value> = shown.into();
-        context.insert("add_generation_prompt", Value::from(true));
+        context.insert("add_generation_prompt", Value::from(answer_begins));
         context.extend(self.tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str()))));
         let context = Value::from(context);
         let (template, file) = (self.template.clone(), self.file.clone());

@@ -2,18 +2,19 @@
 //!
 //! Each turn the template writes the whole conversation, which becomes tokens. The first of them are those that the model has seen, and
 //! only what comes after goes through it. Where the template writes earlier turns otherwise than before (some leave out what the model
-//! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same; a recurrent state does not
-//! go back, and all goes through again. So a turn is answered as the whole conversation would be in a prompt.
+//! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same. A recurrent state goes back
+//! to where it was marked, which is before an answer begins. So a turn is answered as the whole conversation would be in a prompt.
 //!
 //! The template gets an answer back as its text with all its marks, or, where it reads thoughts apart, as those and what was said.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use phase_moe::checkpoint::text;
-use phase_moe::decoder::DecoderState;
-use phase_moe::{Error, GenerateOptions, Generation, Model, Sampler, generate};
+use phase_moe::decoder::{DecoderState, Slots};
+use phase_moe::{Batch, Error, GenerateOptions, Generation, Model, Sampler, generate};
 use serde::Serialize;
 
 use super::figures::{Figures, Reads, Sums};
@@ -108,20 +109,24 @@ impl Conversation<'_> {
                 continue;
             }
             let kept = self.keep(&mut past, &ids)?;
-            self.limits.count(self.model.decoder(), &[&ids[kept..]], self.options.chunk_tokens)?;
+            let marked = self.place_to_mark(&past, &ids)?.max(kept);
+            for part in [&ids[kept..marked], &ids[marked..]].into_iter().filter(|part| !part.is_empty()) {
+                self.limits.count(self.model.decoder(), &[part], self.options.chunk_tokens)?;
+            }
             let before = Reads::of(self.model.decoder(), &self.state);
-            let generation = {
+            let (read, generation) = {
                 let _answering = interrupt.answering();
-                self.answer(&ids, kept, (!json).then(|| Live::new(quiet)), &interrupt)?
+                let read = self.read(&ids[kept..marked])?;
+                (read, self.answer(&ids, marked, (!json).then(|| Live::new(quiet)), &interrupt)?)
             };
             let answer = generation.texts.first().map_or(&[][..], Vec::as_slice);
             let text = self.model.decode_after(&ids, answer)?;
             past.seen = [ids.as_slice(), answer].concat();
             past.seen.truncate(self.state.position());
-            sums.add(&generation);
+            [&read, &generation].into_iter().for_each(|part| sums.add(part));
             if json {
                 let mut turn = Sums::default();
-                turn.add(&generation);
+                [&read, &generation].into_iter().for_each(|part| turn.add(part));
                 let reads = Reads::of(self.model.decoder(), &self.state).since(before);
                 self.print(&Turn {
                     user: &line,
@@ -151,10 +156,38 @@ impl Conversation<'_> {
         if kept == past.seen.len() {
             return Ok(kept);
         }
-        // A recurrent state does not go back: all goes through again then.
+        // A recurrent state goes back less far, or to nothing.
         let kept = self.state.truncate(kept)?;
         past.seen.truncate(kept);
         Ok(kept)
+    }
+
+    /// How many tokens of a prompt there are before the answer begins, for models whose state does not go back anywhere: what comes after
+    /// them the next turn may write otherwise. 0 for the others.
+    fn place_to_mark(&self, past: &Past, ids: &[u32]) -> Result<usize> {
+        if self.model.decoder().spec().state_numbers() == 0 {
+            return Ok(0);
+        }
+        // A template that refuses this has no such place.
+        let Ok(closed) = self.chat.write_closed(&past.messages) else { return Ok(0) };
+        let closed = self.model.encode(&closed)?;
+        let same = closed.iter().zip(ids).take_while(|(closed, id)| closed == id).count();
+        Ok(same.min(ids.len().saturating_sub(1)))
+    }
+
+    /// Reads a part of a prompt and marks where it ends.
+    fn read(&mut self, ids: &[u32]) -> Result<Generation> {
+        let mut read = Generation::default();
+        if !ids.is_empty() {
+            let (started, before) = (Instant::now(), self.state.slots);
+            self.model.decoder().prefill(&Batch::new(&[ids])?, self.options.chunk_tokens, &mut self.state)?;
+            self.state.mark();
+            read.prompt_tokens = vec![ids.len()];
+            read.prefill_time = started.elapsed();
+            let after = self.state.slots;
+            read.slots = Slots { asked: after.asked - before.asked, kept: after.kept - before.kept };
+        }
+        Ok(read)
     }
 
     /// Continues `ids`, of which the first `kept` are in the state; on the screen where there is a `live` line.

@@ -11,8 +11,8 @@ use crate::error::Result;
 pub(in crate::decoder) enum KeptTensors {
     /// Keys and values.
     Attention(KvCache),
-    /// The state of a recurrence; `None` before the first token.
-    Recurrent(Option<Memory>),
+    /// The state of a recurrence, and as it was when it was marked; `None` before the first token.
+    Recurrent { now: Option<Memory>, marked: Option<Memory> },
 }
 
 /// The state of a recurrence over the sequences of a batch.
@@ -42,21 +42,35 @@ impl KeptTensors {
     /// Nothing yet.
     pub(super) fn new(is_recurrent: bool) -> Self {
         match is_recurrent {
-            true => Self::Recurrent(None),
+            true => Self::Recurrent { now: None, marked: None },
             false => Self::Attention(KvCache::new(POSITION_DIM, KV_POSITIONS)),
         }
     }
 
     /// Whether it can lose its last positions without losing all.
     pub(in crate::decoder) fn is_recurrent(&self) -> bool {
-        matches!(self, Self::Recurrent(_))
+        matches!(self, Self::Recurrent { .. })
     }
 
-    /// Leaves the first `columns` of keys and values; of a recurrence nothing, which the caller knows to want.
+    /// Remembers the state of a recurrence as it is.
+    pub(in crate::decoder) fn mark(&mut self) {
+        if let Self::Recurrent { now, marked } = self {
+            marked.clone_from(now);
+        }
+    }
+
+    /// Gives a recurrence back the state that was marked.
+    pub(in crate::decoder) fn go_back(&mut self) {
+        if let Self::Recurrent { now, marked } = self {
+            now.clone_from(marked);
+        }
+    }
+
+    /// Leaves the first `columns` of keys and values; of a recurrence all or nothing.
     pub(in crate::decoder) fn cut(&mut self, columns: usize) -> Result<()> {
         let cache = match self {
-            Self::Recurrent(memory) => {
-                *memory = memory.take().filter(|_| columns > 0);
+            Self::Recurrent { now, .. } => {
+                now.take_if(|_| columns == 0);
                 return Ok(());
             }
             Self::Attention(cache) => cache,

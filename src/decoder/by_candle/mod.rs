@@ -70,7 +70,7 @@ impl Mixer {
     ) -> Result<Tensor> {
         let (cache, memory) = match kept {
             Some(KeptTensors::Attention(cache)) => (Some(cache), None),
-            Some(KeptTensors::Recurrent(memory)) => (None, Some(memory)),
+            Some(KeptTensors::Recurrent { now, .. }) => (None, Some(now)),
             None => (None, None),
         };
         match self {

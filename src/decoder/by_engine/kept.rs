@@ -33,10 +33,14 @@ pub(in crate::decoder) struct KeptSizes {
 }
 
 /// What one layer keeps, by sequence.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum KeptLayer {
     Attention(Vec<Blocks>),
-    Recurrent(Vec<Memory>),
+    /// As they are, and as they were when they were marked.
+    Recurrent {
+        now: Vec<Memory>,
+        marked: Vec<Memory>,
+    },
 }
 
 /// What all layers keep.
@@ -50,7 +54,7 @@ impl KeptBlocks {
     /// Nothing yet, of layers that have a recurrence or attention.
     pub(super) fn new(sizes: KeptSizes, recurrent: impl Iterator<Item = bool>) -> Self {
         let layer = |recurrent| match recurrent {
-            true => KeptLayer::Recurrent(Vec::new()),
+            true => KeptLayer::Recurrent { now: Vec::new(), marked: Vec::new() },
             false => KeptLayer::Attention(Vec::new()),
         };
         Self { sizes, layers: recurrent.map(layer).collect() }
@@ -58,7 +62,7 @@ impl KeptBlocks {
 
     /// Whether it is of such layers.
     pub(super) fn is_of(&self, sizes: KeptSizes, recurrent: impl Iterator<Item = bool>) -> bool {
-        let kinds = self.layers.iter().map(|layer| matches!(layer, KeptLayer::Recurrent(_)));
+        let kinds = self.layers.iter().map(|layer| matches!(layer, KeptLayer::Recurrent { .. }));
         self.sizes == sizes && kinds.eq(recurrent)
     }
 
@@ -69,7 +73,25 @@ impl KeptBlocks {
 
     /// Whether a layer keeps a state that does not go back.
     pub(in crate::decoder) fn is_recurrent(&self) -> bool {
-        self.layers.iter().any(|layer| matches!(layer, KeptLayer::Recurrent(_)))
+        self.layers.iter().any(|layer| matches!(layer, KeptLayer::Recurrent { .. }))
+    }
+
+    /// Remembers states as they are.
+    pub(in crate::decoder) fn mark(&mut self) {
+        self.recurrent().for_each(|(now, marked)| marked.clone_from(now));
+    }
+
+    /// Gives states back what they were when they were marked.
+    pub(in crate::decoder) fn go_back(&mut self) {
+        self.recurrent().for_each(|(now, marked)| now.clone_from(marked));
+    }
+
+    /// The states of layers that have a recurrence, and the marked ones.
+    fn recurrent(&mut self) -> impl Iterator<Item = (&mut Vec<Memory>, &mut Vec<Memory>)> {
+        self.layers.iter_mut().filter_map(|layer| match layer {
+            KeptLayer::Recurrent { now, marked } => Some((now, marked)),
+            KeptLayer::Attention(_) => None,
+        })
     }
 
     /// The blocks of a layer's sequences, with room for so many positions of each; none of a layer that has a recurrence.
@@ -90,7 +112,7 @@ impl KeptBlocks {
     /// The states of a layer's sequences, those of zeros that begin at their first token; none of a layer that has attention.
     pub(super) fn memories(&mut self, layer: usize, starts: &[usize]) -> &mut [Memory] {
         let KeptSizes { tail, lines, .. } = self.sizes;
-        let KeptLayer::Recurrent(sequences) = &mut self.layers[layer] else { return &mut [] };
+        let KeptLayer::Recurrent { now: sequences, .. } = &mut self.layers[layer] else { return &mut [] };
         if sequences.len() < starts.len() {
             let none = || Memory { tail: vec![0.0; tail], matrices: bytemuck::zeroed_slice_box(lines) };
             sequences.resize_with(starts.len(), none);

@@ -394,6 +394,50 @@ fn a_text_that_is_cut_goes_on_as_if_the_rest_had_never_been() {
     }
 }
 
+#[test]
+fn a_text_goes_back_to_where_it_was_marked() {
+    for (family, decoder) in decoders() {
+        let is_recurrent = decoder.spec().recurrent.is_some();
+        let [first, second] = [3, 4].map(|seed| ids(&decoder, seed, 17));
+        for prompt in [Batch::new(&[&first]).unwrap(), Batch::new(&[&first, &second[..6]]).unwrap()] {
+            // Keys and values go back to a number of tokens, whoever has them.
+            if !is_recurrent && prompt.sequences() > 1 {
+                continue;
+            }
+            let more = |from: usize| Batch::new(&vec![&second[from..from + 5]; prompt.sequences()]).unwrap();
+            let mut state = decoder.generation_state();
+            // Where nothing was read there is nothing to go back to.
+            state.mark();
+            decoder.forward(&Batch::new(&vec![&second[..3]; prompt.sequences()]).unwrap(), &mut state).unwrap();
+            state.mark();
+            // That mark is of a text that is gone.
+            assert_eq!(state.truncate(0).unwrap(), 0);
+            decoder.forward(&prompt, &mut state).unwrap();
+            let before = if is_recurrent { 0 } else { 9 };
+            assert_eq!(state.truncate(9).unwrap(), before, "{family}");
+            state.truncate(0).unwrap();
+            decoder.forward(&prompt, &mut state).unwrap();
+            state.mark();
+            let expected = values(&decoder.forward(&more(6), &mut state).unwrap());
+            for (from, to) in [(1, 17), (2, 20), (3, 18)] {
+                decoder.forward(&more(from), &mut state).unwrap();
+                let kept = state.truncate(to).unwrap();
+                assert_eq!(kept, if is_recurrent { 17 } else { to }, "{family}");
+                assert_eq!(state.position(), kept);
+                state.truncate(17).unwrap();
+                let again = values(&decoder.forward(&more(6), &mut state).unwrap());
+                assert_close(&format!("{family}: back to the mark"), &decoder, &again, &expected);
+            }
+            // A mark further on takes the place of the first, and a text that is shorter than it loses it.
+            state.mark();
+            let (further, shorter) = (state.position(), if is_recurrent { 0 } else { 17 });
+            assert_eq!(state.truncate(further + 3).unwrap(), further, "{family}: nothing has to go");
+            assert_eq!(state.truncate(17).unwrap(), shorter, "{family}");
+            assert_eq!(state.truncate(further).unwrap(), shorter, "{family}");
+        }
+    }
+}
+
 /// A pass that fails on its way has changed the states of some blocks: nothing of the text is left. One that is refused before has not, nor has
 /// an answer that stops between passes.
 #[test]
@@ -421,7 +465,16 @@ fn a_recurrent_state_is_that_of_whole_passes_or_none() {
         assert!(limited.forward(&more, &mut state).is_err(), "{family}: top-k keeps within no limit");
         let torn = decoder.forward(&more, &mut state).unwrap_err().to_string();
         assert!(torn.ends_with("got one whose last forward pass failed"), "{family}: {torn}");
+        state.mark();
         assert_eq!(state.truncate(text.len()).unwrap(), 0, "{family}: what some blocks forgot is not there");
+
+        let mut state = begun();
+        state.mark();
+        assert!(limited.forward(&more, &mut state).is_err());
+        assert_eq!(state.truncate(usize::MAX).unwrap(), text.len(), "{family}: but where it was marked");
+        let again = values(&decoder.forward(&more, &mut state).unwrap());
+        assert!(again == expected, "{family}: back before a pass that failed");
+        state.truncate(0).unwrap();
         decoder.forward(&Batch::new(&[&text]).unwrap(), &mut state).unwrap();
         assert!(values(&decoder.forward(&more, &mut state).unwrap()) == expected, "{family}: begun again");
     }

@@ -18,6 +18,7 @@
 //! `src/models/`.
 
 mod deepseek;
+mod ends;
 pub(super) mod keys;
 pub(super) mod names;
 mod positions;
@@ -307,14 +308,7 @@ impl Architecture<'_> {
         config.insert("num_nextn_predict_layers".into(), json!(self.count("nextn_predict_layers")?));
         config.insert("vocab_size".into(), json!(self.checkpoint.entry("token_embd.weight")?.shape[0]));
         config.insert("tie_word_embeddings".into(), json!(!self.has("output.weight")));
-        let mut ends = Vec::new();
-        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-            // -1 is how some say that there is none.
-            let is_none = matches!(self.metadata.get(key), Some(checkpoint::metadata::Value::Integer(-1)));
-            let id = if is_none { None } else { self.metadata.count(key)? };
-            ends.extend(id.filter(|id| !ends.contains(id)));
-        }
-        config.insert("eos_token_id".into(), json!(ends));
+        config.insert("eos_token_id".into(), json!(ends::ends(self.metadata)?));
         if self.architecture != "deepseek2" {
             config.insert("head_dim".into(), json!(self.count("attention.key_length")?));
             let head = self.head()?;

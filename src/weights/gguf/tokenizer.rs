@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 /// `tokenizer.ggml.token_type`.
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
+pub(super) const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
 /// What text is cut by before pairs are merged.
