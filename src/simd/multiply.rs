@@ -9,6 +9,7 @@
 use half::{bf16, f16};
 
 use super::lanes::{LANES, Lanes};
+use super::quantized::{HEAD, scales_of};
 
 /// Sixteen words, on a cache line of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -326,6 +327,55 @@ pub(crate) trait Multiply: Lanes {
     fn add_words(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         let (a, b) = (self.words(a), self.words(b));
         self.of_words(std::array::from_fn(|lane| a[lane].wrapping_add(b[lane])))
+    }
+
+    /// Sums of each four words, integers: the first and third of `a` and of `b`, then the second and fourth of both, then zeros.
+    #[inline(always)]
+    fn fours(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let sum = |words: &[u32; 4]| words.iter().fold(0u32, |sum, &word| sum.wrapping_add(word));
+        let (a, b) = (self.words(a), self.words(b));
+        let (a, b) = (a.as_chunks::<4>().0, b.as_chunks::<4>().0);
+        let mut sums = [0; LANES];
+        for (sums, words) in sums.iter_mut().zip([&a[0], &a[2], &b[0], &b[2], &a[1], &a[3], &b[1], &b[3]]) {
+            *sums = sum(words);
+        }
+        self.of_words(sums)
+    }
+
+    /// The same of words that have sixteen bits, as have the sums of two.
+    #[inline(always)]
+    fn small_fours(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        self.fours(a, b)
+    }
+
+    /// Sums of each eight words of four vectors, of which `a` and `b` are [`Multiply::fours`]; then zeros.
+    #[inline(always)]
+    fn eights_of_fours(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        let mut sums = [0; LANES];
+        for at in 0..4 {
+            (sums[at], sums[4 + at]) = (a[at].wrapping_add(a[4 + at]), b[at].wrapping_add(b[4 + at]));
+        }
+        self.of_words(sums)
+    }
+
+    /// Two of [`Multiply::fours`] in the order of the words.
+    #[inline(always)]
+    fn in_order(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        let (a, b) = (self.words(a), self.words(b));
+        let of = |lane: usize| if lane < LANES / 2 { a } else { b }[lane % 8 / 2 + 4 * (lane % 2)];
+        self.of_words(std::array::from_fn(of))
+    }
+
+    /// What a block of `q4_K` or `q5_K` begins with: scales of its eight groups, then what is taken off.
+    #[inline(always)]
+    fn scales_and_offsets(self, head: &[u8; HEAD]) -> Self::Vector {
+        let (scales, offsets) = scales_of(head);
+        let mut both = [0; LANES];
+        both[..8].copy_from_slice(&scales);
+        both[8..].copy_from_slice(&offsets);
+        let [scale, least] = [self.half([head[0], head[1]]), self.half([head[2], head[3]])];
+        self.mul(self.widen_u8(both), self.eights(scale, least))
     }
 
     /// Floats of sixteen bytes, without sign.

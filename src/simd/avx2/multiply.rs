@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 use super::{Avx2, Pair};
 use crate::simd::lanes::LANES;
 use crate::simd::multiply::{Kernel, LINE_BYTES, Line, Multiply};
+use crate::simd::quantized::HEAD;
 
 // SAFETY of every block below: `self` proves that the CPU has the instructions; the intrinsics that touch memory get references to as many bytes as they touch.
 impl Multiply for Avx2 {
@@ -244,6 +245,60 @@ impl Multiply for Avx2 {
     }
 
     #[inline(always)]
+    fn fours(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (sums_of_two(sums_of_two(a.0, a.1), sums_of_two(b.0, b.1)), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    fn small_fours(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe { (sums_of_two(small_sums_of_two(a.0, a.1), small_sums_of_two(b.0, b.1)), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    fn eights_of_fours(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let [a, b] = [_mm256_castps_si256(a.0), _mm256_castps_si256(b.0)];
+            let low = _mm256_permute2x128_si256::<0x20>(a, b);
+            let sums = _mm256_add_epi32(low, _mm256_permute2x128_si256::<0x31>(a, b));
+            (_mm256_castsi256_ps(sums), _mm256_setzero_ps())
+        }
+    }
+
+    #[inline(always)]
+    fn in_order(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: see above.
+        unsafe {
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            (_mm256_permutevar8x32_ps(a.0, order), _mm256_permutevar8x32_ps(b.0, order))
+        }
+    }
+
+    #[inline(always)]
+    fn scales_and_offsets(self, head: &[u8; HEAD]) -> Pair {
+        // SAFETY: see above; sixteen bytes are read.
+        unsafe {
+            let head = _mm_loadu_si128(head.as_ptr().cast());
+            // Words 1 and 2 have six bits of the first four groups, and above them two more of the last four, whose lower bits are in word 3.
+            let low = _mm_shuffle_epi32::<0b11_10_11_01>(head);
+            let high = _mm_shuffle_epi32::<0b10_10_01_01>(head);
+            let low = _mm_and_si128(
+                _mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)),
+                _mm_setr_epi32(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f),
+            );
+            let high = _mm_and_si128(_mm_srli_epi32::<2>(high), _mm_setr_epi32(0, 0x3030_3030, 0, 0x3030_3030));
+            let all = _mm_or_si128(low, high);
+            let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(all));
+            let offsets = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(all, all)));
+            let halves = _mm_cvtph_ps(head);
+            let (scale, least) = (_mm256_broadcastss_ps(halves), _mm256_broadcastss_ps(_mm_movehdup_ps(halves)));
+            (_mm256_mul_ps(scales, scale), _mm256_mul_ps(offsets, least))
+        }
+    }
+
+    #[inline(always)]
     fn widen_i8(self, from: [u8; LANES]) -> Pair {
         // SAFETY: see above.
         unsafe {
@@ -348,6 +403,23 @@ impl Multiply for Avx2 {
     fn prefetch(self, at: *const u8) {
         // SAFETY: see above; any address will do.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Sums of each two words: of the lower halves of `a` and `b`, then of the upper ones.
+#[inline(always)]
+unsafe fn sums_of_two(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: the caller has the instructions.
+    unsafe { _mm256_castsi256_ps(_mm256_hadd_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) }
+}
+
+/// The same of words that have sixteen bits.
+#[inline(always)]
+unsafe fn small_sums_of_two(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: as above.
+    unsafe {
+        let both = _mm256_packs_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
+        _mm256_castsi256_ps(_mm256_madd_epi16(both, _mm256_set1_epi16(1)))
     }
 }
 

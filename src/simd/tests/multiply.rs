@@ -5,6 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
+use crate::simd::quantized::HEAD;
 use crate::simd::{Isa, Kernel, LANES};
 
 type Words = [u32; LANES];
@@ -99,6 +100,14 @@ impl Kernel for Exact<'_> {
         made.push(("add_halves", lanes.words(lanes.add_halves(va, vb))));
         made.push(("fold_halves", lanes.words(lanes.fold_halves(va))));
         made.push(("add_words", lanes.words(lanes.add_words(va, vb))));
+        made.push(("fours", lanes.words(lanes.fours(va, vb))));
+        let [small, smaller] = [a, b].map(|words| words.map(|word| (word as i16 >> 1) as u32));
+        made.push(("small_fours", lanes.words(lanes.small_fours(lanes.of_words(small), lanes.of_words(smaller)))));
+        made.push(("eights_of_fours", lanes.words(lanes.eights_of_fours(lanes.fours(va, vb), lanes.fours(vb, vc)))));
+        made.push(("in_order", lanes.words(lanes.in_order(lanes.fours(va, vb), lanes.fours(vb, vc)))));
+        let mut head: [u8; HEAD] = *memory[9..].first_chunk().unwrap();
+        head[..4].copy_from_slice(&halves[..4]);
+        made.push(("scales_and_offsets", lanes.words(lanes.scales_and_offsets(&head))));
         made.push(("widen_u8", lanes.words(lanes.widen_u8(sixteen))));
         made.push(("widen_i8", lanes.words(lanes.widen_i8(sixteen))));
         for part in lanes.widen_bytes(lanes.bytes(bytes)) {

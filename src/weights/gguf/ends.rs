@@ -51,7 +51,7 @@ pub(super) fn ends(metadata: &Metadata) -> Result<Vec<usize>> {
     Ok(ends)
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "layer"))]
 mod tests {
     use candle_core::quantized::gguf_file::{self, Value};
 
