@@ -60,7 +60,7 @@ impl Kept {
         }
     }
 
-    /// Whether a block keeps a state that does not go back.
+    /// Whether a block keeps a state that goes back to its mark alone.
     fn is_recurrent(&self) -> bool {
         match self {
             Self::Tensors(kept) => kept.iter().any(KeptTensors::is_recurrent),

@@ -41,6 +41,8 @@ pub(crate) trait Multiply: Lanes {
     const DOTS: bool = false;
     /// Whether few of them do so along each row; more meet sixteen rows here too.
     const ALONG: bool = false;
+    /// Whether sums of neighbouring words are instructions, so that integers are added up before they become floats.
+    const FOLDS: bool = false;
 
     /// The words of a vector.
     #[inline(always)]
@@ -342,7 +344,7 @@ pub(crate) trait Multiply: Lanes {
         self.of_words(sums)
     }
 
-    /// The same of words that have sixteen bits, as have the sums of two.
+    /// The same of words that fit sixteen bits with sign.
     #[inline(always)]
     fn small_fours(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         self.fours(a, b)

@@ -157,7 +157,7 @@ pub(super) fn power_of_two<L: Multiply>(lanes: L, exponents: L::Vector) -> L::Ve
     lanes.mul(lanes.add(power, lanes.sub(power, power)), lanes.splat(0.5))
 }
 
-/// The same plus 12 instead, which is just no sign.
+/// [`TWICE`] with 12 added in place of 128: the least that leaves no sign.
 pub(super) const SMALL_TWICE: [u8; 16] = less(TWICE, 128 - 12);
 
 const fn less(mut table: [u8; 16], by: u8) -> [u8; 16] {

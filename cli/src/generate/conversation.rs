@@ -3,12 +3,13 @@
 //! Each turn the template writes the whole conversation, which becomes tokens. The first of them are those that the model has seen, and
 //! only what comes after goes through it. Where the template writes earlier turns otherwise than before (some leave out what the model
 //! thought), or the tokenizer otherwise than the model did, the state is cut back to what still is the same. A recurrent state goes back
-//! to where it was marked, which is before an answer begins. So a turn is answered as the whole conversation would be in a prompt.
+//! to where it was marked, which is before an answer begins. So a turn is answered as the whole conversation would be in a prompt, but for
+//! limits, which are of what goes through at a time.
 //!
 //! The template gets an answer back as its text with all its marks, or, where it reads thoughts apart, as those and what was said.
 
 use std::io::{BufRead, IsTerminal, Write};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -109,24 +110,24 @@ impl Conversation<'_> {
                 continue;
             }
             let kept = self.keep(&mut past, &ids)?;
-            let marked = self.place_to_mark(&past, &ids)?.max(kept);
-            for part in [&ids[kept..marked], &ids[marked..]].into_iter().filter(|part| !part.is_empty()) {
+            let mark = self.place_to_mark(&past, &ids)?;
+            let read = kept..mark.max(kept);
+            for part in [&ids[read.clone()], &ids[read.end..]].into_iter().filter(|part| !part.is_empty()) {
                 self.limits.count(self.model.decoder(), &[part], self.options.chunk_tokens)?;
             }
             let before = Reads::of(self.model.decoder(), &self.state);
-            let (read, generation) = {
+            let parts = {
                 let _answering = interrupt.answering();
-                let read = self.read(&ids[kept..marked])?;
-                (read, self.answer(&ids, marked, (!json).then(|| Live::new(quiet)), &interrupt)?)
+                self.answer(&ids, read, mark >= kept, (!json).then(|| Live::new(quiet)), &interrupt)?
             };
-            let answer = generation.texts.first().map_or(&[][..], Vec::as_slice);
+            let answer = parts[1].texts.first().map_or(&[][..], Vec::as_slice);
             let text = self.model.decode_after(&ids, answer)?;
             past.seen = [ids.as_slice(), answer].concat();
             past.seen.truncate(self.state.position());
-            [&read, &generation].into_iter().for_each(|part| sums.add(part));
+            parts.iter().for_each(|part| sums.add(part));
             if json {
                 let mut turn = Sums::default();
-                [&read, &generation].into_iter().for_each(|part| turn.add(part));
+                parts.iter().for_each(|part| turn.add(part));
                 let reads = Reads::of(self.model.decoder(), &self.state).since(before);
                 self.print(&Turn {
                     user: &line,
@@ -175,38 +176,53 @@ impl Conversation<'_> {
         Ok(same.min(ids.len().saturating_sub(1)))
     }
 
-    /// Reads a part of a prompt and marks where it ends.
-    fn read(&mut self, ids: &[u32]) -> Result<Generation> {
+    /// Reads a part of a prompt, which may be empty, and marks where it ends.
+    fn read(&mut self, ids: &[u32], marks: bool) -> Result<Generation> {
         let mut read = Generation::default();
         if !ids.is_empty() {
             let (started, before) = (Instant::now(), self.state.slots);
             self.model.decoder().prefill(&Batch::new(&[ids])?, self.options.chunk_tokens, &mut self.state)?;
-            self.state.mark();
             read.prompt_tokens = vec![ids.len()];
             read.prefill_time = started.elapsed();
             let after = self.state.slots;
             read.slots = Slots { asked: after.asked - before.asked, kept: after.kept - before.kept };
         }
+        if marks {
+            self.state.mark();
+        }
         Ok(read)
     }
 
-    /// Continues `ids`, of which the first `kept` are in the state; on the screen where there is a `live` line.
-    fn answer(&mut self, ids: &[u32], kept: usize, live: Option<Live>, interrupt: &Interrupt) -> Result<Generation> {
-        let Self { model, state, sampler, options, .. } = self;
+    /// Reads those of `ids` that come after what is in the state, marks their end where that is wanted, and continues after all of them; on the
+    /// screen where there is a `live` line. What the two parts did.
+    fn answer(
+        &mut self,
+        ids: &[u32],
+        read: Range<usize>,
+        marks: bool,
+        live: Option<Live>,
+        interrupt: &Interrupt,
+    ) -> Result<[Generation; 2]> {
+        let (model, rest) = (self.model, &ids[read.end..]);
         let go_on = |shown: ControlFlow<()>| if interrupt.is_asked() { ControlFlow::Break(()) } else { shown };
         let Some(live) = live else {
+            let read = self.read(&ids[read], marks)?;
             let on_token = |_| go_on(ControlFlow::Continue(()));
-            return Ok(generate(model, &ids[kept..], *options, state, sampler, on_token)?);
+            return Ok([read, generate(model, rest, self.options, &mut self.state, &mut self.sampler, on_token)?]);
         };
         let mut screen = Screen::new(model.continuation(ids)?, None, live)?;
-        let generation = super::stream(model, &ids[kept..], *options, state, sampler, |id, state| {
-            go_on(screen.show(id, state, || Reads::of(model.decoder(), state)))
+        let parts = self.read(&ids[read], marks).and_then(|read| {
+            let Self { state, sampler, options, .. } = self;
+            let generation = super::stream(model, rest, *options, state, sampler, |id, state| {
+                go_on(screen.show(id, state, || Reads::of(model.decoder(), state)))
+            });
+            Ok([read, generation?])
         });
         // The line ends before anything else is said, an error too.
-        let shown = screen.finish(generation.is_ok());
-        let generation = generation?;
+        let shown = screen.finish(parts.is_ok());
+        let parts = parts?;
         shown?;
-        Ok(generation)
+        Ok(parts)
     }
 
     /// One line of JSON.

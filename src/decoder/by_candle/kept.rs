@@ -47,7 +47,7 @@ impl KeptTensors {
         }
     }
 
-    /// Whether it can lose its last positions without losing all.
+    /// Whether it goes back to its mark alone, and not to any position.
     pub(in crate::decoder) fn is_recurrent(&self) -> bool {
         matches!(self, Self::Recurrent { .. })
     }

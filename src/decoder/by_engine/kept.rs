@@ -71,7 +71,7 @@ impl KeptBlocks {
         self.layers.len()
     }
 
-    /// Whether a layer keeps a state that does not go back.
+    /// Whether a layer keeps a state that goes back to its mark alone.
     pub(in crate::decoder) fn is_recurrent(&self) -> bool {
         self.layers.iter().any(|layer| matches!(layer, KeptLayer::Recurrent { .. }))
     }

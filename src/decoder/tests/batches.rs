@@ -374,7 +374,7 @@ fn a_text_that_is_cut_goes_on_as_if_the_rest_had_never_been() {
             for cut_to in [0, 1, 5, 9, 17, 40] {
                 let mut state = decoder.generation_state();
                 decoder.forward(&prompt, &mut state).unwrap();
-                // What a recurrence keeps does not go back.
+                // What a recurrence keeps does not go back without a mark.
                 let kept = if decoder.spec().recurrent.is_some() && cut_to < 17 { 0 } else { cut_to };
                 assert_eq!(state.truncate(cut_to).unwrap(), kept.min(17), "{family}");
                 assert_eq!(state.position(), kept.min(17));

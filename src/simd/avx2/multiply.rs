@@ -12,6 +12,7 @@ use crate::simd::quantized::HEAD;
 // SAFETY of every block below: `self` proves that the CPU has the instructions; the intrinsics that touch memory get references to as many bytes as they touch.
 impl Multiply for Avx2 {
     const ALONG: bool = true;
+    const FOLDS: bool = true;
 
     #[inline]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {

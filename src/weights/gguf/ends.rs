@@ -3,7 +3,7 @@
 //! A file names one for the text, one for a turn, one for a message. A checkpoint's `generation_config.json` lists more (Qwen's
 //! `<|endoftext|>`, gpt-oss's `<|call|>`), which no key has room for, so llama.cpp goes by their texts (`src/llama-vocab.cpp`).
 
-use super::tokenizer::CONTROL;
+use super::tokenizer::{CONTROL, USER_DEFINED};
 use crate::checkpoint::Metadata;
 use crate::checkpoint::metadata::Value;
 use crate::error::Result;
@@ -11,7 +11,7 @@ use crate::error::Result;
 /// Of the text, of a turn, of a message (which is a call of a tool).
 const KEYS: [&str; 3] = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
-/// Control tokens that end a text wherever they are in a vocabulary.
+/// Tokens of their own that end a text wherever they are in a vocabulary.
 const MARKS: [&str; 11] = [
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -40,14 +40,17 @@ pub(super) fn ends(metadata: &Metadata) -> Result<Vec<usize>> {
     }
     let tokens = metadata.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
     let types = metadata.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
-    let control = || tokens.iter().zip(types).enumerate().filter(|(_, (_, kind))| **kind == CONTROL);
-    let messages_go_on = control().any(|(_, (token, _))| token == TEXT);
-    for (id, (token, _)) in control() {
-        let is_end = MARKS.contains(&token.as_str()) || (token == MESSAGE && !messages_go_on);
+    let marks =
+        || tokens.iter().zip(types).enumerate().filter(|(_, (_, kind))| matches!(**kind, CONTROL | USER_DEFINED));
+    let messages_go_on = marks().any(|(_, (token, _))| token == TEXT);
+    for (id, (token, _)) in marks() {
+        let is_end = MARKS.contains(&token.as_str()) || token == MESSAGE;
         if is_end && !ends.contains(&id) {
             ends.push(id);
         }
     }
+    // Whatever the file says of it.
+    ends.retain(|&id| !messages_go_on || tokens.get(id).is_none_or(|token| token != MESSAGE));
     Ok(ends)
 }
 
@@ -63,8 +66,14 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let of = |keys: &[(&str, u32)], tokens: &[&str]| {
             let texts = tokens.iter().map(|token| Value::String(token.to_string())).collect();
-            // Those in angle brackets are control tokens, but for one that a text may have.
-            let kind = |token: &&str| Value::I32(if token.starts_with('<') && *token != "<EOT>" { 3 } else { 1 });
+            // Those in angle brackets are control tokens, but for one that a text may have, and one of a user's own.
+            let kind = |token: &&str| {
+                Value::I32(match *token {
+                    "<EOT>" => 1,
+                    "<|im_end|>" => 4,
+                    token => 1 + 2 * i32::from(token.starts_with('<')),
+                })
+            };
             let mut metadata = vec![
                 ("tokenizer.ggml.tokens", Value::Array(texts)),
                 ("tokenizer.ggml.token_type", Value::Array(tokens.iter().map(kind).collect())),
@@ -82,7 +91,9 @@ mod tests {
         // As of Qwen3, which names the end of a turn alone.
         assert_eq!(of(&[(eos, 2)], &["<|endoftext|>", "<|im_start|>", "<|im_end|>"]), [2, 0]);
         // As of gpt-oss: a message's end is not the text's.
-        assert_eq!(of(&[(eos, 0)], &["<|return|>", "<|end|>", "<|call|>", "<|start|>"]), [0, 2]);
+        let harmony = ["<|return|>", "<|end|>", "<|call|>", "<|start|>"];
+        assert_eq!(of(&[(eos, 0)], &harmony), [0, 2]);
+        assert_eq!(of(&[(eos, 0), (eot, 1)], &harmony), [0, 2]);
         assert_eq!(of(&[(eos, 1)], &["<|end|>", "<|endoftext|>"]), [1, 0]);
     }
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 pub(super) const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+pub(super) const USER_DEFINED: i64 = 4;
 
 /// What text is cut by before pairs are merged.
 struct Split {
