@@ -97,3 +97,18 @@ impl fmt::Display for Dtype {
         f.write_str(self.name())
     }
 }
+
+/// Bytes that a `q4_K` and a `q5_K` block begin with: two halves, and six-bit scales and offsets of eight groups.
+pub(super) const HEAD: usize = 2 + 2 + 12;
+
+/// The scales and the offsets in it.
+#[inline(always)]
+pub(super) fn scales_of(head: &[u8; HEAD]) -> ([u8; 8], [u8; 8]) {
+    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    let (scales, offsets, both) = (word(4), word(8), word(12));
+    let first = 0x3f3f_3f3f;
+    let upper = |word: u32| (word >> 6 & 0x0303_0303) << 4;
+    let join = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
+    let (low, high) = (both & 0x0f0f_0f0f, both >> 4 & 0x0f0f_0f0f);
+    (join(scales & first, low | upper(scales)), join(offsets & first, high | upper(offsets)))
+}

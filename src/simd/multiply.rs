@@ -8,8 +8,8 @@
 
 use half::{bf16, f16};
 
+use super::dtype::{HEAD, scales_of};
 use super::lanes::{LANES, Lanes};
-use super::quantized::{HEAD, scales_of};
 
 /// Sixteen words, on a cache line of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -1,6 +1,6 @@
 //! Stored weights into floats; layouts of quantised ones are ggml's (`dequantize_row_q8_0`, `_q4_K`, `_q5_K`, `_q6_K`, `_mxfp4` in ggml-quants.c).
 
-use super::dtype::Dtype;
+use super::dtype::{Dtype, HEAD, scales_of};
 use super::lanes::LANES;
 use super::multiply::Multiply;
 use super::product::rows::CHUNK;
@@ -79,27 +79,12 @@ fn widen<L: Multiply, const IEEE: bool>(lanes: L, row: &[u8], values: &mut [f32]
     lanes.store_part(if IEEE { lanes.widen_f16(&last) } else { lanes.widen_bf16(&last) }, rest);
 }
 
-/// Bytes that a `q4_K` and a `q5_K` block begin with: two halves, and six-bit scales and offsets of eight groups.
-pub(super) const HEAD: usize = 2 + 2 + 12;
-
 #[inline(always)]
 fn first_16<const N: usize>(block: &[u8; N]) -> &[u8; HEAD] {
     block.first_chunk().expect("a longer block")
 }
 
-/// The scales and the offsets.
-#[inline(always)]
-pub(super) fn scales_of(head: &[u8; HEAD]) -> ([u8; 8], [u8; 8]) {
-    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    let (scales, offsets, both) = (word(4), word(8), word(12));
-    let first = 0x3f3f_3f3f;
-    let upper = |word: u32| (word >> 6 & 0x0303_0303) << 4;
-    let join = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
-    let (low, high) = (both & 0x0f0f_0f0f, both >> 4 & 0x0f0f_0f0f);
-    (join(scales & first, low | upper(scales)), join(offsets & first, high | upper(offsets)))
-}
-
-/// The floats of a quarter of such a block, whose weights are bytes.
+/// The floats of a quarter of a `q4_K` or `q5_K` block, whose weights are bytes.
 #[inline(always)]
 fn scaled_and_offset<L: Multiply>(
     lanes: L,

@@ -5,9 +5,9 @@
 use std::arch::x86_64::*;
 
 use super::{Avx2, Pair};
+use crate::simd::dtype::HEAD;
 use crate::simd::lanes::LANES;
 use crate::simd::multiply::{Kernel, LINE_BYTES, Line, Multiply};
-use crate::simd::quantized::HEAD;
 
 // SAFETY of every block below: `self` proves that the CPU has the instructions; the intrinsics that touch memory get references to as many bytes as they touch.
 impl Multiply for Avx2 {

@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::simd::dtype::HEAD;
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
-use crate::simd::quantized::HEAD;
 use crate::simd::{Isa, Kernel, LANES};
 
 type Words = [u32; LANES];

@@ -6,10 +6,10 @@
 #![allow(unsafe_code)]
 
 use super::blocks::{BYTES_AT, PAIRS};
-use crate::simd::dtype::Dtype;
+use crate::simd::dtype::{Dtype, HEAD};
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{BLOCK, CHUNK, GROUP, Product};
-use crate::simd::quantized::{HEAD, SMALL_TWICE, power_of_two};
+use crate::simd::quantized::{SMALL_TWICE, power_of_two};
 use crate::simd::{Kernel, LANES};
 
 /// From so many rows of activations on, packing is worth it. Run by `examples/engine_table --isa avx2`.

@@ -3,10 +3,10 @@
 #![allow(unsafe_code)]
 
 use crate::simd::LANES;
-use crate::simd::dtype::Dtype;
+use crate::simd::dtype::{Dtype, HEAD};
 use crate::simd::multiply::{LINE_BYTES, Line, Multiply};
 use crate::simd::product::rows::{CHUNK, GROUP};
-use crate::simd::quantized::{HEAD, SMALL_TWICE, TWICE, power_of_two};
+use crate::simd::quantized::{SMALL_TWICE, TWICE, power_of_two};
 
 /// Where the bytes of a line begin.
 pub(super) const BYTES_AT: usize = 28;
